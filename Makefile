@@ -1,0 +1,47 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both need only Python (>= 3.10) and make, build `.venv`
+# themselves, and start at once when nothing changed. `make demo PYTHON=python3.12` picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n auto --dist worksteal
+BIN := $(VENV)/bin
+# torch comes first and alone, so that the rest is resolved beside the build that this machine found.
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SOURCES := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.demo
+	@$(BIN)/python -m video_ma2mba.cli.demo
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	@echo "Installing PyTorch into $(VENV) (once) ..."
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.demo: $(SOURCES) $(VENV)/.torch
+	@echo "Installing video-ma2mba into $(VENV) (once) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.test: $(SOURCES) $(VENV)/.torch
+	@echo "Installing video-ma2mba and what its tests need into $(VENV) (once) ..."
+	$(INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/.demo

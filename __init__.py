@@ -1,0 +1,38 @@
+"""video-ma2mba: questions answered about videos of any length, in memory that does not grow with the video.
+
+Public names load on first use; `import video_ma2mba` itself imports neither torch nor transformers.
+"""
+
+import importlib
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+BUNDLED_CHECKPOINT = Path(__file__).parent / "bundled"
+"""Directory of the small checkpoint that ships with the package (it understands the rendered world only)."""
+
+_MODULE_OF = {
+    "Ma2mbaTextConfig": "modeling_video_ma2mba.configuration_video_ma2mba",
+    "VideoMa2mbaConfig": "modeling_video_ma2mba.configuration_video_ma2mba",
+    "Ma2mbaTextModel": "modeling_video_ma2mba.mamba2_model",
+    "VideoMa2mbaModel": "modeling_video_ma2mba.modeling_video_ma2mba",
+    "VideoMa2mbaForConditionalGeneration": "modeling_video_ma2mba.modeling_video_ma2mba",
+    "VideoQuestionAnsweringPipeline": "modeling_video_ma2mba.pipeline_video_ma2mba",
+    "VideoState": "modeling_video_ma2mba.video_state",
+    "VideoMa2mbaProcessor": "processing.processing_video_ma2mba",
+    "VideoMa2mbaVideoProcessor": "processing.video_processing_video_ma2mba",
+    "open_video": "processing.video_reader",
+}
+__all__ = ["BUNDLED_CHECKPOINT", "__version__", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

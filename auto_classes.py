@@ -1,0 +1,77 @@
+"""Registers the package's classes with transformers' Auto classes and pipelines.
+
+`import video_ma2mba` must be cheap (`video-ma2mba --help` imports it), and importing transformers with torch takes
+seconds. So registration waits for transformers: it happens at once when transformers is loaded already, and otherwise
+as soon as somebody imports it. After `import video_ma2mba`, in either order, `AutoConfig`, `AutoModel`,
+`AutoModelForImageTextToText`, `AutoModelForCausalLM`, `AutoProcessor` and `pipeline("video-question-answering")` know
+Video-Ma2mba without `trust_remote_code`.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+
+PIPELINE_TASK = "video-question-answering"
+
+
+def register() -> None:
+    """Register every class. Safe to call again (later calls replace earlier entries)."""
+    import transformers
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # the top-level name needs torchvision
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
+    from .modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
+    from .modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
+    from .modeling_video_ma2mba.pipeline_video_ma2mba import VideoQuestionAnsweringPipeline
+    from .processing.processing_video_ma2mba import VideoMa2mbaProcessor
+    from .processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
+
+    transformers.AutoConfig.register("video_ma2mba", VideoMa2mbaConfig, exist_ok=True)
+    transformers.AutoConfig.register("video_ma2mba_text", Ma2mbaTextConfig, exist_ok=True)
+    transformers.AutoModel.register(VideoMa2mbaConfig, VideoMa2mbaModel, exist_ok=True)
+    transformers.AutoModel.register(Ma2mbaTextConfig, Ma2mbaTextModel, exist_ok=True)
+    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"):
+        if hasattr(transformers, name):  # AutoModelForMultimodalLM came in the course of transformers 5
+            getattr(transformers, name).register(VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, exist_ok=True)
+    transformers.AutoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaProcessor, exist_ok=True)
+    AutoVideoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaVideoProcessor, exist_ok=True)
+    PIPELINE_REGISTRY.register_pipeline(
+        PIPELINE_TASK,
+        pipeline_class=VideoQuestionAnsweringPipeline,
+        pt_model=transformers.AutoModelForImageTextToText,
+        type="multimodal",
+    )
+
+
+def register_with_transformers() -> None:
+    """Register now if transformers is loaded, else right after its top-level module has been imported."""
+    if "transformers" in sys.modules:
+        register()
+    elif not any(isinstance(finder, _TransformersFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TransformersFinder())
+
+
+class _TransformersFinder(importlib.abc.MetaPathFinder):
+    """Finds transformers once, as the other finders would, and registers when its module has run.
+
+    The top-level module of transformers imports nothing heavy and is complete by then, so registering there never
+    meets a half-imported module of transformers.
+    """
+
+    def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        run_module = spec.loader.exec_module
+
+        def run_module_and_register(module) -> None:
+            run_module(module)
+            register()
+
+        spec.loader.exec_module = run_module_and_register
+        return spec

@@ -1,0 +1,1 @@
+"""The `video-ma2mba` command: one small file per verb."""

@@ -1,0 +1,1 @@
+"""Frames and text in. These files travel to the Hub, flattened into one folder."""

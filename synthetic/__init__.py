@@ -1,0 +1,1 @@
+"""The rendered world: videos with questions and answers, made from a seed."""

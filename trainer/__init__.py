@@ -1,0 +1,1 @@
+"""Training: the TRL-based trainer, its configuration and the stage recipes."""
