@@ -1,0 +1,293 @@
+"""Configurations of Video-Ma2mba: the Mamba-2 language model and the whole vision-language model.
+
+Defaults are the paper's choices (arXiv 2411.19460, sections 3.4 and 4.1): CLIP ViT-L/14-336, penultimate layer,
+patch tokens, 2x2 bilinear pooling before a two-layer GELU projector, no separators between frames.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+# Means and deviations CLIP was trained with; SigLIP models use 0.5 throughout.
+CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_SUPPORTED_VISION = ("clip_vision_model", "siglip_vision_model")
+
+
+def _require(condition: bool, field: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r} is not valid: {rule}")
+
+
+def _positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+class Ma2mbaTextConfig(PreTrainedConfig):
+    """Mamba-2 language model. Field names are those of transformers' `Mamba2Config`, so its files load by name.
+
+    Args:
+        vocab_size: rows of the embedding (50,288 for the state-spaces checkpoints: 50,277 padded to a multiple of 16).
+        hidden_size: model width D.
+        num_hidden_layers: number of blocks L.
+        state_size: SSM state size N.
+        head_dim: head width P.
+        num_heads: heads H; `num_heads * head_dim` must equal `expand * hidden_size`. None derives it.
+        expand: inner width over model width.
+        n_groups: groups that share B and C.
+        conv_kernel: width W of the causal depthwise convolution.
+        chunk_size: tokens per chunk of the SSD scan (affects speed and rounding, never the result).
+        time_step_limit: clamp of the step size after softplus.
+        residual_in_fp32: keep the residual stream in fp32, as the pre-trained models were.
+    """
+
+    model_type = "video_ma2mba_text"
+    base_config_key = "text_config"
+
+    def __init__(
+        self,
+        vocab_size: int = 50288,
+        hidden_size: int = 2560,
+        num_hidden_layers: int = 64,
+        state_size: int = 128,
+        head_dim: int = 64,
+        num_heads: int | None = None,
+        expand: int = 2,
+        n_groups: int = 1,
+        conv_kernel: int = 4,
+        chunk_size: int = 256,
+        hidden_act: str = "silu",
+        layer_norm_epsilon: float = 1e-5,
+        residual_in_fp32: bool = True,
+        use_bias: bool = False,
+        use_conv_bias: bool = True,
+        time_step_min: float = 0.001,
+        time_step_max: float = 0.1,
+        time_step_floor: float = 1e-4,
+        time_step_limit: Sequence[float] = (0.0, float("inf")),
+        initializer_range: float = 0.1,
+        rescale_prenorm_residual: bool = True,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 0,
+        eos_token_id: int | None = 0,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.state_size = state_size
+        self.head_dim = head_dim
+        self.expand = expand
+        self.num_heads = num_heads if num_heads is not None else (expand * hidden_size) // head_dim
+        self.n_groups = n_groups
+        self.conv_kernel = conv_kernel
+        self.chunk_size = chunk_size
+        self.hidden_act = hidden_act
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.residual_in_fp32 = residual_in_fp32
+        self.use_bias = use_bias
+        self.use_conv_bias = use_conv_bias
+        self.time_step_min = time_step_min
+        self.time_step_max = time_step_max
+        self.time_step_floor = time_step_floor
+        # JSON has no infinity: older files hold it as a string or as {"__float__": "Infinity"}.
+        self.time_step_limit = [_as_float(v) for v in time_step_limit]
+        self.initializer_range = initializer_range
+        self.rescale_prenorm_residual = rescale_prenorm_residual
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+        self._check()
+
+    def _check(self) -> None:
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "head_dim", "num_heads"):
+            _require(_positive_int(getattr(self, field)), field, getattr(self, field), "it must be a positive integer")
+        for field in ("expand", "n_groups", "chunk_size"):
+            _require(_positive_int(getattr(self, field)), field, getattr(self, field), "it must be a positive integer")
+        _require(
+            self.num_heads * self.head_dim == self.expand * self.hidden_size,
+            "num_heads",
+            self.num_heads,
+            f"num_heads * head_dim must equal expand * hidden_size = {self.expand * self.hidden_size}",
+        )
+        _require(self.num_heads % self.n_groups == 0, "n_groups", self.n_groups, "it must divide num_heads")
+        _require(
+            isinstance(self.conv_kernel, int) and 2 <= self.conv_kernel <= 4,
+            "conv_kernel",
+            self.conv_kernel,
+            "it must be 2, 3 or 4 (what the convolution kernels support)",
+        )
+        _require(self.hidden_act in ("silu", "swish"), "hidden_act", self.hidden_act, "Mamba-2 uses 'silu'")
+        low_high = self.time_step_limit
+        _require(
+            len(low_high) == 2 and 0.0 <= low_high[0] < low_high[1],
+            "time_step_limit",
+            low_high,
+            "it must be two numbers, 0 <= lowest < highest",
+        )
+        _require(self.layer_norm_epsilon > 0, "layer_norm_epsilon", self.layer_norm_epsilon, "it must be positive")
+
+    @property
+    def inner_size(self) -> int:
+        """Width E of the inner stream: `expand * hidden_size`."""
+        return self.expand * self.hidden_size
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C together."""
+        return self.inner_size + 2 * self.n_groups * self.state_size
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What the field's tools look at to recognise a recurrent stack."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+
+def _as_float(value: Any) -> float:
+    if isinstance(value, dict):
+        value = value.get("__float__", "nan")
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError(f"time_step_limit={value!r} is not a number")
+    return number
+
+
+class VideoMa2mbaConfig(PreTrainedConfig):
+    """Vision tower, projector and language model together.
+
+    Args:
+        text_config: a `Ma2mbaTextConfig`, or its dictionary (a transformers `Mamba2Config` dictionary works too).
+        vision_config: a CLIP or SigLIP vision configuration, or its dictionary. None is CLIP ViT-L/14 at 336 pixels.
+        video_token_id: id of the placeholder that every visual token takes in the prompt.
+        vision_feature_layer: which hidden state of the tower feeds the projector (paper: the penultimate, -2).
+        spatial_pool_stride: side of the square of patch tokens pooled into one (paper: 2, 576 -> 144 tokens a frame).
+        spatial_pool_mode: "bilinear" (paper) or "average".
+        projector_hidden_act: activation between the projector's two layers.
+        image_mean, image_std: normalisation of pixels scaled to 0..1; None takes CLIP's or SigLIP's values.
+        vision_chunk_frames: frames that run through the tower together; bounds the memory of vision.
+        prefill_segment_length: tokens that run through the language model together outside of training.
+    """
+
+    model_type = "video_ma2mba"
+    sub_configs = {"text_config": Ma2mbaTextConfig, "vision_config": AutoConfig}
+    has_no_defaults_at_init = False
+
+    def __init__(
+        self,
+        text_config: Ma2mbaTextConfig | dict | None = None,
+        vision_config: PreTrainedConfig | dict | None = None,
+        video_token_id: int = 50277,
+        vision_feature_layer: int = -2,
+        spatial_pool_stride: int = 2,
+        spatial_pool_mode: str = "bilinear",
+        projector_hidden_act: str = "gelu",
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        vision_chunk_frames: int = 32,
+        prefill_segment_length: int = 4096,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _build_text_config(text_config)
+        self.vision_config = _build_vision_config(vision_config)
+        self.video_token_id = video_token_id
+        self.vision_feature_layer = vision_feature_layer
+        self.spatial_pool_stride = spatial_pool_stride
+        self.spatial_pool_mode = spatial_pool_mode
+        self.projector_hidden_act = projector_hidden_act
+        clip = self.vision_config.model_type == "clip_vision_model"
+        self.image_mean = list(image_mean if image_mean is not None else (CLIP_IMAGE_MEAN if clip else (0.5,) * 3))
+        self.image_std = list(image_std if image_std is not None else (CLIP_IMAGE_STD if clip else (0.5,) * 3))
+        self.vision_chunk_frames = vision_chunk_frames
+        self.prefill_segment_length = prefill_segment_length
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for field in ("spatial_pool_stride", "vision_chunk_frames", "prefill_segment_length"):
+            _require(_positive_int(getattr(self, field)), field, getattr(self, field), "it must be a positive integer")
+        _require(
+            isinstance(self.video_token_id, int) and 0 <= self.video_token_id < self.text_config.vocab_size,
+            "video_token_id",
+            self.video_token_id,
+            f"it must be a row of the embedding (0 to {self.text_config.vocab_size - 1})",
+        )
+        layers = self.vision_config.num_hidden_layers
+        _require(
+            isinstance(self.vision_feature_layer, int) and -layers - 1 <= self.vision_feature_layer <= layers,
+            "vision_feature_layer",
+            self.vision_feature_layer,
+            f"the tower has hidden states {-layers - 1} to {layers}",
+        )
+        _require(
+            self.spatial_pool_mode in ("bilinear", "average"),
+            "spatial_pool_mode",
+            self.spatial_pool_mode,
+            "it must be 'bilinear' (the paper) or 'average'",
+        )
+        for field in ("image_mean", "image_std"):
+            _require(len(getattr(self, field)) == 3, field, getattr(self, field), "it needs three numbers (R, G, B)")
+        _require(all(s > 0 for s in self.image_std), "image_std", self.image_std, "every number must be positive")
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patch tokens along one side of a frame."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens one frame takes in the prompt (144 at 336 pixels)."""
+        return math.ceil(self.patches_per_side / self.spatial_pool_stride) ** 2
+
+
+def _build_text_config(config: Ma2mbaTextConfig | dict | None) -> PreTrainedConfig:
+    if config is None:
+        return Ma2mbaTextConfig()
+    if not isinstance(config, dict):
+        config = config.to_dict() if config.model_type != Ma2mbaTextConfig.model_type else config
+    if isinstance(config, dict):
+        # Only this model's own type may be written back; every other key of a Mamba2Config has the same meaning here.
+        config = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map", "layer_types")}
+        return Ma2mbaTextConfig(**config)
+    return config
+
+
+def _build_vision_config(config: PreTrainedConfig | dict | None) -> PreTrainedConfig:
+    if config is None:
+        config = {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+        }
+    if isinstance(config, dict):
+        fields = dict(config)
+        model_type = fields.pop("model_type", "clip_vision_model")
+        _require(
+            model_type in _SUPPORTED_VISION, "vision_config.model_type", model_type, f"use one of {_SUPPORTED_VISION}"
+        )
+        config = AutoConfig.for_model(model_type, **fields)
+    _require(
+        config.model_type in _SUPPORTED_VISION,
+        "vision_config.model_type",
+        config.model_type,
+        f"use one of {_SUPPORTED_VISION}",
+    )
+    return config
+
+
+VideoMa2mbaConfig.register_for_auto_class()

@@ -1,0 +1,172 @@
+"""Mamba-2 blocks with explicit state. Parameter names are those of the Hugging Face and state-spaces checkpoints.
+
+The residual stream is one tensor, kept in fp32 when the configuration says so. Inside a run of blocks it travels as
+(residual, delta): delta is what the last mixer added, and the next norm does the addition, so that one fused kernel
+adds, normalises and casts. Legend: B batch, S tokens, D model width, E inner width, L layers, W conv width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ssd_scan import MixerShape, backend_for, mixer_core
+
+
+class Ma2mbaRMSNorm(nn.Module):
+    """Adds the pending `delta` to the residual stream and normalises the sum."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, residual: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """residual (B, S, D), delta (B, S, D) or None -> normed (B, S, D) in `dtype`, residual + delta."""
+        if backend_for(residual if delta is None else delta) == "kernels":
+            from .ssd_kernels import add_rms_norm
+
+            return add_rms_norm(residual, delta, self.weight, self.eps, dtype)
+        if delta is not None:
+            residual = residual + delta.to(residual.dtype)
+        work = torch.promote_types(residual.dtype, torch.float32)
+        x = residual.to(work)
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight.to(work)).to(dtype), residual
+
+
+class Ma2mbaGatedNorm(nn.Module):
+    """Holder of the mixer's norm weight; the arithmetic is part of `mixer_core`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+class Ma2mbaMixer(nn.Module):
+    """Projections around `mixer_core`. Both are called as modules, so adapters on them always take part."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.shape = MixerShape(
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            state_size=config.state_size,
+            n_groups=config.n_groups,
+            conv_kernel=config.conv_kernel,
+            chunk_size=config.chunk_size,
+            eps=config.layer_norm_epsilon,
+            time_step_limit=tuple(config.time_step_limit),
+        )
+        inner, conv_dim = self.shape.inner, self.shape.conv_dim
+        self.in_proj = nn.Linear(config.hidden_size, inner + conv_dim + config.num_heads, bias=config.use_bias)
+        # The module only holds the parameters under their checkpoint names (C, 1, W) and (C,).
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.conv_kernel, groups=conv_dim, bias=config.use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.ones(config.num_heads))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, config.num_heads + 1, dtype=torch.float32)))
+        self.D = nn.Parameter(torch.ones(config.num_heads))
+        self.norm = Ma2mbaGatedNorm(inner)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        u: Tensor,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """u (B, S, D) -> y (B, S, D), conv_state (B, C, W-1), ssm_state (B, H, P, N). Arguments as in `mixer_core`."""
+        y, conv_state, ssm_state = mixer_core(
+            self.in_proj(u),
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            conv_state,
+            ssm_state,
+            self.shape,
+            lengths,
+            seq_idx,
+        )
+        return self.out_proj(y), conv_state, ssm_state
+
+
+class Ma2mbaBlock(nn.Module):
+    """Norm, mixer and residual addition of one layer."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.norm = Ma2mbaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = Ma2mbaMixer(config)
+
+    def forward(
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(residual, delta, state) -> (residual, delta, conv_state, ssm_state); the stream is residual + delta."""
+        dtype = self.norm.weight.dtype
+        normed, residual = self.norm(residual, delta, dtype)
+        delta, conv_state, ssm_state = self.mixer(normed, conv_state, ssm_state, lengths, seq_idx)
+        return residual, delta, conv_state, ssm_state
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    conv_states: Sequence[Tensor | None],
+    ssm_states: Sequence[Tensor | None],
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Run consecutive blocks over one segment.
+
+    Args:
+        x: (B, S, D) residual stream. conv_states, ssm_states: one entry per block, None for the start of a sequence.
+
+    Returns:
+        residual stream (B, S, D) in x's dtype, the blocks' new conv states and SSM states.
+    """
+    delta, new_conv, new_ssm = None, [], []
+    for block, conv_state, ssm_state in zip(blocks, conv_states, ssm_states, strict=True):
+        x, delta, conv_state, ssm_state = block(x, delta, conv_state, ssm_state, lengths, seq_idx)
+        new_conv.append(conv_state)
+        new_ssm.append(ssm_state)
+    return x if delta is None else x + delta.to(x.dtype), new_conv, new_ssm
+
+
+@torch.no_grad()
+def init_mixer_(mixer: Ma2mbaMixer, config: Any, init: Any) -> None:
+    """Mamba-2's initialisation (state-spaces/mamba `Mamba2.__init__`) of everything but the projections' scale.
+
+    `init` is `transformers.initialization`, whose functions leave already loaded tensors alone.
+    """
+    heads = config.num_heads
+    device = mixer.A_log.device
+    init.copy_(mixer.A_log, torch.log(torch.empty(heads, device=device).uniform_(1, 16)))
+    init.ones_(mixer.D)
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    dt = torch.exp(torch.rand(heads, device=device) * (high - low) + low).clamp(min=config.time_step_floor)
+    init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    init.ones_(mixer.norm.weight)
+    bound = 1 / math.sqrt(config.conv_kernel)
+    init.uniform_(mixer.conv1d.weight, -bound, bound)
+    if mixer.conv1d.bias is not None:
+        init.uniform_(mixer.conv1d.bias, -bound, bound)
+    init.kaiming_uniform_(mixer.in_proj.weight, a=math.sqrt(5))
+    init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+    if config.rescale_prenorm_residual:
+        # One mixer per layer adds to the residual stream: keep its variance constant with depth (GPT-2's rule).
+        init.copy_(mixer.out_proj.weight, mixer.out_proj.weight / math.sqrt(config.num_hidden_layers))
+    for linear in (mixer.in_proj, mixer.out_proj):
+        if linear.bias is not None:
+            init.zeros_(linear.bias)
