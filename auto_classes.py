@@ -18,7 +18,9 @@ PIPELINE_TASK = "video-question-answering"
 def register() -> None:
     """Register every class. Safe to call again (later calls replace earlier entries)."""
     import transformers
-    from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # the top-level name needs torchvision
+
+    # transformers.AutoVideoProcessor, the top-level name, is a placeholder where torchvision is missing.
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from .modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig

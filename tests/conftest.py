@@ -1,0 +1,91 @@
+"""Shared by all tests: no network, few threads, tiny models, and the `gpu` and `slow` markers."""
+
+import os
+
+# Before anything imports huggingface_hub: a test that needs the network is a broken test.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: more threads only fight the other test workers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if not config.getoption("--slow"):
+        skips["slow"] = pytest.mark.skip(reason="slow: runs with --slow")
+    for item in items:
+        for name, skip in skips.items():
+            if name in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_text_config() -> Callable:
+    """Factory of language model configurations small enough for fp64 and exhaustive tests (4 heads of width 8)."""
+    from video_ma2mba import Ma2mbaTextConfig
+
+    def make(**overrides) -> Ma2mbaTextConfig:
+        fields = {
+            "vocab_size": 272,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "head_dim": 8,
+            "chunk_size": 8,
+        }
+        return Ma2mbaTextConfig(**(fields | overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_config(make_text_config) -> Callable:
+    """Factory of whole configurations: 16x16 pixels, 4x4 patches, pooled to 4 tokens a frame."""
+    from video_ma2mba import VideoMa2mbaConfig
+
+    def make(text: dict | None = None, vision: dict | None = None, **overrides) -> VideoMa2mbaConfig:
+        vision_config = {
+            "model_type": "clip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+            "projection_dim": 16,
+        } | (vision or {})
+        fields = {"video_token_id": 258, "vision_chunk_frames": 4, "prefill_segment_length": 16}
+        return VideoMa2mbaConfig(
+            text_config=make_text_config(**(text or {})), vision_config=vision_config, **(fields | overrides)
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config) -> Callable:
+    """Factory of random models in eval mode: the same seed gives the same weights."""
+    from video_ma2mba import VideoMa2mbaForConditionalGeneration
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> VideoMa2mbaForConditionalGeneration:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return VideoMa2mbaForConditionalGeneration(make_config(**overrides)).to(dtype).eval()
+
+    return make
