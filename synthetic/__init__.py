@@ -1,1 +1,24 @@
-"""The rendered world: videos with questions and answers, made from a seed."""
+"""The small rendered world: videos, questions and answers, made from a seed (NumPy alone; PyAV only to write mp4 files)."""
+
+from .dataset import WorldDataset, WorldSample, chat
+from .questions import FORMS, KINDS, Question, ask
+from .render import WorldRenderer, render
+from .world import SPLITS, World, WorldSettings, build_world, split_of, video_seed
+
+__all__ = [
+    "FORMS",
+    "KINDS",
+    "SPLITS",
+    "Question",
+    "World",
+    "WorldDataset",
+    "WorldRenderer",
+    "WorldSample",
+    "WorldSettings",
+    "ask",
+    "build_world",
+    "chat",
+    "render",
+    "split_of",
+    "video_seed",
+]

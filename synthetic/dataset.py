@@ -1,0 +1,114 @@
+"""The rendered world as a data set: frames in memory with their questions, made on the fly from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .questions import FORMS, KINDS, Question, ask, check_kinds
+from .render import render
+from .world import World, WorldSettings, build_world, video_seed, whole
+
+
+@dataclass(frozen=True)
+class WorldSample:
+    """One video with its questions. `frames` is uint8 (F, H, W, 3) RGB."""
+
+    frames: np.ndarray
+    questions: tuple[Question, ...]
+    world: World
+
+    def messages(self, video: Any = None) -> list[dict[str, Any]]:
+        """The sample as one chat: the video and the first question, then question and answer in turn."""
+        return chat(self.questions, video)
+
+
+def chat(questions: Sequence[Question], video: Any = None) -> list[dict[str, Any]]:
+    """Chat messages in the Hugging Face content format; the first user turn carries the video."""
+    messages: list[dict[str, Any]] = []
+    for number, question in enumerate(questions):
+        content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+        if number == 0:
+            content.insert(0, {"type": "video"} if video is None else {"type": "video", "video": video})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
+    return messages
+
+
+class WorldDataset:
+    """A map-style data set (works with `torch.utils.data.DataLoader`) of rendered videos.
+
+    Parameters
+    ----------
+    split: ``train``, ``validation`` or ``test``; no seed of one is a seed of another.
+    size: number of videos.
+    frames: shortest and longest video, in frames at `fps`, drawn uniformly per video; a pair of equal numbers fixes it.
+    questions: at most this many per video.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 100_000,
+        *,
+        frames: tuple[int, int] = (8, 64),
+        questions: int = 8,
+        kinds: Sequence[str] = KINDS,
+        forms: Sequence[str] = FORMS,
+        seed: int = 0,
+        resolution: int = 64,
+        fps: float = 1.0,
+        settings: WorldSettings | None = None,
+    ):
+        low, high = frames
+        if not 1 <= low <= high:
+            raise ValueError(f"frames={frames}: give the shortest and the longest length, 1 <= shortest <= longest.")
+        if not fps > 0:
+            raise ValueError(f"fps={fps}: frames per second must be more than 0.")
+        if size < 1 or questions < 1:
+            raise ValueError(f"size={size}, questions={questions}: both must be at least 1.")
+        video_seed(split, size - 1, seed)  # refuses a wrong split or seed
+        self.split, self.size, self.frames, self.questions = split, size, (low, high), questions
+        self.kinds, self.forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
+        self.seed, self.resolution, self.fps = seed, resolution, fps
+        self.settings = settings or WorldSettings()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def length(self, index: int) -> int:
+        """Frames of video `index`, known without making it."""
+        self._check(index)
+        rng = random.Random(video_seed(self.split, index, self.seed) + (1 << 90))
+        return whole(rng, *self.frames)
+
+    def world(self, index: int, frames: int | None = None) -> World:
+        """What video `index` shows; `frames` overrides its length."""
+        frames = self.length(index) if frames is None else frames
+        seconds = max(-int(-frames // self.fps), 1)
+        return build_world(video_seed(self.split, index, self.seed), seconds, self.settings)
+
+    def asked(self, index: int, frames: int | None = None) -> tuple[World, list[Question]]:
+        """World and questions of video `index`, nothing drawn."""
+        self._check(index)
+        world = self.world(index, frames)
+        return world, ask(world, self.questions, self.kinds, self.forms)
+
+    def sample(self, index: int, frames: int | None = None) -> WorldSample:
+        """Video `index`, drawn; `frames` overrides its length (the same index at another length is another video)."""
+        world, questions = self.asked(index, frames)
+        return WorldSample(render(world, self.fps, self.resolution), tuple(questions), world)
+
+    def __getitem__(self, index: int) -> WorldSample:
+        return self.sample(index)
+
+    def __iter__(self) -> Iterator[WorldSample]:
+        return (self.sample(index) for index in range(self.size))
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index}: this data set holds {self.size} videos.")

@@ -1,0 +1,230 @@
+"""Questions about a world, each with exactly one right answer.
+
+A question is only made where the world settles it: a colour is asked of a shape of which there is one, an order only of
+two arrivals at least two seconds apart, a quarter only away from the borders between quarters. Every kind comes open
+("open") and with lettered options ("choice"), whose wrong options are drawn first from what the same video really shows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .world import (
+    CARD_SYMBOLS,
+    COLOURS,
+    DIRECTIONS,
+    QUARTERS,
+    SHAPES,
+    Thing,
+    World,
+    pick,
+    quarter_of,
+    shuffled,
+)
+
+KINDS = ("colour", "shape", "count", "direction", "order", "needle", "time")
+FORMS = ("open", "choice")
+COUNTS = ("0", "1", "2", "3", "4")
+LETTERS = "ABCD"
+ORDER_GAP = 2  # seconds between two arrivals whose order may be asked
+QUARTER_MARGIN = 0.08  # of a quarter: nearer to a border than this, the quarter is not asked
+_COUNT_WEIGHTS = {"0": 1.0, "1": 1.0, "2": 2.5, "3": 4.0, "4": 6.0}
+
+
+@dataclass(frozen=True)
+class Question:
+    """`text` is what is asked, options included; `answer` is a word, or a letter where there are options."""
+
+    kind: str
+    form: str
+    text: str
+    answer: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> int:
+        """How many answers the wording leaves open to somebody who has not seen the video."""
+        return len(self.options) or ANSWERS[self.kind]
+
+
+ANSWERS = {
+    "colour": len(COLOURS),
+    "shape": len(SHAPES),
+    "count": len(COUNTS),
+    "direction": len(DIRECTIONS),
+    "order": 2,
+    "needle": len(CARD_SYMBOLS),
+    "time": len(QUARTERS),
+}
+
+
+@dataclass(frozen=True)
+class _Draft:
+    text: str
+    truth: str
+    universe: tuple[str, ...]
+    present: tuple[str, ...]  # wrong answers that the video also shows
+    open_text: str = ""  # where the open wording differs
+
+
+def check_kinds(kinds: Iterable[str], known: Sequence[str] = KINDS, what: str = "kind") -> tuple[str, ...]:
+    """`kinds` as a tuple without repeats; a ValueError names what is unknown."""
+    kinds = tuple(dict.fromkeys(kinds))
+    wrong = [kind for kind in kinds if kind not in known]
+    if wrong or not kinds:
+        named = ", ".join(map(repr, wrong)) or "none given"
+        raise ValueError(f"Unknown question {what}: {named}. Choose among {', '.join(known)}.")
+    return kinds
+
+
+def ask(
+    world: World,
+    count: int,
+    kinds: Sequence[str] = KINDS,
+    forms: Sequence[str] = FORMS,
+    salt: int = 0,
+) -> list[Question]:
+    """Up to `count` different questions, kinds in turn in random order; fewer where the world settles no more.
+
+    `salt` gives other questions about the same world. A one-second video settles no ``direction``, for instance: kinds
+    that the world leaves open are skipped.
+    """
+    kinds, forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
+    rng = random.Random((world.seed << 20) + salt + (1 << 100))  # a stream apart from the world's own
+    asked: dict[str, Question] = {}
+    misses: dict[str, int] = {}
+    queue: list[str] = []
+    while len(asked) < count:
+        if not queue:
+            queue = shuffled(rng, [kind for kind in kinds if misses.get(kind, 0) < 4])
+            if not queue:
+                break
+        kind = queue.pop()
+        draft = _DRAFTS[kind](world, rng)
+        question = _finish(kind, draft, pick(rng, forms), rng) if draft else None
+        if question is None or question.text in asked:
+            misses[kind] = misses.get(kind, 0) + (1 if question else 4)
+        else:
+            asked[question.text] = question
+    return shuffled(rng, list(asked.values()))
+
+
+def _finish(kind: str, draft: _Draft, form: str, rng: random.Random) -> Question:
+    if form == "open":
+        return Question(kind, form, draft.open_text or draft.text, draft.truth)
+    present = [answer for answer in shuffled(rng, draft.present) if answer != draft.truth]
+    absent = [answer for answer in shuffled(rng, draft.universe) if answer != draft.truth and answer not in present]
+    wrong = (present + absent)[: len(LETTERS) - 1]
+    options = tuple(shuffled(rng, [draft.truth, *wrong]))
+    listed = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return Question(kind, form, f"{draft.text} {listed}", LETTERS[options.index(draft.truth)], options)
+
+
+def _alone(things: Sequence[Thing], attribute: Callable[[Thing], str]) -> list[Thing]:
+    values = [attribute(thing) for thing in things]
+    return [thing for thing, value in zip(things, values, strict=True) if values.count(value) == 1]
+
+
+def _colour(world: World, rng: random.Random) -> _Draft | None:
+    things = _alone(world.things, lambda thing: thing.shape)
+    if not things:
+        return None
+    thing = pick(rng, things)
+    text = pick(rng, ("What colour is the {}?", "Which colour does the {} have?")).format(thing.shape)
+    return _Draft(text, thing.colour, tuple(COLOURS), tuple(dict.fromkeys(other.colour for other in world.things)))
+
+
+def _shape(world: World, rng: random.Random) -> _Draft | None:
+    things = _alone(world.things, lambda thing: thing.colour)
+    if not things:
+        return None
+    thing = pick(rng, things)
+    text = pick(rng, ("Which shape is {}?", "What shape is the {} object?")).format(thing.colour)
+    return _Draft(text, thing.shape, SHAPES, tuple(dict.fromkeys(other.shape for other in world.things)))
+
+
+def _count(world: World, rng: random.Random) -> _Draft | None:
+    numbers: dict[str, list[str]] = {}
+    for noun, values in (("{} objects", [t.colour for t in world.things]), ("{}s", [t.shape for t in world.things])):
+        for value in COLOURS if noun == "{} objects" else SHAPES:
+            plural = "crosses" if value == "cross" else noun.format(value)
+            numbers.setdefault(str(values.count(value)), []).append(plural)
+    known = [number for number in COUNTS if number in numbers]
+    mark = rng.random() * sum(_COUNT_WEIGHTS[number] for number in known)
+    for number in known:  # large counts are rarer than small ones, so they are asked about more often
+        mark -= _COUNT_WEIGHTS[number]
+        if mark <= 0:
+            break
+    text = pick(rng, ("How many {} appear?", "How many {} are there?")).format(pick(rng, numbers[number]))
+    return _Draft(text, number, COUNTS, ())
+
+
+def _direction(world: World, rng: random.Random) -> _Draft | None:
+    movers = [thing for thing in world.things if thing.direction and len(_seen(world, thing)) >= 2]
+    if not movers:
+        return None
+    thing = pick(rng, movers)
+    text = pick(rng, ("Which way does the {} move?", "In which direction does the {} go?")).format(thing.name)
+    return _Draft(text, thing.direction or "", DIRECTIONS, ())
+
+
+def _order(world: World, rng: random.Random) -> _Draft | None:
+    pairs = [
+        (early, late)
+        for early in world.things
+        for late in world.things
+        if late.start - early.start >= ORDER_GAP
+    ]  # fmt: skip
+    if not pairs:
+        return None
+    early, late = pick(rng, pairs)
+    which = pick(rng, ("first", "last"))
+    names = tuple(shuffled(rng, [early.name, late.name]))
+    truth = early.name if which == "first" else late.name
+    return _Draft(f"Which came {which}?", truth, names, (), f"Which came {which}, the {names[0]} or the {names[1]}?")
+
+
+def _needle(world: World, rng: random.Random) -> _Draft | None:
+    if world.card is None:
+        return None
+    text = pick(rng, ("What stood on the card?", "Which sign did the card show?"))
+    return _Draft(text, world.card.symbol.lower(), tuple(CARD_SYMBOLS.lower()), ())
+
+
+def _time(world: World, rng: random.Random) -> _Draft | None:
+    if world.seconds < 4:
+        return None
+    moments = [(f"the {thing.name}", thing.start) for thing in world.things]
+    if world.card is not None:
+        moments.append(("the card", world.card.start))
+    moments = [moment for moment in moments if _is_inside_quarter(moment[1], world.seconds)]
+    if not moments:
+        return None
+    number = pick(rng, sorted({quarter_of(start, world.seconds) for _, start in moments}))
+    name, start = pick(rng, [moment for moment in moments if quarter_of(moment[1], world.seconds) == number])
+    text = pick(rng, ("In which quarter of the video did {} appear?", "Which quarter of the video first shows {}?"))
+    return _Draft(text.format(name), QUARTERS[number], QUARTERS, ())
+
+
+def _is_inside_quarter(start: int, seconds: int) -> bool:
+    part = 4 * (start + 0.5) / seconds % 1
+    return QUARTER_MARGIN <= part <= 1 - QUARTER_MARGIN
+
+
+def _seen(world: World, thing: Thing) -> list[int]:
+    """Whole seconds at which the thing is in view and no card hides it."""
+    hidden = world.card.start if world.card else None
+    return [second for second in range(thing.start, thing.end) if second != hidden]
+
+
+_DRAFTS: dict[str, Callable[[World, random.Random], _Draft | None]] = {
+    "colour": _colour,
+    "shape": _shape,
+    "count": _count,
+    "direction": _direction,
+    "order": _order,
+    "needle": _needle,
+    "time": _time,
+}
