@@ -9,14 +9,14 @@ Shapes: F frames, T tokens per frame, D model width, N rows in all.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.activations import ACT2FN
+
+from .chunked_recompute import ChunkedRows, ChunkJob, RowLayout, fill_rows
 
 
 class VideoMa2mbaMultiModalProjector(nn.Module):
@@ -74,7 +74,9 @@ def normalise_pixels(pixels: Tensor, config: Any, device: torch.device, dtype: t
         ValueError: a channel count other than 3, an integer type other than uint8, or NaN/inf among the values.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixel_values_videos must have the shape (frames, 3, height, width), not {tuple(pixels.shape)}")
+        raise ValueError(
+            f"pixel_values_videos must have the shape (frames, 3, height, width), not {tuple(pixels.shape)}"
+        )
     pixels = pixels.to(device, non_blocking=True)
     if pixels.dtype == torch.uint8:
         mean = torch.tensor(config.image_mean, device=device).view(1, 3, 1, 1)
@@ -118,122 +120,6 @@ def encode_frames(tower: nn.Module, config: Any, pixels: Tensor) -> Tensor:
     return pool_patches(hidden, config.patches_per_side, config.spatial_pool_stride, config.spatial_pool_mode)
 
 
-@dataclass
-class RowLayout:
-    """Where feature and text rows go in the output of `(total_rows, D)`; positions are int64 on the CPU.
-
-    `None` positions mean that features fill the whole output in order.
-    """
-
-    total_rows: int
-    device: torch.device
-    feature_rows: Tensor | None = None
-    text_rows: Tensor | None = None
-
-    def select(self, first: int, last: int) -> slice | Tensor:
-        """Output rows of features `first..last`: a slice where they are consecutive, which is nearly always."""
-        if self.feature_rows is None:
-            return slice(first, last)
-        rows = self.feature_rows[first:last]
-        if len(rows) and int(rows[-1] - rows[0]) == len(rows) - 1:
-            return slice(int(rows[0]), int(rows[-1]) + 1)
-        return rows.to(self.device)
-
-    def empty(self, width: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-        return torch.empty(self.total_rows, width, dtype=dtype, device=self.device, pin_memory=pinned)
-
-
-@dataclass
-class _ChunkJob:
-    """What `_ChunkedRows` needs beside its tensors. `run` maps a chunk of the source to `(items, T, D)`."""
-
-    run: Callable[[Tensor], Tensor]
-    chunk: int
-    tokens: int
-    width: int
-    dtype: torch.dtype
-    layout: RowLayout
-    compute_device: torch.device
-
-
-def _fill_rows(job: _ChunkJob, source: Tensor, text: Tensor | None, before_chunk: Callable[[], None]) -> Tensor:
-    pinned = job.layout.device.type == "cpu" and job.compute_device.type == "cuda"
-    out = job.layout.empty(job.width, job.dtype, pinned)
-    if text is not None:
-        out[job.layout.text_rows.to(out.device)] = text.to(out.device, out.dtype)
-    for start in range(0, len(source), job.chunk):
-        before_chunk()
-        rows = job.run(source[start : start + job.chunk]).flatten(0, 1)
-        target = job.layout.select(start * job.tokens, start * job.tokens + len(rows))
-        out[target] = rows.to(out.device, out.dtype)
-    return out
-
-
-class _ChunkedRows(torch.autograd.Function):
-    """Fill the rows chunk by chunk without a graph; recompute each chunk in backward.
-
-    Parameters are inputs, their gradients are summed over chunks in fp32 and handed to autograd once, so that the
-    hooks of DDP, ZeRO and FSDP fire once per backward. Every chunk runs again with the random state it had.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, job: _ChunkJob, source: Tensor, text: Tensor | None, *parameters: Tensor) -> Tensor:
-        kind = job.compute_device.type
-        ctx.autocast = {
-            "device_type": kind,
-            "enabled": torch.is_autocast_enabled(kind),
-            "dtype": torch.get_autocast_dtype(kind),
-            # A weight cast here, without a graph, must not be found in the cache by code that wants its gradient.
-            "cache_enabled": False,
-        }
-        ctx.random_states = []
-
-        def keep_random_state() -> None:
-            probe = torch.empty(0, device=job.compute_device)
-            ctx.random_states.append((torch.get_rng_state(), get_device_states(probe)))
-
-        with torch.autocast(**ctx.autocast):
-            out = _fill_rows(job, source, text, keep_random_state)
-        ctx.job, ctx.parameters, ctx.text_like = job, parameters, None if text is None else text[:0]
-        ctx.save_for_backward(source)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        job, parameters = ctx.job, ctx.parameters
-        (source,) = ctx.saved_tensors
-        grad_text = None
-        if ctx.needs_input_grad[2]:
-            rows = job.layout.text_rows.to(grad.device)
-            grad_text = grad[rows].to(ctx.text_like.device, ctx.text_like.dtype)
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        grad_source = torch.empty_like(source) if ctx.needs_input_grad[1] else None
-        if not wanted and grad_source is None:
-            return (None, None, grad_text, *(None for _ in parameters))
-
-        sums: list[Tensor | None] = [None] * len(parameters)
-        devices = list(range(torch.cuda.device_count())) if job.compute_device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            for index, start in enumerate(range(0, len(source), job.chunk)):
-                cpu_state, (device_ids, device_states) = ctx.random_states[index]
-                torch.set_rng_state(cpu_state)
-                set_device_states(device_ids, device_states, device_type=job.compute_device.type)
-                piece = source[start : start + job.chunk].detach().requires_grad_(grad_source is not None)
-                with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                    rows = job.run(piece).flatten(0, 1)
-                target = job.layout.select(start * job.tokens, start * job.tokens + len(rows))
-                asked = [parameters[i] for i in wanted] + ([piece] if grad_source is not None else [])
-                found = torch.autograd.grad(rows, asked, grad[target].to(rows.device, rows.dtype), allow_unused=True)
-                for i, gradient in zip(wanted, found, strict=False):
-                    if gradient is not None:
-                        sums[i] = gradient.float() if sums[i] is None else sums[i].add_(gradient)
-                if grad_source is not None:
-                    grad_source[start : start + job.chunk] = found[-1]
-        grads = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
-        return (None, grad_source, grad_text, *grads)
-
-
 def _trainable(*modules: nn.Module) -> list[Tensor]:
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
@@ -265,11 +151,10 @@ def video_rows(
     device = execution_device(projector)
     if layout is None:
         layout = RowLayout(len(pixels) * config.tokens_per_frame, device)
-    dtype = projector.linear_2.weight.dtype
+    # Rows may be the largest tensor of a step: under autocast they take the lower precision they were computed in.
+    dtype = text.dtype if text is not None else next(p.dtype for p in projector.parameters() if p.is_floating_point())
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    if text is not None:
-        dtype = text.dtype
 
     tower_trains = bool(tower_parameters) or pixels.requires_grad
     training = torch.is_grad_enabled() and (
@@ -278,38 +163,40 @@ def video_rows(
     # A chunk that is differentiated holds the activations of every layer, so it is smaller (the paper's code used 8).
     chunk = max(1, config.vision_chunk_frames // 4) if training and tower_trains else config.vision_chunk_frames
 
-    def encode(piece: Tensor) -> Tensor:
+    def encode(piece: Tensor, first: int) -> Tensor:
         return encode_frames(tower, config, piece)
 
-    def project(piece: Tensor) -> Tensor:
-        return projector(piece.to(device))
+    def project(piece: Tensor, first: int) -> Tensor:
+        return projector(piece.to(device)).flatten(0, 1)
 
-    def job(run: Callable[[Tensor], Tensor]) -> _ChunkJob:
-        width = config.text_config.hidden_size
-        return _ChunkJob(run, chunk, config.tokens_per_frame, width, dtype, layout, device)
+    def both(piece: Tensor, first: int) -> Tensor:
+        return project(encode(piece, first), first)
+
+    def job(run: Callable[[Tensor, int], Tensor]) -> ChunkJob:
+        devices = list({device, execution_device(tower)})
+        return ChunkJob(run, chunk, config.tokens_per_frame, config.text_config.hidden_size, dtype, layout, devices)
 
     if not training:
         with torch.no_grad():
-            return _fill_rows(job(lambda piece: project(encode(piece))), pixels, text, lambda: None)
+            return fill_rows(job(both), pixels, text)
     if not recompute:
-        pieces = [project(encode(piece)).flatten(0, 1) for piece in pixels.split(chunk)]
-        return _interleave(torch.cat(pieces).to(dtype), text, layout)
+        rows = torch.cat([both(piece, 0) for piece in pixels.split(chunk)])
+        return _interleave(rows.to(dtype), text, layout)
     if tower_trains:
-        whole = job(lambda piece: project(encode(piece)))
-        return _ChunkedRows.apply(whole, pixels, text, *tower_parameters, *projector_parameters)
+        return ChunkedRows.apply(job(both), pixels, text, *tower_parameters, *projector_parameters)
     # With a frozen tower its pooled output is kept beside the rows (it is no larger than they are): backward needs
     # the projector only, and the tower never runs twice.
     with torch.no_grad():
-        kept = torch.cat([encode(piece).to(layout.device) for piece in pixels.split(chunk)])
-    return _ChunkedRows.apply(job(project), kept, text, *projector_parameters)
+        kept = torch.cat([encode(piece, 0).to(layout.device) for piece in pixels.split(chunk)])
+    return ChunkedRows.apply(job(project), kept, text, *projector_parameters)
 
 
 def _interleave(features: Tensor, text: Tensor | None, layout: RowLayout) -> Tensor:
     features = features.to(layout.device)
-    if layout.feature_rows is None:
+    if layout.computed_rows is None:
         return features
     out = features.new_zeros(layout.total_rows, features.shape[1])
-    out = out.index_copy(0, layout.feature_rows.to(layout.device), features)
+    out = out.index_copy(0, layout.computed_rows.to(layout.device), features)
     if text is None:
         return out
     return out.index_copy(0, layout.text_rows.to(layout.device), text.to(layout.device, out.dtype))
