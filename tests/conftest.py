@@ -14,20 +14,11 @@ import torch
 torch.set_num_threads(1)  # tiny tensors: more threads only fight the other test workers
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skips = {}
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
-        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
-    if not config.getoption("--slow"):
-        skips["slow"] = pytest.mark.skip(reason="slow: runs with --slow")
-    for item in items:
-        for name, skip in skips.items():
-            if name in item.keywords:
-                item.add_marker(skip)
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,84 @@
+"""`video-ma2mba ask`: read a video once, then answer every question from its state."""
+
+import json
+import sys
+import time
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from .loading import load_pipeline
+
+
+def ask(
+    video: Annotated[str, typer.Argument(help="Video file, image, directory of images, or URL.", show_default=False)],
+    questions: Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames read per second of video.", show_default="1")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
+    ] = None,
+    start: Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)] = None,
+    end: Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per question and line.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
+    ] = False,
+) -> None:
+    """Answer questions about a video. The video is read once, in memory that does not grow with it.
+
+    Answers go to standard output as they are generated; progress and figures go to standard error.
+    """
+    if any(not question.strip() for question in questions):
+        raise ValueError("a question is empty: ask something about the video")
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    frames_wanted = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    began = time.perf_counter()
+    with reading_progress(f"reading {video}") as on_frames:
+        state = pipe.read(video, on_frames=on_frames, **{k: v for k, v in frames_wanted.items() if v is not None})
+    read_seconds = time.perf_counter() - began
+    seen = {"frames": int(state.metadata["frames"]), "state_bytes": state.nbytes}
+
+    for question in questions:
+        began = time.perf_counter()
+        if as_json:
+            answer = pipe.ask(state, question, max_new_tokens=max_new_tokens)
+        else:
+            if len(questions) > 1:
+                typer.echo(f"{question}", err=True)
+            answer = pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=stdout_streamer(pipe.tokenizer))
+        seconds = time.perf_counter() - began
+        if as_json:
+            record = {"video": video, "question": question, "answer": answer, **seen}
+            times = {"read_seconds": round(read_seconds, 3), "answer_seconds": round(seconds, 3)}
+            typer.echo(json.dumps(record | times, ensure_ascii=False))
+    if not as_json:
+        typer.echo(
+            f"{seen['frames']} frames read in {read_seconds:.1f} s; state {seen['state_bytes'] / 1e6:.2f} MB", err=True
+        )
+
+
+def stdout_streamer(tokenizer):
+    """Writes the generated text to standard output token by token."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+@contextmanager
+def reading_progress(label: str):
+    """A progress bar on standard error, shown only on a terminal. Yields the `on_frames(seen, expected)` callback."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda seen, expected=None: bar.update(task, completed=seen, total=expected)

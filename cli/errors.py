@@ -1,0 +1,36 @@
+"""Bad input ends in `error: …` on one line and exit code 2; anything unexpected keeps its traceback."""
+
+import typer
+from typer.core import TyperGroup
+
+# What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
+# of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
+_EXPECTED = (ValueError, OSError, ImportError)
+_EXPECTED_RUNTIME_TEXTS = ("out of memory", "size mismatch", "state_dict", "ignore_mismatched_sizes")
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether `error` says what the user can change, rather than that the program is wrong."""
+    if isinstance(error, BrokenPipeError):
+        return False
+    if isinstance(error, RuntimeError):
+        return any(text in str(error) for text in _EXPECTED_RUNTIME_TEXTS)
+    return isinstance(error, _EXPECTED) or type(error).__name__ == "SafetensorError"
+
+
+def one_line(error: Exception) -> str:
+    """The error's message on a single line (never empty)."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class OneLineErrors(TyperGroup):
+    """A group of commands that reports expected errors on one line, unless `--debug` was given."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.params.get("debug") or not is_expected(error):
+                raise
+            typer.echo(f"error: {one_line(error)}", err=True)
+            raise typer.Exit(2) from error

@@ -1,0 +1,42 @@
+"""`video-ma2mba init`: compose a fresh, untrained model from a language model and a vision tower."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def init(
+    out: Annotated[Path, typer.Option(help="Directory to write; it must be empty or new.", show_default=False)],
+    language_model: Annotated[
+        str | None,
+        typer.Option(help="Mamba-2 checkpoint (transformers' or state-spaces' layout): directory or Hub id."),
+    ] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="CLIP or SigLIP vision tower: directory or Hub id.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The paper's sizes with CLIP-L/14-336, random weights: 370m, 1.3b or 2.7b.")
+    ] = None,
+    config_only: Annotated[bool, typer.Option("--config-only", help="Write config.json only, no weights.")] = False,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    seed: Annotated[int, typer.Option(help="Seed of everything that starts random.")] = 0,
+) -> None:
+    """Compose a model to train: its projector is new, and so is all that no checkpoint was named for."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists and is not an empty directory: choose another")
+
+    import torch
+
+    from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import compose
+
+    from .loading import pick_dtype
+
+    written = compose(
+        language_model=language_model,
+        vision_tower=vision_tower,
+        preset=preset,
+        out=out,
+        dtype=pick_dtype(dtype, torch.device("cpu")),
+        config_only=config_only,
+        seed=seed,
+    )
+    typer.echo(f"{written}")

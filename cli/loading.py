@@ -1,0 +1,95 @@
+"""Loads a model and its processor for the verbs that answer questions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from video_ma2mba import BUNDLED_CHECKPOINT
+
+if TYPE_CHECKING:
+    from video_ma2mba import VideoQuestionAnsweringPipeline
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def resolve_model(model: str | None) -> str:
+    """Directory or Hub id to load from; None is the bundled checkpoint.
+
+    Raises:
+        FileNotFoundError: the directory does not exist or holds no `config.json`.
+    """
+    if model is None:
+        if not (BUNDLED_CHECKPOINT / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the bundled checkpoint is missing from {BUNDLED_CHECKPOINT}: "
+                "name a model with --model, or train it with `python -m video_ma2mba.trainer.world_sft`"
+            )
+        return str(BUNDLED_CHECKPOINT)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"model directory {model} holds no config.json: it is not a saved model")
+        return str(path)
+    if path.exists():
+        raise FileNotFoundError(f"--model {model} is a file: name the directory that holds config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise FileNotFoundError(f"model directory {model} does not exist (and it is no Hub id such as owner/name)")
+    return model
+
+
+def pick_device(device: str):
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a `torch.device`.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N")
+    picked = torch.device(device)
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
+    return picked
+
+
+def pick_dtype(dtype: str, device):
+    """`auto` is bf16 on CUDA and fp32 on CPU, where half precision is slower and less exact.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    import torch
+
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = _DTYPES.get(dtype, dtype)
+    if name not in _DTYPES.values():
+        raise ValueError(f"--dtype {dtype} is unknown: use auto, fp32, fp16 or bf16")
+    return getattr(torch, name)
+
+
+def load_pipeline(
+    model: str | None = None, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> VideoQuestionAnsweringPipeline:
+    """The question-answering pipeline of a directory, a Hub id, or (None) the bundled checkpoint."""
+    source = resolve_model(model)
+    picked = pick_device(device)
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    from video_ma2mba import VideoQuestionAnsweringPipeline
+
+    logging.disable_progress_bar()  # loading takes a moment; the bar belongs to the video
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=pick_dtype(dtype, picked), trust_remote_code=trust_remote_code
+    )
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return VideoQuestionAnsweringPipeline(model=loaded.eval(), processor=processor, device=picked)

@@ -1,0 +1,46 @@
+"""The command's front door: mounts the verbs and turns expected errors into one line.
+
+Verb files import torch, transformers and the like inside their functions, so that `--help` answers at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+from .ask import ask
+from .errors import OneLineErrors
+from .init import init
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    name="video-ma2mba",
+    help="Ask questions about videos of any length; compose and plan models that do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(ask)
+app.command()(init)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from video_ma2mba import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Ask questions about videos of any length; compose and plan models that do."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
