@@ -1,5 +1,7 @@
 """Bad input ends in `error: …` on one line and exit code 2; anything unexpected keeps its traceback."""
 
+import textwrap
+
 import typer
 from typer.core import TyperGroup
 
@@ -19,8 +21,8 @@ def is_expected(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The error's message on a single line (never empty)."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error's message on a single line, never empty, never longer than a terminal's screen."""
+    return textwrap.shorten(str(error), 600, placeholder=" …") or type(error).__name__
 
 
 class OneLineErrors(TyperGroup):

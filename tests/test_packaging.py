@@ -1,0 +1,137 @@
+"""The package as a whole: what travels to the Hub, what a wheel holds, what importing costs."""
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HUB_FOLDERS = ("modeling_video_ma2mba", "processing")
+HUB_FILES = [path for folder in HUB_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+# transformers finds what to copy by regular expressions on the text, so docstrings count as well.
+RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S*)\s+import|import\s+\.(\S+))", re.MULTILINE)
+LOADABLE = {"torch", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "av"}
+
+
+def python_folders() -> set[str]:
+    """Dotted names of the folders of the package that hold Python modules, as Git knows them."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {Path(line).parent for line in listed.splitlines()}
+    apart = {"tests", "benchmarks", "docs", "examples", "bundled"}  # of the repository, not of the package
+    return {".".join(["video_ma2mba", *f.parts]) for f in folders if not apart & set(f.parts[:1])}
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
+def test_relative_imports_name_sibling_files(path: Path):
+    """Anything else breaks `save_pretrained` or loading with `trust_remote_code`."""
+    for match in RELATIVE_IMPORT.finditer(path.read_text()):
+        module = match.group(1) or match.group(2) or ""
+        assert module.isidentifier(), f"{match.group(0).strip()!r} is not `from .sibling import name`"
+        assert (path.parent / f"{module}.py").is_file(), f"{match.group(0).strip()!r} has no sibling file"
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
+def test_hub_files_need_only_the_usual_packages(path: Path):
+    """An absolute import at the top of a line, outside functions and `try`, is needed to load the model."""
+    for match in re.finditer(r"^(?:from|import)\s+([A-Za-z_]\w*)", path.read_text(), re.MULTILINE):
+        module = match.group(1)
+        assert module in LOADABLE | sys.stdlib_module_names, f"{path.name} imports {module} at load time"
+
+
+def test_hub_file_names_are_unique():
+    """The two folders are flattened into one on the Hub (their `__init__.py` stay behind)."""
+    names = [path.name for path in HUB_FILES if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_setup_lists_every_package():
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    assert set(setup["options"]["packages"].split()) == python_folders()
+
+
+def test_tree_names_no_machine():
+    """Paths of one machine or hosts of one network do not belong in the tree."""
+    pattern = re.compile("|".join(["/" + "home/", "/" + "root/", "/" + "Users/", "index" + "-url", "find" + "-links"]))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = []
+    for name in tracked.splitlines():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".cfg", ".toml", ".txt", ".yaml", ".json", ".jinja", ""} and path.is_file():
+            found += [f"{name}: {hit.group(0)}" for hit in pattern.finditer(path.read_text(errors="replace"))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import video_ma2mba", ["torch", "transformers", "numpy", "rich"]),
+        ("from video_ma2mba.cli.main import app", ["torch", "transformers", "av"]),
+        (
+            "from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor",
+            ["mamba_ssm", "causal_conv1d", "torchvision", "trl", "peft", "datasets", "lmms_eval", "matplotlib"],
+        ),
+    ],
+    ids=["package", "command", "model"],
+)
+def test_imports_stay_light(statement: str, absent: list[str]):
+    script = f"import sys\n{statement}\nprint([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("first", ["video_ma2mba", "transformers"])
+def test_auto_classes_know_the_package_in_either_import_order(first: str):
+    second = {"video_ma2mba": "transformers", "transformers": "video_ma2mba"}[first]
+    script = (
+        f"import {first}, {second}\n"
+        "from transformers import AutoConfig, AutoModelForImageTextToText\n"
+        "from transformers.pipelines import PIPELINE_REGISTRY\n"
+        "config = AutoConfig.for_model('video_ma2mba')\n"
+        "print(AutoModelForImageTextToText._model_mapping[type(config)].__module__)\n"
+        "print(PIPELINE_REGISTRY.check_task('video-question-answering')[1]['impl'].__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba",
+        "VideoQuestionAnsweringPipeline",
+    ]
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory) -> set[str]:
+    """Names in a wheel built from what Git tracks."""
+    pytest.importorskip("setuptools")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True, cwd=out)
+    (wheel,) = out.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_holds_the_package(wheel_names: set[str]):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = [
+        name
+        for name in tracked.splitlines()
+        if name.split("/")[0] in {"__init__.py", "cli", "trainer", "synthetic", "bundled", *HUB_FOLDERS}
+        and Path(name).suffix in {".py", ".jinja", ".yaml", ".json", ".safetensors"}
+    ]
+    assert [name for name in wanted if f"video_ma2mba/{name}" not in wheel_names] == []
+
+
+def test_wheel_leaves_the_repository_out(wheel_names: set[str]):
+    folders = {name.split("/")[1] for name in wheel_names if name.startswith("video_ma2mba/")}
+    assert not folders & {"tests", "benchmarks", "docs", "examples", "Makefile", ".ci"}
