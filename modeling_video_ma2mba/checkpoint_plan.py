@@ -1,0 +1,105 @@
+"""What Multi-Axis Gradient Checkpointing is asked to do (settings) and what it will do (a plan), as plain values."""
+
+import math
+from dataclasses import dataclass
+
+METHODS = ("multi_axis", "per_layer", "sqrt")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """A cut of the (layer x time) plane into cells.
+
+    Attributes:
+        layers_per_block: layers of one cell (l in the paper).
+        segment_length: tokens of one cell (s in the paper); at least the sequence length means one segment.
+        offload: whether checkpoints (block inputs, border states) live in pinned host memory instead of on the GPU.
+    """
+
+    layers_per_block: int
+    segment_length: int
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("layers_per_block", "segment_length"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field}={value!r} is not valid: it must be an integer of at least 1")
+
+    def blocks(self, layers: int) -> list[range]:
+        """Layer indices of each block, bottom to top."""
+        step = self.layers_per_block
+        return [range(i, min(i + step, layers)) for i in range(0, layers, step)]
+
+    def segments(self, tokens: int) -> list[tuple[int, int]]:
+        """First and past-the-last token of each segment, in time order."""
+        step = self.segment_length
+        return [(i, min(i + step, tokens)) for i in range(0, tokens, step)]
+
+    def __str__(self) -> str:
+        place = "host memory" if self.offload else "the GPU"
+        return f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, checkpoints in {place}"
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What the user asked for; anything left at None is chosen per batch.
+
+    Attributes:
+        method: "multi_axis"; "per_layer" and "sqrt" are the classical plans (whole sequence, every layer or every
+            square root of the number of layers) run by the same engine.
+        segment_length, layers_per_block, offload: fix parts of the plan.
+        memory_budget: GPU bytes the step may use above weights, gradients and optimizer state (a number of bytes, or
+            a text such as "8GB"). None takes what is free when the step starts.
+        host_memory_budget: host bytes for offloaded checkpoints. None takes half of what is free.
+        detect_anomaly: stop at the first value that is not finite and name its segment and layer (slower).
+    """
+
+    method: str = "multi_axis"
+    segment_length: int | None = None
+    layers_per_block: int | None = None
+    offload: bool | None = None
+    memory_budget: int | float | str | None = None
+    host_memory_budget: int | float | str | None = None
+    detect_anomaly: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not valid: use one of {METHODS}")
+        # The plan checks its own fields: a wrong value fails here, not in the first training step.
+        CheckpointPlan(self.layers_per_block or 1, self.segment_length or 1)
+        for field in ("segment_length", "layers_per_block"):
+            if getattr(self, field) == 0:
+                raise ValueError(f"{field}=0 is not valid: it must be an integer of at least 1")
+        for field in ("memory_budget", "host_memory_budget"):
+            parse_bytes(getattr(self, field), field)
+
+    def fixed_plan(self, layers: int, tokens: int) -> CheckpointPlan | None:
+        """The plan when the settings leave nothing to choose, else None."""
+        if self.method == "per_layer":
+            return CheckpointPlan(1, tokens, bool(self.offload))
+        if self.method == "sqrt":
+            return CheckpointPlan(max(1, round(math.sqrt(layers))), tokens, bool(self.offload))
+        if self.segment_length is not None and self.layers_per_block is not None and self.offload is not None:
+            return CheckpointPlan(min(self.layers_per_block, layers), self.segment_length, self.offload)
+        return None
+
+
+def parse_bytes(value: int | float | str | None, field: str) -> int | None:
+    """Bytes from a number or a text such as "80GB" or "8 GiB"."""
+    if value is None:
+        return None
+    number, unit = value, ""
+    if isinstance(value, str):
+        text = value.strip().upper().replace(" ", "")
+        number = text.rstrip("KMGTIB")
+        unit = text[len(number) :]
+    try:
+        result = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise ValueError(f"{field}={value!r} is not a size: write bytes or a text such as '80GB'") from None
+    if not math.isfinite(result) or result <= 0:
+        raise ValueError(f"{field}={value!r} is not valid: it must be a positive size")
+    return int(result)

@@ -1,0 +1,164 @@
+"""Where the checkpoints of a training step wait between forward and backward: on the device, or in host memory.
+
+The host store copies on side streams behind the computation. Its memory is page-locked once, in slabs that are
+reused from step to step; a plain `pin_memory` would round every tensor up to a power of two.
+"""
+
+from collections import deque
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 1 << 30
+_ALIGNMENT = 512
+# Copies in flight before the computation waits for the oldest: bounds the device memory that copies hold.
+_IN_FLIGHT = 3
+
+
+class DeviceStore:
+    """Keeps the tensors themselves."""
+
+    host_bytes = 0
+
+    def __init__(self) -> None:
+        self._items: dict[Hashable, list[Tensor]] = {}
+
+    def put(self, key: Hashable, tensors: list[Tensor]) -> None:
+        self._items[key] = tensors
+
+    def prefetch(self, key: Hashable) -> None:
+        """Nothing to do: the tensors are here."""
+
+    def take(self, key: Hashable) -> list[Tensor]:
+        """Hand the tensors out and forget them."""
+        return self._items.pop(key)
+
+
+class PinnedPool:
+    """Page-locked host memory handed out in pieces, kept between steps, given back by `release`."""
+
+    def __init__(self) -> None:
+        self._slabs: list[Tensor] = []
+        self._free: dict[int, list[Tensor]] = {}
+        self._open: Tensor | None = None
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slab.nbytes for slab in self._slabs)
+
+    def get(self, nbytes: int) -> Tensor:
+        """A page-locked uint8 piece of at least `nbytes`."""
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self._free.get(size):
+            return self._free[size].pop()
+        if self._open is None or self._used + size > self._open.nbytes:
+            if self._open is not None and self._open.nbytes - self._used >= _ALIGNMENT:
+                rest = self._open[self._used :]
+                self._free.setdefault(rest.nbytes, []).append(rest)
+            self._open, self._used = self._new_slab(max(size, SLAB_BYTES)), 0
+        piece = self._open[self._used : self._used + size]
+        self._used += size
+        return piece
+
+    def give_back(self, piece: Tensor) -> None:
+        self._free.setdefault(piece.nbytes, []).append(piece)
+
+    def _new_slab(self, nbytes: int) -> Tensor:
+        slab = torch.empty(nbytes, dtype=torch.uint8)
+        error = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), nbytes, 0)
+        if int(error) != 0:
+            raise MemoryError(
+                f"{nbytes / 1e9:.1f} GB of host memory could not be page-locked for checkpoints (CUDA error "
+                f"{int(error)}); lower host_memory_budget or set offload=False"
+            )
+        self._slabs.append(slab)
+        return slab
+
+    def release(self) -> None:
+        """Unlock and free everything; no piece may be in use."""
+        if self._slabs:
+            torch.cuda.synchronize()
+        for slab in self._slabs:
+            torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+        self.__init__()
+
+    def __del__(self) -> None:
+        try:
+            self.release()
+        except Exception:  # the interpreter or the CUDA context may be going down
+            pass
+
+
+class HostStore:
+    """Keeps the tensors of one device in pinned host memory, behind the same interface as `DeviceStore`."""
+
+    def __init__(self, pool: PinnedPool, device: torch.device) -> None:
+        self._pool = pool
+        self._device = device
+        self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._items: dict[Hashable, tuple[list[tuple[Tensor, Tensor]], torch.cuda.Event]] = {}
+        self._coming: dict[Hashable, tuple[list[Tensor], torch.cuda.Event]] = {}
+        self._leaving: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
+        self.host_bytes = 0
+        self._live = 0
+
+    def put(self, key: Hashable, tensors: list[Tensor]) -> None:
+        """Start copying to the host. The tensors must not be written to afterwards."""
+        compute = torch.cuda.current_stream(self._device)
+        self._out.wait_stream(compute)
+        slots = []
+        with torch.cuda.stream(self._out):
+            for tensor in tensors:
+                piece = self._pool.get(tensor.nbytes)
+                slot = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                slot.copy_(tensor, non_blocking=True)
+                slots.append((piece, slot))
+                self._live += piece.nbytes
+        self.host_bytes = max(self.host_bytes, self._live)
+        done = self._out.record_event()
+        self._items[key] = (slots, done)
+        # A tensor may be freed, and its memory written again by later kernels, only after its copy: the computation
+        # waits for old copies on the device, so neither the host nor the allocator ever has to.
+        self._leaving.append((tensors, done))
+        while len(self._leaving) > _IN_FLIGHT:
+            compute.wait_event(self._leaving.popleft()[1])
+
+    def prefetch(self, key: Hashable) -> None:
+        """Start copying back to the device."""
+        if key in self._coming or key not in self._items:
+            return
+        slots, stored = self._items[key]
+        compute = torch.cuda.current_stream(self._device)
+        arrived = [torch.empty_like(slot, device=self._device) for _, slot in slots]
+        # The new memory may still be read by kernels already queued.
+        self._in.wait_stream(compute)
+        self._in.wait_event(stored)
+        with torch.cuda.stream(self._in):
+            for tensor, (_, slot) in zip(arrived, slots, strict=True):
+                tensor.copy_(slot, non_blocking=True)
+        self._coming[key] = (arrived, self._in.record_event())
+
+    def take(self, key: Hashable) -> list[Tensor]:
+        """Wait, on the device, for the tensors; their host memory becomes free for later copies."""
+        self.prefetch(key)
+        arrived, event = self._coming.pop(key)
+        slots, _ = self._items.pop(key)
+        torch.cuda.current_stream(self._device).wait_event(event)
+        for piece, _ in slots:
+            # Safe: a later copy into this piece runs on the out stream, which first waits for the computation.
+            self._pool.give_back(piece)
+            self._live -= piece.nbytes
+        return arrived
+
+    def finish(self) -> None:
+        """Let go of everything, in the order of the device."""
+        compute = torch.cuda.current_stream(self._device)
+        while self._leaving:
+            compute.wait_event(self._leaving.popleft()[1])
+        for slots, _ in self._items.values():
+            for piece, _ in slots:
+                self._pool.give_back(piece)
+        self._items.clear()
+        self._coming.clear()

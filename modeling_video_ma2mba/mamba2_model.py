@@ -1,0 +1,161 @@
+"""The Mamba-2 language model of Video-Ma2mba, without its head.
+
+Long sequences always run in segments, so no kernel sees more than a bounded number of tokens (full-length calls of
+the public kernels overflow 32-bit offsets beyond about 200k tokens). Legend: B batch, S tokens, D width, L layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .checkpoint_plan import CheckpointSettings
+from .configuration_video_ma2mba import Ma2mbaTextConfig
+from .mamba2_blocks import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
+from .multi_axis_checkpointing import MultiAxisEngine
+from .token_layout import TokenLayout, kept_rows, original_order
+from .video_state import VideoState
+
+
+class Ma2mbaTextModel(PreTrainedModel):
+    """Embedding, L Mamba-2 blocks and the final norm, from state to state."""
+
+    config_class = Ma2mbaTextConfig
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Ma2mbaBlock"]
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}
+
+    def __init__(self, config: Ma2mbaTextConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Ma2mbaBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm_f = Ma2mbaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.prefill_segment_length = 4096
+        self.engine = MultiAxisEngine()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "dt_bias"):
+            init_mixer_(module, self.config, init)
+        elif module is self.embeddings:
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif hasattr(module, "eps") and hasattr(module, "weight"):
+            init.ones_(module.weight)
+
+    def set_checkpointing(self, enabled: bool, **settings: Any) -> None:
+        """Turn Multi-Axis Gradient Checkpointing on or off; `settings` are the fields of `CheckpointSettings`."""
+        self.engine.configure(CheckpointSettings(**settings) if enabled else None)
+        self.gradient_checkpointing = enabled
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Data type of the residual stream."""
+        own = self.norm_f.weight.dtype
+        return torch.promote_types(own, torch.float32) if self.config.residual_in_fp32 else own
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: VideoState | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        output_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens from a state.
+
+        Args:
+            input_ids: (B, S), or inputs_embeds: (B, S, D); the latter may live on the CPU while the model is on a GPU.
+            attention_mask: (B, at least S), 1 on real tokens; padding on either side never touches the state.
+            past_key_values: the state to start from (updated in place), or None for the beginning.
+            use_cache: return the state after the last token. Default: on, but off in training.
+            seq_idx: (B, S) numbers of packed samples, 0, 1, 2, … along each row; the state restarts at each change.
+            output_positions: (B, S) bool, the positions whose hidden states are wanted; the others are never kept.
+
+        Returns:
+            `last_hidden_state`: (B, S, D), or (number of wanted positions, D) in row-major order; `past_key_values`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        batch, tokens = inputs_embeds.shape[:2]
+        if tokens == 0:
+            raise ValueError("the sequence is empty: give at least one token")
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recompute and use_cache:
+            raise ValueError("use_cache=True cannot be combined with gradient checkpointing: pass use_cache=False")
+        use_cache = not self.training if use_cache is None else use_cache
+        if past_key_values is not None:
+            past_key_values.check_fits(self.config)
+            if past_key_values.batch_size != batch:
+                raise ValueError(f"the state holds {past_key_values.batch_size} rows, the input {batch}")
+        if output_positions is not None and output_positions.shape != (batch, tokens):
+            raise ValueError(f"output_positions must be ({batch}, {tokens}), not {tuple(output_positions.shape)}")
+
+        layout = TokenLayout.of(attention_mask, tokens, seq_idx)
+        x = layout.arrange(inputs_embeds)
+        keep = kept_rows(output_positions, layout)
+        if recompute:
+            hidden, conv, ssm = self.engine.run(self, x, past_key_values, layout, keep)
+        else:
+            hidden, conv, ssm = self._run_segments(x, past_key_values, layout, keep)
+        if keep is None:
+            hidden = layout.restore(hidden)
+        elif (order := original_order(output_positions, layout)) is not None:
+            hidden = hidden[order]
+
+        state = past_key_values
+        if use_cache:
+            if state is None:
+                state = VideoState(conv, ssm)
+                state.seen_tokens = tokens
+            else:
+                state.update(conv, ssm, tokens)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=state if use_cache else None)
+
+    def _run_segments(
+        self, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers over one segment after the other; plain autograd when gradients are on.
+
+        Returns hidden states (B, S, D) or (kept, D), conv (L, B, C, W-1) and ssm (L, B, H, P, N).
+        """
+        batch, tokens = x.shape[:2]
+        device, own = self.norm_f.weight.device, self.norm_f.weight.dtype
+        layers = len(self.layers)
+        conv = [None] * layers if state is None else list(state.conv)
+        ssm = [None] * layers if state is None else list(state.ssm)
+        pieces, rows = [], []
+        for start in range(0, tokens, self.prefill_segment_length):
+            stop = min(start + self.prefill_segment_length, tokens)
+            lengths, seq_idx = layout.segment(start, stop)
+            segment = x[:, start:stop].to(device, self.stream_dtype)
+            segment, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx)
+            if keep is not None:
+                row, column = keep[:, start:stop].nonzero(as_tuple=True)
+                rows.append(row * tokens + column + start)
+                segment = segment[row, column].unsqueeze(0)
+            pieces.append(self.norm_f(segment, None, own)[0])
+        hidden = torch.cat(pieces, dim=1)
+        if keep is not None:
+            hidden = hidden[0]
+            if batch > 1:  # segments come one after the other, the result is row after row
+                hidden = hidden[torch.cat(rows).argsort()]
+        return hidden, torch.stack(conv), torch.stack(ssm)

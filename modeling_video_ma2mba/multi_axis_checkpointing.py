@@ -1,0 +1,386 @@
+"""Multi-Axis Gradient Checkpointing: exact gradients of a Mamba-2 stack, cell by cell of the (layer x time) plane.
+
+After section 3.2 of arXiv 2411.19460: the stack is cut every `layers_per_block` layers and every `segment_length`
+tokens; forward keeps only the inputs of the cells (one residual tensor, and each layer's border state), backward
+recomputes one cell at a time. What differs from the paper and its reference code:
+
+- The whole stack is one autograd function with the parameters as inputs. Their gradients are summed over segments in
+  fp32 and handed to autograd once, so hooks of DDP, ZeRO and FSDP fire once and 16-bit sums lose nothing.
+- Gradients of SSM states stay in fp32 across borders.
+- Forward runs segment by segment, so nothing of full length exists but what the plan stores. Backward runs block by
+  block, so fp32 sums exist for one block only; the gradient at a block's input takes the place of its checkpoint.
+- Checkpoints may wait in pinned host memory (`checkpoint_store`).
+
+Legend: B batch, S tokens, D width, L layers, C conv channels, W conv width, H heads, P head width, N state size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint_plan import CheckpointPlan, CheckpointSettings
+from .checkpoint_store import DeviceStore, HostStore, PinnedPool
+from .mamba2_blocks import run_blocks
+from .memory_planner import choose_plan, out_of_memory_message
+from .token_layout import TokenLayout
+
+
+class MultiAxisEngine:
+    """Runs a stack with recomputation; holds what lives from step to step (settings, page-locked memory)."""
+
+    def __init__(self) -> None:
+        self.settings: CheckpointSettings | None = None
+        self.last_plan: CheckpointPlan | None = None
+        self.last_host_bytes = 0
+        self._pool = PinnedPool()
+
+    def configure(self, settings: CheckpointSettings | None) -> None:
+        """Set what the user asked for; None turns the engine off and gives its host memory back."""
+        self.settings = settings
+        if settings is None:
+            self._pool.release()
+
+    def __deepcopy__(self, memo: dict) -> "MultiAxisEngine":
+        copy = MultiAxisEngine()
+        copy.settings = self.settings
+        return copy
+
+    def __getstate__(self) -> dict:
+        return {"settings": self.settings}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
+        self.settings = state["settings"]
+
+    def store_for(self, plan: CheckpointPlan, device: torch.device) -> DeviceStore | HostStore:
+        if plan.offload and device.type == "cuda":
+            return HostStore(self._pool, device)
+        return DeviceStore()
+
+    def run(
+        self, model: nn.Module, x: Tensor, state: Any, layout: TokenLayout, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stack of `model` (a `Ma2mbaTextModel`) over x (B, S, D), on any device; a backward of exact gradients.
+
+        Returns normed hidden states (B, S, D) or (kept, D) on x's device, conv (L, B, C, W-1), ssm (L, B, H, P, N).
+        """
+        _refuse_sharded_layers(model)
+        plan = choose_plan(self.settings, model, x, keep)
+        self.last_plan = plan
+        work = _StackRun(self, model, plan, layout, keep, x)
+        conv = None if state is None else state.conv
+        ssm = None if state is None else state.ssm
+        return _Stack.apply(work, x, conv, ssm, *work.parameters)
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, work: "_StackRun", x: Tensor, conv: Tensor | None, ssm: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.work = work
+        ctx.save_for_backward(x, conv, ssm)
+        ctx.set_materialize_grads(False)
+        with work.explain_out_of_memory("forward"):
+            return work.forward(x, conv, ssm)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dconv: Tensor | None, dssm: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, conv, ssm = ctx.saved_tensors
+        work: _StackRun = ctx.work
+        if work.spent:
+            raise RuntimeError("the gradients of this forward pass were already computed; its checkpoints are gone")
+        work.spent = True
+        with work.explain_out_of_memory("backward"):
+            return None, *work.backward(x, conv, ssm, dout, dconv, dssm, ctx.needs_input_grad[1:4])
+
+
+class _StackRun:
+    """One forward and backward of the stack under one plan."""
+
+    def __init__(
+        self,
+        engine: MultiAxisEngine,
+        model: nn.Module,
+        plan: CheckpointPlan,
+        layout: TokenLayout,
+        keep: Tensor | None,
+        x: Tensor,
+    ) -> None:
+        self.engine, self.model, self.plan, self.layout = engine, model, plan, layout
+        self.layers = model.layers
+        self.norm = model.norm_f
+        self.device = model.norm_f.weight.device
+        self.segments = plan.segments(x.shape[1])
+        self.blocks = plan.blocks(len(self.layers))
+        self.keep = None if keep is None else keep.to(self.device)
+        self.parameters = [p for block in range(len(self.blocks)) for _, p in self.block_parameters(block)]
+        self.store = engine.store_for(plan, self.device)
+        self.spent = False
+        kind = self.device.type
+        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        self.random = any(
+            isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.layers.modules()
+        )
+        self.random_states: dict[tuple[int, int], Any] = {}
+
+    # ----------------------------------------------------------------------------------------------- cells
+    def block_parameters(self, block: int) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters of a block, in a fixed order; the final norm belongs to the last block."""
+        modules = [self.layers[i] for i in self.blocks[block]]
+        if block == len(self.blocks) - 1:
+            modules.append(self.norm)
+        found = {id(p): (name, p) for m in modules for name, p in m.named_parameters() if p.requires_grad}
+        return list(found.values())
+
+    def run_cell(
+        self, block: int, segment: int, x: Tensor, conv: list[Tensor | None], ssm: list[Tensor | None]
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """One cell: stream (B, s, D) and the block's states in; stream, or normed output of the last block, out."""
+        lengths, seq_idx = self.layout.segment(*self.segments[segment])
+        layers = [self.layers[i] for i in self.blocks[block]]
+        y, conv, ssm = run_blocks(layers, x, conv, ssm, lengths, seq_idx)
+        if self.engine.settings.detect_anomaly and not bool(torch.isfinite(y).all()):
+            raise FloatingPointError(self.name_bad_layer(block, segment, x, conv, ssm))
+        if block < len(self.blocks) - 1:
+            return y, conv, ssm
+        if self.keep is not None:
+            start, stop = self.segments[segment]
+            y = y[self.keep[:, start:stop]].unsqueeze(0)
+            if y.shape[1] == 0:
+                return None, conv, ssm
+        return self.norm(y, None, self.norm.weight.dtype)[0], conv, ssm
+
+    def name_bad_layer(self, block: int, segment: int, x: Tensor, conv: list, ssm: list) -> str:
+        start, stop = self.segments[segment]
+        where = f"tokens {start} to {stop - 1} (segment {segment})"
+        if not bool(torch.isfinite(x).all()):
+            return f"values that are not finite enter layer {self.blocks[block][0]} at {where}"
+        for offset, (c, s) in enumerate(zip(conv, ssm, strict=True)):
+            if not bool(torch.isfinite(c).all() and torch.isfinite(s).all()):
+                return f"layer {self.blocks[block][offset]} produces values that are not finite at {where}"
+        return f"layer {self.blocks[block][-1]} produces values that are not finite at {where}"
+
+    @contextlib.contextmanager
+    def same_randomness(self, cell: tuple[int, int], replay: bool) -> Iterator[None]:
+        """Remember the random state of a cell's first run; put it back for its recomputation. Off without dropout."""
+        if not self.random:
+            yield
+            return
+        cuda = self.device.type == "cuda"
+        if not replay:
+            gpu = torch.cuda.get_rng_state(self.device) if cuda else None
+            self.random_states[cell] = (torch.get_rng_state(), gpu)
+            yield
+            return
+        with torch.random.fork_rng([self.device] if cuda else []):
+            cpu, gpu = self.random_states[cell]
+            torch.set_rng_state(cpu)
+            if cuda:
+                torch.cuda.set_rng_state(gpu, self.device)
+            yield
+
+    # --------------------------------------------------------------------------------------------- forward
+    def forward(self, x: Tensor, conv: Tensor | None, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        layers, last = len(self.layers), len(self.blocks) - 1
+        convs: list[Tensor | None] = [None] * layers if conv is None else list(conv)
+        ssms: list[Tensor | None] = [None] * layers if ssm is None else list(ssm)
+        out = None
+        if self.keep is None:
+            out = torch.empty(x.shape, dtype=self.norm.weight.dtype, device=x.device, pin_memory=_pinned(x))
+        kept: list[Tensor] = []
+        for i, (start, stop) in enumerate(self.segments):
+            h = x[:, start:stop].to(self.device, self.model.stream_dtype, non_blocking=True)
+            for j, block in enumerate(self.blocks):
+                if j > 0:
+                    self.store.put(("x", j, i), [h])
+                own_conv, own_ssm = [convs[n] for n in block], [ssms[n] for n in block]
+                if i > 0:
+                    self.store.put(("state", j, i), own_conv + own_ssm)
+                with self.same_randomness((j, i), replay=False):
+                    h, own_conv, own_ssm = self.run_cell(j, i, h, own_conv, own_ssm)
+                for n, c, s in zip(block, own_conv, own_ssm, strict=True):
+                    convs[n], ssms[n] = c, s
+            if self.keep is None:
+                out[:, start:stop].copy_(h, non_blocking=True)
+            elif h is not None:
+                kept.append(h[0])
+        if self.keep is not None:
+            width = self.norm.weight.shape[0]
+            out = torch.cat(kept) if kept else torch.empty(0, width, dtype=self.norm.weight.dtype, device=self.device)
+            out = out[self.row_order().argsort()] if self.keep.shape[0] > 1 else out
+        self.engine.last_host_bytes = self.store.host_bytes
+        return out, torch.stack(convs), torch.stack(ssms)
+
+    def row_order(self) -> Tensor:
+        """Row-major rank of the kept positions in the order the segments produce them."""
+        rank = torch.zeros(self.keep.shape, dtype=torch.int64, device=self.device)
+        rank[self.keep] = torch.arange(int(self.keep.sum()), device=self.device)
+        return torch.cat([rank[:, a:b][self.keep[:, a:b]] for a, b in self.segments])
+
+    # -------------------------------------------------------------------------------------------- backward
+    def backward(
+        self,
+        x: Tensor,
+        conv: Tensor | None,
+        ssm: Tensor | None,
+        dout: Tensor | None,
+        dconv: Tensor | None,
+        dssm: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> list[Tensor | None]:
+        """Gradients of x, conv, ssm and every parameter, in the order of the inputs of `_Stack`."""
+        needs_x, needs_conv, needs_ssm = needs
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, pin_memory=_pinned(x)) if needs_x else None
+        douts = self.split_output_gradient(dout)
+        dconvs = [None] * len(self.layers) if dconv is None else list(dconv)
+        dssms = [None] * len(self.layers) if dssm is None else list(dssm)
+        # Blocks below the lowest thing that wants a gradient are not visited.
+        lowest = 0 if any(needs) else min((j for j in range(len(self.blocks)) if self.block_parameters(j)), default=0)
+        grads: dict[int, list[Tensor | None]] = {}
+        direct: Tensor | None = None  # gradient between two blocks when there is only one segment
+        order = [(j, i) for j in reversed(range(lowest, len(self.blocks))) for i in reversed(range(len(self.segments)))]
+        for position, (j, i) in enumerate(order):
+            if position + 1 < len(order):
+                self.prefetch(*order[position + 1])
+            start, stop = self.segments[i]
+            block = self.blocks[j]
+            h = self.store.take(("x", j, i))[0] if j > 0 else x[:, start:stop].to(self.device, non_blocking=True)
+            if i > 0:
+                states = self.store.take(("state", j, i))
+            else:
+                states = [None if t is None else t[n] for t in (conv, ssm) for n in block]
+            if j == len(self.blocks) - 1:
+                dh = douts[i]
+            else:
+                dh = direct if len(self.segments) == 1 else self.store.take(("dx", j, i))[0]
+            dstates = [dconvs[n] for n in block] + [dssms[n] for n in block]
+            dh, dstates, parameter_grads = self.backward_cell(j, i, h, states, dh, dstates)
+            for k, n in enumerate(block):
+                dconvs[n], dssms[n] = dstates[k], dstates[k + len(block)]
+            grads[j] = _accumulate(grads.get(j), parameter_grads)
+            if j == 0 and needs_x:
+                dx[:, start:stop].copy_(dh, non_blocking=True)
+            elif j > lowest and len(self.segments) > 1:
+                self.store.put(("dx", j - 1, i), [dh])
+            direct = dh
+            if i == 0:
+                grads[j] = _as_parameters(grads[j], [p for _, p in self.block_parameters(j)])
+        if isinstance(self.store, HostStore):
+            self.store.finish()
+        _wait_for_host_copies(dx, self.device)
+        parameter_grads = [g for j in range(len(self.blocks)) for g in grads.get(j, [None] * len(self.block_parameters(j)))]
+        return [
+            dx,
+            _stack_or_zeros(dconvs, conv) if needs_conv else None,
+            _stack_or_zeros(dssms, ssm) if needs_ssm else None,
+            *parameter_grads,
+        ]
+
+    def prefetch(self, j: int, i: int) -> None:
+        for kind in ("x", "state", "dx"):
+            self.store.prefetch((kind, j, i))
+
+    def split_output_gradient(self, dout: Tensor | None) -> list[Tensor | None]:
+        """The part of the output's gradient that belongs to each segment, None where nothing was kept."""
+        if dout is None:
+            return [None] * len(self.segments)
+        if self.keep is None:
+            return [dout[:, a:b] for a, b in self.segments]
+        if self.keep.shape[0] > 1:
+            dout = dout[self.row_order()]
+        counts = [int(self.keep[:, a:b].sum()) for a, b in self.segments]
+        return [part.unsqueeze(0) if n else None for n, part in zip(counts, dout.split(counts), strict=True)]
+
+    def backward_cell(
+        self, j: int, i: int, h: Tensor, states: list[Tensor | None], dout: Tensor | None, dstates: list[Tensor | None]
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+        """Recompute one cell and run its backward: gradients of stream, states and trainable parameters."""
+        half = len(states) // 2
+        h = h.detach().to(self.model.stream_dtype).requires_grad_()
+        states = [None if s is None else s.detach().requires_grad_() for s in states]
+        kind = self.device.type
+        with (
+            torch.enable_grad(),
+            torch.autocast(kind, enabled=self.autocast[0], dtype=self.autocast[1]),
+            self.same_randomness((j, i), replay=True),
+        ):
+            y, conv, ssm = self.run_cell(j, i, h, states[:half], states[half:])
+        outputs, gradients = [], []
+        for value, gradient in zip([y, *conv, *ssm], [dout, *dstates], strict=True):
+            if value is not None and gradient is not None:
+                outputs.append(value)
+                gradients.append(gradient.to(value.device, value.dtype, non_blocking=True))
+        parameters = [p for _, p in self.block_parameters(j)]
+        wanted = [h, *(s for s in states if s is not None), *parameters]
+        if outputs:
+            results = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        else:
+            results = [None] * len(wanted)
+        dh = results.pop(0)
+        dh = torch.zeros_like(h) if dh is None else dh
+        return dh, [None if s is None else results.pop(0) for s in states], results
+
+    @contextlib.contextmanager
+    def explain_out_of_memory(self, phase: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                out_of_memory_message(self.plan, self.model, self.segments[-1][1], phase, error)
+            ) from error
+        except BaseException:
+            if isinstance(self.store, HostStore):
+                self.store.finish()
+            raise
+
+
+def _accumulate(sums: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
+    """Add a segment's parameter gradients, in fp32 for 16-bit parameters."""
+    if sums is None:
+        return new
+    result = []
+    for total, gradient in zip(sums, new, strict=True):
+        if total is None or gradient is None:
+            result.append(gradient if total is None else total)
+            continue
+        wide = torch.promote_types(total.dtype, torch.float32)
+        total = total if total.dtype == wide else total.to(wide)
+        result.append(total.add_(gradient))
+    return result
+
+
+def _as_parameters(sums: list[Tensor | None], parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    return [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+
+
+def _stack_or_zeros(gradients: list[Tensor | None], like: Tensor) -> Tensor:
+    shape = like.shape[1:]
+    filled = [torch.zeros(shape, dtype=like.dtype, device=like.device) if g is None else g for g in gradients]
+    return torch.stack([g.to(like.device, like.dtype) for g in filled])
+
+
+def _pinned(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.cuda.is_available() and x.is_pinned()
+
+
+def _wait_for_host_copies(dx: Tensor | None, device: torch.device) -> None:
+    """A gradient that lives on the host is read by host code next, which knows nothing of CUDA streams."""
+    if dx is not None and dx.device != device and device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _refuse_sharded_layers(model: nn.Module) -> None:
+    """FSDP units inside the stack would swap parameters under the engine's feet and lose gradients."""
+    for name, module in model.layers.named_modules():
+        if name and "FSDP" in type(module).__name__:
+            raise ValueError(
+                f"layer {name.split('.')[0]} is its own FSDP unit; with multi-axis checkpointing wrap the whole language "
+                "model as one unit, e.g. fully_shard(model.model.language_model)"
+            )

@@ -1,0 +1,144 @@
+"""What a Mamba-2 model remembers: a state of constant size, whatever the length of what it has read.
+
+Legend: L layers, B batch, C conv channels, W conv width, H heads, P head width, N state size.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+
+class VideoState:
+    """Everything the language model carries from token to token; also the `past_key_values` of `generate()`.
+
+    Attributes:
+        conv: (L, B, C, W-1) last raw inputs of each layer's convolution, in the model's dtype.
+        ssm: (L, B, H, P, N) SSM states, fp32 (fp64 in fp64 models).
+        seen_tokens: tokens read so far, padding included.
+        metadata: what produced the state (strings), kept in its file.
+    """
+
+    # Read by transformers' generate(): no automatic compilation, no cutting of past tokens.
+    is_compileable = False
+    is_croppable = False
+    is_initialized = True
+    is_sliding = ()
+
+    def __init__(self, conv: Tensor, ssm: Tensor, seen_tokens: int = 0, metadata: Mapping[str, str] | None = None):
+        if conv.ndim != 4 or ssm.ndim != 5 or conv.shape[:2] != ssm.shape[:2]:
+            raise ValueError(
+                f"a state needs conv (L, B, C, W-1) and ssm (L, B, H, P, N), not {tuple(conv.shape)} and "
+                f"{tuple(ssm.shape)}"
+            )
+        self.conv = conv
+        self.ssm = ssm
+        self.seen_tokens = seen_tokens
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def zeros(
+        cls, config: Any, batch: int = 1, device: Any = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "VideoState":
+        """The state before the first token, for a `Ma2mbaTextConfig`."""
+        layers = config.num_hidden_layers
+        conv = torch.zeros(layers, batch, config.conv_dim, config.conv_kernel - 1, device=device, dtype=dtype)
+        work = torch.promote_types(dtype, torch.float32)
+        ssm_shape = (layers, batch, config.num_heads, config.head_dim, config.state_size)
+        return cls(conv, torch.zeros(ssm_shape, device=device, dtype=work))
+
+    @property
+    def batch_size(self) -> int:
+        return self.conv.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors: the same after a second of video and after a day."""
+        return self.conv.nbytes + self.ssm.nbytes
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far (transformers' cache interface)."""
+        return self.seen_tokens
+
+    def update(self, conv: Tensor, ssm: Tensor, new_tokens: int) -> None:
+        """Take over the state after `new_tokens` more tokens."""
+        self.conv, self.ssm = conv, ssm
+        self.seen_tokens += new_tokens
+
+    def fork(self) -> "VideoState":
+        """An independent copy: asking one question does not disturb the next."""
+        return VideoState(self.conv.clone(), self.ssm.clone(), self.seen_tokens, self.metadata)
+
+    def to(self, device: Any) -> "VideoState":
+        """The same state on another device."""
+        return VideoState(self.conv.to(device), self.ssm.to(device), self.seen_tokens, self.metadata)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row b continues from row beam_idx[b]."""
+        index = beam_idx.to(self.conv.device)
+        self.conv, self.ssm = self.conv.index_select(1, index), self.ssm.index_select(1, index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times in a row, for beams and several samples of one prompt."""
+        self.conv = self.conv.repeat_interleave(repeats, dim=1)
+        self.ssm = self.ssm.repeat_interleave(repeats, dim=1)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`."""
+        self.reorder_cache(indices)
+
+    def check_fits(self, config: Any) -> None:
+        """ValueError unless the state has the sizes of a model with this `Ma2mbaTextConfig`."""
+        expected_conv = (config.num_hidden_layers, config.conv_dim, config.conv_kernel - 1)
+        expected_ssm = (config.num_hidden_layers, config.num_heads, config.head_dim, config.state_size)
+        found_conv = (self.conv.shape[0], *self.conv.shape[2:])
+        found_ssm = (self.ssm.shape[0], *self.ssm.shape[2:])
+        if found_conv != expected_conv or found_ssm != expected_ssm:
+            raise ValueError(
+                f"the state belongs to another model: its sizes are {found_conv} and {found_ssm}, this model's are "
+                f"{expected_conv} and {expected_ssm}"
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file; complete or not at all."""
+        from safetensors.torch import save_file
+
+        tensors = {"conv": self.conv.detach().cpu().contiguous(), "ssm": self.ssm.detach().cpu().contiguous()}
+        facts = {"format_version": str(FORMAT_VERSION), "seen_tokens": str(self.seen_tokens)}
+        facts["metadata"] = json.dumps(self.metadata)
+        temporary = f"{os.fspath(path)}.part"
+        try:
+            save_file(tensors, temporary, metadata=facts)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "VideoState":
+        """Read a file written by `save`. ValueError when it is damaged or not a state."""
+        from safetensors import SafetensorError, safe_open
+
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no state file {os.fspath(path)!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a readable state file: {error}") from error
+        if facts.get("format_version") != str(FORMAT_VERSION) or tensors.keys() != {"conv", "ssm"}:
+            raise ValueError(f"{os.fspath(path)!r} is not a video state of format version {FORMAT_VERSION}")
+        try:
+            seen, metadata = int(facts["seen_tokens"]), json.loads(facts["metadata"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{os.fspath(path)!r} holds values that are not finite in {name!r}")
+        return cls(tensors["conv"], tensors["ssm"], seen, metadata)
