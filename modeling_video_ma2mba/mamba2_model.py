@@ -95,40 +95,60 @@ class Ma2mbaTextModel(PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids)
-        batch, tokens = inputs_embeds.shape[:2]
+        tokens = inputs_embeds.shape[1]
         if tokens == 0:
             raise ValueError("the sequence is empty: give at least one token")
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if recompute and use_cache:
+        if use_cache and self.recomputes:
             raise ValueError("use_cache=True cannot be combined with gradient checkpointing: pass use_cache=False")
         use_cache = not self.training if use_cache is None else use_cache
-        if past_key_values is not None:
-            past_key_values.check_fits(self.config)
-            if past_key_values.batch_size != batch:
-                raise ValueError(f"the state holds {past_key_values.batch_size} rows, the input {batch}")
+        hidden, conv, ssm = self.scan(inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions)
+        state = past_key_values
+        if use_cache:
+            if state is None:
+                state = VideoState(conv, ssm, tokens)
+            else:
+                state.update(conv, ssm, tokens)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=state if use_cache else None)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a forward pass now would checkpoint: switched on, in training, gradients wanted."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def scan(
+        self,
+        inputs_embeds: Tensor,
+        state: VideoState | None = None,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        output_positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiable from state to state, with or without checkpointing: truncated backpropagation through time
+        cuts wherever it likes. Arguments as in `forward`.
+
+        Returns:
+            hidden states (B, S, D) or (wanted, D), conv (L, B, C, W-1), ssm (L, B, H, P, N); gradients flow from all
+            three to the inputs, the parameters and the given state's tensors.
+        """
+        batch, tokens = inputs_embeds.shape[:2]
+        if state is not None:
+            state.check_fits(self.config)
+            if state.batch_size != batch:
+                raise ValueError(f"the state holds {state.batch_size} rows, the input {batch}")
         if output_positions is not None and output_positions.shape != (batch, tokens):
             raise ValueError(f"output_positions must be ({batch}, {tokens}), not {tuple(output_positions.shape)}")
-
         layout = TokenLayout.of(attention_mask, tokens, seq_idx)
         x = layout.arrange(inputs_embeds)
         keep = kept_rows(output_positions, layout)
-        if recompute:
-            hidden, conv, ssm = self.engine.run(self, x, past_key_values, layout, keep)
+        if self.recomputes:
+            hidden, conv, ssm = self.engine.run(self, x, state, layout, keep)
         else:
-            hidden, conv, ssm = self._run_segments(x, past_key_values, layout, keep)
+            hidden, conv, ssm = self._run_segments(x, state, layout, keep)
         if keep is None:
             hidden = layout.restore(hidden)
         elif (order := original_order(output_positions, layout)) is not None:
             hidden = hidden[order]
-
-        state = past_key_values
-        if use_cache:
-            if state is None:
-                state = VideoState(conv, ssm)
-                state.seen_tokens = tokens
-            else:
-                state.update(conv, ssm, tokens)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=state if use_cache else None)
+        return hidden, conv, ssm
 
     def _run_segments(
         self, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
@@ -145,7 +165,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         pieces, rows = [], []
         for start in range(0, tokens, self.prefill_segment_length):
             stop = min(start + self.prefill_segment_length, tokens)
-            lengths, seq_idx = layout.segment(start, stop)
+            lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
             segment = x[:, start:stop].to(device, self.stream_dtype)
             segment, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx)
             if keep is not None:

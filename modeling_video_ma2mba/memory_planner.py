@@ -20,9 +20,7 @@ def choose_plan(settings: CheckpointSettings, model: nn.Module, x: Tensor, keep:
     return CheckpointPlan(min(settings.layers_per_block or 4, layers), segment, offload)
 
 
-def out_of_memory_message(
-    plan: CheckpointPlan, model: nn.Module, tokens: int, phase: str, error: Any
-) -> str:
+def out_of_memory_message(plan: CheckpointPlan, model: nn.Module, tokens: int, phase: str, error: Any) -> str:
     """What to tell a user whose step ran out of GPU memory."""
     smaller = CheckpointPlan(plan.layers_per_block, max(256, plan.segment_length // 2), True)
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0

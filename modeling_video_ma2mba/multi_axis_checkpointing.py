@@ -143,7 +143,7 @@ class _StackRun:
         self, block: int, segment: int, x: Tensor, conv: list[Tensor | None], ssm: list[Tensor | None]
     ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
         """One cell: stream (B, s, D) and the block's states in; stream, or normed output of the last block, out."""
-        lengths, seq_idx = self.layout.segment(*self.segments[segment])
+        lengths, seq_idx = self.layout.segment(*self.segments[segment], self.model.config.conv_kernel - 1)
         layers = [self.layers[i] for i in self.blocks[block]]
         y, conv, ssm = run_blocks(layers, x, conv, ssm, lengths, seq_idx)
         if self.engine.settings.detect_anomaly and not bool(torch.isfinite(y).all()):
@@ -245,7 +245,9 @@ class _StackRun:
         lowest = 0 if any(needs) else min((j for j in range(len(self.blocks)) if self.block_parameters(j)), default=0)
         grads: dict[int, list[Tensor | None]] = {}
         direct: Tensor | None = None  # gradient between two blocks when there is only one segment
-        order = [(j, i) for j in reversed(range(lowest, len(self.blocks))) for i in reversed(range(len(self.segments)))]
+        order = [
+            (j, i) for j in reversed(range(lowest, len(self.blocks))) for i in reversed(range(len(self.segments)))
+        ]
         for position, (j, i) in enumerate(order):
             if position + 1 < len(order):
                 self.prefetch(*order[position + 1])
@@ -275,7 +277,9 @@ class _StackRun:
         if isinstance(self.store, HostStore):
             self.store.finish()
         _wait_for_host_copies(dx, self.device)
-        parameter_grads = [g for j in range(len(self.blocks)) for g in grads.get(j, [None] * len(self.block_parameters(j)))]
+        parameter_grads = [
+            g for j in range(len(self.blocks)) for g in grads.get(j, [None] * len(self.block_parameters(j)))
+        ]
         return [
             dx,
             _stack_or_zeros(dconvs, conv) if needs_conv else None,

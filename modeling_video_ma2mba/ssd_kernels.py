@@ -55,9 +55,7 @@ def mixer_core_kernels(
     if conv_state is None:
         conv_state = zxbcdt.new_zeros(batch, shape.conv_dim, shape.conv_kernel - 1)
     if ssm_state is None:
-        ssm_state = zxbcdt.new_zeros(
-            batch, shape.num_heads, shape.head_dim, shape.state_size, dtype=torch.float32
-        )
+        ssm_state = zxbcdt.new_zeros(batch, shape.num_heads, shape.head_dim, shape.state_size, dtype=torch.float32)
     if lengths is not None:
         padded = torch.arange(tokens, device=zxbcdt.device) >= lengths[:, None]
         z_xbc, dt = zxbcdt.split([shape.inner + shape.conv_dim, shape.num_heads], dim=-1)
@@ -70,7 +68,9 @@ def mixer_core_kernels(
         D.float(),
         norm_weight.to(dtype),
     )
-    return _MixerCore.apply(zxbcdt.contiguous(), *weights, conv_state.to(dtype), ssm_state.float(), shape, lengths, seq_idx)
+    return _MixerCore.apply(
+        zxbcdt.contiguous(), *weights, conv_state.to(dtype), ssm_state.float(), shape, lengths, seq_idx
+    )
 
 
 class _MixerCore(torch.autograd.Function):
@@ -96,8 +96,9 @@ class _MixerCore(torch.autograd.Function):
         batch, tokens, _ = zxbcdt.shape
         z, xbc_raw, dt = zxbcdt.split([shape.inner, shape.conv_dim, shape.num_heads], dim=-1)
         a = -torch.exp(A_log)
-        ids = _contiguous(seq_idx)
-        xbc = _conv_forward(xbc_raw, conv_weight, conv_bias, conv_state, ids)
+        halo_ids = _contiguous(seq_idx)
+        ids = None if seq_idx is None else _contiguous(seq_idx[:, shape.conv_kernel - 1 :])
+        xbc = _conv_forward(xbc_raw, conv_weight, conv_bias, conv_state, halo_ids)
         x, b, c = _heads(xbc, shape)
         scanned, _, _, _, _, new_ssm_state = _mamba_chunk_scan_combined_fwd(
             x, dt, a, b, c, chunk_size=shape.chunk_size, D=D, dt_bias=dt_bias, initial_states=ssm_state,
@@ -111,7 +112,7 @@ class _MixerCore(torch.autograd.Function):
         new_conv_state = _last_raw_rows(xbc_raw, tail, shape.conv_kernel - 1, lengths)
         ctx.save_for_backward(
             zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, ssm_state,
-            lengths, ids, scanned, rstd,
+            lengths, halo_ids, ids, scanned, rstd,
         )  # fmt: skip
         ctx.shape = shape
         ctx.set_materialize_grads(False)
@@ -123,8 +124,8 @@ class _MixerCore(torch.autograd.Function):
         from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_bwd
 
         shape: MixerShape = ctx.shape
-        (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, ssm_state, lengths, ids, scanned,
-         rstd) = ctx.saved_tensors  # fmt: skip
+        (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, ssm_state, lengths, halo_ids, ids,
+         scanned, rstd) = ctx.saved_tensors  # fmt: skip
         batch, tokens, _ = zxbcdt.shape
         if dy is None:  # only a state was used
             dy = zxbcdt.new_zeros(batch, tokens, shape.inner)
@@ -133,7 +134,7 @@ class _MixerCore(torch.autograd.Function):
         grad = torch.empty_like(zxbcdt)
         dz, dxbc_raw, ddt = grad.split(sizes, dim=-1)
         # The convolution is recomputed: cheaper than keeping its output.
-        xbc = _conv_forward(xbc_raw, conv_weight, conv_bias, conv_state, ids)
+        xbc = _conv_forward(xbc_raw, conv_weight, conv_bias, conv_state, halo_ids)
         x, b, c = _heads(xbc, shape)
         a = -torch.exp(A_log)
 
@@ -149,7 +150,7 @@ class _MixerCore(torch.autograd.Function):
             dx, db, dc, ddt,
         )  # fmt: skip
         dconv_weight, dconv_bias, dconv_in = _conv_backward(
-            xbc_raw, conv_weight, conv_bias, conv_state, ids, dxbc, dxbc_raw
+            xbc_raw, conv_weight, conv_bias, conv_state, halo_ids, dxbc, dxbc_raw
         )
         if dconv_out is not None:
             _add_tail_gradient(dconv_out, dxbc_raw, dconv_in, lengths)
@@ -177,26 +178,21 @@ def _channels_last(x: Tensor) -> Tensor:
     return (x if x.stride(1) % 8 == 0 and x.stride(2) == 1 else x.contiguous()).transpose(1, 2)
 
 
-def _conv_forward(
-    xbc: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None
-) -> Tensor:
+def _conv_forward(xbc: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None) -> Tensor:
     from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
 
     state = state.transpose(1, 2).contiguous().transpose(1, 2)
     if ids is None:
         return causal_conv1d_fwd_function(_channels_last(xbc), weight, bias, None, state, None, True).transpose(1, 2)
-    # With sample numbers the kernel takes no state: put the state's rows in front, as rows of sample 0.
-    halo = state.shape[-1]
-    x, ids = _with_halo(xbc, state, ids)
-    return causal_conv1d_fwd_function(_channels_last(x), weight, bias, ids, None, None, True).transpose(1, 2)[:, halo:]
+    # With sample numbers the kernel takes no state: put the state's rows in front of the tokens.
+    x = torch.cat([state.transpose(1, 2), xbc], dim=1)
+    out = causal_conv1d_fwd_function(_channels_last(x), weight, bias, _non_negative(ids), None, None, True)
+    return out.transpose(1, 2)[:, state.shape[-1] :]
 
 
-def _with_halo(xbc: Tensor, state: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    halo = state.shape[-1]
-    return (
-        torch.cat([state.transpose(1, 2), xbc], dim=1),
-        torch.cat([ids.new_zeros(ids.shape[0], halo), ids], dim=1).contiguous(),
-    )
+def _non_negative(ids: Tensor) -> Tensor:
+    """Samples before the current one only have to differ from it; the kernel skips tokens with negative numbers."""
+    return ids.clamp(min=-1) + 1
 
 
 def _conv_backward(
@@ -216,10 +212,10 @@ def _conv_backward(
             dxbc.copy_(dx.transpose(1, 2))
         return dweight, dbias, dstate
     halo = state.shape[-1]
-    x, ids = _with_halo(xbc, state, ids)
+    x = torch.cat([state.transpose(1, 2), xbc], dim=1)
     dout = torch.cat([dout.new_zeros(dout.shape[0], halo, dout.shape[2]), dout], dim=1)
     dx, dweight, dbias, _ = causal_conv1d_bwd_function(
-        _channels_last(x), weight, bias, _channels_last(dout), ids, None, None, None, False, True
+        _channels_last(x), weight, bias, _channels_last(dout), _non_negative(ids), None, None, None, False, True
     )
     dx = dx.transpose(1, 2)
     dxbc.copy_(dx[:, halo:])
@@ -308,9 +304,7 @@ def _scan_backward(
     )  # fmt: skip
     states = states.to(x.dtype).unflatten(-1, (-1, size))
     dstates = dstates.unflatten(-1, (-1, size))
-    dx, dsteps, dD = _chunk_scan_chunk_state_bwd_dx(
-        x, steps, total, b, scores, dout, dstates, D=D, seq_idx=ids, dx=dx
-    )
+    dx, dsteps, dD = _chunk_scan_chunk_state_bwd_dx(x, steps, total, b, scores, dout, dstates, D=D, seq_idx=ids, dx=dx)
     db_states, dtotal_next = _chunk_state_bwd_db(x, steps, total, dstates, seq_idx=ids, B=b, ngroups=groups)
     dc_states, dtotal_prev = _chunk_scan_bwd_dC(states, total, dout, seq_idx=ids, C=c, ngroups=groups)
     dscores = _chunk_scan_bwd_dcb(x, steps, total, dout, seq_idx=ids, ngroups=groups).to(scores.dtype)

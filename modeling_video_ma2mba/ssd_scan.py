@@ -92,8 +92,9 @@ def mixer_core(
         ssm_state: (B, H, P, N), fp32 (fp64 for fp64 inputs), None for zeros.
         lengths: (B,) int64, how many of the S tokens of each row are real; the rest is padding on the right, which
             leaves the states alone. None means all.
-        seq_idx: (B, S) int32 sample number of each token of a packed sequence, not decreasing along S, 0 for the
-            sample that the given state belongs to. State and convolution restart at every change.
+        seq_idx: (B, W-1+S) int32 sample number of each row of conv_state and of each token of a packed sequence, not
+            decreasing, 0 for the sample that the given ssm_state belongs to. State and convolution restart at every
+            change.
 
     Returns:
         y (B, S, E) ready for out_proj, conv_state (B, C, W-1), ssm_state (B, H, P, N), both independent copies.
@@ -143,10 +144,11 @@ def mixer_core_torch(
     b = b.view(batch, tokens, groups, state).to(work)
     c = c.view(batch, tokens, groups, state).to(work)
     a = -torch.exp(A_log.to(work))
-    if tokens == 1 and seq_idx is None:
+    ids = None if seq_idx is None else seq_idx[:, shape.conv_kernel - 1 :]
+    if tokens == 1 and ids is None:
         y, new_ssm_state = _single_step(x, dt, a, b, c, ssm_state.to(work))
     else:
-        y, new_ssm_state = _chunked_scan(x, dt, a, b, c, ssm_state.to(work), shape.chunk_size, seq_idx)
+        y, new_ssm_state = _chunked_scan(x, dt, a, b, c, ssm_state.to(work), shape.chunk_size, ids)
     y = y + x * D.to(work).unsqueeze(-1)
     y = gated_rms_norm(y.reshape(batch, tokens, shape.inner).to(zxbcdt.dtype), z, norm_weight, shape.eps, groups)
     return y, new_conv_state, new_ssm_state
@@ -182,9 +184,7 @@ def _causal_conv(extended: Tensor, weight: Tensor, bias: Tensor | None, tokens: 
         term = extended[:, k : k + tokens] * taps[:, k]
         back = width - 1 - k  # how many tokens before the current one this tap reads
         if seq_idx is not None and back:
-            # Rows of the given state carry sample number 0.
-            source = F.pad(seq_idx, (back, 0))[:, :tokens]
-            term = term * (source == seq_idx).unsqueeze(-1)
+            term = term * (seq_idx[:, k : k + tokens] == seq_idx[:, width - 1 :]).unsqueeze(-1)
         out = term if out is None else out + term
     return out if bias is None else out + bias.to(extended.dtype)
 
@@ -232,7 +232,9 @@ def _chunked_scan(
     if seq_idx is not None:
         ids = seq_idx.view(batch, 1, chunks, chunk)
         keep = keep & (ids.unsqueeze(-1) == ids.unsqueeze(-2))
-        before = F.pad(ids[..., -1], (1, 0))[..., :-1]  # sample at the end of the previous chunk; 0 for the given state
+        before = F.pad(ids[..., -1], (1, 0))[
+            ..., :-1
+        ]  # sample at the end of the previous chunk; 0 for the given state
         to_end = to_end * (ids == ids[..., -1:])
         from_start = from_start * (ids == before.unsqueeze(-1))
         carry = carry * (ids[..., -1] == before)

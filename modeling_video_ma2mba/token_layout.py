@@ -71,15 +71,21 @@ class TokenLayout:
         index = self.order.argsort(dim=1).view(*self.order.shape, *(1,) * (tokens.ndim - 2))
         return tokens.gather(1, index.expand(-1, -1, *tokens.shape[2:]))
 
-    def segment(self, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
-        """lengths (B,) and seq_idx (B, stop - start) of one segment, as `mixer_core` wants them."""
+    def segment(self, start: int, stop: int, halo: int) -> tuple[Tensor | None, Tensor | None]:
+        """lengths (B,) and seq_idx (B, halo + stop - start) of one segment, as `mixer_core` wants them.
+
+        `halo` is the number of rows of the convolution state, W - 1.
+        """
         lengths = seq_idx = None
         if self.lengths is not None and min(self.host_lengths) < stop:
             lengths = (self.lengths - start).clamp(0, stop - start)
         if self.seq_idx is not None:
             # Sample 0 of a segment is the one the state belongs to: the sample of the token before.
             before = self.seq_idx[:, max(start - 1, 0)].unsqueeze(1)
-            seq_idx = self.seq_idx[:, start:stop] - before
+            seq_idx = self.seq_idx[:, max(start - halo, 0) : stop] - before
+            missing = halo + stop - start - seq_idx.shape[1]
+            # Rows of the state given to the whole sequence belong to its first sample.
+            seq_idx = torch.cat([seq_idx[:, :1].expand(-1, missing), seq_idx], dim=1) if missing else seq_idx
         return lengths, seq_idx
 
 
