@@ -12,7 +12,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
-	@$(BIN)/python -m video_ma2mba.cli.demo
+	@$(BIN)/video-ma2mba demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .ask import ask
+from .demo import demo
 from .errors import OneLineErrors
 from .init import init
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(ask)
+app.command()(demo)
 app.command()(init)
 
 

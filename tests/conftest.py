@@ -1,10 +1,16 @@
 """Shared by all tests: no network, few threads, tiny models, and the `gpu` and `slow` markers."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before anything imports huggingface_hub: a test that needs the network is a broken test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Remote code is copied into this folder: one per test worker, gone afterwards.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 from collections.abc import Callable
 

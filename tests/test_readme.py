@@ -1,0 +1,52 @@
+"""Every command and every Python block of README.md runs as it stands, in a folder that holds only `examples/`."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"(?:<!-- not run by the tests: (?P<reason>[^>]+) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S
+)
+
+
+def blocks() -> list:
+    """One parameter per fenced block, skipped with the reason that the README gives in a comment above it."""
+    found = []
+    for match in BLOCK.finditer(README):
+        language, code, reason = match["language"], match["code"], match["reason"]
+        marks = [pytest.mark.skip(reason=reason.strip())] if reason else []
+        line = README.count("\n", 0, match.start("code")) + 1
+        found.append(pytest.param(language, code, marks=marks, id=f"{language}-line-{line}"))
+    return found
+
+
+@pytest.mark.parametrize(("language", "code"), blocks())
+def test_block_runs(language: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    if language == "python":
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+        return
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-c", code], env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "error:" not in done.stderr
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 230
+
+
+def test_links_and_tree_name_files_that_exist():
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    tree = re.findall(r"^([\w./-]+)\s{2,}\S", README, re.M)
+    assert len(tree) >= 8
+    assert [name for name in linked + tree if not (ROOT / name).exists()] == []
