@@ -1,4 +1,4 @@
-"""The small rendered world: videos, questions and answers, made from a seed (NumPy alone; PyAV only to write mp4 files)."""
+"""The small rendered world: videos, questions and answers, made from a seed. Needs NumPy; PyAV to write files."""
 
 from .dataset import WorldDataset, WorldSample, chat
 from .questions import FORMS, KINDS, Question, ask

@@ -14,7 +14,7 @@ _MARGIN = 4
 
 
 def contact_sheet(sample: WorldSample, columns: int = 8, enlarge: int = 2, text: bool = True) -> Image.Image:
-    """All frames of `sample` in reading order, `enlarge` times as large, numbered by second, and its questions below."""
+    """All frames of `sample` in reading order, `enlarge` times as large, and its questions with answers below."""
     frames = sample.frames.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     count, height, width = frames.shape[:3]
     columns = min(columns, count)

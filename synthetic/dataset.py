@@ -46,7 +46,7 @@ class WorldDataset:
     ----------
     split: ``train``, ``validation`` or ``test``; no seed of one is a seed of another.
     size: number of videos.
-    frames: shortest and longest video, in frames at `fps`, drawn uniformly per video; a pair of equal numbers fixes it.
+    frames: shortest and longest video, in frames at `fps`, drawn uniformly per video; (n, n) fixes it.
     questions: at most this many per video.
     """
 

@@ -29,6 +29,4 @@ X  #...# #...# .#.#. ..#.. .#.#. #...# #...#
 Y  #...# #...# .#.#. ..#.. ..#.. ..#.. ..#..
 """
 
-GLYPHS: dict[str, tuple[str, ...]] = {
-    line.split()[0]: tuple(line.split()[1:]) for line in _ROWS.strip().splitlines()
-}
+GLYPHS: dict[str, tuple[str, ...]] = {line.split()[0]: tuple(line.split()[1:]) for line in _ROWS.strip().splitlines()}

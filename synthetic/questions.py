@@ -1,8 +1,8 @@
 """Questions about a world, each with exactly one right answer.
 
-A question is only made where the world settles it: a colour is asked of a shape of which there is one, an order only of
-two arrivals at least two seconds apart, a quarter only away from the borders between quarters. Every kind comes open
-("open") and with lettered options ("choice"), whose wrong options are drawn first from what the same video really shows.
+A question is only made where the world settles it: a colour is asked of a shape of which there is one, an order only
+of two arrivals at least two seconds apart, a quarter only away from the borders between quarters. Every kind comes as
+"open" and with lettered options as "choice", whose wrong options are drawn first from what the same video shows.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _time(world: World, rng: random.Random) -> _Draft | None:
     if not moments:
         return None
     number = pick(rng, sorted({quarter_of(start, world.seconds) for _, start in moments}))
-    name, start = pick(rng, [moment for moment in moments if quarter_of(moment[1], world.seconds) == number])
+    name, _ = pick(rng, [moment for moment in moments if quarter_of(moment[1], world.seconds) == number])
     text = pick(rng, ("In which quarter of the video did {} appear?", "Which quarter of the video first shows {}?"))
     return _Draft(text.format(name), QUARTERS[number], QUARTERS, ())
 

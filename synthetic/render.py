@@ -1,7 +1,7 @@
 """Pictures of a world: RGB frames at any side length and at any moments, drawn with NumPy alone.
 
-Backdrops are drawn once for as long as they stand, shapes are drawn once as small anti-aliased sprites and pasted; a frame
-costs a copy and a few pastes. Only what is asked for is drawn, so a video of hours can be walked through in chunks.
+Backdrops are drawn once for as long as they stand, shapes are drawn once as small anti-aliased sprites and pasted; a
+frame costs a copy and a few pastes. Only what is asked for is drawn, so hours can be walked through in chunks.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _enlarge(coarse: np.ndarray, size: int) -> np.ndarray:
 
 
 def _sprite(thing: Thing, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`paint` (side, side, 3) and `keep` (side, side, 1), float32: a frame under the sprite becomes `frame * keep + paint`."""
+    """`paint` (side, side, 3) and `keep` (side, side, 1), float32: the frame below becomes `frame * keep + paint`."""
     side = max(round(2 * thing.radius * size), 7)
     alpha, shade = _mask(thing.shape, thing.pattern, side)
     colour = np.array(COLOURS[thing.colour], np.float32)
@@ -196,8 +196,10 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         wedge = np.abs((np.arctan2(x, -y) / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * (2 * np.pi / 5)
         # a five-pointed star's edge: the line from a tip at radius 1 to a notch at radius 0.42
         notch = 0.42
-        edge = notch * np.sin(np.pi / 5) / (
-            np.sin(wedge) * (1 - notch * np.cos(np.pi / 5)) + np.cos(wedge) * notch * np.sin(np.pi / 5)
+        edge = (
+            notch
+            * np.sin(np.pi / 5)
+            / (np.sin(wedge) * (1 - notch * np.cos(np.pi / 5)) + np.cos(wedge) * notch * np.sin(np.pi / 5))
         )
         return distance < edge
     if shape == "heart":

@@ -1,12 +1,12 @@
 """The rendered world: what happens in one video, decided by one integer.
 
-A world is a short list of facts — coloured shapes that come, move and go, a card that is held up for one second, backdrops
-that change now and then — and nothing random is left once it is built. Rendering (``render.py``) and asking (``questions.py``)
-only read it. Everything is in seconds and in units of the frame's side (0..1, y downwards), so a world can be drawn at any
-resolution and any frame rate.
+A world is a short list of facts: coloured shapes that come, move and go, a card that is held up for one second,
+backdrops that change now and then. Nothing random is left once it is built: ``render.py`` and ``questions.py`` only
+read it. Everything is in seconds and in units of the frame's side (0..1, y downwards), so a world can be drawn at
+any resolution and any frame rate.
 
-Random numbers come from ``random.Random.random`` alone: its stream for a given seed is guaranteed not to change between
-Python versions, which is not true of ``choice``, ``shuffle`` or NumPy's ``Generator``.
+Random numbers come from ``random.Random.random`` alone: its stream for a given seed is guaranteed not to change
+between Python versions, which is not true of ``choice``, ``shuffle`` or NumPy's ``Generator``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 SPLITS = ("train", "validation", "test")
@@ -31,7 +32,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 DIRECTIONS = ("left", "right", "up", "down")
 QUARTERS = ("first", "second", "third", "fourth")
-CARD_SYMBOLS = "23456789ACEFHKLMNPRTUVXY"  # pairs that look alike on a coarse grid (0/O/Q, 1/I, B/8, S/5, Z/2 …) keep one
+CARD_SYMBOLS = (
+    "23456789ACEFHKLMNPRTUVXY"  # pairs that look alike on a coarse grid (0/O/Q, 1/I, B/8, S/5, Z/2 …) keep one
+)
 PATTERNS = ("solid", "striped", "dotted")
 TEXTURES = ("plain", "gradient", "stripes", "checks", "blotches")
 
@@ -48,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """What a world may hold. `sun=False` takes away the only visible clock, which makes ``time`` questions much harder."""
+    """What a world may hold. `sun=False` takes away the only visible clock: ``time`` questions get much harder."""
 
     min_objects: int = 2
     max_objects: int = 6
@@ -59,7 +62,8 @@ class WorldSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.min_objects <= self.max_objects <= 12:
             raise ValueError(
-                f"min_objects={self.min_objects}, max_objects={self.max_objects}: must be 1 <= min_objects <= max_objects <= 12."
+                f"min_objects={self.min_objects}, max_objects={self.max_objects}: "
+                "must be 1 <= min_objects <= max_objects <= 12."
             )
 
 
@@ -150,7 +154,7 @@ def between(rng: random.Random, low: float, high: float) -> float:
 
 
 def video_seed(split: str, index: int, seed: int = 0) -> int:
-    """The integer that decides video `index` of `split`. Distinct for distinct arguments: the split is its value modulo 3."""
+    """The integer that decides video `index` of `split`: distinct for distinct arguments, modulo 3 it is the split."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}.")
     if not 0 <= index < 1 << _INDEX_BITS or seed < 0:
@@ -200,7 +204,7 @@ def _card(rng: random.Random, seconds: int) -> Card:
 
 
 def _looks(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """`count` different (colour, shape) pairs; two to four of them share a colour or a shape, so that there is something to count."""
+    """`count` different (colour, shape) pairs; two to four of them share a colour or a shape, to be counted."""
     colours, shapes = shuffled(rng, list(COLOURS)), shuffled(rng, SHAPES)
     alike = min(whole(rng, 2, 4), count)
     if rng.random() < 0.5:
@@ -261,14 +265,14 @@ def _route(rng: random.Random, colour: str, shape: str, start: int, end: int) ->
 
 
 def _clear(one: Thing, two: Thing) -> bool:
-    """Whether two things never touch. Both move in straight lines with at most one stop each, so pieces between the moments
-    where a velocity changes are linear and the closest point of each piece is known in closed form."""
+    """Whether two things never touch. Both move in straight lines with at most one stop each, so pieces between the
+    moments where a velocity changes are linear and the closest point of each piece is known in closed form."""
     begin, finish = max(one.start, two.start), min(one.end, two.end)
     if begin >= finish:
         return True
     gap = one.radius + two.radius + 0.02
     stops = sorted({begin, finish, *(t for t in (one.end - 1, two.end - 1) if begin < t < finish)})
-    for left, right in zip(stops, stops[1:], strict=False):
+    for left, right in pairwise(stops):
         ax, ay = _apart(one, two, left)
         bx, by = _apart(one, two, right)
         vx, vy = bx - ax, by - ay

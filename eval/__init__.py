@@ -1,0 +1,1 @@
+"""Evaluation: the rendered world, benchmarks and result files."""

@@ -1,0 +1,137 @@
+"""Batches of rendered videos with many questions each, drawn in the data loader's workers.
+
+All videos of a batch have the same number of frames, so frames need no padding; the number of videos is chosen so that
+a batch holds about `frames_per_batch` frames. Shapes: B videos, F frames of each, S tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..processing.byte_tokenizer import END_TOKEN, ROLE_TOKENS, VIDEO_TOKEN
+from ..processing.chat_format import DEFAULT_FRAME_SEPARATOR, DEFAULT_SYSTEM_PROMPT
+from ..synthetic import Question, WorldDataset
+
+IGNORED = -100
+_SYSTEM, _USER, _ASSISTANT = ROLE_TOKENS
+
+
+class ChatTokens:
+    """Token ids and labels of a chat about one video, in the paper's schema; labels are the answers and their end."""
+
+    def __init__(self, tokenizer: Any, tokens_per_frame: int, system_prompt: str = DEFAULT_SYSTEM_PROMPT):
+        self.tokenizer = tokenizer
+        self.tokens_per_frame = tokens_per_frame
+        self.video_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+        self.opening = self._ids([f"{_SYSTEM}{system_prompt}{END_TOKEN}{_USER}"])[0]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def encode(self, chats: Sequence[Sequence[Question]], frames: int) -> list[tuple[list[int], list[int]]]:
+        """(ids, labels) of each chat; every one is about a video of `frames` frames."""
+        texts = []
+        for chat in chats:
+            for number, question in enumerate(chat):
+                texts += [_asked(question, first=number == 0), f"{question.answer}{END_TOKEN}"]
+        pieces = iter(self._ids(texts) if texts else [])
+        encoded = []
+        for chat in chats:
+            ids = self.opening + [self.video_id] * (frames * self.tokens_per_frame)
+            labels = [IGNORED] * len(ids)
+            for _ in chat:
+                asked, answer = next(pieces), next(pieces)
+                ids += asked + answer
+                labels += [IGNORED] * len(asked) + answer
+            encoded.append((ids, labels))
+        return encoded
+
+    def encode_question(self, question: Question, with_answer: bool = True) -> tuple[list[int], list[int]]:
+        """(ids, labels) of what follows the frames when `question` is the first one asked."""
+        asked, answer = self._ids([_asked(question, first=True), f"{question.answer}{END_TOKEN}"])
+        if not with_answer:
+            answer = []
+        return asked + answer, [IGNORED] * len(asked) + answer
+
+
+def _asked(question: Question, first: bool) -> str:
+    """A turn up to the point where the answer begins; the first one follows the frames after a newline."""
+    return (DEFAULT_FRAME_SEPARATOR if first else _USER) + f"{question.text}{END_TOKEN}{_ASSISTANT}"
+
+
+def collate(
+    chats: Sequence[tuple[list[int], list[int]]], frames: Sequence[np.ndarray], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """Model inputs: `input_ids`, `labels` (B, S), `pixel_values_videos` uint8 (B * F, 3, H, W), `num_frames` (B,).
+
+    Padding is on the right, where a causal model reads it last and no label looks at it; so no mask is needed.
+    """
+    longest = max(len(ids) for ids, _ in chats)
+    input_ids = torch.full((len(chats), longest), pad_id)
+    labels = torch.full((len(chats), longest), IGNORED)
+    for row, (ids, targets) in enumerate(chats):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        labels[row, : len(targets)] = torch.tensor(targets)
+    pixels = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2).contiguous()
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "pixel_values_videos": pixels,
+        "num_frames": torch.tensor([len(video) for video in frames]),
+    }
+
+
+def longest_at(progress: float, shortest: int, longest: int, ramp: float = 0.5) -> int:
+    """The curriculum: frames of the longest video at `progress` 0..1 of training; full length from `ramp` on."""
+    return round(shortest + (longest - shortest) * min(progress / ramp, 1.0))
+
+
+class WorldBatches(IterableDataset):
+    """Endless training batches. Each item is one whole batch; read it with `batch_size=1` and `first` as collator.
+
+    `progress` is a one-element tensor in shared memory: training advances it and the workers follow the curriculum.
+    """
+
+    def __init__(
+        self,
+        dataset: WorldDataset,
+        chat_tokens: ChatTokens,
+        frames_per_batch: int,
+        progress: torch.Tensor,
+        first_batch: int = 0,
+        ramp: float = 0.5,
+    ):
+        self.dataset, self.chat_tokens, self.frames_per_batch = dataset, chat_tokens, frames_per_batch
+        self.progress, self.first_batch, self.ramp = progress, first_batch, ramp
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        torch.set_num_threads(1)
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        number = self.first_batch + worker
+        shortest, longest = self.dataset.frames
+        while True:
+            rng = random.Random(f"{self.dataset.seed} {number}")
+            top = longest_at(float(self.progress), shortest, longest, self.ramp)
+            frames = shortest + int(rng.random() * (top - shortest + 1))
+            videos = max(self.frames_per_batch // frames, 1)
+            indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
+            yield self.batch(indices, frames)
+            number += workers
+
+    def batch(self, indices: Sequence[int], frames: int) -> dict[str, torch.Tensor]:
+        """Videos `indices`, each `frames` frames long."""
+        samples = [self.dataset.sample(index, frames) for index in indices]
+        chats = self.chat_tokens.encode([sample.questions for sample in samples], frames)
+        return collate(chats, [sample.frames for sample in samples], self.chat_tokens.tokenizer.pad_token_id)
+
+
+def first(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Collator for items that are batches already."""
+    return items[0]

@@ -1,0 +1,84 @@
+"""The small model that is trained on the rendered world: sizes, configuration and processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from ..modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
+from ..processing.byte_tokenizer import VIDEO_TOKEN
+
+# Chosen from the colours of the world: its frames are dark with a few bright spots, unlike CLIP's photographs.
+PIXEL_MEAN = (0.25, 0.25, 0.25)
+PIXEL_STD = (0.2, 0.2, 0.2)
+
+
+@dataclass(frozen=True)
+class WorldModelSize:
+    """Widths and depths. `frame` and `patch` are in pixels."""
+
+    hidden: int = 384
+    layers: int = 8
+    state: int = 128
+    head: int = 64
+    vision_hidden: int = 192
+    vision_layers: int = 4
+    vision_heads: int = 4
+    frame: int = 64
+    patch: int = 8
+
+
+SIZES = {
+    "bundled": WorldModelSize(),
+    "tiny": WorldModelSize(hidden=32, layers=2, state=16, head=16, vision_hidden=32, vision_layers=1, vision_heads=2),
+}
+
+
+def world_config(size: WorldModelSize, tokenizer: PreTrainedTokenizerFast) -> VideoMa2mbaConfig:
+    """Configuration of the small model; the embedding is padded to a multiple of 16 rows."""
+    return VideoMa2mbaConfig(
+        text_config={
+            "vocab_size": -(-len(tokenizer) // 16) * 16,
+            "hidden_size": size.hidden,
+            "num_hidden_layers": size.layers,
+            "state_size": size.state,
+            "head_dim": size.head,
+            "initializer_range": 0.02,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": size.vision_hidden,
+            "intermediate_size": 4 * size.vision_hidden,
+            "num_hidden_layers": size.vision_layers,
+            "num_attention_heads": size.vision_heads,
+            "image_size": size.frame,
+            "patch_size": size.patch,
+            "projection_dim": size.vision_hidden,
+        },
+        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+        vision_feature_layer=-1,
+        image_mean=PIXEL_MEAN,
+        image_std=PIXEL_STD,
+        vision_chunk_frames=64,
+    )
+
+
+def world_processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The processor that belongs to `world_config`."""
+    from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
+    from ..processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
+
+    side = config.vision_config.image_size
+    video_processor = VideoMa2mbaVideoProcessor(
+        size={"height": side, "width": side},
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+    )
+    return VideoMa2mbaProcessor(
+        video_processor=video_processor, tokenizer=tokenizer, tokens_per_frame=config.tokens_per_frame
+    )

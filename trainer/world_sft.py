@@ -1,0 +1,195 @@
+"""Train the small model on the rendered world with the Hugging Face `Trainer`.
+
+    python -m video_ma2mba.trainer.world_sft --out DIR --max-seconds 900        # a GPU
+    python -m video_ma2mba.trainer.world_sft --out DIR --steps 20 --size tiny --frames 8..8   # a CPU, to see it run
+
+`--out` holds checkpoints while it trains, `training_log.csv`, `validation.csv`, and at the end `model/`, which
+`from_pretrained` loads. The same command with `--resume` goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..processing.byte_tokenizer import build_byte_tokenizer
+from ..synthetic import KINDS, WorldDataset
+from ..synthetic.questions import check_kinds
+from .world_batches import ChatTokens, WorldBatches, first
+from .world_clock import ClockCallback, WorldClock
+from .world_model import SIZES, world_config, world_processor
+from .world_report import WorldReport
+
+_ENDLESS = 10_000_000  # steps, where only the clock ends training
+
+
+def parse_frames(text: str) -> tuple[int, int]:
+    """`"8..64"` or `"8"` as (shortest, longest)."""
+    low, _, high = text.partition("..")
+    try:
+        shortest, longest = int(low), int(high or low)
+    except ValueError:
+        raise ValueError(f"frames {text!r}: give a number or a range such as 8..64.") from None
+    if not 1 <= shortest <= longest:
+        raise ValueError(f"frames {text!r}: must be 1 <= shortest <= longest.")
+    return shortest, longest
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class WorldTraining:
+    """Everything that decides a run."""
+
+    out: str = dataclasses.field(metadata={"help": "folder of the run"})
+    size: str = _option("bundled", f"one of {', '.join(SIZES)}")
+    steps: int | None = _option(None, "length of training in optimizer steps")
+    max_seconds: float | None = _option(None, "length of training by the clock, over all resumed parts")
+    stop_after: float | None = _option(None, "seconds after which this part saves and stops, to be resumed")
+    resume: bool = _option(False, "go on from the last checkpoint in --out, if there is one")
+    frames: str = _option("8..64", "shortest..longest video")
+    ramp: float = _option(0.4, "share of training during which the longest video grows to its full length")
+    frames_per_batch: int = _option(2048, "frames of one optimizer step, whatever the videos' length")
+    questions: int = _option(12, "questions about each video, at most")
+    kinds: str = _option(",".join(KINDS), "kinds of question, separated by commas")
+    learning_rate: float = _option(1.5e-3, "highest learning rate")
+    weight_decay: float = _option(0.05, "of matrices")
+    warmup_steps: int = _option(300, "steps of warm-up")
+    eval_every: int = _option(500, "steps between validations")
+    eval_videos: int = _option(64, "validation videos of each of three lengths, seven questions each")
+    save_seconds: float = _option(60.0, "seconds between checkpoints")
+    workers: int = _option(14, "processes that draw videos")
+    seed: int = _option(0, "of weights and data")
+    dtype: str = _option("float16", "of the written model")
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"size={self.size!r}: must be one of {', '.join(SIZES)}.")
+        self.frame_range = parse_frames(self.frames)
+        self.kind_names = check_kinds(self.kinds.split(","))
+
+
+def build_optimizer(model: torch.nn.Module, training: WorldTraining) -> torch.optim.Optimizer:
+    """AdamW; only matrices decay (not embeddings, norms, biases or the state-space parameters)."""
+    plain, decayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim == 2 and "embedding" not in name and "lm_head" not in name
+            (decayed if decays else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    cuda = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.98), fused=cuda)
+
+
+def train(training: WorldTraining) -> dict[int, dict[str, float]]:
+    """Run or resume a training; returns the last validation accuracy per length and kind."""
+    out = Path(training.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = get_last_checkpoint(str(out))
+    if checkpoint and not training.resume:
+        raise ValueError(f"{out} holds the checkpoints of an earlier run: add --resume or choose another --out.")
+    set_seed(training.seed)
+    cuda = torch.cuda.is_available()
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    tokenizer = build_byte_tokenizer()
+    config = world_config(SIZES[training.size], tokenizer)
+    exported_chunk = config.vision_chunk_frames
+    config.vision_chunk_frames = 4 * training.frames_per_batch  # the whole batch goes through the small tower at once
+    model = VideoMa2mbaForConditionalGeneration(config).to("cuda" if cuda else "cpu")
+    tokens = ChatTokens(tokenizer, config.tokens_per_frame)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
+
+    clock = WorldClock(training.steps, training.max_seconds, training.warmup_steps)
+    optimizer = build_optimizer(model, training)
+    progress = torch.zeros(1).share_memory_()
+    done = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    batches = WorldBatches(
+        WorldDataset(
+            "train",
+            10**9,
+            frames=training.frame_range,
+            questions=training.questions,
+            kinds=training.kind_names,
+            seed=training.seed,
+        ),
+        tokens,
+        training.frames_per_batch,
+        progress,
+        first_batch=done * 2,  # past everything that was drawn ahead before the interruption
+        ramp=training.ramp,
+    )
+    validation = WorldDataset(
+        "validation",
+        training.eval_videos,
+        frames=training.frame_range,
+        questions=7,
+        kinds=training.kind_names,
+        seed=training.seed,
+    )
+    report = WorldReport(out, clock, tokens, validation, training.eval_every, cuda)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(training, cuda),
+        train_dataset=batches,
+        data_collator=first,
+        optimizers=(optimizer, LambdaLR(optimizer, clock)),
+        callbacks=[ClockCallback(clock, progress, training.save_seconds, training.stop_after), report],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    results = report.measure(model, trainer.state.global_step)
+    config.vision_chunk_frames = exported_chunk
+    export(model, tokenizer, out / "model", training.dtype)
+    return results
+
+
+def _arguments(training: WorldTraining, cuda: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=training.out,
+        per_device_train_batch_size=1,  # an item of the data set is a batch
+        max_steps=training.steps or _ENDLESS,
+        bf16=cuda,
+        use_cpu=not cuda,
+        max_grad_norm=1.0,
+        logging_steps=50 if cuda else 1,
+        save_strategy="no",  # the clock asks for saves
+        save_total_limit=1,
+        ignore_data_skip=True,
+        dataloader_num_workers=training.workers,
+        dataloader_prefetch_factor=4 if training.workers else None,
+        dataloader_pin_memory=cuda,
+        accelerator_config={"dispatch_batches": False},
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=training.seed,
+    )
+
+
+def export(model: Any, tokenizer: Any, out: Path, dtype: str) -> None:
+    """Write model and processor as `from_pretrained` wants them, complete or not at all, in `dtype`."""
+    draft = out.with_name(out.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.eval().to(getattr(torch, dtype)).save_pretrained(draft)
+    world_processor(model.config, tokenizer).save_pretrained(draft)
+    shutil.rmtree(out, ignore_errors=True)
+    draft.rename(out)
+    print(f"wrote {out}, {sum(file.stat().st_size for file in out.rglob('*')) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    begun = time.monotonic()
+    (settings,) = HfArgumentParser(WorldTraining).parse_args_into_dataclasses()
+    train(settings)
+    print(f"{time.monotonic() - begun:.0f} s in all")
