@@ -1,0 +1,411 @@
+"""Video-Ma2mba: vision tower, projector and Mamba-2 language model as transformers models.
+
+Shapes: B batch, S tokens, F frames of all videos of the batch, T tokens per frame, D model width, V vocabulary.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .checkpoint_plan import CheckpointSettings
+from .chunked_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
+from .chunked_recompute import RowLayout
+from .configuration_video_ma2mba import VideoMa2mbaConfig
+from .mamba2_model import Ma2mbaTextModel
+from .prompt_generation import PromptGenerationMixin
+from .prompt_reading import read_prompt
+from .video_state import VideoState
+from .vision_features import (
+    VideoMa2mbaMultiModalProjector,
+    freeze_unused_tower_parameters,
+    used_tower_modules,
+    video_rows,
+)
+
+
+class VideoMa2mbaPreTrainedModel(PreTrainedModel):
+    """What both models share: loading rules, initialisation and the switch of gradient checkpointing."""
+
+    config: VideoMa2mbaConfig
+    config_class = VideoMa2mbaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "Ma2mbaBlock",
+        "CLIPVisionEmbeddings",
+        "CLIPEncoderLayer",
+        "SiglipVisionEmbeddings",
+        "SiglipEncoderLayer",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D"}
+    _supports_sdpa = True  # these three concern the vision tower: the language model has no attention
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The tower and the language model initialise themselves; what is left are the projector and an untied head.
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+    def _base(self) -> "VideoMa2mbaModel":
+        return getattr(self, self.base_model_prefix, self)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Every road of transformers, PEFT and TRL to gradient checkpointing ends here.
+
+        Keys of the checkpointing arguments are the fields of `CheckpointSettings` ("method", "segment_length",
+        "layers_per_block", "offload", "memory_budget", "host_memory_budget", ...); "use_reentrant" is accepted and has
+        no meaning here. The vision tower is recomputed in chunks of frames.
+
+        Raises:
+            ValueError: an unknown key, a wrong value, or `every_n_layers` other than 1.
+        """
+        settings: dict[str, Any] = {}
+        if isinstance(gradient_checkpointing_func, functools.partial):
+            settings = {k: v for k, v in gradient_checkpointing_func.keywords.items() if k != "use_reentrant"}
+            if gradient_checkpointing_func.func is not checkpoint:
+                settings.setdefault("offload", True)  # transformers' own `offload=True` arrives as another function
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers={every_n_layers} is not supported: use layers_per_block instead")
+        known = [field.name for field in fields(CheckpointSettings)]
+        if unknown := sorted(settings.keys() - known):
+            raise ValueError(f"unknown gradient checkpointing arguments {unknown}: use some of {known}")
+        base = self._base()
+        base.language_model.set_checkpointing(enable, **settings)
+        base.recompute_vision = enable
+        base.offload_inputs = enable and bool(settings.get("offload"))
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: checkpointing here differentiates parameters whether or not its input has a gradient.
+
+        transformers and PEFT call this whenever they turn checkpointing on; obeying would cost a gradient of the size
+        of the whole input (5 GB for a million tokens at 2.7b) that nobody reads.
+        """
+
+    def disable_input_require_grads(self) -> None:
+        """Counterpart of `enable_input_require_grads`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in transformers; the checkpoint also gets all code that it needs to load without this package."""
+        from .pipeline_video_ma2mba import CUSTOM_PIPELINES
+
+        module = "modeling_video_ma2mba"
+        own = {"AutoModel": f"{module}.VideoMa2mbaModel"}
+        for auto_class in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"):
+            own[auto_class] = f"{module}.VideoMa2mbaForConditionalGeneration"
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **own}
+        self.config.custom_pipelines = {**getattr(self.config, "custom_pipelines", {}), **CUSTOM_PIPELINES}
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
+    """Frames and tokens in, hidden states and a `VideoState` out."""
+
+    def __init__(self, config: VideoMa2mbaConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = VideoMa2mbaMultiModalProjector(config)
+        self.language_model = Ma2mbaTextModel(config.text_config)
+        self.language_model.prefill_segment_length = config.prefill_segment_length
+        self.recompute_vision = False
+        self.offload_inputs = False
+        self.post_init()
+        freeze_unused_tower_parameters(self.vision_tower, config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def freeze_unused_parameters(self) -> None:
+        """Freeze the tower's layers above the feature layer, which never run. Call it after unfreezing everything."""
+        freeze_unused_tower_parameters(self.vision_tower, self.config)
+
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
+        """Rows that stand for the frames in the language model's input.
+
+        Args:
+            pixel_values_videos: (F, 3, h, w) on any device; uint8 is raw RGB, floating point already normalised.
+
+        Returns:
+            (F * T, D), frame after frame, raster order inside; computed `config.vision_chunk_frames` frames at a time.
+        """
+        return video_rows(
+            self.vision_tower,
+            self.multi_modal_projector,
+            self.config,
+            pixel_values_videos,
+            recompute=self.recompute_vision and self.training,
+        )
+
+    def embed_inputs(self, input_ids: Tensor, pixel_values_videos: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Embeddings (B, S, D) with the frames' rows in the places of the placeholder tokens.
+
+        Raises:
+            ValueError: the numbers of placeholders and of frame rows differ, in total or (with `num_frames`) by row.
+        """
+        is_video = input_ids == self.config.video_token_id
+        self._check_placeholders(is_video, len(pixel_values_videos), num_frames)
+        flat = is_video.flatten().cpu()
+        embeddings = self.get_input_embeddings()
+        text = embeddings(input_ids.flatten()[(~flat).nonzero()[:, 0].to(input_ids.device)])
+        offload = self.offload_inputs and self.training and torch.is_grad_enabled()
+        layout = RowLayout(
+            total_rows=flat.numel(),
+            device=torch.device("cpu") if offload else text.device,
+            computed_rows=flat.nonzero()[:, 0],
+            text_rows=(~flat).nonzero()[:, 0],
+        )
+        rows = video_rows(
+            self.vision_tower,
+            self.multi_modal_projector,
+            self.config,
+            pixel_values_videos,
+            recompute=self.recompute_vision and self.training,
+            layout=layout,
+            text=text,
+        )
+        return rows.view(*input_ids.shape, -1)
+
+    def _check_placeholders(self, is_video: Tensor, frames: int, num_frames: Tensor | None) -> None:
+        per_frame = self.config.tokens_per_frame
+        per_row = is_video.sum(dim=1).cpu()
+        if int(per_row.sum()) != frames * per_frame:
+            raise ValueError(
+                f"the prompt holds {int(per_row.sum())} video placeholder tokens, but {frames} frames make "
+                f"{frames * per_frame} ({per_frame} each): every frame needs its placeholders and every placeholder "
+                "its frame (the processor writes them)"
+            )
+        if num_frames is None:
+            return
+        ends = num_frames.cpu().cumsum(0) * per_frame
+        if (int(ends[-1]) if len(ends) else 0) != frames * per_frame:
+            raise ValueError(f"num_frames adds up to {int(num_frames.sum())} frames, but there are {frames}")
+        starts_and_ends = {0, *ends.tolist()}
+        if any(end not in starts_and_ends for end in per_row.cumsum(0).tolist()):
+            raise ValueError(
+                f"rows hold {per_row.tolist()} video placeholder tokens, which does not fit videos of "
+                f"{num_frames.tolist()} frames of {per_frame} tokens: a video would be split between samples"
+            )
+
+    def _touch_vision(self, embeddings: Tensor) -> Tensor:
+        """Let a text-only sample take part in the gradient exchange of a distributed run.
+
+        Ranks of one micro-step must agree on which parameters get gradients: one without pixels crashes ZeRO and
+        hangs DDP, so it runs a single black frame whose rows count nothing.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return embeddings
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return embeddings
+        parts = [*used_tower_modules(self.vision_tower, self.config), self.multi_modal_projector]
+        if not any(p.requires_grad for part in parts for p in part.parameters()):
+            return embeddings
+        side = self.config.vision_config.image_size
+        rows = self.get_video_features(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        return embeddings + 0 * rows.sum().to(embeddings)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        past_key_values: VideoState | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_frames: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        output_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens and frames from a state.
+
+        Args:
+            input_ids: (B, S), with one `config.video_token_id` per frame row; or inputs_embeds: (B, S, D), no pixels.
+            attention_mask: (B, at least S), 1 on real tokens. Padding on either side never changes a result.
+            pixel_values_videos: (F, 3, h, w), the frames of all videos of the batch in order.
+            past_key_values: state to start from (updated in place); use_cache: return the state after the last token
+                (default: on in evaluation, off in training).
+            num_frames: (videos,) frames of each video; lets a misplaced video be noticed.
+            seq_idx: (B, S) numbers of packed samples. output_positions: (B, S) bool, hidden states wanted.
+
+        Returns:
+            `last_hidden_state` (B, S, D), or (wanted positions, D); `past_key_values`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if pixel_values_videos is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values_videos need input_ids, which say where the frames belong")
+            inputs_embeds = self.embed_inputs(input_ids, pixel_values_videos, num_frames)
+        elif input_ids is not None:
+            # A placeholder that the model itself generated is an ordinary token; in a prompt it lacks its frames.
+            decoding = past_key_values is not None and past_key_values.get_seq_length() > 0 and input_ids.shape[1] == 1
+            if not decoding and not torch.compiler.is_compiling():
+                self._check_placeholders(input_ids == self.config.video_token_id, 0, None)
+            inputs_embeds = self._touch_vision(self.get_input_embeddings()(input_ids))
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            output_positions=output_positions,
+        )
+
+
+class VideoMa2mbaForConditionalGeneration(PromptGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin):
+    """Answers in words: `VideoMa2mbaModel` with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embeddings.weight"}
+
+    def __init__(self, config: VideoMa2mbaConfig) -> None:
+        super().__init__(config)
+        self.model = VideoMa2mbaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
+        """See `VideoMa2mbaModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        videos: Iterable[Iterable[Any]] = (),
+        state: VideoState | None = None,
+        on_frames: Callable[[int], None] | None = None,
+    ) -> VideoState:
+        """Read a prompt of any length in memory that does not grow with it; see `read_prompt`."""
+        return read_prompt(self.model, input_ids, videos, state, on_frames)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: VideoState | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_frames: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        prompt_copies: int = 1,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Arguments beyond those of `VideoMa2mbaModel.forward`:
+
+        Args:
+            labels: (B, S) token ids aligned with `input_ids`, -100 where nothing is to be learned; or shift_labels,
+                aligned with the positions that predict them. Hidden states and logits then exist at labelled positions
+                only, the latter a chunk at a time.
+            num_items_in_batch: divisor of the summed loss (Trainer's count over accumulation steps); None: the mean.
+            logits_to_keep: int n: the last n positions (0: all); 1-D tensor: these positions. Default: all positions
+                without labels, **no logits at all with labels**.
+            prompt_copies: rows come in groups of this many copies of one prompt while `pixel_values_videos` holds each
+                video once (generation with beams or several samples).
+
+        Returns:
+            `loss`; `logits` (B, positions, V); `past_key_values`.
+        """
+        if prompt_copies > 1 and pixel_values_videos is not None:
+            if past_key_values is not None and labels is None:
+                return self._read_prompt_once(
+                    prompt_copies,
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    pixel_values_videos=pixel_values_videos,
+                    past_key_values=past_key_values,
+                    logits_to_keep=logits_to_keep,
+                    num_frames=num_frames,
+                    use_cache=use_cache,
+                )
+            pixel_values_videos, num_frames = self._copy_videos(input_ids, pixel_values_videos, prompt_copies), None
+        if labels is not None and shift_labels is None:
+            shift_labels = shift_labels_left(labels)
+        rows, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+
+        # Which hidden states are wanted: None is all of them.
+        last = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < tokens else None
+        labelled = positions = None
+        if shift_labels is not None:
+            labelled = shift_labels != IGNORE_INDEX
+            positions = labelled if logits_to_keep is None else None
+        elif last is not None:
+            positions = labelled_columns(rows, tokens, last, (input_ids if input_ids is not None else inputs_embeds))
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values_videos=pixel_values_videos,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_frames=num_frames,
+            seq_idx=seq_idx,
+            output_positions=positions,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if shift_labels is not None:
+            at_labels = hidden if positions is not None else hidden[labelled.to(hidden.device)]
+            targets = shift_labels[labelled]
+            loss = chunked_causal_lm_loss(self.lm_head, at_labels, targets, num_items_in_batch)
+        if shift_labels is None or logits_to_keep is not None:
+            if last is not None and positions is not None:
+                hidden = hidden.view(rows, last, -1)
+            elif last is not None:
+                hidden = hidden[:, -last:]
+            elif isinstance(logits_to_keep, Tensor):
+                hidden = hidden[:, logits_to_keep.to(hidden.device)]
+            logits = self.lm_head(hidden)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+
+def labelled_columns(rows: int, tokens: int, last: int, like: Tensor) -> Tensor:
+    """(rows, tokens) bool, true in the last `last` columns."""
+    columns = torch.arange(tokens, device=like.device) >= tokens - last
+    return columns.expand(rows, tokens)
+
+
+VideoMa2mbaModel.register_for_auto_class("AutoModel")
+VideoMa2mbaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,0 +1,377 @@
+"""`pipeline("video-question-answering")`: questions about videos of any length, each video read once, as a stream."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Pipeline
+
+from .video_state import VideoState
+
+TASK = "video-question-answering"
+CUSTOM_PIPELINES = {
+    TASK: {
+        "impl": "pipeline_video_ma2mba.VideoQuestionAnsweringPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+"""Entry of a checkpoint's `config.json` by which transformers finds this file."""
+
+_VIDEO_SETTINGS = ("fps", "num_frames", "start", "end", "max_frames")
+_PREPROCESS_SETTINGS = (*_VIDEO_SETTINGS, "on_frames")
+_DEFAULT_NEW_TOKENS = 256
+
+
+class VideoQuestionAnsweringPipeline(Pipeline):
+    """Answers questions about videos.
+
+    A video is a path, a URL, bytes, a list of PIL images, an array or tensor `(F, H, W, 3)`, one image, or anything
+    else that the processor's `open_video` takes. Memory does not grow with its length.
+
+        pipe("clip.mp4", "What is shown?")                          # [{"answer": "..."}]
+        pipe("clip.mp4", ["What is shown?", "How many?"])           # [[{"answer": ...}], [{"answer": ...}]], read once
+        pipe(["a.mp4", "b.mp4"], "What is shown?", batch_size=2)    # one list for each video
+        pipe({"video": frames, "question": "..."}, return_scores=True)  # [{"answer": "...", "score": 0.93}]
+        pipe(messages)                                              # a conversation with a video in it
+
+        state = pipe.read("two_hours.mp4", fps=1)                   # keep the video's state ...
+        pipe.ask(state, "What is shown?")                           # ... and ask whenever
+
+    Settings of a call, or of the pipeline: `fps`, `num_frames`, `start`, `end`, `max_frames` choose frames;
+    `on_frames(read, expected)` is called as frames are read; `return_scores` adds the mean probability of the answer's
+    tokens; `batch_size` is the number of inputs whose questions are answered together; everything else goes to
+    `generate()`.
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+    # The prompt is read before generate() starts: generation settings are passed on, not prepared by the base class.
+    _pipeline_calls_generate = False
+
+    def _sanitize_parameters(
+        self, return_scores: bool | None = None, generate_kwargs: dict[str, Any] | None = None, **settings: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess = {k: settings.pop(k) for k in _PREPROCESS_SETTINGS if k in settings}
+        forward = {**(generate_kwargs or {}), **settings}
+        if return_scores is not None:
+            forward["return_scores"] = return_scores
+        return {k: v for k, v in preprocess.items() if v is not None}, forward, {}
+
+    def __call__(self, inputs: Any = None, question: Any = None, *, video: Any = None, **settings: Any) -> Any:
+        """Answer; see the class for what goes in and comes out.
+
+        Args:
+            inputs: a video; a dict with "video" (or "image") and "question"; a conversation; a list of these; or a
+                generator or data set of these, for which an iterator comes back.
+            question: one question or a list, for inputs that are videos. With a list of videos: one question for all,
+                or one (or one list of questions) for each.
+
+        Raises:
+            ValueError: an empty or missing question, and what reading a video raises.
+        """
+        inputs = video if inputs is None else inputs
+        if inputs is None and question is None:
+            raise ValueError("there is nothing to answer: give a video and a question")
+        batch_size = settings.pop("batch_size", None) or self._batch_size or 1
+        settings.pop("num_workers", None)
+        given = self._sanitize_parameters(**settings)
+        kept = (self._preprocess_params, self._forward_params, self._postprocess_params)
+        parameters = [{**a, **b} for a, b in zip(kept, given, strict=True)]
+
+        def answers(requests: Any) -> Iterator[Any]:
+            for group in _groups(requests, batch_size):
+                yield from self.run_single(group, *parameters)
+
+        if _is_stream(inputs):
+            return answers(_request(item, question) for item in inputs)
+        if _is_batch(inputs):
+            inputs = list(inputs)
+            return list(answers([_request(item, q) for item, q in zip(inputs, _deal(question, inputs), strict=True)]))
+        return next(answers([_request(inputs, question)]))
+
+    def preprocess(self, group: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+        """Open each request's videos (nothing is decoded yet) and tokenize its questions."""
+        on_frames = settings.pop("on_frames", None)
+        prepared = []
+        for request in group:
+            prompts = [self.processor.streaming_prompt(m, **settings) for m in request["conversations"]]
+            for _, _, unused in prompts[1:]:
+                _close(unused)
+            prefix, _, readers = prompts[0]
+            if any(not torch.equal(other, prefix) for other, _, _ in prompts):
+                raise ValueError("the questions of one input must differ only after the video")
+            prepared.append(
+                {
+                    "prefix": prefix,
+                    "readers": readers,
+                    "questions": [question for _, question, _ in prompts],
+                    "several": request["several"],
+                    "on_frames": on_frames,
+                }
+            )
+        return prepared
+
+    def _forward(self, group: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+        states, questions = [], []
+        for request in group:
+            state = self._read(request["prefix"], request["readers"], None, request["on_frames"])
+            states += [state] * len(request["questions"])
+            questions += request["questions"]
+        answers = iter(self._answer(states, questions, **settings))
+        return [
+            {"several": request["several"], "answers": [next(answers) for _ in request["questions"]]}
+            for request in group
+        ]
+
+    def postprocess(self, group: list[dict[str, Any]], **_: Any) -> list[Any]:
+        """One entry for each request: the list of its answers, or such a list for each of its questions."""
+        return [item["answers"] if item["several"] else item["answers"][0] for item in group]
+
+    def read(
+        self,
+        video: Any,
+        *,
+        state: VideoState | None = None,
+        on_frames: Callable[[int, int | None], None] | None = None,
+        **video_settings: Any,
+    ) -> VideoState:
+        """Read a video into a state of constant size, to be asked, kept, copied and continued.
+
+        Args:
+            video: whatever the pipeline takes as a video.
+            state: continue this state with more frames (it stays as it is) instead of beginning a conversation.
+            on_frames: called with the number of frames read and the number expected.
+            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`.
+
+        Returns:
+            The state. Its metadata name the model and the video and count "frames" and "seconds".
+        """
+        unknown = video_settings.keys() - set(_VIDEO_SETTINGS)
+        if unknown:
+            raise ValueError(f"unknown settings for reading a video: {sorted(unknown)}; use {list(_VIDEO_SETTINGS)}")
+        chosen = {k: v for k, v in self._preprocess_params.items() if k in _VIDEO_SETTINGS}
+        chosen |= {k: v for k, v in video_settings.items() if v is not None}
+        prefix, _, readers = self.processor.streaming_prompt(
+            _conversation(video, ""), add_generation_prompt=False, **chosen
+        )
+        if state is not None:
+            prefix = prefix[:, -1:]
+        with self.device_placement():
+            return self._read(prefix, readers, state, on_frames or self._preprocess_params.get("on_frames"))
+
+    def ask(self, state: VideoState, question: str | list[dict[str, Any]], **settings: Any) -> Any:
+        """Answer a question from a state, which stays as it is.
+
+        Args:
+            state: from `read`.
+            question: the question, or the whole conversation that follows the video as messages (question, answer,
+                question, ..., the last one being answered).
+            settings: `return_scores` and settings of `generate()`.
+
+        Returns:
+            The answer as text. With `return_scores`, `{"answer": ..., "score": ...}`; with `num_return_sequences`, a
+            list.
+        """
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        # The processor turns whole conversations into ids; a blank picture stands for the video that was read before.
+        first, blank = messages[0], {"type": "image", "image": Image.new("RGB", (1, 1))}
+        content = first["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        messages[0] = {**first, "content": [blank, *content]}
+        _, ids, readers = self.processor.streaming_prompt(messages)
+        _close(readers)
+        _, given, _ = self._sanitize_parameters(**settings)
+        parameters = {**self._forward_params, **given}
+        with self.device_placement(), torch.no_grad():
+            answers = self._answer([state], [ids], **parameters)[0]
+        answers = answers if parameters.get("return_scores") else [answer["answer"] for answer in answers]
+        return answers[0] if len(answers) == 1 else answers
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write model and processor, which is all that `pipeline(model=save_directory)` needs."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+    def _read(
+        self,
+        prefix: Tensor,
+        readers: list[Any],
+        state: VideoState | None,
+        on_frames: Callable[[int, int | None], None] | None,
+    ) -> VideoState:
+        model = self.model
+        if prefix.shape[1] == 0:  # a question without a video
+            weight = model.get_input_embeddings().weight
+            return VideoState.zeros(model.config.text_config, 1, weight.device, weight.dtype)
+
+        report = None
+        if on_frames is not None:
+            expected = sum(reader.expected_frames for reader in readers)
+
+            def report(read: int) -> None:
+                on_frames(read, expected)
+
+        try:
+            chunks = [reader.chunks(model.config.vision_chunk_frames) for reader in readers]
+            state = model.read(prefix, chunks, state, report)
+        finally:
+            _close(readers)
+        state.metadata.setdefault("model", str(model.name_or_path))
+        names = [state.metadata["video"]] if "video" in state.metadata else []
+        state.metadata["video"] = ", ".join([*names, *(str(reader.name) for reader in readers)])
+        return state
+
+    def _answer(
+        self, states: list[VideoState], questions: list[Tensor], return_scores: bool = False, **generate: Any
+    ) -> list[list[dict[str, Any]]]:
+        """Generate all answers together; a streamer takes one at a time. States are not changed."""
+        if generate.get("streamer") is not None and len(states) > 1:
+            pairs = zip(states, questions, strict=True)
+            return [self._answer([s], [q], return_scores, **generate)[0] for s, q in pairs]
+        model, tokenizer = self.model, self.processor.tokenizer
+        embeddings = model.get_input_embeddings().weight
+        seen = max(state.seen_tokens for state in states)
+        conv = torch.cat([state.conv.to(embeddings.device) for state in states], dim=1)
+        ssm = torch.cat([state.ssm.to(embeddings.device) for state in states], dim=1)
+
+        longest = max(question.shape[1] for question in questions)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids = torch.full((len(questions), longest), pad, dtype=torch.long)
+        mask = torch.ones(len(questions), seen + longest, dtype=torch.long)
+        for row, question in enumerate(questions):
+            ids[row, longest - question.shape[1] :] = question[0]
+            mask[row, seen : seen + longest - question.shape[1]] = 0
+
+        if generate.get("generation_config") is None and not {"max_new_tokens", "max_length"} & generate.keys():
+            own = model.generation_config
+            if own.max_new_tokens is None and own.max_length in (None, 20):  # 20: what transformers <= 5.1 fills in
+                generate["max_new_tokens"] = _DEFAULT_NEW_TOKENS
+        generate.setdefault("pad_token_id", pad)
+        found = model.generate(
+            input_ids=ids.to(embeddings.device),
+            attention_mask=mask.to(embeddings.device),
+            past_key_values=VideoState(conv, ssm, seen),
+            **generate,
+            **({"output_logits": True} if return_scores else {}),
+            return_dict_in_generate=True,
+        )
+        new = found.sequences[:, longest:]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers = [{"answer": text.strip()} for text in texts]
+        if return_scores:
+            log_probabilities = model.compute_transition_scores(
+                found.sequences, found.logits, getattr(found, "beam_indices", None), normalize_logits=True
+            )
+            for answer, row, values in zip(answers, new.tolist(), log_probabilities, strict=True):
+                answer["score"] = _mean_probability(row, values, _ends(model, generate), pad)
+        per_question = len(answers) // len(questions)
+        return [answers[i : i + per_question] for i in range(0, len(answers), per_question)]
+
+
+def _ends(model: Any, generate: dict[str, Any]) -> set[int]:
+    config = generate.get("generation_config") or model.generation_config
+    ends = generate.get("eos_token_id", config.eos_token_id)
+    return set(ends) if isinstance(ends, list | tuple) else {ends}
+
+
+def _mean_probability(ids: list[int], log_probabilities: Tensor, ends: set[int], pad: int) -> float:
+    """Mean probability of the generated tokens, the ending one included and padding behind it excluded."""
+    count = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+    if count is None:
+        count = len(ids)
+        while count > 1 and ids[count - 1] == pad:
+            count -= 1
+    return log_probabilities[:count].float().exp().mean().item()
+
+
+def _conversation(video: Any, question: str, kind: str = "video") -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": question}]
+    if video is not None:
+        content.insert(0, {"type": kind, kind: video})
+    return [{"role": "user", "content": content}]
+
+
+def _request(item: Any, question: Any) -> dict[str, Any]:
+    """One input as conversations that share their video, and whether several answers are wanted."""
+    if (messages := _messages(item)) is not None:
+        if question is not None:
+            raise ValueError("a conversation holds its question: do not pass another one")
+        return {"conversations": [messages], "several": False}
+    kind = "video"
+    if isinstance(item, dict):
+        unknown = item.keys() - {"video", "image", "question"}
+        if unknown or not item:
+            raise ValueError(f"an input may hold 'video' or 'image' and 'question', not {sorted(item)}")
+        kind = "image" if item.get("image") is not None else "video"
+        question = item.get("question", question)
+        item = item.get(kind)
+    if question is None:
+        raise ValueError("there is no question: pass it after the video, or as 'question' in the input")
+    questions = [question] if isinstance(question, str) else list(question)
+    for text in questions:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("the question is empty: say what you want to know about the video")
+    if not questions:
+        raise ValueError("the list of questions is empty")
+    conversations = [_conversation(item, text, kind) for text in questions]
+    return {"conversations": conversations, "several": not isinstance(question, str)}
+
+
+def _messages(item: Any) -> list[dict[str, Any]] | None:
+    """The messages of a conversation (a list of role/content dicts, or transformers' `Chat`), else None."""
+    messages = getattr(item, "messages", item)
+    is_chat = (
+        isinstance(messages, list | tuple) and messages and isinstance(messages[0], dict) and "role" in messages[0]
+    )
+    return list(messages) if is_chat else None
+
+
+def _is_frame(item: Any) -> bool:
+    return isinstance(item, Image.Image) or (isinstance(item, np.ndarray | Tensor) and item.ndim == 3)
+
+
+def _is_batch(inputs: Any) -> bool:
+    """Whether a list is one of inputs, rather than one conversation or one video given as its frames."""
+    if not isinstance(inputs, list | tuple) or _messages(inputs) is not None:
+        return False
+    return not (len(inputs) > 0 and all(_is_frame(item) for item in inputs))
+
+
+def _is_stream(inputs: Any) -> bool:
+    """Whether inputs come one by one: a generator, an iterator or a data set of dicts."""
+    if isinstance(inputs, list | tuple | dict | str | bytes | Path | np.ndarray | Tensor | Image.Image):
+        return False
+    if hasattr(inputs, "chunks") or hasattr(inputs, "messages"):  # a frame reader, a Chat
+        return False
+    return hasattr(inputs, "__iter__") or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"))
+
+
+def _deal(question: Any, inputs: list[Any]) -> list[Any]:
+    """The question of each input: one for all, or one for each."""
+    if question is None or isinstance(question, str):
+        return [question] * len(inputs)
+    question = list(question)
+    if len(question) != len(inputs):
+        raise ValueError(f"{len(question)} questions were given for {len(inputs)} inputs: give one, or one for each")
+    return question
+
+
+def _groups(requests: Any, size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for request in requests:
+        group.append(request)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _close(readers: list[Any]) -> None:
+    for reader in readers:
+        reader.close()
