@@ -1,6 +1,6 @@
 """The small rendered world: videos, questions and answers, made from a seed. Needs NumPy; PyAV to write files."""
 
-from .dataset import WorldDataset, WorldSample, chat
+from .dataset import WorldDataset, WorldSample, chat, parse_frames
 from .questions import FORMS, KINDS, Question, ask
 from .render import WorldRenderer, render
 from .world import SPLITS, World, WorldSettings, build_world, split_of, video_seed
@@ -18,6 +18,7 @@ __all__ = [
     "ask",
     "build_world",
     "chat",
+    "parse_frames",
     "render",
     "split_of",
     "video_seed",

@@ -39,6 +39,18 @@ def chat(questions: Sequence[Question], video: Any = None) -> list[dict[str, Any
     return messages
 
 
+def parse_frames(text: str) -> tuple[int, int]:
+    """`"8..64"` or `"8"` as (shortest, longest)."""
+    low, _, high = text.partition("..")
+    try:
+        shortest, longest = int(low), int(high or low)
+    except ValueError:
+        raise ValueError(f"frames {text!r}: give a number or a range such as 8..64.") from None
+    if not 1 <= shortest <= longest:
+        raise ValueError(f"frames {text!r}: must be 1 <= shortest <= longest.")
+    return shortest, longest
+
+
 class WorldDataset:
     """A map-style data set (works with `torch.utils.data.DataLoader`) of rendered videos.
 

@@ -23,6 +23,7 @@ class WorldModelSize:
     layers: int = 8
     state: int = 128
     head: int = 64
+    chunk: int = 128
     vision_hidden: int = 192
     vision_layers: int = 4
     vision_heads: int = 4
@@ -45,6 +46,7 @@ def world_config(size: WorldModelSize, tokenizer: PreTrainedTokenizerFast) -> Vi
             "num_hidden_layers": size.layers,
             "state_size": size.state,
             "head_dim": size.head,
+            "chunk_size": size.chunk,
             "initializer_range": 0.02,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..processing.byte_tokenizer import build_byte_tokenizer
-from ..synthetic import KINDS, WorldDataset
+from ..synthetic import KINDS, WorldDataset, parse_frames
 from ..synthetic.questions import check_kinds
 from .world_batches import ChatTokens, WorldBatches, first
 from .world_clock import ClockCallback, WorldClock
@@ -30,18 +30,6 @@ from .world_model import SIZES, world_config, world_processor
 from .world_report import WorldReport
 
 _ENDLESS = 10_000_000  # steps, where only the clock ends training
-
-
-def parse_frames(text: str) -> tuple[int, int]:
-    """`"8..64"` or `"8"` as (shortest, longest)."""
-    low, _, high = text.partition("..")
-    try:
-        shortest, longest = int(low), int(high or low)
-    except ValueError:
-        raise ValueError(f"frames {text!r}: give a number or a range such as 8..64.") from None
-    if not 1 <= shortest <= longest:
-        raise ValueError(f"frames {text!r}: must be 1 <= shortest <= longest.")
-    return shortest, longest
 
 
 def _option(default: Any, text: str) -> Any:

@@ -1,0 +1,212 @@
+"""Accuracy on unseen rendered videos, per kind of question, beside chance.
+
+    python -m video_ma2mba.eval.world_accuracy --model bundled --per-kind 1000 --frames 8..64 256 1024 --out a.csv
+
+Videos come from the test split. Every answer is kept in `a.answers.jsonl` next to the table; the same command
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, HfArgumentParser
+
+from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..synthetic import FORMS, KINDS, Question, WorldDataset, parse_frames
+from ..synthetic.chance import chance_levels
+from ..trainer.world_batches import ChatTokens
+from .world_scoring import generate_answers, score_forced
+
+FIELDS = ("frames", "kind", "form", "questions", "right", "accuracy", "chance")
+_BLOCK = 64  # videos between two saves
+
+
+@dataclasses.dataclass
+class WorldAccuracy:
+    """What is measured, and how."""
+
+    model: str = dataclasses.field(metadata={"help": "folder of a model trained on the rendered world"})
+    out: str = dataclasses.field(metadata={"help": "CSV file to write"})
+    per_kind: int = dataclasses.field(default=1000, metadata={"help": "at least so many questions of each kind"})
+    frames: list[str] = dataclasses.field(
+        default_factory=lambda: ["8..64"], metadata={"help": "lengths, each a number or a range such as 8..64"}
+    )
+    method: str = dataclasses.field(
+        default="generate", metadata={"help": "generate (greedy decoding) or forced (given the right answer; faster)"}
+    )
+    device: str = dataclasses.field(default="", metadata={"help": "cuda or cpu; by default what there is"})
+    dtype: str = dataclasses.field(default="", metadata={"help": "by default bfloat16 on a GPU, float32 on a CPU"})
+    frames_at_once: int = dataclasses.field(default=0, metadata={"help": "frames of one batch"})
+    seed: int = dataclasses.field(default=0, metadata={"help": "of the test videos"})
+
+    def __post_init__(self) -> None:
+        if self.method not in ("generate", "forced"):
+            raise ValueError(f"method={self.method!r}: must be generate or forced.")
+        if self.per_kind < 1:
+            raise ValueError(f"per_kind={self.per_kind}: must be at least 1.")
+        cuda = torch.cuda.is_available()
+        self.device = self.device or ("cuda" if cuda else "cpu")
+        self.dtype = self.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
+        self.frames_at_once = self.frames_at_once or (4096 if self.device.startswith("cuda") else 128)
+
+
+class Answers:
+    """A file of answers, one JSON object a line, that survives interruption: only finished blocks count."""
+
+    def __init__(self, path: Path, about: dict[str, Any]):
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.blocks: set[tuple[str, int]] = set()
+        if not path.exists():
+            path.write_text(json.dumps(about) + "\n")
+            return
+        kept = self._read(about)
+        path.write_text("".join(kept))  # drops what an interrupted block left behind
+
+    def _read(self, about: dict[str, Any]) -> list[str]:
+        lines = self.path.read_text().splitlines(keepends=True)
+        if not lines or json.loads(lines[0]) != about:
+            raise ValueError(f"{self.path} holds answers of another model or other settings: choose another --out.")
+        kept, pending = lines[:1], []
+        for line in lines[1:]:
+            if not line.endswith("\n"):
+                break
+            entry = json.loads(line)
+            pending.append((line, entry))
+            if "block" in entry:
+                kept += [text for text, _ in pending]
+                self.rows += [row for _, row in pending[:-1]]
+                self.blocks.add((entry["frames"], entry["block"]))
+                pending = []
+        return kept
+
+    def add(self, frames: str, block: int, rows: list[dict[str, Any]]) -> None:
+        """Append a finished block."""
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in [*rows, {"frames": frames, "block": block}]))
+        self.rows += rows
+        self.blocks.add((frames, block))
+
+
+def measure(settings: WorldAccuracy) -> list[dict[str, Any]]:
+    """Ask until every kind has `per_kind` questions at every length; returns and writes the table."""
+    out = Path(settings.out)
+    folder = Path(settings.model)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} holds no model: there is no model.safetensors in it.")
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
+    model = model.to(settings.device).eval()
+    tokens = ChatTokens(AutoTokenizer.from_pretrained(folder), model.config.tokens_per_frame)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "method": settings.method,
+        "dtype": settings.dtype,
+        "seed": settings.seed,
+    }
+    answers = Answers(out.with_suffix(".answers.jsonl"), about)
+    for frames in settings.frames:
+        _ask(model, tokens, settings, frames, answers)
+    table = [row for frames in settings.frames for row in summary(answers.rows, frames)]
+    _write(out, table)
+    return table
+
+
+def _ask(model: Any, tokens: ChatTokens, settings: WorldAccuracy, frames: str, answers: Answers) -> None:
+    # Not every video settles every kind, so there is no telling beforehand how many videos it takes.
+    data = WorldDataset("test", 10**9, frames=parse_frames(frames), questions=len(KINDS), seed=settings.seed)
+    asked = Counter(row["kind"] for row in answers.rows if row["frames"] == frames)
+    with tqdm(total=settings.per_kind, desc=f"{frames} frames", unit="question", leave=False) as bar:
+        block = 0
+        while min(asked[kind] for kind in KINDS) < settings.per_kind:
+            if (frames, block) not in answers.blocks:
+                rows = []
+                for indices in _batches(data, range(block * _BLOCK, (block + 1) * _BLOCK), settings.frames_at_once):
+                    for question, given in _answer(model, tokens, data, indices, settings.method):
+                        rows.append(_row(frames, question, given))
+                answers.add(frames, block, rows)
+                asked.update(row["kind"] for row in rows)
+            block += 1
+            bar.update(min(min(asked.values(), default=0), settings.per_kind) - bar.n)
+
+
+def _batches(data: WorldDataset, videos: range, frames_at_once: int) -> Iterator[list[int]]:
+    """Videos of one length each, about `frames_at_once` frames together."""
+    groups: dict[int, list[int]] = {}
+    for index in videos:
+        groups.setdefault(data.length(index), []).append(index)
+    for length, members in sorted(groups.items()):
+        share = max(frames_at_once // length, 1)
+        for first in range(0, len(members), share):
+            yield members[first : first + share]
+
+
+def _answer(
+    model: Any, tokens: ChatTokens, data: WorldDataset, indices: list[int], method: str
+) -> list[tuple[Question, str | bool]]:
+    samples = [data.sample(index) for index in indices]
+    return (generate_answers if method == "generate" else score_forced)(model, tokens, samples)
+
+
+def _row(frames: str, question: Question, given: str | bool) -> dict[str, Any]:
+    right = given if isinstance(given, bool) else given == question.answer
+    row = {"frames": frames, **dataclasses.asdict(question), "right": right}
+    return row if isinstance(given, bool) else row | {"given": given}
+
+
+def summary(rows: list[dict[str, Any]], frames: str) -> list[dict[str, Any]]:
+    """The table of one length: per kind, per kind and form, and all together."""
+    names = [field.name for field in dataclasses.fields(Question)]
+    table = []
+    for kind in (*KINDS, "all"):
+        for form in ("all", *FORMS):
+            members = [
+                row
+                for row in rows
+                if row["frames"] == frames and kind in (row["kind"], "all") and form in (row["form"], "all")
+            ]
+            if not members:
+                continue
+            questions = [Question(**{name: row[name] for name in names}) for row in members]
+            right = sum(row["right"] for row in members)
+            table.append(
+                {
+                    "frames": frames,
+                    "kind": kind,
+                    "form": form,
+                    "questions": len(members),
+                    "right": right,
+                    "accuracy": round(right / len(members), 4),
+                    "chance": round(chance_levels(questions)["all"], 4),
+                }
+            )
+    return table
+
+
+def _write(path: Path, table: list[dict[str, Any]]) -> None:
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(table)
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    (chosen,) = HfArgumentParser(WorldAccuracy).parse_args_into_dataclasses()
+    for line in measure(chosen):
+        if line["form"] == "all":
+            print(
+                "{frames:>8} {kind:>10}  {accuracy:.3f}  (chance {chance:.3f}, {questions} questions)".format(**line)
+            )
