@@ -4,6 +4,7 @@ The host store copies on side streams behind the computation. Its memory is page
 reused from step to step; a plain `pin_memory` would round every tensor up to a power of two.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Hashable
 
@@ -33,6 +34,10 @@ class DeviceStore:
     def take(self, key: Hashable) -> list[Tensor]:
         """Hand the tensors out and forget them."""
         return self._items.pop(key)
+
+    def finish(self) -> None:
+        """Let go of everything."""
+        self._items.clear()
 
 
 class PinnedPool:
@@ -85,10 +90,8 @@ class PinnedPool:
         self.__init__()
 
     def __del__(self) -> None:
-        try:
+        with contextlib.suppress(Exception):  # the interpreter or the CUDA context may be going down
             self.release()
-        except Exception:  # the interpreter or the CUDA context may be going down
-            pass
 
 
 class HostStore:

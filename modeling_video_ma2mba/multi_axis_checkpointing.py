@@ -4,8 +4,9 @@ After section 3.2 of arXiv 2411.19460: the stack is cut every `layers_per_block`
 tokens; forward keeps only the inputs of the cells (one residual tensor, and each layer's border state), backward
 recomputes one cell at a time. What differs from the paper and its reference code:
 
-- The whole stack is one autograd function with the parameters as inputs. Their gradients are summed over segments in
-  fp32 and handed to autograd once, so hooks of DDP, ZeRO and FSDP fire once and 16-bit sums lose nothing.
+- Every block of layers is one autograd function with its parameters as inputs. Their gradients are summed over
+  segments in fp32 and handed to autograd once, so hooks of DDP, ZeRO and FSDP fire once, while the blocks below still
+  compute, and 16-bit sums lose nothing.
 - Gradients of SSM states stay in fp32 across borders.
 - Forward runs segment by segment, so nothing of full length exists but what the plan stores. Backward runs block by
   block, so fp32 sums exist for one block only; the gradient at a block's input takes the place of its checkpoint.
@@ -70,35 +71,43 @@ class MultiAxisEngine:
         _refuse_sharded_layers(model)
         plan = choose_plan(self.settings, model, x, keep)
         self.last_plan = plan
-        work = _StackRun(self, model, plan, layout, keep, x)
         conv = None if state is None else state.conv
         ssm = None if state is None else state.ssm
-        return _Stack.apply(work, x, conv, ssm, *work.parameters)
+        work = _StackRun(self, model, plan, layout, keep, x)
+        with torch.no_grad(), work.guarded("forward"):
+            results = work.forward(x, conv, ssm)
+        below: tuple[Tensor | None, ...] = (x, conv, ssm)
+        for block in range(len(work.blocks)):
+            out = _Block.apply(work, block, results if block == len(work.blocks) - 1 else None, *below,
+                               *work.parameters(block))  # fmt: skip
+            below = (out,)
+        return out
 
 
-class _Stack(torch.autograd.Function):
+class _Block(torch.autograd.Function):
+    """A node of the autograd graph for each block of layers. The forward pass is already done, segment by segment;
+    the chain of nodes only gives backward its order: blocks from top to bottom, each handing over its parameters'
+    gradients as soon as they are complete. Between nodes flows an empty tensor.
+    """
+
     @staticmethod
-    def forward(
-        ctx: Any, work: "_StackRun", x: Tensor, conv: Tensor | None, ssm: Tensor | None, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.work = work
-        ctx.save_for_backward(x, conv, ssm)
+    def forward(ctx: Any, work: "_StackRun", block: int, results: tuple[Tensor, ...] | None, *inputs: Tensor | None):
+        ctx.work, ctx.block = work, block
         ctx.set_materialize_grads(False)
-        with work.explain_out_of_memory("forward"):
-            return work.forward(x, conv, ssm)
+        if block == 0:
+            ctx.save_for_backward(*inputs[:3])  # so that autograd notices a change in place
+        return work.norm.weight.new_empty(0) if results is None else results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, dout: Tensor | None, dconv: Tensor | None, dssm: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        x, conv, ssm = ctx.saved_tensors
-        work: _StackRun = ctx.work
-        if work.spent:
-            raise RuntimeError("the gradients of this forward pass were already computed; its checkpoints are gone")
-        work.spent = True
-        with work.explain_out_of_memory("backward"):
-            return None, *work.backward(x, conv, ssm, dout, dconv, dssm, ctx.needs_input_grad[1:4])
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        work, block = ctx.work, ctx.block
+        inputs = ctx.saved_tensors if block == 0 else ()
+        needs = ctx.needs_input_grad[3 : 6 if block == 0 else 4]
+        with work.guarded("backward"):
+            if block == len(work.blocks) - 1:
+                work.start_backward(*gradients)
+            return None, None, None, *work.backward_block(block, inputs, needs)
 
 
 class _StackRun:
@@ -120,9 +129,13 @@ class _StackRun:
         self.segments = plan.segments(x.shape[1])
         self.blocks = plan.blocks(len(self.layers))
         self.keep = None if keep is None else keep.to(self.device)
-        self.parameters = [p for block in range(len(self.blocks)) for _, p in self.block_parameters(block)]
         self.store = engine.store_for(plan, self.device)
         self.spent = False
+        self.start: tuple[Tensor | None, Tensor | None] = (None, None)  # conv and ssm before the first token
+        self.douts: list[Tensor | None] = []
+        self.dconvs: list[Tensor | None] = []
+        self.dssms: list[Tensor | None] = []
+        self.between: Tensor | None = None  # gradient between two blocks when there is one segment
         kind = self.device.type
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self.random = any(
@@ -131,13 +144,12 @@ class _StackRun:
         self.random_states: dict[tuple[int, int], Any] = {}
 
     # ----------------------------------------------------------------------------------------------- cells
-    def block_parameters(self, block: int) -> list[tuple[str, nn.Parameter]]:
+    def parameters(self, block: int) -> list[nn.Parameter]:
         """Trainable parameters of a block, in a fixed order; the final norm belongs to the last block."""
         modules = [self.layers[i] for i in self.blocks[block]]
         if block == len(self.blocks) - 1:
             modules.append(self.norm)
-        found = {id(p): (name, p) for m in modules for name, p in m.named_parameters() if p.requires_grad}
-        return list(found.values())
+        return list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())
 
     def run_cell(
         self, block: int, segment: int, x: Tensor, conv: list[Tensor | None], ssm: list[Tensor | None]
@@ -188,7 +200,8 @@ class _StackRun:
 
     # --------------------------------------------------------------------------------------------- forward
     def forward(self, x: Tensor, conv: Tensor | None, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        layers, last = len(self.layers), len(self.blocks) - 1
+        self.start = (conv, ssm)
+        layers = len(self.layers)
         convs: list[Tensor | None] = [None] * layers if conv is None else list(conv)
         ssms: list[Tensor | None] = [None] * layers if ssm is None else list(ssm)
         out = None
@@ -225,67 +238,71 @@ class _StackRun:
         return torch.cat([rank[:, a:b][self.keep[:, a:b]] for a, b in self.segments])
 
     # -------------------------------------------------------------------------------------------- backward
-    def backward(
-        self,
-        x: Tensor,
-        conv: Tensor | None,
-        ssm: Tensor | None,
-        dout: Tensor | None,
-        dconv: Tensor | None,
-        dssm: Tensor | None,
-        needs: tuple[bool, bool, bool],
+    def start_backward(self, dout: Tensor | None, dconv: Tensor | None, dssm: Tensor | None) -> None:
+        """Take the gradients of the stack's three results."""
+        if self.spent:
+            raise RuntimeError("the gradients of this forward pass were already computed; its checkpoints are gone")
+        self.spent = True
+        self.douts = self.split_output_gradient(dout)
+        self.dconvs = [None] * len(self.layers) if dconv is None else list(dconv)
+        self.dssms = [None] * len(self.layers) if dssm is None else list(dssm)
+
+    def backward_block(
+        self, j: int, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        """Gradients of x, conv, ssm and every parameter, in the order of the inputs of `_Stack`."""
-        needs_x, needs_conv, needs_ssm = needs
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, pin_memory=_pinned(x)) if needs_x else None
-        douts = self.split_output_gradient(dout)
-        dconvs = [None] * len(self.layers) if dconv is None else list(dconv)
-        dssms = [None] * len(self.layers) if dssm is None else list(dssm)
-        # Blocks below the lowest thing that wants a gradient are not visited.
-        lowest = 0 if any(needs) else min((j for j in range(len(self.blocks)) if self.block_parameters(j)), default=0)
-        grads: dict[int, list[Tensor | None]] = {}
-        direct: Tensor | None = None  # gradient between two blocks when there is only one segment
-        order = [
-            (j, i) for j in reversed(range(lowest, len(self.blocks))) for i in reversed(range(len(self.segments)))
-        ]
-        for position, (j, i) in enumerate(order):
-            if position + 1 < len(order):
-                self.prefetch(*order[position + 1])
+        """Backward of one block over all segments, last to first.
+
+        Args:
+            inputs: for block 0 the stack's x (B, S, D), conv and ssm; empty for the others.
+            needs: for block 0 which of these want a gradient; for the others whether anything below does.
+
+        Returns:
+            gradients of `inputs` (an empty tensor for the block below), then of the block's parameters.
+        """
+        block, parameters, first = self.blocks[j], self.parameters(j), j == 0
+        x, conv, ssm = inputs if first else (None, None, None)
+        dx = None
+        if first and needs[0]:
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, pin_memory=_pinned(x))
+        sums: list[Tensor | None] | None = None
+        single = len(self.segments) == 1
+        for i in reversed(range(len(self.segments))):
+            self.prefetch(j, i)
+            if i > 0:
+                self.prefetch(j, i - 1)
+            elif not first and needs[0] and not single:
+                self.prefetch(j - 1, len(self.segments) - 1)
             start, stop = self.segments[i]
-            block = self.blocks[j]
-            h = self.store.take(("x", j, i))[0] if j > 0 else x[:, start:stop].to(self.device, non_blocking=True)
+            h = x[:, start:stop].to(self.device, non_blocking=True) if first else self.store.take(("x", j, i))[0]
             if i > 0:
                 states = self.store.take(("state", j, i))
             else:
-                states = [None if t is None else t[n] for t in (conv, ssm) for n in block]
+                states = [None if t is None else t[n] for t in self.start for n in block]
             if j == len(self.blocks) - 1:
-                dh = douts[i]
+                dh = self.douts[i]
             else:
-                dh = direct if len(self.segments) == 1 else self.store.take(("dx", j, i))[0]
-            dstates = [dconvs[n] for n in block] + [dssms[n] for n in block]
-            dh, dstates, parameter_grads = self.backward_cell(j, i, h, states, dh, dstates)
+                dh = self.between if single else self.store.take(("dx", j, i))[0]
+            dstates = [self.dconvs[n] for n in block] + [self.dssms[n] for n in block]
+            dh, dstates, gradients = self.backward_cell(j, i, h, states, dh, dstates, parameters)
             for k, n in enumerate(block):
-                dconvs[n], dssms[n] = dstates[k], dstates[k + len(block)]
-            grads[j] = _accumulate(grads.get(j), parameter_grads)
-            if j == 0 and needs_x:
+                self.dconvs[n], self.dssms[n] = dstates[k], dstates[k + len(block)]
+            sums = _accumulate(sums, gradients)
+            if dx is not None:
                 dx[:, start:stop].copy_(dh, non_blocking=True)
-            elif j > lowest and len(self.segments) > 1:
-                self.store.put(("dx", j - 1, i), [dh])
-            direct = dh
-            if i == 0:
-                grads[j] = _as_parameters(grads[j], [p for _, p in self.block_parameters(j)])
-        if isinstance(self.store, HostStore):
+            elif not first and needs[0]:
+                if single:
+                    self.between = dh  # used at once: no detour through the store
+                else:
+                    self.store.put(("dx", j - 1, i), [dh])
+        if first or not needs[0]:
             self.store.finish()
+        results = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+        if not first:
+            return [self.norm.weight.new_empty(0) if needs[0] else None, *results]
         _wait_for_host_copies(dx, self.device)
-        parameter_grads = [
-            g for j in range(len(self.blocks)) for g in grads.get(j, [None] * len(self.block_parameters(j)))
-        ]
-        return [
-            dx,
-            _stack_or_zeros(dconvs, conv) if needs_conv else None,
-            _stack_or_zeros(dssms, ssm) if needs_ssm else None,
-            *parameter_grads,
-        ]
+        dconv = _stack_or_zeros(self.dconvs, conv) if needs[1] else None
+        dssm = _stack_or_zeros(self.dssms, ssm) if needs[2] else None
+        return [dx, dconv, dssm, *results]
 
     def prefetch(self, j: int, i: int) -> None:
         for kind in ("x", "state", "dx"):
@@ -303,7 +320,14 @@ class _StackRun:
         return [part.unsqueeze(0) if n else None for n, part in zip(counts, dout.split(counts), strict=True)]
 
     def backward_cell(
-        self, j: int, i: int, h: Tensor, states: list[Tensor | None], dout: Tensor | None, dstates: list[Tensor | None]
+        self,
+        j: int,
+        i: int,
+        h: Tensor,
+        states: list[Tensor | None],
+        dout: Tensor | None,
+        dstates: list[Tensor | None],
+        parameters: list[nn.Parameter],
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
         """Recompute one cell and run its backward: gradients of stream, states and trainable parameters."""
         half = len(states) // 2
@@ -321,7 +345,6 @@ class _StackRun:
             if value is not None and gradient is not None:
                 outputs.append(value)
                 gradients.append(gradient.to(value.device, value.dtype, non_blocking=True))
-        parameters = [p for _, p in self.block_parameters(j)]
         wanted = [h, *(s for s in states if s is not None), *parameters]
         if outputs:
             results = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
@@ -332,16 +355,17 @@ class _StackRun:
         return dh, [None if s is None else results.pop(0) for s in states], results
 
     @contextlib.contextmanager
-    def explain_out_of_memory(self, phase: str) -> Iterator[None]:
+    def guarded(self, phase: str) -> Iterator[None]:
+        """Give the store's memory back on any error; say what to do about a full GPU."""
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                out_of_memory_message(self.plan, self.model, self.segments[-1][1], phase, error)
-            ) from error
+            self.store.finish()
+            tokens = self.segments[-1][1]
+            message = out_of_memory_message(self.plan, self.model, tokens, phase, error)
+            raise torch.OutOfMemoryError(message) from error
         except BaseException:
-            if isinstance(self.store, HostStore):
-                self.store.finish()
+            self.store.finish()
             raise
 
 
@@ -358,10 +382,6 @@ def _accumulate(sums: list[Tensor | None] | None, new: list[Tensor | None]) -> l
         total = total if total.dtype == wide else total.to(wide)
         result.append(total.add_(gradient))
     return result
-
-
-def _as_parameters(sums: list[Tensor | None], parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    return [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
 
 
 def _stack_or_zeros(gradients: list[Tensor | None], like: Tensor) -> Tensor:
@@ -385,6 +405,6 @@ def _refuse_sharded_layers(model: nn.Module) -> None:
     for name, module in model.layers.named_modules():
         if name and "FSDP" in type(module).__name__:
             raise ValueError(
-                f"layer {name.split('.')[0]} is its own FSDP unit; with multi-axis checkpointing wrap the whole language "
-                "model as one unit, e.g. fully_shard(model.model.language_model)"
+                f"layer {name.split('.')[0]} is its own FSDP unit; with multi-axis checkpointing wrap the whole "
+                "language model as one unit, e.g. fully_shard(model.model.language_model)"
             )

@@ -30,7 +30,9 @@ def kernels_available() -> bool:
     except ModuleNotFoundError:
         return False
     except Exception as error:  # a wheel built for another torch fails in many ways
-        warnings.warn(f"mamba-ssm or causal-conv1d is installed but does not load ({error}); using PyTorch instead")
+        warnings.warn(
+            f"mamba-ssm or causal-conv1d is installed but does not load ({error}); using PyTorch instead", stacklevel=2
+        )
         return False
     return True
 
