@@ -1,0 +1,83 @@
+"""Decides which frames of a video are looked at, from the times at which its frames are shown."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_FPS = 1000.0
+TIME_TOLERANCE = 1e-6
+"""Seconds by which a frame may be late and still count as shown at a sampling moment (rounding of time stamps)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample; times in seconds from the first frame.
+
+    Args:
+        fps: frames per second to look at (ignored when `num_frames` is given).
+        num_frames: look at this many frames spread evenly over the whole, first and last included; a video with
+            fewer frames gives each of them once.
+        start, end: part of the video to look at, `start <= t < end`; None is the beginning, the end.
+        max_frames: upper limit; where `fps` would give more, this many frames spread evenly are looked at instead.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    fps: float | None = 1.0
+    num_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+    max_frames: int | None = None
+
+    def __post_init__(self):
+        if self.num_frames is None:
+            if self.fps is None:
+                raise ValueError("give either fps or num_frames")
+            if not 0 < self.fps <= MAX_FPS:  # also refuses NaN
+                raise ValueError(f"fps must be more than 0 and at most {MAX_FPS:g}, not {self.fps}")
+        for name in ("num_frames", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value}")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a time in seconds of at least 0, not {value}")
+        if self.end is not None and (self.start or 0.0) >= self.end:
+            raise ValueError(f"start ({self.start or 0:g} s) must come before end ({self.end:g} s)")
+
+    def choose(self, times: np.ndarray, duration: float, name: str) -> np.ndarray:
+        """Indices of the frames to look at: for each sampling moment t the frame on screen, the last with time <= t.
+
+        Args:
+            times: float64 `(N,)`, seconds at which each frame is first shown, ascending, `times[0] == 0`.
+            duration: seconds until the last frame ends.
+            name: the video's name for error messages.
+
+        Returns:
+            int64, non-decreasing (a frame that stays on screen for longer is seen again).
+
+        Raises:
+            ValueError: `start` lies beyond the end of the video.
+        """
+        begin = self.start or 0.0
+        finish = duration if self.end is None else min(self.end, duration)
+        if begin >= duration:
+            raise ValueError(f"{name}: start ({begin:g} s) is beyond the end of the video ({duration:.3f} s)")
+
+        def on_screen(moments):
+            return np.maximum(np.searchsorted(times, np.asarray(moments) + TIME_TOLERANCE, side="right") - 1, 0)
+
+        limit = min(filter(None, (self.num_frames, self.max_frames)), default=None)
+        if self.num_frames is not None:
+            first = int(on_screen(begin))
+            last = max(first, int(on_screen(finish - 2 * TIME_TOLERANCE)))
+            if last - first < limit:
+                return np.arange(first, last + 1)
+            return on_screen(np.linspace(begin, max(begin, times[last]), limit))
+        count = max(1, math.ceil((finish - begin) * self.fps - TIME_TOLERANCE))
+        if limit is not None and count > limit:
+            return on_screen(np.linspace(begin, begin + (count - 1) / self.fps, limit))
+        return on_screen(begin + np.arange(count) / self.fps)

@@ -1,0 +1,377 @@
+"""The processor: text, videos and images in; token ids and pixels out."""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .chat_format import (
+    CHAT_TEMPLATE,
+    DEFAULT_FRAME_SEPARATOR,
+    DEFAULT_SYSTEM_PROMPT,
+    IMAGE_MARK,
+    ROLE_TAG_ENDS,
+    Chat,
+    is_conversation,
+    render_chat,
+)
+from .text_batches import IGNORED_LABEL, pad_batch
+from .video_processing_video_ma2mba import SAMPLING_NAMES, split_videos
+from .video_reader import FrameReader
+
+TEXT_SETTINGS = ("padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "add_special_tokens")
+
+
+class VideoMa2mbaProcessor(ProcessorMixin):
+    """Tokenizer, frame processor and chat template of one model.
+
+    Args:
+        tokenizer: must know `video_token` as one token.
+        video_processor: a `VideoMa2mbaVideoProcessor`.
+        chat_template: Jinja template; None takes the paper's chat schema.
+        tokens_per_frame: placeholder tokens a frame takes; must be the model's `config.tokens_per_frame`.
+        video_token: stands for a video in text; repeated for every frame's features in token ids.
+        system_prompt: text of the system turn when messages have none; empty leaves that turn out.
+        frame_separator: what stands between the frames and the question of a turn.
+
+    Raises:
+        ValueError: the tokenizer does not know `video_token`, or `tokens_per_frame` is less than 1.
+    """
+
+    image_token = IMAGE_MARK
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        video_processor: Any = None,
+        chat_template: str | None = None,
+        tokens_per_frame: int = 144,
+        video_token: str = "<video>",
+        system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+        frame_separator: str = DEFAULT_FRAME_SEPARATOR,
+    ):
+        if tokens_per_frame != int(tokens_per_frame) or tokens_per_frame < 1:
+            raise ValueError(f"tokens_per_frame must be a whole number of at least 1, not {tokens_per_frame}")
+        super().__init__(tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE)
+        self.tokens_per_frame = int(tokens_per_frame)
+        self.video_token = video_token
+        self.system_prompt = system_prompt
+        self.frame_separator = frame_separator
+        if video_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"the tokenizer has no token {video_token!r}; add it with video_ma2mba.processing.byte_tokenizer."
+                "add_video_tokens"
+            )
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Accept our video processor where transformers knows video processors only through torchvision."""
+        if argument_name == "video_processor":
+            from transformers.video_processing_utils import BaseVideoProcessor
+
+            if not isinstance(argument, BaseVideoProcessor):
+                raise TypeError(f"video_processor must be a video processor, not {type(argument).__name__}")
+            return BaseVideoProcessor
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values_videos", "num_frames"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        images: Any = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tokenize prompts and read their videos completely.
+
+        Args:
+            text: one prompt or several. Each `<video>` (or `<image>`) in them takes the next of `videos` (`images`).
+            videos: one video, a list of videos, or a list of lists (one for each prompt).
+            images: one image, a list, or a list of lists; each becomes a video of one frame.
+            return_tensors: "pt", "np" or None (token ids as lists).
+            kwargs: for videos `fps`, `num_frames`, `start`, `end`, `max_frames`, `return_metadata`; for text
+                `padding` (by default as far as tensors need it), `padding_side` (default: the tokenizer's),
+                `truncation`, `max_length`, `pad_to_multiple_of`, `add_special_tokens` (default False); or both grouped
+                as `videos_kwargs` and `text_kwargs`.
+
+        Returns:
+            `input_ids`, `attention_mask` `(B, S)`; with videos also `pixel_values_videos` uint8
+            `(sum F, 3, height, width)` and `num_frames` int64 `(number of videos,)`, in the order of the placeholders.
+
+        Raises:
+            TypeError: an unknown setting.
+            ValueError: placeholders and videos do not match in number, and what reading a video raises.
+        """
+        text_settings, video_settings = self._settings(kwargs)
+        if text is None:
+            if images is not None:
+                raise ValueError("images need a text with an <image> for each of them")
+            return self.video_processor(videos, return_tensors=return_tensors, **video_settings)
+        texts = [text] if isinstance(text, str) else list(text)
+        chats = [Chat(prompt, []) for prompt in texts]
+        _deal_out(chats, videos, self.video_token, "videos")
+        _deal_out(chats, images, self.image_token, "images")
+        return self._encode_batch(chats, return_tensors, text_settings, video_settings)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render a conversation (or a batch of them) with its videos, and by request tokenize it.
+
+        Args:
+            conversation: role/content dicts; see `render_chat`. Or a list of such conversations.
+            tokenize, return_dict: by default the rendered text is returned; with `tokenize` token ids, with both
+                everything `__call__` returns.
+            return_assistant_tokens_mask: add "assistant_masks", 1 for tokens the assistant wrote (the end of its turn
+                included).
+            processor_kwargs: settings of `__call__`; they may also be given directly.
+            kwargs: the rest goes to the template.
+
+        Raises:
+            ValueError: an empty question where an answer is asked for (`add_generation_prompt`), a malformed message,
+                a video or image without a source; and what reading a video raises.
+        """
+        names = {*TEXT_SETTINGS, *SAMPLING_NAMES, "return_metadata", "videos_kwargs", "text_kwargs"}
+        settings = {**{name: kwargs.pop(name) for name in list(kwargs) if name in names}, **(processor_kwargs or {})}
+        return_tensors = settings.pop("return_tensors", return_tensors)
+        return_tensors = None if return_tensors == "auto" else return_tensors
+        single = is_conversation(conversation)
+        chats = [
+            self._render(
+                messages,
+                chat_template,
+                require_question=add_generation_prompt,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **kwargs,
+            )
+            for messages in ([conversation] if single else conversation)
+        ]
+        if not tokenize:
+            return chats[0].text if single else [chat.text for chat in chats]
+        for chat in chats:
+            _require_sources(chat)
+        text_settings, video_settings = self._settings(settings)
+        batch = self._encode_batch(
+            chats, return_tensors, text_settings, video_settings, return_masks=return_assistant_tokens_mask
+        )
+        return batch if return_dict else batch["input_ids"]
+
+    def streaming_prompt(
+        self, messages: Any, add_generation_prompt: bool = True, **video_settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, list[FrameReader]]:
+        """Prepare a conversation for reading its videos as a stream.
+
+        Args:
+            messages: one conversation; see `render_chat`.
+            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames` for this call.
+
+        Returns:
+            `(prefix, question, readers)`: int64 `(1, S)` token ids up to and including the last video, each video
+            being ONE token; int64 `(1, Q)` token ids of what follows; and a reader of each video, in order. Without
+            videos the prefix is empty.
+
+        Raises:
+            ValueError: an empty question, a malformed message, a video without a source.
+        """
+        chat = self._render(
+            messages, None, require_question=add_generation_prompt, add_generation_prompt=add_generation_prompt
+        )
+        _require_sources(chat)
+        ids, _ = self._encode(chat)
+        readers = self._open_media(chat, video_settings)
+        places = [place for place, token in enumerate(ids) if token == self.video_token_id]
+        cut = places[-1] + 1 if places else 0
+        return torch.tensor([ids[:cut]], dtype=torch.long), torch.tensor([ids[cut:]], dtype=torch.long), readers
+
+    def tokenize_conversation(
+        self, messages: Any, videos: Any = None, images: Any = None, **video_settings: Any
+    ) -> dict[str, torch.Tensor]:
+        """Prepare one conversation for training, its videos read completely.
+
+        Args:
+            messages: one conversation; videos in it may be placeholders without a source.
+            videos, images: the sources of those placeholders, in order.
+            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames` for this call.
+
+        Returns:
+            `input_ids` int64 `(S,)`; `labels` int64 `(S,)`, -100 but for the assistant's answers and the end-of-text
+            token of each; and with videos `pixel_values_videos` uint8 `(sum F, 3, height, width)` and `num_frames`
+            int64 `(number of videos,)`.
+
+        Raises:
+            ValueError: there is no answer to learn, or placeholders and videos do not match.
+        """
+        chat = self._render(messages, None, require_question=False)
+        chat.videos = _fill(chat.videos, videos, "videos")
+        chat.images = _fill(chat.images, images, "images")
+        batch = self._encode_batch([chat], None, {}, self._settings(video_settings)[1], return_masks=True)
+        input_ids, mask = (torch.tensor(batch.pop(name)[0]) for name in ("input_ids", "assistant_masks"))
+        if not mask.any():
+            raise ValueError("the conversation has no answer of the assistant to learn from")
+        del batch["attention_mask"]
+        return {"input_ids": input_ids, "labels": torch.where(mask == 1, input_ids, IGNORED_LABEL), **batch}
+
+    def _settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Sort the settings of a call into those for text and those for videos."""
+        given = dict(given)
+        given = {**given.pop("text_kwargs", {}), **given.pop("videos_kwargs", {}), **given}
+        text = {name: given.pop(name) for name in TEXT_SETTINGS if name in given}
+        video = {name: given.pop(name) for name in (*SAMPLING_NAMES, "return_metadata") if name in given}
+        if given:
+            raise TypeError(f"unknown settings: {', '.join(sorted(given))}")
+        return text, video
+
+    def _render(self, messages: Any, chat_template: str | None, require_question: bool, **variables: Any) -> Chat:
+        defaults = {
+            "system_prompt": self.system_prompt,
+            "frame_separator": self.frame_separator,
+            "video_token": self.video_token,
+            "eos_token": self.tokenizer.eos_token,
+        }
+        return render_chat(
+            messages, chat_template or self.chat_template, require_question, **{**defaults, **variables}
+        )
+
+    def _encode(self, chat: Chat, add_special_tokens: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids of rendered text, one token for each video and image, and the mask of what the assistant wrote."""
+        text = chat.text
+        cuts = {0, len(text), *(match.start() for match in ROLE_TAG_ENDS.finditer(text))}
+        for start, end in chat.answers:
+            cuts |= {min(start, len(text)), min(end, len(text))}
+        bounds = sorted(cuts)
+        ids, mask = [], []
+        for start, end in pairwise(bounds):
+            piece = text[start:end].replace(self.image_token, self.video_token)
+            tokens = self.tokenizer(piece, add_special_tokens=add_special_tokens and start == 0)["input_ids"]
+            ids += tokens
+            mask += [int(any(first <= start < last for first, last in chat.answers))] * len(tokens)
+        return ids, mask
+
+    def _open_media(self, chat: Chat, video_settings: dict[str, Any]) -> list[FrameReader]:
+        """A reader for each placeholder of a prompt, in the order of the text; an image is a video of one frame.
+
+        Raises:
+            ValueError: more or fewer placeholders than videos or images.
+        """
+        marks = re.findall(f"{re.escape(self.video_token)}|{re.escape(self.image_token)}", chat.text)
+        for mark, sources, noun in (
+            (self.video_token, chat.videos, "videos"),
+            (self.image_token, chat.images, "images"),
+        ):
+            if marks.count(mark) != len(sources):
+                raise ValueError(
+                    f"the text has {marks.count(mark)} {mark} placeholders for {len(sources)} {noun}; "
+                    "there must be one for each"
+                )
+        videos, images = iter(chat.videos), iter(chat.images)
+        return [
+            self.video_processor.open(next(videos), **video_settings)
+            if mark == self.video_token
+            else self.video_processor.open(next(images), num_frames=1)
+            for mark in marks
+        ]
+
+    def _encode_batch(
+        self,
+        chats: list[Chat],
+        return_tensors: str | None,
+        text_settings: dict[str, Any],
+        video_settings: dict[str, Any],
+        return_masks: bool = False,
+    ) -> BatchFeature:
+        video_settings = dict(video_settings)
+        return_metadata = video_settings.pop("return_metadata", False)
+        text_settings = dict(text_settings)
+        add_special_tokens = text_settings.pop("add_special_tokens", False)
+        readers = [self._open_media(chat, video_settings) for chat in chats]  # every count is checked before decoding
+        flat = [reader for group in readers for reader in group]
+        pixels = self.video_processor(flat, return_metadata=return_metadata) if flat else {}
+        counts = iter(pixels["num_frames"].tolist() if flat else ())
+        rows, masks = [], []
+        for chat in chats:
+            row, row_mask = [], []
+            for token, written in zip(*self._encode(chat, add_special_tokens), strict=True):
+                repeats = next(counts) * self.tokens_per_frame if token == self.video_token_id else 1
+                row += [token] * repeats
+                row_mask += [written] * repeats
+            rows.append(row)
+            masks.append(row_mask)
+        batch = pad_batch(
+            rows,
+            masks if return_masks else None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            whole_token_id=self.video_token_id,
+            return_tensors=return_tensors,
+            **{"padding_side": self.tokenizer.padding_side, **text_settings},
+        )
+        if return_tensors == "np":
+            pixels = {name: value.numpy() if torch.is_tensor(value) else value for name, value in pixels.items()}
+        return BatchFeature({**batch, **pixels})
+
+
+def _deal_out(chats: list[Chat], media: Any, mark: str, kind: str) -> None:
+    """Give each prompt its videos (images): as grouped by the caller, else in the order of the placeholders."""
+    wanted = [chat.text.count(mark) for chat in chats]
+    if media is None:
+        groups = [[] for _ in chats]
+    elif len(chats) > 1 and isinstance(media, list | tuple) and all(isinstance(item, list | tuple) for item in media):
+        if len(media) != len(chats):
+            raise ValueError(f"{kind} are given for {len(media)} prompts, but there are {len(chats)} prompts")
+        groups = [_split(group, kind) for group in media]
+    else:
+        flat = iter(found := _split(media, kind))
+        if len(found) != sum(wanted):
+            raise ValueError(
+                f"the text has {sum(wanted)} {mark} placeholders for {len(found)} {kind}; there must be one for each"
+            )
+        groups = [[next(flat) for _ in range(count)] for count in wanted]
+    for chat, group in zip(chats, groups, strict=True):
+        setattr(chat, kind, group)
+
+
+def _split(media: Any, kind: str) -> list[Any]:
+    """List single videos, or single images (where a list of pictures is no video)."""
+    if kind == "videos":
+        return split_videos(media) if media is not None else []
+    if isinstance(media, list | tuple):
+        return [image for item in media for image in _split(item, kind)]
+    return [media]
+
+
+def _fill(sources: list[Any], given: Any, kind: str) -> list[Any]:
+    """Fill the placeholders among `sources` with what is given, in order."""
+    found = _split(given, kind) if given is not None else []
+    if sum(source is None for source in sources) != len(found):
+        raise ValueError(
+            f"the conversation has {sum(source is None for source in sources)} placeholders for {len(found)} {kind}; "
+            "there must be one for each"
+        )
+    rest = iter(found)
+    return [next(rest) if source is None else source for source in sources]
+
+
+def _require_sources(chat: Chat) -> None:
+    if any(source is None for source in [*chat.videos, *chat.images]):
+        raise ValueError('a video or image in the messages has no source; write {"type": "video", "video": path}')
+
+
+VideoMa2mbaProcessor.register_for_auto_class("AutoProcessor")

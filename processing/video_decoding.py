@@ -1,0 +1,284 @@
+"""Decodes the wanted frames of a video file with PyAV (FFmpeg), and none that need not be decoded.
+
+Two passes over the packets. `scan_video` reads time stamps only, so lengths come from packets that exist and never
+from a header. `decode_frames` then decodes just the groups of pictures that hold a wanted frame, each only up to the
+last one wanted. Nothing here keeps frames: memory does not depend on the length of the video, but for some numbers
+a frame.
+"""
+
+from array import array
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
+
+FALLBACK_RATE = 25.0  # FFmpeg's own assumption for streams without any timing
+LONGEST_GAP = 3600.0
+"""Seconds between two frames beyond which time stamps count as damaged, and not the picture as standing still."""
+LONGEST_LAST_FRAME = 60.0
+NETWORK_TIMEOUT = (15.0, 60.0)  # seconds to connect, to wait for data
+UNTIMED_SHARE = 0.01  # share of packets that may lack a time stamp before all of them are ignored
+UNTIMED_SHARE_OF_FIELDS = 0.6  # interlaced broadcasts send every other field without a time stamp
+
+
+@dataclass
+class VideoIndex:
+    """What `scan_video` found. N: number of frames in display order.
+
+    `pts` int64 `(N,)` in units of the stream's time base, or None where the stream has no usable time stamps and
+    frames are counted instead; `times` float64 `(N,)` seconds from the first frame; `keys` int64, time stamps of key
+    frames; `duration` seconds.
+    """
+
+    pts: np.ndarray | None
+    times: np.ndarray
+    keys: np.ndarray
+    duration: float
+    problems: list[str]
+
+
+@contextmanager
+def open_stream(target: str | Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    """Open a file, URL or bytes and yield `(container, video stream)`; closed on leaving.
+
+    Raises:
+        FileNotFoundError: no such file or URL.
+        ConnectionError: the server does not answer.
+        ValueError: not a video, no video stream, no decoder, or frames too large.
+    """
+    import av
+    import av.error
+
+    options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    is_url = isinstance(target, str)
+    # The protocol is spelled out, so that no file name is read as another of FFmpeg's protocols.
+    file = f"file:{target}" if isinstance(target, Path) else target
+    file = BytesIO(target) if isinstance(target, bytes) else file
+    try:
+        container = av.open(
+            file, mode="r", options=options, metadata_errors="replace", timeout=NETWORK_TIMEOUT if is_url else None
+        )
+    except av.error.FFmpegError as error:
+        raise _opening_error(error, name, is_url) from error
+    with container:
+        videos = [stream for stream in container.streams.video if not _is_cover(stream)]
+        if not videos:
+            kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+            reason = f"it contains only {' and '.join(kinds)}" if kinds else "it contains no streams"
+            raise ValueError(f"{name}: there is no video in this file, {reason}")
+        stream = videos[0]
+        if stream.codec_context is None:
+            raise ValueError(f"{name}: the video's codec is not supported by the installed FFmpeg")
+        check_frame_pixels(stream.codec_context.width, stream.codec_context.height, name)
+        stream.codec_context.options = options  # frame size may still change in the middle of the stream
+        stream.thread_type = "SLICE"  # frame threads would delay frames, and skip_frame with them
+        yield container, stream
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a "video" stream is the cover picture of a music file."""
+    from av.stream import Disposition
+
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def _opening_error(error: Exception, name: str, is_url: bool) -> Exception:
+    import av.error
+
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError | av.error.HTTPNotFoundError):
+        return FileNotFoundError(f"{name}: no such {'address' if is_url else 'file'}")
+    if isinstance(error, PermissionError):
+        return PermissionError(f"{name}: permission denied")
+    if is_url and not isinstance(error, av.error.InvalidDataError):
+        return ConnectionError(f"{name}: cannot read from this address ({reason})")
+    return ValueError(f"{name}: not a video, or its header is damaged ({reason})")
+
+
+def _packets(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
+    """Packets of the stream until the file ends or becomes unreadable (which is noted, once)."""
+    import av.error
+
+    demuxer = container.demux(stream)
+    while True:
+        try:
+            packet = next(demuxer)
+        except StopIteration:
+            return
+        except (av.error.FFmpegError, EOFError) as error:
+            problems.append(f"the file is damaged or cut off: reading stopped early ({error})")
+            return
+        yield packet
+
+
+def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
+    """Read the time stamps of all packets without decoding any.
+
+    Raises:
+        ValueError: there is not one video packet; and what `open_stream` raises.
+    """
+    problems: list[str] = []
+    with open_stream(target, name) as (container, stream):
+        time_base = float(stream.time_base or 0) or 1 / FALLBACK_RATE
+        rate = float(stream.guessed_rate or stream.average_rate or 0) or FALLBACK_RATE
+        promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
+        container_name, codec_name = container.format.name, stream.codec_context.name
+        pts, keys, untimed, count, latest, last_duration = array("q"), array("q"), 0, 0, None, 0
+        for packet in _packets(container, stream, problems):
+            if packet.size == 0 or packet.is_discard:  # the final flush; frames an edit list hides
+                continue
+            count += 1
+            if packet.pts is None:
+                untimed += 1
+                continue
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+            if latest is None or packet.pts >= latest:
+                latest, last_duration = packet.pts, packet.duration or 0
+            pts.append(packet.pts)
+    if count == 0:
+        raise ValueError(f"{name}: the video stream is empty, not one frame could be read")
+
+    key_array, stamps = np.frombuffer(keys, np.int64), np.unique(np.frombuffer(pts, np.int64))
+    if len(key_array):
+        stamps = stamps[stamps >= key_array[0]]  # what precedes the first key frame cannot be decoded
+    times = (stamps - stamps[:1]) * time_base
+    # AVI stores no display times; where frames are reordered those of FFmpeg are decoding times.
+    reordered_avi = container_name == "avi" and codec_name == "h264"
+    fields = container_name == "mpegts" and codec_name == "h264"
+    timed = (
+        not reordered_avi
+        and len(stamps) > 0
+        and untimed <= (UNTIMED_SHARE_OF_FIELDS if fields else UNTIMED_SHARE) * count
+    )
+    if timed and bool(np.all(np.diff(key_array) > 0)) and bool(np.all(np.diff(times) <= LONGEST_GAP)):
+        typical = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate
+        last = last_duration * time_base
+        index = VideoIndex(
+            stamps,
+            times,
+            key_array,
+            float(times[-1]) + (last if 0 < last <= LONGEST_LAST_FRAME else typical),
+            problems,
+        )
+    else:
+        if timed:
+            problems.append(f"its time stamps are not usable; {rate:g} frames per second are assumed")
+        index = VideoIndex(None, np.arange(count) / rate, key_array, count / rate, problems)
+    if promised is not None and promised < 1e7 and index.duration < 0.9 * promised - 1:
+        problems.append(f"the header promises {promised:.1f} s, but only {index.duration:.1f} s are there")
+    return index
+
+
+def decode_frames(
+    target: str | Path | bytes, name: str, index: VideoIndex, wanted: np.ndarray, problems: list[str]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Decode the wanted frames in display order.
+
+    Args:
+        wanted: int64, non-decreasing indices into `index.times`; repeated ones are yielded repeatedly.
+        problems: receives a line for each kind of damage met.
+
+    Yields:
+        `(pixels, i)`: uint8 `(H, W, 3)` RGB at native size, upright, and the frame's index. A frame that cannot be
+        decoded is replaced by the next one that can, so fewer than `len(wanted)` come only at a damaged end.
+    """
+    problem_count = {"errors": 0, "corrupt": 0}
+    position = 0
+    with closing(_decoded(target, name, index, wanted, problems, problem_count)) as frames:
+        for number, frame in frames:
+            pixels = None
+            while position < len(wanted) and wanted[position] <= number:
+                if pixels is None:
+                    problem_count["corrupt"] += frame.is_corrupt
+                    pixels = _upright_pixels(frame, name)
+                yield pixels, number
+                position += 1
+            if position == len(wanted):
+                break
+    if problem_count["errors"]:
+        problems.append(f"{problem_count['errors']} damaged parts could not be decoded and were skipped")
+    if problem_count["corrupt"]:
+        problems.append(f"{problem_count['corrupt']} of the frames that were read are damaged")
+
+
+def _upright_pixels(frame: Any, name: str) -> np.ndarray:
+    """A decoded frame as uint8 `(H, W, 3)`, rotated as the file's display matrix says."""
+    check_frame_pixels(frame.width, frame.height, name)
+    pixels = frame.to_ndarray(format="rgb24")
+    quarters = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
+    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
+
+
+def _decoded(
+    target: str | Path | bytes,
+    name: str,
+    index: VideoIndex,
+    wanted: np.ndarray,
+    problems: list[str],
+    problem_count: dict[str, int],
+) -> Iterator[tuple[int, Any]]:
+    """Yield `(index, decoded frame)` in display order, leaving out what is not needed for the wanted frames."""
+    import av.error
+
+    with open_stream(target, name) as (container, stream):
+        decoder = stream.codec_context
+
+        def decode(packet: Any) -> list[Any]:
+            try:
+                return decoder.decode(packet)
+            except (av.error.FFmpegError, EOFError):
+                problem_count["errors"] += packet is not None
+                return []
+
+        if index.pts is None:
+            number = 0
+            flushed = False
+            for packet in _packets(container, stream, problems):
+                flushed = packet.size == 0
+                for frame in decode(None if flushed else packet):
+                    yield number, frame
+                    number += 1
+            for frame in [] if flushed else decode(None):
+                yield number, frame
+                number += 1
+            return
+
+        stamps = np.unique(index.pts[wanted])
+        wanted_set = set(stamps.tolist())
+        # H.264 frames that no other refers to are decoded only if wanted. Other decoders define this less sharply.
+        selective = decoder.name == "h264"
+        next_wanted, group_end, skipping, flushed = 0, None, len(index.keys) > 0, False
+        for packet in _packets(container, stream, problems):
+            flushed = packet.size == 0
+            if not flushed and packet.is_keyframe and packet.pts is not None:
+                following = np.searchsorted(index.keys, packet.pts, side="right")
+                group_end = index.keys[following] if following < len(index.keys) else None
+                needed = group_end is None or stamps[next_wanted] < group_end
+                if skipping and needed:
+                    decoder.flush_buffers()
+                skipping = not needed
+            if skipping and not flushed:
+                continue
+            if selective:
+                decoder.skip_frame = "DEFAULT" if packet.pts in wanted_set else "NONREF"
+            for frame in decode(None if flushed else packet):
+                if frame.pts is None:
+                    continue
+                if frame.pts >= stamps[next_wanted]:
+                    number = int(np.searchsorted(index.pts, frame.pts, side="right")) - 1
+                    yield number, frame
+                    next_wanted = int(np.searchsorted(stamps, frame.pts, side="right"))
+                    if next_wanted == len(stamps):
+                        return
+                if group_end is not None and stamps[next_wanted] >= group_end:
+                    skipping = True  # the rest of this group of pictures is not needed
+        for frame in [] if flushed else decode(None):
+            if frame.pts is not None:
+                yield int(np.searchsorted(index.pts, frame.pts, side="right")) - 1, frame

@@ -1,0 +1,264 @@
+"""The video reader: `open_video` turns anything that is a video into chunks of frames with their times."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .frame_fitting import check_resize, fit_frame
+from .frame_sampling import Sampling
+from .picture_sources import (
+    IMAGE_SUFFIXES,
+    PictureSource,
+    is_image_bytes,
+    is_picture,
+    list_directory,
+    split_array,
+)
+from .video_decoding import VideoIndex, decode_frames, scan_video
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Frames that follow one another: `pixels` uint8 `(n, h, w, 3)` RGB, `timestamps` float64 `(n,)` seconds.
+
+    A time stamp is the moment at which the frame itself is first shown, counted from the first frame of the video.
+    """
+
+    pixels: np.ndarray
+    timestamps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+class FrameReader:
+    """Sampled frames of one video, read chunk by chunk; made by `open_video`.
+
+    Nothing is opened before frames (or `duration`, `expected_frames`) are asked for, so a reader can be sent to
+    another process first. `chunks` may be called again: it starts over.
+
+    Attributes:
+        name: what to call the video in messages.
+        warnings: what was wrong with the video, so far as it has been read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sampling: Sampling,
+        size: tuple[int, int] | None,
+        resize_mode: str,
+        file: str | Path | bytes | None = None,
+        pictures: PictureSource | None = None,
+    ):
+        self.name = name
+        self.sampling = sampling
+        self.size = size
+        self.resize_mode = resize_mode
+        self.warnings: list[str] = []
+        self._file = file
+        self._pictures = pictures
+        self._index: VideoIndex | None = None
+        self._wanted: np.ndarray | None = None
+        self._running: list[Iterator[FrameChunk]] = []
+
+    def __enter__(self) -> "FrameReader":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[FrameChunk]:
+        return self.chunks()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": []}
+
+    def close(self) -> None:
+        """Close the file, ending unfinished `chunks`. A reader that was read to its end is closed already."""
+        for running in self._running:
+            running.close()
+        self._running = []
+
+    @property
+    def duration(self) -> float:
+        """Seconds the whole video lasts, from its packets (its header is not trusted)."""
+        return self._scan().duration
+
+    @property
+    def expected_frames(self) -> int:
+        """Number of frames `chunks` will give in all; fewer come only where the file is damaged."""
+        self._scan()
+        return len(self._wanted)
+
+    def _scan(self) -> VideoIndex:
+        if self._index is None:
+            if self._pictures is not None:
+                # Pictures have no times of their own: they are taken as already sampled at `fps`.
+                times = np.arange(len(self._pictures)) / (self.sampling.fps or 1.0)
+                index = VideoIndex(None, times, np.array([]), len(times) / (self.sampling.fps or 1.0), [])
+            else:
+                index = scan_video(self._file, self.name)
+            self._wanted = self.sampling.choose(index.times, index.duration, self.name)
+            self._index = index
+            self._report(index.problems)
+        return self._index
+
+    def _report(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            if problem not in self.warnings:
+                self.warnings.append(problem)
+                warnings.warn(f"{self.name}: {problem}", stacklevel=3)
+
+    def chunks(self, n: int = 32) -> Iterator[FrameChunk]:
+        """Yield the sampled frames in chunks of `n` (the last may be shorter), holding no more than one chunk.
+
+        Raises:
+            ValueError: not one frame can be read, or the video cannot be read at all (see `open_video`).
+        """
+        if n < 1:
+            raise ValueError(f"a chunk must have at least 1 frame, not {n}")
+        running = self._chunks(n)
+        self._running.append(running)
+        return running
+
+    def _chunks(self, n: int) -> Iterator[FrameChunk]:
+        index = self._scan()
+        problems: list[str] = []
+        if self._pictures is not None:
+            frames = self._pictures.read(self._wanted, problems)
+        else:
+            frames = decode_frames(self._file, self.name, index, self._wanted, problems)
+        size = self.size
+        pixels, times, count, last = [], [], 0, (None, None)
+        try:
+            for frame, number in frames:
+                # A frame that stays on screen comes as the same object again: it is resized once.
+                fitted = last[1] if last[0] is frame else fit_frame(frame, size, self.resize_mode)
+                last = (frame, fitted)
+                size = size or fitted.shape[:2]  # without a given size, all frames get that of the first
+                pixels.append(fitted)
+                times.append(index.times[min(number, len(index.times) - 1)])
+                count += 1
+                if len(pixels) == n:
+                    yield FrameChunk(np.stack(pixels), np.array(times))
+                    pixels, times = [], []
+            if pixels:
+                yield FrameChunk(np.stack(pixels), np.array(times))
+        finally:
+            frames.close()
+        if 0 < count < len(self._wanted):
+            problems.append(f"only {count} of {len(self._wanted)} frames could be read")
+        self._report(problems)
+        if count == 0:
+            reason = f" ({'; '.join(self.warnings)})" if self.warnings else ""
+            raise ValueError(f"{self.name}: not one frame could be decoded{reason}")
+
+    def read(self) -> FrameChunk:
+        """All sampled frames at once, as one chunk."""
+        chunks = list(self.chunks())
+        return FrameChunk(np.concatenate([c.pixels for c in chunks]), np.concatenate([c.timestamps for c in chunks]))
+
+
+def open_video(
+    source: Any,
+    *,
+    fps: float | None = 1.0,
+    num_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    max_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    resize_mode: str = "squash",
+) -> FrameReader:
+    """Open a video for reading frames at a steady rate.
+
+    Args:
+        source: path of a video or image file; http(s) address; bytes of such a file; directory of images (in natural
+            order); a list of pictures (PIL images, arrays, image paths); an array or tensor `(F, H, W, 3)` or
+            `(F, 3, H, W)`, uint8 or floating point within 0..1; one picture (a video of one frame); a dict with
+            "path" or "bytes" as `datasets.Video(decode=False)` gives. Pictures count as already sampled: all are
+            taken, `fps` apart, unless `num_frames` or `max_frames` says otherwise.
+        fps: frames per second to look at: the frame on screen at `start`, `start + 1/fps`, ...
+        num_frames: look at so many frames spread evenly instead; takes the place of `fps`.
+        start, end: seconds from the first frame; `end` is not included.
+        max_frames: at most so many frames, spread evenly where `fps` would give more.
+        size: `(height, width)` in pixels of the frames to give; None keeps that of the first frame.
+        resize_mode: "squash", "crop" or "pad" (see `fit_frame`).
+
+    Raises:
+        FileNotFoundError: no such file, directory or address.
+        ConnectionError: a server does not answer.
+        ValueError: a setting is out of range, or the source is no video. Files are opened on the first read, so
+            damage in them (no video stream, no frame to decode, frames too large, ...) is raised then.
+    """
+    sampling = Sampling(fps=fps, num_frames=num_frames, start=start, end=end, max_frames=max_frames)
+    size = check_resize(size, resize_mode)
+    name, file, pictures = _classify(source)
+    return FrameReader(name, sampling, size, resize_mode, file=file, pictures=pictures)
+
+
+def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSource | None]:
+    """Tell what a source is: `(name, file to decode or None, pictures or None)`."""
+    if isinstance(source, dict):
+        if source.get("bytes") is not None:
+            name, file, pictures = _classify(source["bytes"])
+            return (str(source["path"]) if source.get("path") else name), file, pictures
+        if source.get("path") is not None:
+            return _classify(source["path"])
+        raise ValueError("a video given as a dict needs 'path' or 'bytes'")
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+        if not data:
+            raise ValueError("the video is empty (0 bytes)")
+        name = f"<{len(data)} bytes>"
+        return (name, None, PictureSource([data], name)) if is_image_bytes(data) else (name, data, None)
+    if isinstance(source, str) and "://" in source:
+        scheme = source.split("://", 1)[0].lower()
+        if scheme in ("http", "https"):
+            return source, source, None
+        if scheme != "file":
+            raise ValueError(f"{source}: addresses of the kind {scheme}:// are not supported; use a file or http(s)")
+        source = source[len("file://") :]
+    if isinstance(source, str | os.PathLike):
+        return _classify_path(source)
+    if is_picture(source):
+        name = f"<image {source.size[0]}x{source.size[1]}>" if isinstance(source, Image.Image) else "<image array>"
+        return name, None, PictureSource([source], name)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        name = f"<array of shape {tuple(source.shape)}>"
+        return name, None, PictureSource(split_array(source, name), name)
+    if isinstance(source, list | tuple):
+        name = f"<list of {len(source)} frames>"
+        frames = [Path(frame) if isinstance(frame, str | os.PathLike) else frame for frame in source]
+        for frame in frames:
+            if not (is_picture(frame) or isinstance(frame, Path | bytes)):
+                raise ValueError(f"{name}: a frame must be an image, not {type(frame).__name__}")
+        return name, None, PictureSource(frames, name)
+    raise ValueError(
+        "a video must be a path, an address, bytes, a list of images, an array or a tensor, "
+        f"not {type(source).__name__}"
+    )
+
+
+def _classify_path(source: str | os.PathLike) -> tuple[str, Path | None, PictureSource | None]:
+    if not os.fspath(source):
+        raise ValueError("the path of the video is empty")
+    path = Path(source).expanduser()
+    name = str(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: no such file")
+    if path.is_dir():
+        return name, None, PictureSource(list_directory(path), name, skip_unreadable=True)
+    if path.stat().st_size == 0 and path.is_file():
+        raise ValueError(f"{name}: the file is empty (0 bytes)")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return name, None, PictureSource([path], name)
+    return name, path, None
