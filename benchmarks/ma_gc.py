@@ -1,0 +1,193 @@
+"""Memory and speed of one training step of the language model, by length and checkpointing method.
+
+    python benchmarks/ma_gc.py --models 2.7b --tokens 16384 65536 --methods per_layer multi_axis --out results.csv
+
+Random weights in bf16, batch 1, fused kernels (the `cuda` extra). A step is forward and backward of the Mamba-2 stack
+with a cross-entropy over 1,024 evenly spaced positions; gradients accumulate into existing ones, as in a training
+loop. `gpu_peak_gb` is the peak of allocated memory above weights and gradients; the input embeddings and their
+gradient count wherever they live on the GPU. The first step (kernel tuning, page-locking) is not timed.
+Methods: off, per_layer, sqrt, multi_axis (the planner's choice), an explicit plan such as "l4,s16384,host" or
+"l2,s8192,gpu", and llama, llama_per_layer (a Llama-3.2-3B-shaped transformer, for scale).
+"""
+
+import argparse
+import csv
+import datetime
+import gc
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
+from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
+from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
+
+SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
+LABELS = 1024
+FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "tokens_per_s", "gpu_peak_gb", "host_gb", "loss",
+          "grad_norm"]  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A randomly initialised stack on the GPU, in training mode."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        if name == "llama-3b":
+            from transformers import LlamaConfig, LlamaModel
+
+            config = LlamaConfig(
+                hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                num_key_value_heads=8, vocab_size=128256, max_position_embeddings=1 << 22,
+            )  # fmt: skip
+            return LlamaModel(config).to(dtype).train()
+        width, layers = SIZES[name]
+        model = Ma2mbaTextModel(Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
+    # Step-size and decay parameters stay in fp32, as from_pretrained keeps them.
+    for key, parameter in model.named_parameters():
+        if not key.endswith(("A_log", "D", "dt_bias")):
+            parameter.data = parameter.data.to(dtype)
+    return model.train()
+
+
+class Step:
+    """One forward and backward, the same for every method."""
+
+    def __init__(self, model: nn.Module, tokens: int, on_host: bool) -> None:
+        self.model, self.tokens = model, tokens
+        width, vocabulary = model.config.hidden_size, model.config.vocab_size
+        generator = torch.Generator("cuda").manual_seed(tokens)
+        dtype = model.get_input_embeddings().weight.dtype
+        self.positions = torch.linspace(0, tokens - 1, min(LABELS, tokens)).long().cuda()
+        self.keep = torch.zeros(1, tokens, dtype=torch.bool, device="cuda")
+        self.keep[0, self.positions] = True
+        self.labels = torch.randint(0, vocabulary, (len(self.positions),), generator=generator, device="cuda")
+        self.x = torch.empty(1, tokens, width, dtype=dtype, device="cpu" if on_host else "cuda", pin_memory=on_host)
+        for start in range(0, tokens, 65536):
+            stop = min(start + 65536, tokens)
+            noise = torch.randn(1, stop - start, width, generator=generator, device="cuda") * 0.1
+            self.x[:, start:stop].copy_(noise.bfloat16())  # the same inputs in every dtype
+
+    def __call__(self) -> float:
+        x = self.x.detach().requires_grad_()
+        if isinstance(self.model, Ma2mbaTextModel):
+            hidden = self.model(inputs_embeds=x, use_cache=False, output_positions=self.keep).last_hidden_state
+        else:
+            hidden = self.model(inputs_embeds=x, use_cache=False).last_hidden_state[0, self.positions]
+        head = self.model.get_input_embeddings().weight
+        loss = sum(
+            nn.functional.cross_entropy((h @ head.T).float(), y, reduction="sum")
+            for h, y in zip(hidden.split(256), self.labels.split(256), strict=True)
+        ) / len(self.labels)
+        loss.backward()
+        return loss.item()
+
+
+def gradient_norm(model: nn.Module) -> float:
+    squares = [p.grad.float().pow(2).sum() for p in model.parameters() if p.grad is not None]
+    return torch.stack(squares).sum().sqrt().item()
+
+
+def zero_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+
+
+def configure(model: nn.Module, method: str, tokens: int) -> bool:
+    """Set the method; returns whether the input should live in host memory."""
+    explicit = re.fullmatch(r"l(\d+),s(\d+),(host|gpu)", method)
+    if not isinstance(model, Ma2mbaTextModel):
+        if method == "llama_per_layer":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        return False
+    model.prefill_segment_length = 1 << 17  # only for "off": one segment, within the kernels' 32-bit offsets
+    if method == "off":
+        model.set_checkpointing(False)
+    elif explicit:
+        layers, segment, place = int(explicit[1]), int(explicit[2]), explicit[3]
+        model.set_checkpointing(True, layers_per_block=layers, segment_length=segment, offload=place == "host")
+        return place == "host"
+    elif method in ("per_layer", "sqrt"):
+        model.set_checkpointing(True, method=method)
+    else:
+        model.set_checkpointing(True)
+        return tokens >= 1 << 17
+    return False
+
+
+def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -> dict:
+    """One row of the table; a method that does not fit gets a row that says so."""
+    row = {"hardware": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(), "model": name,
+           "tokens": tokens, "method": method, "plan": ""}  # fmt: skip
+    step = None
+    try:
+        on_host = configure(model, method, tokens)
+        zero_gradients(model)
+        torch.cuda.synchronize()
+        base = torch.cuda.memory_allocated()
+        step = Step(model, tokens, on_host)
+        seconds, peaks = [], []
+        for _ in range(steps + 1):
+            zero_gradients(model)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            loss = step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            peaks.append(torch.cuda.max_memory_allocated() - base)
+        row |= {"tokens_per_s": round(tokens / sorted(seconds[1:])[(steps - 1) // 2]),
+                "gpu_peak_gb": round(max(peaks[1:]) / 1e9, 2), "loss": round(loss, 4),
+                "grad_norm": f"{gradient_norm(model):.5g}", "host_gb": 0.0}  # fmt: skip
+        engine = getattr(model, "engine", None)
+        if engine is not None and method != "off":
+            plan: CheckpointPlan = engine.last_plan
+            row["plan"] = (
+                f"l={plan.layers_per_block} s={min(plan.segment_length, tokens)} {'host' if plan.offload else 'gpu'}"
+            )
+            host = engine.last_host_bytes + (2 * step.x.nbytes if on_host else 0)
+            row["host_gb"] = round(host / 1e9, 2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        row |= {"tokens_per_s": "", "gpu_peak_gb": "out of memory", "plan": str(error)[:60]}
+    finally:
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["2.7b"], choices=[*SIZES, "llama-3b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1 << 14, 1 << 16])
+    parser.add_argument("--methods", nargs="+", default=["per_layer", "multi_axis"])
+    parser.add_argument("--steps", type=int, default=2, help="timed steps after the first")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ma_gc.csv"))
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not arguments.out.exists()
+    with arguments.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        if fresh:
+            writer.writeheader()
+        for name in arguments.models:
+            model = build(name)
+            for tokens in arguments.tokens:
+                for method in arguments.methods:
+                    row = measure(model, name, tokens, method, arguments.steps)
+                    print({k: row.get(k) for k in FIELDS[2:]}, flush=True)
+                    writer.writerow(row)
+                    file.flush()
+            if isinstance(model, Ma2mbaTextModel):
+                model.set_checkpointing(False)  # gives the page-locked memory back
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
