@@ -1,6 +1,7 @@
 """video-ma2mba: questions answered about videos of any length, in memory that does not grow with the video.
 
-Public names load on first use; `import video_ma2mba` itself imports neither torch nor transformers.
+Public names load on first use. `import video_ma2mba` itself imports neither torch nor transformers, but makes sure
+that transformers' Auto classes and pipelines know this package's classes once transformers is imported, too.
 """
 
 import importlib
@@ -36,3 +37,9 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if __name__ == "video_ma2mba":  # pytest also runs this file, as a package named like the folder it lies in
+    from .auto_classes import register_with_transformers
+
+    register_with_transformers()

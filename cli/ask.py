@@ -52,16 +52,21 @@ def ask(
         else:
             if len(questions) > 1:
                 typer.echo(f"{question}", err=True)
-            answer = pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=stdout_streamer(pipe.tokenizer))
+            answer = pipe.ask(
+                state, question, max_new_tokens=max_new_tokens, streamer=stdout_streamer(pipe.processor.tokenizer)
+            )
         seconds = time.perf_counter() - began
         if as_json:
             record = {"video": video, "question": question, "answer": answer, **seen}
             times = {"read_seconds": round(read_seconds, 3), "answer_seconds": round(seconds, 3)}
             typer.echo(json.dumps(record | times, ensure_ascii=False))
     if not as_json:
-        typer.echo(
-            f"{seen['frames']} frames read in {read_seconds:.1f} s; state {seen['state_bytes'] / 1e6:.2f} MB", err=True
-        )
+        typer.echo(f"{seen['frames']} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}", err=True)
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes for people: `1.1 MB`, `26.0 kB`."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
 def stdout_streamer(tokenizer):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .ask import reading_progress
+from .ask import reading_progress, size_text
 from .loading import load_pipeline
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "videos"
@@ -49,7 +49,7 @@ def demo(
             state = pipe.read(str(folder / video), fps=fps, on_frames=on_frames)
         seconds = time.perf_counter() - began
         typer.echo(
-            f"\n{video}: {state.metadata['frames']} frames seen in {seconds:.2f} s, state {state.nbytes / 1e6:.2f} MB"
+            f"\n{video}: {state.metadata['frames']} frames seen in {seconds:.2f} s, state {size_text(state.nbytes)}"
         )
         for line in asked:
             began = time.perf_counter()

@@ -13,6 +13,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def make_text_config() -> Callable:
 
     def make(**overrides) -> Ma2mbaTextConfig:
         fields = {
-            "vocab_size": 272,
+            "vocab_size": 272,  # the byte tokenizer's 262, rounded up
+            "pad_token_id": 1,
             "hidden_size": 16,
             "num_hidden_layers": 2,
             "state_size": 8,
@@ -67,7 +69,7 @@ def make_config(make_text_config) -> Callable:
             "patch_size": 4,
             "projection_dim": 16,
         } | (vision or {})
-        fields = {"video_token_id": 258, "vision_chunk_frames": 4, "prefill_segment_length": 16}
+        fields = {"video_token_id": 2, "vision_chunk_frames": 4, "prefill_segment_length": 16}
         return VideoMa2mbaConfig(
             text_config=make_text_config(**(text or {})), vision_config=vision_config, **(fields | overrides)
         )
@@ -86,3 +88,38 @@ def make_model(make_config) -> Callable:
             return VideoMa2mbaForConditionalGeneration(make_config(**overrides)).to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a saved random model with its byte-level processor, as `bundled/` is one of a trained model."""
+    from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
+    from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    model = make_model()
+    side = model.config.vision_config.image_size
+    video_processor = VideoMa2mbaVideoProcessor(size={"height": side, "width": side})
+    processor = VideoMa2mbaProcessor(
+        build_byte_tokenizer(), video_processor, tokens_per_frame=model.config.tokens_per_frame
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mp4 of 6 seconds at 4 frames a second, 32x32 pixels, that grows brighter."""
+    import av
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("video") / "brighter.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width = stream.height = 32
+        for level in range(24):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level * 10, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
