@@ -107,6 +107,13 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
     def disable_input_require_grads(self) -> None:
         """Counterpart of `enable_input_require_grads`."""
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Loading makes every parameter trainable; the tower's unused layers are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._base().freeze_unused_parameters()
+        return loaded
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in transformers; the checkpoint also gets all code that it needs to load without this package."""
         from .pipeline_video_ma2mba import CUSTOM_PIPELINES
@@ -132,7 +139,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         self.recompute_vision = False
         self.offload_inputs = False
         self.post_init()
-        freeze_unused_tower_parameters(self.vision_tower, config)
+        self.freeze_unused_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -141,7 +148,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def freeze_unused_parameters(self) -> None:
-        """Freeze the tower's layers above the feature layer, which never run. Call it after unfreezing everything."""
+        """Freeze the tower's layers above the feature layer: they never run, and DDP stops on parameters without a
+        gradient. Done after building and loading; call it again after unfreezing everything."""
         freeze_unused_tower_parameters(self.vision_tower, self.config)
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
@@ -361,9 +369,12 @@ class VideoMa2mbaForConditionalGeneration(PromptGenerationMixin, VideoMa2mbaPreT
                     use_cache=use_cache,
                 )
             pixel_values_videos, num_frames = self._copy_videos(input_ids, pixel_values_videos, prompt_copies), None
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         if labels is not None and shift_labels is None:
             shift_labels = shift_labels_left(labels)
-        rows, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        rows, tokens = inputs.shape[:2]
 
         # Which hidden states are wanted: None is all of them.
         last = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < tokens else None
@@ -372,7 +383,7 @@ class VideoMa2mbaForConditionalGeneration(PromptGenerationMixin, VideoMa2mbaPreT
             labelled = shift_labels != IGNORE_INDEX
             positions = labelled if logits_to_keep is None else None
         elif last is not None:
-            positions = labelled_columns(rows, tokens, last, (input_ids if input_ids is not None else inputs_embeds))
+            positions = (torch.arange(tokens, device=inputs.device) >= tokens - last).expand(rows, tokens)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -399,12 +410,6 @@ class VideoMa2mbaForConditionalGeneration(PromptGenerationMixin, VideoMa2mbaPreT
                 hidden = hidden[:, logits_to_keep.to(hidden.device)]
             logits = self.lm_head(hidden)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
-
-
-def labelled_columns(rows: int, tokens: int, last: int, like: Tensor) -> Tensor:
-    """(rows, tokens) bool, true in the last `last` columns."""
-    columns = torch.arange(tokens, device=like.device) >= tokens - last
-    return columns.expand(rows, tokens)
 
 
 VideoMa2mbaModel.register_for_auto_class("AutoModel")

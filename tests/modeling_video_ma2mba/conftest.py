@@ -1,0 +1,38 @@
+"""A tiny model together with its processor."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def make_processor() -> Callable:
+    """Factory of processors for a configuration with the byte tokenizer (`<video>` is id 2)."""
+    from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
+    from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
+
+    def make(config) -> VideoMa2mbaProcessor:
+        side = config.vision_config.image_size
+        video_processor = VideoMa2mbaVideoProcessor(size={"height": side, "width": side})
+        return VideoMa2mbaProcessor(build_byte_tokenizer(), video_processor, tokens_per_frame=config.tokens_per_frame)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def raw_video() -> Callable:
+    """Factory of raw videos `(F, 20, 30, 3)` uint8, different for each seed."""
+    return lambda frames, seed=0: np.random.default_rng(seed).integers(0, 256, (frames, 20, 30, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def raw_pixels() -> Callable:
+    """Factory of raw pixels at the model's size, `(F, 3, 16, 16)` uint8."""
+
+    def make(frames: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (frames, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+    return make
