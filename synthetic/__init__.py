@@ -1,7 +1,7 @@
 """The small rendered world: videos, questions and answers, made from a seed. Needs NumPy; PyAV to write files."""
 
 from .dataset import WorldDataset, WorldSample, chat, parse_frames
-from .questions import FORMS, KINDS, Question, ask
+from .questions import FORMS, KINDS, Question, ask, check_kinds
 from .render import WorldRenderer, render
 from .world import SPLITS, World, WorldSettings, build_world, split_of, video_seed
 
@@ -18,6 +18,7 @@ __all__ = [
     "ask",
     "build_world",
     "chat",
+    "check_kinds",
     "parse_frames",
     "render",
     "split_of",

@@ -1,0 +1,40 @@
+"""`video-ma2mba world`: videos with questions and answers, made from a seed."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="The rendered world: videos with questions and answers, made from a seed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def world() -> None:
+    """The rendered world: videos with questions and answers, made from a seed."""
+
+
+@app.command()
+def render(
+    out: Annotated[Path, typer.Option(help="Folder to write to; an interrupted rendering is completed.")],
+    count: Annotated[int, typer.Option(help="Number of videos.", min=1)],
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of question, separated by commas: colour, shape, count, … (default: all).")
+    ] = "",
+    frames: Annotated[str, typer.Option(help="Shortest..longest video in frames.")] = "8..64",
+    seed: Annotated[int, typer.Option(help="Another seed gives other videos.", min=0)] = 0,
+    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
+    fps: Annotated[float, typer.Option(help="Frames per second of the files.")] = 1.0,
+    split: Annotated[str, typer.Option(help="train, validation or test; no video is in two of them.")] = "test",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Write mp4 files and questions.jsonl (one object a line: video, kind, question, options, answer, frames)."""
+    from video_ma2mba.synthetic import KINDS, check_kinds, parse_frames
+    from video_ma2mba.synthetic.video_files import render_to_folder
+
+    chosen = check_kinds(kind.strip() for kind in kinds.split(",")) if kinds else KINDS
+    target = render_to_folder(out, count, chosen, parse_frames(frames), seed, size, split, fps=fps, progress=not quiet)
+    typer.echo(f"{count} videos and their questions: {target}")
