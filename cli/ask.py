@@ -43,25 +43,28 @@ def ask(
     with reading_progress(f"reading {video}") as on_frames:
         state = pipe.read(video, on_frames=on_frames, **{k: v for k, v in frames_wanted.items() if v is not None})
     read_seconds = time.perf_counter() - began
-    seen = {"frames": int(state.metadata["frames"]), "state_bytes": state.nbytes}
+    frames = int(state.metadata["frames"])
 
     for question in questions:
-        began = time.perf_counter()
         if as_json:
-            answer = pipe.ask(state, question, max_new_tokens=max_new_tokens)
+            began = time.perf_counter()
+            record = {
+                "video": video,
+                "question": question,
+                "answer": pipe.ask(state, question, max_new_tokens=max_new_tokens),
+                "frames": frames,
+                "state_bytes": state.nbytes,
+                "read_seconds": round(read_seconds, 3),
+                "answer_seconds": round(time.perf_counter() - began, 3),
+            }
+            typer.echo(json.dumps(record, ensure_ascii=False))
         else:
             if len(questions) > 1:
-                typer.echo(f"{question}", err=True)
-            answer = pipe.ask(
-                state, question, max_new_tokens=max_new_tokens, streamer=stdout_streamer(pipe.processor.tokenizer)
-            )
-        seconds = time.perf_counter() - began
-        if as_json:
-            record = {"video": video, "question": question, "answer": answer, **seen}
-            times = {"read_seconds": round(read_seconds, 3), "answer_seconds": round(seconds, 3)}
-            typer.echo(json.dumps(record | times, ensure_ascii=False))
+                typer.echo(question, err=True)
+            streamer = stdout_streamer(pipe.processor.tokenizer)
+            pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=streamer)
     if not as_json:
-        typer.echo(f"{seen['frames']} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}", err=True)
+        typer.echo(f"{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}", err=True)
 
 
 def size_text(nbytes: int) -> str:

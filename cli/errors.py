@@ -1,6 +1,10 @@
-"""Bad input ends in `error: …` on one line and exit code 2; anything unexpected keeps its traceback."""
+"""Bad input ends in `error: …` on one line and exit code 2; anything unexpected keeps its traceback.
+
+Warnings (a damaged video, say) are one line each as well, without the place in the code that gave them.
+"""
 
 import textwrap
+import warnings
 
 import typer
 from typer.core import TyperGroup
@@ -20,7 +24,7 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, _EXPECTED) or type(error).__name__ == "SafetensorError"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | Warning) -> str:
     """The error's message on a single line, never empty, never longer than a terminal's screen."""
     return textwrap.shorten(str(error), 600, placeholder=" …") or type(error).__name__
 
@@ -29,6 +33,7 @@ class OneLineErrors(TyperGroup):
     """A group of commands that reports expected errors on one line, unless `--debug` was given."""
 
     def invoke(self, ctx):
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {one_line(message)}", err=True)
         try:
             return super().invoke(ctx)
         except Exception as error:
