@@ -41,6 +41,11 @@ class MixerShape:
     def conv_dim(self) -> int:
         return self.inner + 2 * self.n_groups * self.state_size
 
+    @property
+    def fits_kernels(self) -> bool:
+        """The convolution kernel reads 8 channels at a time, from 16-byte aligned addresses."""
+        return self.conv_dim % 8 == 0 and self.inner % 8 == 0
+
 
 @contextlib.contextmanager
 def force_backend(name: str | None) -> Iterator[None]:
@@ -100,7 +105,7 @@ def mixer_core(
         y (B, S, E) ready for out_proj, conv_state (B, C, W-1), ssm_state (B, H, P, N), both independent copies.
     """
     arguments = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, ssm_state, shape)
-    if backend_for(zxbcdt) == "kernels":
+    if backend_for(zxbcdt) == "kernels" and shape.fits_kernels:
         from .ssd_kernels import mixer_core_kernels
 
         return mixer_core_kernels(*arguments, lengths, seq_idx)
