@@ -1,7 +1,7 @@
 """Batches of rendered videos with many questions each, drawn in the data loader's workers.
 
 All videos of a batch have the same number of frames, so frames need no padding; the number of videos is chosen so that
-a batch holds about `frames_per_batch` frames. Shapes: B videos, F frames of each, S tokens.
+a batch holds about `tokens_per_batch` tokens. Shapes: B videos, F frames of each, S tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..processing.chat_format import DEFAULT_FRAME_SEPARATOR, DEFAULT_SYSTEM_PRO
 from ..synthetic import Question, WorldDataset
 
 IGNORED = -100
+_TURN_TOKENS = 75  # of one question with its answer, on average
 _SYSTEM, _USER, _ASSISTANT = ROLE_TOKENS
 
 
@@ -87,6 +88,20 @@ def collate(
     }
 
 
+def through_a_file(frames: np.ndarray, noise_seed: int) -> np.ndarray:
+    """Frames, uint8 (F, H, W, 3), much as an mp4 file would give them back: colour at half resolution, slight noise.
+
+    The model is trained on pictures from memory and used on files; this keeps it from depending on the difference.
+    """
+    count, height, width, _ = frames.shape
+    wide = frames.astype(np.float32)
+    light = wide @ np.array([0.299, 0.587, 0.114], np.float32)
+    colour = wide - light[..., None]
+    colour = colour.reshape(count, height // 2, 2, width // 2, 2, 3).mean((2, 4)).repeat(2, axis=1).repeat(2, axis=2)
+    noise = np.random.RandomState(noise_seed).randint(-3, 4, size=(1, height, width)).astype(np.float32)
+    return np.clip(light[..., None] + colour + noise[..., None], 0, 255).astype(np.uint8)
+
+
 def longest_at(progress: float, shortest: int, longest: int, ramp: float = 0.5) -> int:
     """The curriculum: frames of the longest video at `progress` 0..1 of training; full length from `ramp` on."""
     return round(shortest + (longest - shortest) * min(progress / ramp, 1.0))
@@ -102,12 +117,12 @@ class WorldBatches(IterableDataset):
         self,
         dataset: WorldDataset,
         chat_tokens: ChatTokens,
-        frames_per_batch: int,
+        tokens_per_batch: int,
         progress: torch.Tensor,
         first_batch: int = 0,
         ramp: float = 0.5,
     ):
-        self.dataset, self.chat_tokens, self.frames_per_batch = dataset, chat_tokens, frames_per_batch
+        self.dataset, self.chat_tokens, self.tokens_per_batch = dataset, chat_tokens, tokens_per_batch
         self.progress, self.first_batch, self.ramp = progress, first_batch, ramp
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -120,16 +135,21 @@ class WorldBatches(IterableDataset):
             rng = random.Random(f"{self.dataset.seed} {number}")
             top = longest_at(float(self.progress), shortest, longest, self.ramp)
             frames = shortest + int(rng.random() * (top - shortest + 1))
-            videos = max(self.frames_per_batch // frames, 1)
+            length = frames * self.chat_tokens.tokens_per_frame + self.dataset.questions * _TURN_TOKENS
+            videos = max(self.tokens_per_batch // length, 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
-            yield self.batch(indices, frames)
+            yield self.batch(indices, frames, files=0.5)
             number += workers
 
-    def batch(self, indices: Sequence[int], frames: int) -> dict[str, torch.Tensor]:
-        """Videos `indices`, each `frames` frames long."""
+    def batch(self, indices: Sequence[int], frames: int, files: float = 0.0) -> dict[str, torch.Tensor]:
+        """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files."""
         samples = [self.dataset.sample(index, frames) for index in indices]
         chats = self.chat_tokens.encode([sample.questions for sample in samples], frames)
-        return collate(chats, [sample.frames for sample in samples], self.chat_tokens.tokenizer.pad_token_id)
+        pictures = [
+            through_a_file(sample.frames, index % 2**32) if place < files * len(samples) else sample.frames
+            for place, (index, sample) in enumerate(zip(indices, samples, strict=True))
+        ]
+        return collate(chats, pictures, self.chat_tokens.tokenizer.pad_token_id)
 
 
 def first(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

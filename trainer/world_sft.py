@@ -48,7 +48,7 @@ class WorldTraining:
     resume: bool = _option(False, "go on from the last checkpoint in --out, if there is one")
     frames: str = _option("8..64", "shortest..longest video")
     ramp: float = _option(0.4, "share of training during which the longest video grows to its full length")
-    frames_per_batch: int = _option(2048, "frames of one optimizer step, whatever the videos' length")
+    tokens_per_batch: int = _option(65536, "tokens of one optimizer step, about, whatever the videos' length")
     questions: int = _option(12, "questions about each video, at most")
     kinds: str = _option(",".join(KINDS), "kinds of question, separated by commas")
     learning_rate: float = _option(1.5e-3, "highest learning rate")
@@ -94,7 +94,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     tokenizer = build_byte_tokenizer()
     config = world_config(SIZES[training.size], tokenizer)
     exported_chunk = config.vision_chunk_frames
-    config.vision_chunk_frames = 4 * training.frames_per_batch  # the whole batch goes through the small tower at once
+    config.vision_chunk_frames = training.tokens_per_batch  # the whole batch goes through the small tower at once
     model = VideoMa2mbaForConditionalGeneration(config).to("cuda" if cuda else "cpu")
     tokens = ChatTokens(tokenizer, config.tokens_per_frame)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
@@ -113,7 +113,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
             seed=training.seed,
         ),
         tokens,
-        training.frames_per_batch,
+        training.tokens_per_batch,
         progress,
         first_batch=done * 2,  # past everything that was drawn ahead before the interruption
         ramp=training.ramp,
