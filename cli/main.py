@@ -11,6 +11,7 @@ from .ask import ask
 from .demo import demo
 from .errors import OneLineErrors
 from .init import init
+from .world import app as world
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(ask)
 app.command()(demo)
 app.command()(init)
+app.add_typer(world, name="world")
 
 
 def _print_version(wanted: bool) -> None:

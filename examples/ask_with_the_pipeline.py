@@ -10,8 +10,8 @@ from transformers import pipeline
 
 import video_ma2mba
 
-video = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "videos" / "00000.mp4")
-questions = sys.argv[2:] or ["What stood on the card?", "How many red objects appear?"]
+video = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "videos" / "000000.mp4")
+questions = sys.argv[2:] or ["Which sign did the card show?", "How many squares are there?"]
 
 pipe = pipeline("video-question-answering", model=str(video_ma2mba.BUNDLED_CHECKPOINT), trust_remote_code=True)
 print(pipe(video=video, question=questions[0]))  # one call, in the shape that transformers' pipelines answer in
