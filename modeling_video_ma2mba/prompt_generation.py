@@ -67,11 +67,13 @@ class PromptGenerationMixin:
         finally:
             generation_config.prefill_chunk_size, language_model.prefill_segment_length = chunk, usual
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As in transformers, but frames reach only the forward pass that reads the prompt, and stay where they are:
         the model moves them to its device chunk by chunk."""
         videos = {name: kwargs.pop(name, None) for name in ("pixel_values_videos", "num_frames", "prompt_copies")}
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get("is_first_iteration") or kwargs.get("past_key_values") is None:
             model_inputs.update({name: value for name, value in videos.items() if value is not None})
         return model_inputs

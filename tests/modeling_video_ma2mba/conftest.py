@@ -23,8 +23,14 @@ def make_processor() -> Callable:
 
 @pytest.fixture(scope="session")
 def raw_video() -> Callable:
-    """Factory of raw videos `(F, 20, 30, 3)` uint8, different for each seed."""
-    return lambda frames, seed=0: np.random.default_rng(seed).integers(0, 256, (frames, 20, 30, 3), dtype=np.uint8)
+    """Factory of raw videos `(F, 20, 30, 3)` uint8 with colours of their own for each seed."""
+
+    def make(frames: int, seed: int = 0) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        tint = random.integers(0, 2, (1, 2, 3, 3)).repeat(10, axis=1).repeat(10, axis=2) * 155
+        return (tint + random.integers(0, 100, (frames, 20, 30, 3))).astype(np.uint8)
+
+    return make
 
 
 @pytest.fixture(scope="session")
