@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig

@@ -25,7 +25,7 @@ class Ma2mbaRMSNorm(nn.Module):
 
     def forward(self, residual: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """residual (B, S, D), delta (B, S, D) or None -> normed (B, S, D) in `dtype`, residual + delta."""
-        if backend_for(residual if delta is None else delta) == "kernels":
+        if backend_for(residual, dtype) == "kernels":
             from .ssd_kernels import add_rms_norm
 
             return add_rms_norm(residual, delta, self.weight, self.eps, dtype)
@@ -77,8 +77,12 @@ class Ma2mbaMixer(nn.Module):
         ssm_state: Tensor | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        unread: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (B, S, D) -> y (B, S, D), conv_state (B, C, W-1), ssm_state (B, H, P, N). Arguments as in `mixer_core`."""
+        """u (B, S, D) -> y (B, S, D), conv_state (B, C, W-1), ssm_state (B, H, P, N). Arguments as in `mixer_core`.
+
+        With `unread`, the caller promises never to look at y, only to send a gradient into it (recomputation).
+        """
         y, conv_state, ssm_state = mixer_core(
             self.in_proj(u),
             self.conv1d.weight,
@@ -93,7 +97,32 @@ class Ma2mbaMixer(nn.Module):
             lengths,
             seq_idx,
         )
+        if unread and _is_plain_linear(self.out_proj):
+            return _UnreadLinear.apply(y, self.out_proj.weight.to(y.dtype)), conv_state, ssm_state
         return self.out_proj(y), conv_state, ssm_state
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """No adapter, no quantisation, no hook: nothing but a matrix product happens when it is called."""
+    return type(module) is nn.Linear and module.bias is None and not module._forward_hooks
+
+
+class _UnreadLinear(torch.autograd.Function):
+    """A linear layer whose output nobody reads, so it is never computed: only its backward is real.
+
+    Recomputing a run of blocks needs the last projection's gradients, not its result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        return y.new_zeros(()).expand(*y.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        y, weight = ctx.saved_tensors
+        dy = dout @ weight if ctx.needs_input_grad[0] else None
+        return dy, dout.flatten(0, -2).T @ y.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
 
 class Ma2mbaBlock(nn.Module):
@@ -112,11 +141,12 @@ class Ma2mbaBlock(nn.Module):
         ssm_state: Tensor | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        unread: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(residual, delta, state) -> (residual, delta, conv_state, ssm_state); the stream is residual + delta."""
         dtype = self.norm.weight.dtype
         normed, residual = self.norm(residual, delta, dtype)
-        delta, conv_state, ssm_state = self.mixer(normed, conv_state, ssm_state, lengths, seq_idx)
+        delta, conv_state, ssm_state = self.mixer(normed, conv_state, ssm_state, lengths, seq_idx, unread)
         return residual, delta, conv_state, ssm_state
 
 
@@ -127,21 +157,24 @@ def run_blocks(
     ssm_states: Sequence[Tensor | None],
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    unread: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Run consecutive blocks over one segment.
 
     Args:
         x: (B, S, D) residual stream. conv_states, ssm_states: one entry per block, None for the start of a sequence.
+        unread: the values of the last delta will not be looked at, only its gradient is wanted.
 
     Returns:
-        residual stream (B, S, D) in x's dtype, the blocks' new conv states and SSM states.
+        residual and delta (B, S, D), whose sum is the stream, the blocks' new conv states and SSM states.
     """
     delta, new_conv, new_ssm = None, [], []
-    for block, conv_state, ssm_state in zip(blocks, conv_states, ssm_states, strict=True):
-        x, delta, conv_state, ssm_state = block(x, delta, conv_state, ssm_state, lengths, seq_idx)
+    for index, (block, conv_state, ssm_state) in enumerate(zip(blocks, conv_states, ssm_states, strict=True)):
+        last = unread and index == len(blocks) - 1
+        x, delta, conv_state, ssm_state = block(x, delta, conv_state, ssm_state, lengths, seq_idx, last)
         new_conv.append(conv_state)
         new_ssm.append(ssm_state)
-    return x if delta is None else x + delta.to(x.dtype), new_conv, new_ssm
+    return x, delta, new_conv, new_ssm
 
 
 @torch.no_grad()

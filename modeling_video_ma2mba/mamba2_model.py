@@ -167,12 +167,12 @@ class Ma2mbaTextModel(PreTrainedModel):
             stop = min(start + self.prefill_segment_length, tokens)
             lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
             segment = x[:, start:stop].to(device, self.stream_dtype)
-            segment, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx)
+            segment, delta, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx)
             if keep is not None:
                 row, column = keep[:, start:stop].nonzero(as_tuple=True)
                 rows.append(row * tokens + column + start)
-                segment = segment[row, column].unsqueeze(0)
-            pieces.append(self.norm_f(segment, None, own)[0])
+                segment, delta = segment[row, column].unsqueeze(0), delta[row, column].unsqueeze(0)
+            pieces.append(self.norm_f(segment, delta, own)[0])
         hidden = torch.cat(pieces, dim=1)
         if keep is not None:
             hidden = hidden[0]

@@ -152,22 +152,34 @@ class _StackRun:
         return list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())
 
     def run_cell(
-        self, block: int, segment: int, x: Tensor, conv: list[Tensor | None], ssm: list[Tensor | None]
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-        """One cell: stream (B, s, D) and the block's states in; stream, or normed output of the last block, out."""
-        lengths, seq_idx = self.layout.segment(*self.segments[segment], self.model.config.conv_kernel - 1)
+        self,
+        block: int,
+        segment: int,
+        x: Tensor,
+        conv: list[Tensor | None],
+        ssm: list[Tensor | None],
+        unread: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor]]:
+        """One cell, from the stream (B, s, D) and the block's states.
+
+        Returns residual and delta, whose sum is the stream; for the last block the normed output of the kept
+        positions (or None) and None; then the states.
+        """
+        start, stop = self.segments[segment]
+        lengths, seq_idx = self.layout.segment(start, stop, self.model.config.conv_kernel - 1)
+        last = block == len(self.blocks) - 1
         layers = [self.layers[i] for i in self.blocks[block]]
-        y, conv, ssm = run_blocks(layers, x, conv, ssm, lengths, seq_idx)
-        if self.engine.settings.detect_anomaly and not bool(torch.isfinite(y).all()):
+        y, delta, conv, ssm = run_blocks(layers, x, conv, ssm, lengths, seq_idx, unread and not last)
+        if self.engine.settings.detect_anomaly and not unread and not bool(torch.isfinite(y + delta).all()):
             raise FloatingPointError(self.name_bad_layer(block, segment, x, conv, ssm))
-        if block < len(self.blocks) - 1:
-            return y, conv, ssm
+        if not last:
+            return y, delta, conv, ssm
         if self.keep is not None:
-            start, stop = self.segments[segment]
-            y = y[self.keep[:, start:stop]].unsqueeze(0)
+            rows = self.keep[:, start:stop]
+            y, delta = y[rows].unsqueeze(0), delta[rows].unsqueeze(0)
             if y.shape[1] == 0:
-                return None, conv, ssm
-        return self.norm(y, None, self.norm.weight.dtype)[0], conv, ssm
+                return None, None, conv, ssm
+        return self.norm(y, delta, self.norm.weight.dtype)[0], None, conv, ssm
 
     def name_bad_layer(self, block: int, segment: int, x: Tensor, conv: list, ssm: list) -> str:
         start, stop = self.segments[segment]
@@ -217,7 +229,9 @@ class _StackRun:
                 if i > 0:
                     self.store.put(("state", j, i), own_conv + own_ssm)
                 with self.same_randomness((j, i), replay=False):
-                    h, own_conv, own_ssm = self.run_cell(j, i, h, own_conv, own_ssm)
+                    h, delta, own_conv, own_ssm = self.run_cell(j, i, h, own_conv, own_ssm)
+                if delta is not None:
+                    h = h + delta
                 for n, c, s in zip(block, own_conv, own_ssm, strict=True):
                     convs[n], ssms[n] = c, s
             if self.keep is None:
@@ -339,9 +353,9 @@ class _StackRun:
             torch.autocast(kind, enabled=self.autocast[0], dtype=self.autocast[1]),
             self.same_randomness((j, i), replay=True),
         ):
-            y, conv, ssm = self.run_cell(j, i, h, states[:half], states[half:])
+            y, delta, conv, ssm = self.run_cell(j, i, h, states[:half], states[half:], unread=True)
         outputs, gradients = [], []
-        for value, gradient in zip([y, *conv, *ssm], [dout, *dstates], strict=True):
+        for value, gradient in zip([y, delta, *conv, *ssm], [dout, dout, *dstates], strict=True):
             if value is not None and gradient is not None:
                 outputs.append(value)
                 gradients.append(gradient.to(value.device, value.dtype, non_blocking=True))

@@ -176,8 +176,11 @@ def _heads(xbc: Tensor, shape: MixerShape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """(B, S, C) as the (B, C, S) view the convolution wants; copied when its stride is not a multiple of 8."""
-    return (x if x.stride(1) % 8 == 0 and x.stride(2) == 1 else x.contiguous()).transpose(1, 2)
+    """(B, S, C) as the (B, C, S) view the convolution wants; copied when a stride is not a multiple of 8."""
+    if x.stride(0) % 8 or x.stride(1) % 8 or x.stride(2) != 1:
+        # Not `contiguous()`: for a single token it returns x with the strides it has.
+        x = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    return x.transpose(1, 2)
 
 
 def _conv_forward(xbc: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None) -> Tensor:
@@ -205,7 +208,7 @@ def _conv_backward(
 
     state = state.transpose(1, 2).contiguous().transpose(1, 2)
     if ids is None:
-        inplace = dxbc.stride(1) % 8 == 0
+        inplace = dxbc.stride(0) % 8 == 0 and dxbc.stride(1) % 8 == 0
         dx, dweight, dbias, dstate = causal_conv1d_bwd_function(
             _channels_last(xbc), weight, bias, _channels_last(dout), None, state, None,
             dxbc.transpose(1, 2) if inplace else None, True, True,

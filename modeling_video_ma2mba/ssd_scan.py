@@ -60,14 +60,13 @@ def force_backend(name: str | None) -> Iterator[None]:
         _forced_backend = previous
 
 
-def backend_for(tensor: Tensor) -> str:
-    """The backend that will run on `tensor`: "kernels" on CUDA in 16 bits where the packages import, else "torch".
-
-    fp32 stays in PyTorch because the Triton kernels would round its matrix products to TF32.
+def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """The backend for work on `tensor` in `dtype` (default: its own): "kernels" on CUDA in 16 bits where the packages
+    import, else "torch". fp32 stays in PyTorch because the Triton kernels would round its matrix products to TF32.
     """
     if _forced_backend is not None:
         return _forced_backend
-    if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
+    if not tensor.is_cuda or (dtype or tensor.dtype) not in (torch.bfloat16, torch.float16):
         return "torch"
     from .ssd_kernels import kernels_available
 
