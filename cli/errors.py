@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 # What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
 # of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
-_EXPECTED = (ValueError, OSError, ImportError)
+_EXPECTED = (ValueError, OSError)
 _EXPECTED_RUNTIME_TEXTS = ("out of memory", "size mismatch", "state_dict", "ignore_mismatched_sizes")
 
 
@@ -19,6 +19,8 @@ def is_expected(error: Exception) -> bool:
     """Whether `error` says what the user can change, rather than that the program is wrong."""
     if isinstance(error, BrokenPipeError):
         return False
+    if isinstance(error, ImportError):
+        return not (error.name or "").startswith("video_ma2mba")  # an optional package that is not installed
     if isinstance(error, RuntimeError):
         return any(text in str(error) for text in _EXPECTED_RUNTIME_TEXTS)
     return isinstance(error, _EXPECTED) or type(error).__name__ == "SafetensorError"

@@ -63,6 +63,8 @@ def test_defects_are_not_dressed_up_as_bad_input():
     assert not is_expected(RuntimeError("The expanded size of the tensor (3) must match the existing size (4)"))
     assert not is_expected(TypeError("unexpected keyword"))
     assert not is_expected(BrokenPipeError())
+    assert not is_expected(ModuleNotFoundError("No module named x", name="video_ma2mba.x"))
+    assert is_expected(ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"))
     assert is_expected(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert is_expected(FileNotFoundError("no such video"))
 
