@@ -6,8 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_FPS = 1000.0
-TIME_TOLERANCE = 1e-6
-"""Seconds by which a frame may be late and still count as shown at a sampling moment (rounding of time stamps)."""
+TIME_TOLERANCE = 1e-3
+"""Seconds by which a frame may be late and still count as shown at a sampling moment.
+
+Several containers (Matroska, FLV) round times to milliseconds: without it, sampling at the video's own rate would give
+some frames twice and others not at all.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Sampling:
             if last - first < limit:
                 return np.arange(first, last + 1)
             return on_screen(np.linspace(begin, max(begin, times[last]), limit))
-        count = max(1, math.ceil((finish - begin) * self.fps - TIME_TOLERANCE))
+        count = max(1, math.ceil((finish - begin - TIME_TOLERANCE) * self.fps))
         if limit is not None and count > limit:
             return on_screen(np.linspace(begin, begin + (count - 1) / self.fps, limit))
         return on_screen(begin + np.arange(count) / self.fps)

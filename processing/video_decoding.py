@@ -23,7 +23,7 @@ LONGEST_GAP = 3600.0
 """Seconds between two frames beyond which time stamps count as damaged, and not the picture as standing still."""
 LONGEST_LAST_FRAME = 60.0
 NETWORK_TIMEOUT = (15.0, 60.0)  # seconds to connect, to wait for data
-UNTIMED_SHARE = 0.01  # share of packets that may lack a time stamp before all of them are ignored
+UNTIMED_SHARE = 0.1  # share of packets that may lack a time stamp before all of them are ignored
 UNTIMED_SHARE_OF_FIELDS = 0.6  # interlaced broadcasts send every other field without a time stamp
 
 
@@ -171,7 +171,7 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
         if timed:
             problems.append(f"its time stamps are not usable; {rate:g} frames per second are assumed")
         index = VideoIndex(None, np.arange(count) / rate, key_array, count / rate, problems)
-    if promised is not None and promised < 1e7 and index.duration < 0.9 * promised - 1:
+    if promised is not None and promised < 1e7 and index.duration < 0.95 * promised - 0.5:
         problems.append(f"the header promises {promised:.1f} s, but only {index.duration:.1f} s are there")
     return index
 
@@ -203,9 +203,9 @@ def decode_frames(
             if position == len(wanted):
                 break
     if problem_count["errors"]:
-        problems.append(f"{problem_count['errors']} damaged parts could not be decoded and were skipped")
+        problems.append(f"damaged parts that could not be decoded and were skipped: {problem_count['errors']}")
     if problem_count["corrupt"]:
-        problems.append(f"{problem_count['corrupt']} of the frames that were read are damaged")
+        problems.append(f"damaged pictures among the frames that were read: {problem_count['corrupt']}")
 
 
 def _upright_pixels(frame: Any, name: str) -> np.ndarray:

@@ -26,8 +26,8 @@ def numbered_picture(number: int, height: int = 48, width: int = BITS * BAR) -> 
 
 
 def numbers_in(pixels: np.ndarray) -> list[int]:
-    """Read the numbers back from frames uint8 `(n, h, w, 3)`."""
-    bars = [pixels[:, 4:-4, bit * BAR + 2 : (bit + 1) * BAR - 2].mean(axis=(1, 2, 3)) > 128 for bit in range(BITS)]
+    """Read the numbers back from frames uint8 `(n, h, w, 3)` of the height `numbered_picture` gives them."""
+    bars = [pixels[:, 4:28, bit * BAR + 2 : (bit + 1) * BAR - 2].mean(axis=(1, 2, 3)) > 128 for bit in range(BITS)]
     return [sum(int(bar[i]) << bit for bit, bar in enumerate(bars)) for i in range(len(pixels))]
 
 
@@ -58,6 +58,7 @@ def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         times_ms: Iterable[int] | None = None,
         container_options: dict[str, str] | None = None,
         file_format: str | None = None,
+        noisy: bool = False,
         **codec_options: str,
     ) -> Path:
         path = folder / name
@@ -73,7 +74,11 @@ def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             if times is not None:
                 stream.codec_context.time_base = Fraction(1, 1000)
             for number in range(frames):
-                frame = av.VideoFrame.from_ndarray(numbered_picture(number, height, width), format="rgb24")
+                picture = numbered_picture(number, height, width)
+                if noisy:  # below the bars; makes the frames, not the index, the bulk of the file
+                    noise = np.random.default_rng(number).integers(0, 256, (height - 32, width, 3))
+                    picture[32:] = noise
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 if times is not None:
                     frame.pts, frame.time_base = times[number], Fraction(1, 1000)
                 container.mux(stream.encode(frame))

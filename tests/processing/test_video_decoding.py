@@ -34,12 +34,7 @@ def test_frame_on_screen_at_each_moment(make_video, read_numbers, name, fps):
     reader = open_video(make_video(name, **CODINGS[name]), fps=fps)
     chunk = reader.read()
     moments = np.arange(round(3 * fps)) / fps
-    # Matroska rounds times to milliseconds, so a frame may officially start just after its nominal moment.
-    if name.endswith((".mkv", ".webm")):
-        shown = np.round(np.arange(90) / 30, 3)
-        expected = (np.searchsorted(shown, moments + 1e-6, side="right") - 1).tolist()
-    else:
-        expected = [int(moment * 30 + 1e-6) for moment in moments]
+    expected = [int(moment * 30 + 1e-6) for moment in moments]
     assert read_numbers(chunk.pixels) == expected
     np.testing.assert_allclose(chunk.timestamps, np.array(expected) / 30, atol=6e-4)
     assert reader.expected_frames == len(expected) and reader.warnings == []
@@ -63,9 +58,9 @@ def test_any_part_at_any_rate(make_video, read_numbers, name, start, length, fps
     moments = start + np.arange(len(numbers)) / fps
     assert all(len(part) == chunk for part in chunks[:-1])
     assert len(numbers) == reader.expected_frames
-    assert moments[-1] < min(end, 3.0) + 1e-6 and moments[-1] + 1 / fps > min(end, 3.0) - 1e-5
+    assert moments[-1] < min(end, 3.0) and moments[-1] + 1 / fps >= min(end, 3.0) - 1.1e-3
     for number, moment, time in zip(numbers, moments, times, strict=True):
-        assert number / 30 <= moment + 1e-4 and moment < (number + 1) / 30 + 1e-4
+        assert number / 30 <= moment + 1.1e-3 and moment < (number + 1) / 30 + 1e-4
         assert time == pytest.approx(number / 30, abs=1e-4)
 
 
