@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .checkpoint_loading import refuse_incomplete
 from .checkpoint_plan import CheckpointSettings
 from .chunked_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
 from .chunked_recompute import RowLayout
@@ -108,11 +109,20 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
         """Counterpart of `enable_input_require_grads`."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Loading makes every parameter trainable; the tower's unused layers are frozen again."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._base().freeze_unused_parameters()
-        return loaded
+    def from_pretrained(cls, name: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but an incomplete checkpoint is refused, and the tower's unused layers stay frozen.
+
+        Raises:
+            ValueError: tensors are missing, or have other sizes without `ignore_mismatched_sizes=True`.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        model, report = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        refuse_incomplete(name, report, accept_other_sizes)
+        model._base().freeze_unused_parameters()  # loading makes every parameter trainable
+        return (model, report) if wants_report else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in transformers; the checkpoint also gets all code that it needs to load without this package."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.loading import load_pipeline, pick_device, pick_dtype
@@ -81,6 +82,9 @@ def test_a_damaged_checkpoint_is_refused(tiny_checkpoint: Path, tiny_video: Path
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     if damage != "truncated":
         assert "linear_1.weight" in line
+        with pytest.raises(ValueError, match=r"linear_1\.weight") as raised:
+            AutoModelForImageTextToText.from_pretrained(folder)
+        assert line == f"error: {raised.value}"
 
 
 BAD_INPUT = {
