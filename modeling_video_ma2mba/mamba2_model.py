@@ -137,6 +137,9 @@ class Ma2mbaTextModel(PreTrainedModel):
                 raise ValueError(f"the state holds {state.batch_size} rows, the input {batch}")
         if output_positions is not None and output_positions.shape != (batch, tokens):
             raise ValueError(f"output_positions must be ({batch}, {tokens}), not {tuple(output_positions.shape)}")
+        for name, value in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
+            if value is not None and value.shape[0] != batch:
+                raise ValueError(f"{name} has {value.shape[0]} rows, the input {batch}")
         layout = TokenLayout.of(attention_mask, tokens, seq_idx)
         x = layout.arrange(inputs_embeds)
         keep = kept_rows(output_positions, layout)
@@ -148,7 +151,7 @@ class Ma2mbaTextModel(PreTrainedModel):
             hidden = layout.restore(hidden)
         elif (order := original_order(output_positions, layout)) is not None:
             hidden = hidden[order]
-        return hidden, conv, ssm
+        return hidden, layout.forget_other_samples(conv), ssm
 
     def _run_segments(
         self, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
