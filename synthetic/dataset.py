@@ -41,9 +41,9 @@ def chat(questions: Sequence[Question], video: Any = None) -> list[dict[str, Any
 
 def parse_frames(text: str) -> tuple[int, int]:
     """`"8..64"` or `"8"` as (shortest, longest)."""
-    low, _, high = text.partition("..")
+    low, dots, high = text.partition("..")
     try:
-        shortest, longest = int(low), int(high or low)
+        shortest, longest = int(low), int(high if dots else low)
     except ValueError:
         raise ValueError(f"frames {text!r}: give a number or a range such as 8..64.") from None
     if not 1 <= shortest <= longest:

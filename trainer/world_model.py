@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
+from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..processing.byte_tokenizer import VIDEO_TOKEN
 
 # Chosen from the colours of the world: its frames are dark with a few bright spots, unlike CLIP's photographs.
 PIXEL_MEAN = (0.25, 0.25, 0.25)
 PIXEL_STD = (0.2, 0.2, 0.2)
+_SLOWEST, _FASTEST = 0.004, 8.0  # decay rates A; a token multiplies a head's memory by exp(-A * step size)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,20 @@ def world_config(size: WorldModelSize, tokenizer: PreTrainedTokenizerFast) -> Vi
         image_std=PIXEL_STD,
         vision_chunk_frames=64,
     )
+
+
+@torch.no_grad()
+def start_for_recall_(model: VideoMa2mbaForConditionalGeneration) -> None:
+    """Initialise what decides how soon a small model learns to remember, in place.
+
+    Mamba-2's usual start forgets within about 1,000 tokens at best, less than a video here; so the heads of each
+    layer get decay rates A spread evenly over orders of magnitude, from keeping everything to keeping a few tokens.
+    Positions in the frame start as loud as its content: they are half of what a question about motion needs.
+    """
+    for layer in model.model.language_model.layers:
+        rates = layer.mixer.A_log
+        rates.copy_(torch.linspace(math.log(_SLOWEST), math.log(_FASTEST), rates.numel()))
+    model.model.vision_tower.embeddings.position_embedding.weight.normal_(0.0, 0.2)
 
 
 def world_processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -26,7 +26,7 @@ from ..synthetic import KINDS, WorldDataset, parse_frames
 from ..synthetic.questions import check_kinds
 from .world_batches import ChatTokens, WorldBatches, first
 from .world_clock import ClockCallback, WorldClock
-from .world_model import SIZES, world_config, world_processor
+from .world_model import SIZES, start_for_recall_, world_config, world_processor
 from .world_report import WorldReport
 
 _ENDLESS = 10_000_000  # steps, where only the clock ends training
@@ -96,6 +96,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     exported_chunk = config.vision_chunk_frames
     config.vision_chunk_frames = training.tokens_per_batch  # the whole batch goes through the small tower at once
     model = VideoMa2mbaForConditionalGeneration(config).to("cuda" if cuda else "cpu")
+    start_for_recall_(model)
     tokens = ChatTokens(tokenizer, config.tokens_per_frame)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
 
