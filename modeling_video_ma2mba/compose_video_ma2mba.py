@@ -130,8 +130,8 @@ def text_config_from(folder: Path, name: str) -> Ma2mbaTextConfig:
         return VideoMa2mbaConfig(text_config=fields, video_token_id=0).text_config
     if "d_model" not in fields or "n_layer" not in fields:
         raise ValueError(
-            f"{name} is no Mamba-2 checkpoint: its config.json has model_type {fields.get('model_type')!r} and not the "
-            "fields of a state-spaces model either"
+            f"{name} is no Mamba-2 checkpoint: its config.json has model_type {fields.get('model_type')!r} and lacks "
+            "the fields of a state-spaces model"
         )
     ssm = fields.get("ssm_cfg") or {}
     if ssm.get("layer") != "Mamba2":

@@ -109,8 +109,12 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
         """Counterpart of `enable_input_require_grads`."""
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, but an incomplete checkpoint is refused, and the tower's unused layers stay frozen.
+
+        Without a checkpoint (None and `state_dict=`), tensors that are not given are random.
 
         Raises:
             ValueError: tensors are missing, or have other sizes without `ignore_mismatched_sizes=True`.
@@ -118,9 +122,14 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
         wants_report = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, report = super().from_pretrained(
-            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
-        refuse_incomplete(name, report, accept_other_sizes)
+        if pretrained_model_name_or_path is not None:
+            refuse_incomplete(pretrained_model_name_or_path, report, accept_other_sizes)
         model._base().freeze_unused_parameters()  # loading makes every parameter trainable
         return (model, report) if wants_report else model
 

@@ -1,6 +1,7 @@
 """Composing: every layout of checkpoint ends up under the right names, with the numbers it had."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,13 +30,7 @@ TOWER = {
     "image_size": 16,
     "patch_size": 4,
 }
-TEXT_TOWER = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+TEXT_TOWER = {k: v for k, v in TOWER.items() if k not in ("image_size", "patch_size")} | {"vocab_size": 30}
 WIDTH, LAYERS, ROWS = 16, 2, 272
 
 
@@ -77,7 +72,9 @@ def tower(tmp_path_factory):
 
 def composed(out, **arguments):
     defaults = {"language_model": None, "vision_tower": None, "preset": None, "dtype": torch.float32}
-    assert compose(out=out, **(defaults | {k: str(v) if k != "dtype" else v for k, v in arguments.items()})) == out
+    assert (
+        compose(out=out, **(defaults | {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()})) == out
+    )
     model, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model
@@ -144,11 +141,9 @@ def test_towers(tmp_path, language_model, tower, kind):
         whole = model_class(config_class(vision_config=TOWER, text_config=TEXT_TOWER))
         whole.save_pretrained(folder)
         source = whole.vision_model
-    (tmp_path / "statistics").mkdir()
     if kind == "siglip":
-        (folder / "preprocessor_config.json").write_text(
-            '{"image_mean": [0.4, 0.4, 0.4], "image_std": [0.6, 0.6, 0.6]}'
-        )
+        statistics = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.6, 0.6, 0.6]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
     model = composed(tmp_path / "out", language_model=language_model, vision_tower=folder)
     source = source.eval()
     with torch.no_grad():
@@ -177,9 +172,8 @@ def test_a_full_vocabulary_grows(tmp_path, tower):
     source, folder = mamba(vocab_size=48), tmp_path / "mamba"
     source.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, 48)}}, unk_token="w1"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
-    ).save_pretrained(folder)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, bos_token=end).save_pretrained(folder)
     model = composed(tmp_path / "out", language_model=folder, vision_tower=tower)
     assert model.config.text_config.vocab_size == 64
     assert model.config.video_token_id == 48
