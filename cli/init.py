@@ -13,6 +13,9 @@ def init(
         typer.Option(help="Mamba-2 checkpoint (transformers' or state-spaces' layout): directory or Hub id."),
     ] = None,
     vision_tower: Annotated[str | None, typer.Option(help="CLIP or SigLIP vision tower: directory or Hub id.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer: directory or Hub id.", show_default="the language model's")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="The paper's sizes with CLIP-L/14-336, random weights: 370m, 1.3b or 2.7b.")
     ] = None,
@@ -33,6 +36,7 @@ def init(
     written = compose(
         language_model=language_model,
         vision_tower=vision_tower,
+        tokenizer=tokenizer,
         preset=preset,
         out=out,
         dtype=pick_dtype(dtype, torch.device("cpu")),
