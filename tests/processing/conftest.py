@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 from video_ma2mba.processing.processing_video_ma2mba import VideoMa2mbaProcessor
@@ -96,3 +98,25 @@ def video_processor() -> VideoMa2mbaVideoProcessor:
 @pytest.fixture
 def processor(video_processor: VideoMa2mbaVideoProcessor) -> VideoMa2mbaProcessor:
     return VideoMa2mbaProcessor(build_byte_tokenizer(), video_processor, tokens_per_frame=4)
+
+
+@pytest.fixture
+def neox_like() -> PreTrainedTokenizerFast:
+    """A small tokenizer made like GPT-NeoX's: byte-level BPE, NFC, and `<|endoftext|>` for everything special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        ["what is the colour of the moving shape? <|user|> <|assistant|>(A) red"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=[AddedToken("<|endoftext|>", special=True)],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, pad_token=end
+    )

@@ -3,8 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from video_ma2mba.processing.byte_tokenizer import add_video_tokens, build_byte_tokenizer
 
@@ -39,28 +38,6 @@ def test_saved_and_loaded(tmp_path):
     assert loaded(text)["input_ids"] == TOKENIZER(text)["input_ids"]
     assert loaded.decode(loaded(text)["input_ids"]) == text
     assert (loaded.padding_side, loaded.pad_token_id, loaded.eos_token_id) == ("left", 1, 0)
-
-
-@pytest.fixture
-def neox_like() -> PreTrainedTokenizerFast:
-    """A small tokenizer made like GPT-NeoX's: byte-level BPE, NFC, and `<|endoftext|>` for everything special."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        ["what is the colour of the moving shape? <|user|> <|assistant|> (A) red"] * 3,
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=[AddedToken("<|endoftext|>", special=True)],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, pad_token=end
-    )
 
 
 def test_video_tokens_fit_into_spare_embedding_rows(neox_like):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
+from video_ma2mba.processing.byte_tokenizer import add_video_tokens, build_byte_tokenizer
 from video_ma2mba.processing.processing_video_ma2mba import VideoMa2mbaProcessor
 
 VIDEO, PAD, USER, ASSISTANT = 2, 1, 4, 5
@@ -277,6 +277,23 @@ def test_streaming_prompt_equals_the_batch(processor, make_video):
     np.testing.assert_array_equal(whole["pixel_values_videos"].permute(0, 2, 3, 1).numpy(), pixels)
     prefix, question, readers = processor.streaming_prompt(ask("Hello"))
     assert prefix.shape == (1, 0) and readers == [] and question[0, -1] == ASSISTANT
+
+
+def test_training_and_generation_see_the_same_tokens(neox_like, video_processor):
+    """Role tags that are ordinary text must not merge with the text behind them, as `|>` and `(` would in a BPE."""
+    add_video_tokens(neox_like)
+    assert neox_like("<|assistant|>(A) red")["input_ids"] != (
+        neox_like("<|assistant|>")["input_ids"] + neox_like("(A) red")["input_ids"]
+    )
+    processor = VideoMa2mbaProcessor(neox_like, video_processor, tokens_per_frame=4)
+    question = ask("(what?", video(clip(2)))
+    sample = processor.tokenize_conversation([*question, {"role": "assistant", "content": "(A) red"}])
+    learned = (sample["labels"] != -100).tolist()
+    prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=True)[0]
+    assert sample["input_ids"].tolist() == prompt + neox_like("(A) red<|endoftext|>")["input_ids"]
+    assert learned == [False] * len(prompt) + [True] * (len(learned) - len(prompt))
+    rendered = processor.apply_chat_template(question, add_generation_prompt=True)
+    assert processor(rendered, videos=clip(2))["input_ids"] == [prompt]
 
 
 def test_bad_conversations_are_refused(processor):
