@@ -40,21 +40,24 @@ class ClockCallback(TrainerCallback):
     def __init__(self, clock: WorldClock, progress: torch.Tensor, save_seconds: float, stop_after: float | None):
         self.clock, self.progress, self.save_seconds, self.stop_after = clock, progress, save_seconds, stop_after
         self.length = (clock.steps, clock.seconds)
-        self.now = self.begun = self.saved = 0.0
+        self.now: float | None = None
+        self.begun = self.saved = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         # A resumed scheduler brought the saved clock's length along; the one asked for now counts.
         self.clock.steps, self.clock.seconds = self.length
-        self.now = self.begun = self.saved = time.monotonic()
+        self.now, self.begun = None, time.monotonic()
+        self.saved = self.begun
         self.progress.fill_(self.clock.progress(state.global_step))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         before, self.now = self.now, time.monotonic()
-        self.clock.elapsed += self.now - before
+        if before is not None:  # the first step compiles kernels and waits for the workers: not a measure of progress
+            self.clock.elapsed += self.now - before
         progress = self.clock.progress(state.global_step)
         self.progress.fill_(progress)
         out_of_time = self.stop_after is not None and self.now - self.begun >= self.stop_after

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from .world_clock import ClockCallback, WorldClock
 from .world_model import SIZES, start_for_recall_, world_config, world_processor
 from .world_report import WorldReport
 
+_SINGLE_PRECISION = ("A_log", "D", "dt_bias")  # what decides how long is remembered stays in fp32
 _ENDLESS = 10_000_000  # steps, where only the clock ends training
 
 
@@ -87,6 +89,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     checkpoint = get_last_checkpoint(str(out))
     if checkpoint and not training.resume:
         raise ValueError(f"{out} holds the checkpoints of an earlier run: add --resume or choose another --out.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     set_seed(training.seed)
     cuda = torch.cuda.is_available()
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -156,7 +159,7 @@ def _arguments(training: WorldTraining, cuda: bool) -> TrainingArguments:
         save_total_limit=1,
         ignore_data_skip=True,
         dataloader_num_workers=training.workers,
-        dataloader_prefetch_factor=4 if training.workers else None,
+        dataloader_prefetch_factor=2 if training.workers else None,
         dataloader_pin_memory=cuda,
         accelerator_config={"dispatch_batches": False},
         remove_unused_columns=False,
@@ -170,7 +173,12 @@ def export(model: Any, tokenizer: Any, out: Path, dtype: str) -> None:
     """Write model and processor as `from_pretrained` wants them, complete or not at all, in `dtype`."""
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
-    model.eval().to(getattr(torch, dtype)).save_pretrained(draft)
+    model.eval()
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] not in _SINGLE_PRECISION:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    model.save_pretrained(draft)
     world_processor(model.config, tokenizer).save_pretrained(draft)
     shutil.rmtree(out, ignore_errors=True)
     draft.rename(out)
