@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -196,3 +197,12 @@ def test_chance_is_what_blind_players_reach():
         assert -0.05 < levels[kind] - sum(guesses) / len(guesses) < 0.09, kind
     assert world_chance(300)["all"] == pytest.approx(levels["all"], abs=0.03)
     assert 0.2 < levels["all"] < 0.35
+
+
+def test_the_published_chance_levels_are_the_measured_ones():
+    page = (Path(__file__).parents[2] / "docs" / "rendered_world.md").read_text()
+    published = dict(re.findall(r"^\| `?(\w+)`? \|.*\| ([\d.]+) % \|$", page, re.MULTILINE))
+    measured = world_chance(3000)
+    assert set(published) == set(measured)
+    for kind, level in measured.items():
+        assert float(published[kind]) / 100 == pytest.approx(level, abs=0.02), kind
