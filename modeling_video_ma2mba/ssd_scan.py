@@ -98,7 +98,7 @@ def mixer_core(
             leaves the states alone. None means all.
         seq_idx: (B, W-1+S) int32 sample number of each row of conv_state and of each token of a packed sequence, not
             decreasing, 0 for the sample that the given ssm_state belongs to. State and convolution restart at every
-            change.
+            change; padding has the number of the last real token.
 
     Returns:
         y (B, S, E) ready for out_proj, conv_state (B, C, W-1), ssm_state (B, H, P, N), both independent copies.

@@ -34,10 +34,8 @@ class TokenLayout:
             seq_idx = seq_idx.to(torch.int32)
             if seq_idx.ndim != 2 or seq_idx.shape[1] != tokens:
                 raise ValueError(f"seq_idx must have the shape (batch, {tokens}), not {tuple(seq_idx.shape)}")
-            if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
-                raise ValueError("seq_idx must not decrease along the sequence: number packed samples 0, 1, 2, …")
         if attention_mask is None or (attention_mask.shape[0] == 1 and tokens == 1):
-            return cls(seq_idx=seq_idx)
+            return cls(seq_idx=_checked_samples(seq_idx))
         if attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
             raise ValueError(
                 f"attention_mask must have the shape (batch, at least {tokens}), not {tuple(attention_mask.shape)}"
@@ -47,9 +45,13 @@ class TokenLayout:
         packed_right = real == (torch.arange(tokens, device=real.device) < lengths[:, None])
         *host, in_order = torch.cat([lengths, packed_right.all()[None].to(lengths.dtype)]).tolist()  # one wait
         if all(n == tokens for n in host):
-            return cls(seq_idx=seq_idx)
-        if seq_idx is not None and not in_order:
-            raise ValueError("packed samples (seq_idx) may only be padded on the right")
+            return cls(seq_idx=_checked_samples(seq_idx))
+        if seq_idx is not None:
+            if not in_order:
+                raise ValueError("packed samples (seq_idx) may only be padded on the right")
+            # Padding may carry any number; with that of the last real token it does not restart the state.
+            last = seq_idx.gather(1, (lengths - 1).clamp(min=0)[:, None])
+            seq_idx = _checked_samples(torch.where(real, seq_idx, last))
         order = None if in_order else torch.argsort((~real).to(torch.int8), dim=1, stable=True)
         return cls(order, lengths, tuple(host), seq_idx)
 
@@ -99,6 +101,12 @@ class TokenLayout:
         samples = samples.gather(1, ends[:, None].long() + torch.arange(halo, device=samples.device))
         other = samples != samples[:, -1:]
         return conv.masked_fill(other.to(conv.device)[:, None], 0)
+
+
+def _checked_samples(seq_idx: Tensor | None) -> Tensor | None:
+    if seq_idx is not None and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+        raise ValueError("seq_idx must not decrease along the sequence: number packed samples 0, 1, 2, …")
+    return seq_idx
 
 
 def kept_rows(keep: Tensor | None, layout: TokenLayout) -> Tensor | None:

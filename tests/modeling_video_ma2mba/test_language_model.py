@@ -366,7 +366,8 @@ def test_packed_samples_equal_separate_runs(data):
         model.prefill_segment_length = data.draw(st.integers(1, 9), label="segment")
     tokens = sum(lengths)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    ids = torch.cat([ids, ids.new_full((padding,), len(lengths) - 1)])[None]
+    filler = data.draw(st.sampled_from([-100, 0, len(lengths) - 1, len(lengths)]), label="number of the padding")
+    ids = torch.cat([ids, ids.new_full((padding,), filler)])[None]
     mask = (torch.arange(tokens + padding) < tokens).long()[None]
     x = random_tokens(1, tokens + padding)
     start = random_state(model, 1) if data.draw(st.booleans(), label="from a state") else None
