@@ -192,8 +192,11 @@ def test_mixer_with_packed_samples(tokens, samples, start):
 @needs_kernels
 @pytest.mark.parametrize("tokens", [3, 300])
 def test_mixer_with_packed_samples_and_padding(tokens):
-    ids = packed_ids([[1], [6, tokens]], tokens, 5, 3)
-    compare_mixer(mixer_shape(), 2, tokens, seq_idx=ids, lengths=torch.tensor([tokens - 1, tokens // 2]))
+    ids = torch.ones(2, 5 + tokens, dtype=torch.int32)
+    ids[0, :1], ids[1, :6] = 0, 0
+    mask = torch.arange(5 + tokens) < torch.tensor([5 + tokens - 1, 5 + tokens // 2])[:, None]
+    lengths, seq_idx = TokenLayout.of(mask, 5 + tokens, ids).segment(5, 5 + tokens, 3)
+    compare_mixer(mixer_shape(), 2, tokens, seq_idx=seq_idx, lengths=lengths)
 
 
 @needs_kernels
