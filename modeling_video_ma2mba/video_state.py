@@ -5,6 +5,7 @@ Legend: L layers, B batch, C conv channels, W conv width, H heads, P head width,
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,10 +32,11 @@ class VideoState:
     is_sliding = ()
 
     def __init__(self, conv: Tensor, ssm: Tensor, seen_tokens: int = 0, metadata: Mapping[str, str] | None = None):
-        if conv.ndim != 4 or ssm.ndim != 5 or conv.shape[:2] != ssm.shape[:2]:
+        real = conv.is_floating_point() and ssm.is_floating_point()
+        if not real or conv.ndim != 4 or ssm.ndim != 5 or conv.shape[:2] != ssm.shape[:2]:
             raise ValueError(
-                f"a state needs conv (L, B, C, W-1) and ssm (L, B, H, P, N), not {tuple(conv.shape)} and "
-                f"{tuple(ssm.shape)}"
+                f"a state needs conv (L, B, C, W-1) and ssm (L, B, H, P, N), not {tuple(conv.shape)} of {conv.dtype} "
+                f"and {tuple(ssm.shape)} of {ssm.dtype}"
             )
         self.conv = conv
         self.ssm = ssm
@@ -105,12 +107,16 @@ class VideoState:
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file; complete or not at all."""
+        """Write one safetensors file; complete or not at all. FileNotFoundError when its folder does not exist."""
         from safetensors.torch import save_file
 
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"there is no folder {folder!r} to save the state in")
         tensors = {"conv": self.conv.detach().cpu().contiguous(), "ssm": self.ssm.detach().cpu().contiguous()}
         facts = {"format_version": str(FORMAT_VERSION), "seen_tokens": str(self.seen_tokens)}
         facts["metadata"] = json.dumps(self.metadata)
+        facts["checksum"] = _checksum(tensors, facts)
         temporary = f"{os.fspath(path)}.part"
         try:
             save_file(tensors, temporary, metadata=facts)
@@ -135,10 +141,23 @@ class VideoState:
         if facts.get("format_version") != str(FORMAT_VERSION) or tensors.keys() != {"conv", "ssm"}:
             raise ValueError(f"{os.fspath(path)!r} is not a video state of format version {FORMAT_VERSION}")
         try:
-            seen, metadata = int(facts["seen_tokens"]), json.loads(facts["metadata"])
-        except (KeyError, ValueError) as error:
+            seen, metadata = int(facts["seen_tokens"]), dict(json.loads(facts["metadata"]))
+            if seen < 0:
+                raise ValueError(f"seen_tokens={seen}")
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
+        if facts.get("checksum") != _checksum(tensors, facts):
+            raise ValueError(f"{os.fspath(path)!r} is damaged: its checksum does not match what it holds")
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{os.fspath(path)!r} holds values that are not finite in {name!r}")
         return cls(tensors["conv"], tensors["ssm"], seen, metadata)
+
+
+def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """CRC-32 of the tensors' bytes, sizes and types and of the header's other fields, as hexadecimal text."""
+    described = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
+    crc = zlib.crc32(json.dumps([described, facts["seen_tokens"], facts["metadata"]]).encode())
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
