@@ -1,4 +1,4 @@
-"""Every command and every Python block of README.md runs as it stands, in a folder that holds only `examples/`."""
+"""Every command and Python block of README.md and `docs/` runs as it stands, beside nothing but `examples/`."""
 
 import os
 import re
@@ -10,19 +10,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not run by the tests: (?P<reason>[^>]+) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S
 )
 
 
 def blocks() -> list:
-    """One parameter per fenced block, skipped with the reason that the README gives in a comment above it."""
+    """One parameter per fenced block, skipped with the reason that a comment above it gives."""
     found = []
-    for match in BLOCK.finditer(README):
-        language, code, reason = match["language"], match["code"], match["reason"]
-        marks = [pytest.mark.skip(reason=reason.strip())] if reason else []
-        line = README.count("\n", 0, match.start("code")) + 1
-        found.append(pytest.param(language, code, marks=marks, id=f"{language}-line-{line}"))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            language, code, reason = match["language"], match["code"], match["reason"]
+            marks = [pytest.mark.skip(reason=reason.strip())] if reason else []
+            line = text.count("\n", 0, match.start("code")) + 1
+            found.append(pytest.param(language, code, marks=marks, id=f"{page.stem}-{language}-line-{line}"))
     return found
 
 
@@ -31,7 +34,7 @@ def test_block_runs(language: str, code: str, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     if language == "python":
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+        exec(compile(code, "page", "exec"), {"__name__": "__main__"})
         return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
