@@ -11,6 +11,7 @@ from .ask import ask
 from .demo import demo
 from .errors import OneLineErrors
 from .init import init
+from .plan import plan
 from .world import app as world
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(ask)
 app.command()(demo)
 app.command()(init)
+app.command()(plan)
 app.add_typer(world, name="world")
 
 

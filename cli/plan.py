@@ -1,0 +1,151 @@
+"""`video-ma2mba plan`: what training on a video will take, before anything is downloaded or allocated."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or Hub id (its config.json is enough).", show_default=False)
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The paper's sizes with CLIP-L/14-336 instead: 370m, 1.3b or 2.7b.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of one video.", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of one sample.", show_default=False)] = None,
+    video: Annotated[
+        str | None, typer.Option(help="A video whose frames are counted, read at --fps.", show_default=False)
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames read per second of video.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Samples per step on one GPU.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU.")] = "80GB",
+    host_memory: Annotated[str, typer.Option(help="Host memory that may be pinned.")] = "128GB",
+    train: Annotated[str, typer.Option(help="Parts that train: lm, projector, vision.")] = "lm,projector,vision",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adafactor, sgd_momentum, sgd or none.")] = "adamw",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or mixed (fp32 weights under bf16).")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory against length for every method, as PNG.", show_default=False)
+    ] = None,
+) -> None:
+    """Plan a training step: the fastest way that fits, what it takes, and the longest video that would fit.
+
+    Works from a configuration alone: no weights, no GPU. Predictions, not measurements.
+    """
+    given = {"--frames": frames, "--tokens": tokens, "--video": video}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"say how long the video is with exactly one of {', '.join(given)}")
+    config = resolve_config(model, preset)
+
+    from video_ma2mba import plan as make_plan
+
+    if video is not None:
+        frames = count_frames(video, fps)
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    options = {
+        "batch": batch,
+        "gpu_memory": gpu_memory,
+        "host_memory": host_memory,
+        "train": tuple(part.strip() for part in train.split(",") if part.strip()),
+        "optimizer": optimizer,
+        "dtype": names.get(dtype, dtype),
+        "fps": fps,
+    }
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot {plot}: name a .png file")
+    report = make_plan(config, frames=frames, tokens=tokens, **options)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        show(report)
+    if plot is not None:
+        from .plan_plot import draw_memory
+
+        draw_memory(config, plot)
+        typer.echo(f"{plot}", err=as_json)
+
+
+def resolve_config(model: str | None, preset: str | None):
+    """The configuration of a directory or Hub id, of a preset, or (neither) of the bundled checkpoint."""
+    if model is not None and preset is not None:
+        raise ValueError("give either --model or --preset")
+    if preset is None:
+        from transformers import AutoConfig
+
+        from .loading import resolve_model
+
+        return AutoConfig.from_pretrained(resolve_model(model))
+
+    from video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
+    from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import PRESETS
+
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset} is unknown: use one of {', '.join(PRESETS)}")
+    width, layers = PRESETS[preset]
+    return VideoMa2mbaConfig(text_config=Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
+
+
+def count_frames(video: str, fps: float) -> int:
+    """Frames that would be read from a video.
+
+    Raises:
+        ValueError: the container does not say how long the video is.
+    """
+    from video_ma2mba import open_video
+
+    expected = open_video(video, fps=fps).expected_frames
+    if not expected:
+        raise ValueError(f"--video {video} does not say how long it is: count its frames and pass --frames")
+    return expected
+
+
+def show(report) -> None:
+    """Print a report for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    prediction = report.prediction
+    length = f"{report.tokens:,} tokens" + (f" ({report.frames:,} frames)" if report.frames else "")
+    rows = "" if report.batch == 1 else f", {report.batch} samples a step"
+    console.print(f"[bold]{length}{rows}[/bold] on a GPU with {gigabytes(report.gpu_memory)}")
+    console.print(f"plan: {prediction.plan or 'no checkpointing needed'}")
+    if report.checkpointing_arguments is not None:
+        console.print(f"      model.gradient_checkpointing_enable({report.checkpointing_arguments})", soft_wrap=True)
+
+    table = Table(title=f"GPU memory at the worst moment ({prediction.phase})", title_justify="left")
+    table.add_column("what")
+    table.add_column("GB", justify="right")
+    for name, value in prediction.gpu.items():
+        if value >= 5e6:
+            table.add_row(name, f"{value / 1e9:.2f}")
+    table.add_section()
+    table.add_row("in all", f"{prediction.gpu_peak / 1e9:.2f}")
+    console.print(table)
+    console.print(f"host memory: {gigabytes(prediction.host_peak)} pinned")
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in prediction.seconds.items())
+    console.print(f"forward and backward: {prediction.step_seconds:.1f} s ({parts}; constants of {report.hardware})")
+    longest = f"longest sample that fits: {report.longest_tokens:,} tokens"
+    if report.longest_frames is not None:
+        longest += f" = {report.longest_frames:,} frames = {report.longest_video} of video"
+    console.print(longest, soft_wrap=True)
+
+    table = Table(title="plans considered", title_justify="left")
+    for heading in ("method", "layers x tokens", "GPU GB", "host GB", "seconds", "fits"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in report.considered:
+        p = row.prediction
+        cell = "-" if p.plan is None else f"{p.plan.layers_per_block} x {min(p.plan.segment_length, report.tokens)}"
+        fits = "yes" if row.fits else "no"
+        table.add_row(
+            row.method, cell, f"{p.gpu_peak / 1e9:.1f}", f"{p.host_peak / 1e9:.1f}", f"{p.step_seconds:.1f}", fits
+        )
+    console.print(table)
+
+
+def gigabytes(value: float) -> str:
+    """Bytes for people."""
+    return f"{value / 1e9:.1f} GB"
