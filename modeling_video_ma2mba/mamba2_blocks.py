@@ -38,11 +38,24 @@ class Ma2mbaRMSNorm(nn.Module):
 
 
 class Ma2mbaGatedNorm(nn.Module):
-    """Holder of the mixer's norm weight; the arithmetic is part of `mixer_core`."""
+    """Holder of the mixer's norm weight, which a call returns; the arithmetic is part of `mixer_core`."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class Ma2mbaConvolution(nn.Conv1d):
+    """Holder of the convolution's weight and bias, which a call returns; the arithmetic is part of `mixer_core`.
+
+    Weights are fetched by calls because hooks on modules (offloading by accelerate) bring them only for a call.
+    """
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
 
 
 class Ma2mbaMixer(nn.Module):
@@ -62,8 +75,8 @@ class Ma2mbaMixer(nn.Module):
         )
         inner, conv_dim = self.shape.inner, self.shape.conv_dim
         self.in_proj = nn.Linear(config.hidden_size, inner + conv_dim + config.num_heads, bias=config.use_bias)
-        # The module only holds the parameters under their checkpoint names (C, 1, W) and (C,).
-        self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.conv_kernel, groups=conv_dim, bias=config.use_conv_bias)
+        kernel, bias = config.conv_kernel, config.use_conv_bias
+        self.conv1d = Ma2mbaConvolution(conv_dim, conv_dim, kernel, groups=conv_dim, bias=bias)  # (C, 1, W) and (C,)
         self.dt_bias = nn.Parameter(torch.ones(config.num_heads))
         self.A_log = nn.Parameter(torch.log(torch.arange(1, config.num_heads + 1, dtype=torch.float32)))
         self.D = nn.Parameter(torch.ones(config.num_heads))
@@ -83,14 +96,15 @@ class Ma2mbaMixer(nn.Module):
 
         With `unread`, the caller promises never to look at y, only to send a gradient into it (recomputation).
         """
+        conv_weight, conv_bias = self.conv1d()
         y, conv_state, ssm_state = mixer_core(
             self.in_proj(u),
-            self.conv1d.weight,
-            self.conv1d.bias,
+            conv_weight,
+            conv_bias,
             self.dt_bias,
             self.A_log,
             self.D,
-            self.norm.weight,
+            self.norm(),
             conv_state,
             ssm_state,
             self.shape,

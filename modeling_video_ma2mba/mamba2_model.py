@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .checkpoint_plan import CheckpointSettings
 from .configuration_video_ma2mba import Ma2mbaTextConfig
 from .mamba2_blocks import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
+from .module_device import execution_device
 from .multi_axis_checkpointing import MultiAxisEngine
 from .token_layout import TokenLayout, kept_rows, original_order
 from .video_state import VideoState
@@ -161,7 +162,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         Returns hidden states (B, S, D) or (kept, D), conv (L, B, C, W-1) and ssm (L, B, H, P, N).
         """
         batch, tokens = x.shape[:2]
-        device, own = self.norm_f.weight.device, self.norm_f.weight.dtype
+        device, own = execution_device(self.norm_f), self.norm_f.weight.dtype
         layers = len(self.layers)
         conv = [None] * layers if state is None else list(state.conv)
         ssm = [None] * layers if state is None else list(state.ssm)
@@ -174,6 +175,7 @@ class Ma2mbaTextModel(PreTrainedModel):
             if keep is not None:
                 row, column = keep[:, start:stop].nonzero(as_tuple=True)
                 rows.append(row * tokens + column + start)
+                row, column = row.to(segment.device), column.to(segment.device)
                 segment, delta = segment[row, column].unsqueeze(0), delta[row, column].unsqueeze(0)
             pieces.append(self.norm_f(segment, delta, own)[0])
         hidden = torch.cat(pieces, dim=1)
@@ -181,4 +183,5 @@ class Ma2mbaTextModel(PreTrainedModel):
             hidden = hidden[0]
             if batch > 1:  # segments come one after the other, the result is row after row
                 hidden = hidden[torch.cat(rows).argsort()]
-        return hidden, torch.stack(conv), torch.stack(ssm)
+        # Layers may live on several GPUs; the state is one tensor, and hooks bring its parts to where they are used.
+        return hidden, torch.stack([c.to(device) for c in conv]), torch.stack([s.to(device) for s in ssm])

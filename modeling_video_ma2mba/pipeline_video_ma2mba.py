@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Pipeline
 
+from .module_device import execution_device
 from .video_state import VideoState
 
 TASK = "video-question-answering"
@@ -206,8 +207,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     ) -> VideoState:
         model = self.model
         if prefix.shape[1] == 0:  # a question without a video
-            weight = model.get_input_embeddings().weight
-            return VideoState.zeros(model.config.text_config, 1, weight.device, weight.dtype)
+            embeddings = model.get_input_embeddings()
+            device, dtype = execution_device(embeddings), embeddings.weight.dtype
+            return VideoState.zeros(model.config.text_config, 1, device, dtype)
 
         report = None
         if on_frames is not None:
@@ -234,10 +236,10 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             pairs = zip(states, questions, strict=True)
             return [self._answer([s], [q], return_scores, **generate)[0] for s, q in pairs]
         model, tokenizer = self.model, self.processor.tokenizer
-        embeddings = model.get_input_embeddings().weight
+        device = execution_device(model.get_input_embeddings())
         seen = max(state.seen_tokens for state in states)
-        conv = torch.cat([state.conv.to(embeddings.device) for state in states], dim=1)
-        ssm = torch.cat([state.ssm.to(embeddings.device) for state in states], dim=1)
+        conv = torch.cat([state.conv.to(device) for state in states], dim=1)
+        ssm = torch.cat([state.ssm.to(device) for state in states], dim=1)
 
         longest = max(question.shape[1] for question in questions)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -253,8 +255,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 generate["max_new_tokens"] = _DEFAULT_NEW_TOKENS
         generate.setdefault("pad_token_id", pad)
         found = model.generate(
-            input_ids=ids.to(embeddings.device),
-            attention_mask=mask.to(embeddings.device),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             past_key_values=VideoState(conv, ssm, seen),
             **generate,
             **({"output_logits": True} if return_scores else {}),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .module_device import execution_device
 from .video_state import VideoState
 
 
@@ -36,9 +37,9 @@ class PromptGenerationMixin:
                 raise ValueError("generate() cannot continue from a state with use_cache=False")
             return
         language_model = self.model.language_model
-        weight = language_model.norm_f.weight
         if state is None:
-            state = VideoState.zeros(language_model.config, batch_size * copies, weight.device, weight.dtype)
+            device, dtype = execution_device(language_model.norm_f), language_model.norm_f.weight.dtype
+            state = VideoState.zeros(language_model.config, batch_size * copies, device, dtype)
         elif state.batch_size == batch_size and copies > 1:
             state = state.fork()
             state.batch_repeat_interleave(copies)

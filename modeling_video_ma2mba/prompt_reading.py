@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .module_device import execution_device
 from .video_state import VideoState
 
 
@@ -56,12 +57,12 @@ def read_prompt(
         raise ValueError(f"the prompt holds {len(places)} video placeholders, but {len(videos)} videos were given")
 
     language_model = model.language_model
-    weight = language_model.norm_f.weight
-    device = language_model.embeddings.weight.device
+    device = execution_device(language_model.embeddings)
+    state_device, dtype = execution_device(language_model.norm_f), language_model.norm_f.weight.dtype
     if state is None:
-        state = VideoState.zeros(language_model.config, 1, weight.device, weight.dtype)
+        state = VideoState.zeros(language_model.config, 1, state_device, dtype)
     else:
-        state = state.fork().to(weight.device)
+        state = state.fork().to(state_device)
     frames_before = int(state.metadata.get("frames", 0))
     seconds_before = float(state.metadata.get("seconds", 0))
     frames_read = 0

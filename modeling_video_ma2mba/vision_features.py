@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .chunked_recompute import ChunkedRows, ChunkJob, RowLayout, fill_rows
+from .module_device import execution_device
 
 
 class VideoMa2mbaMultiModalProjector(nn.Module):
@@ -53,15 +54,6 @@ def freeze_unused_tower_parameters(tower: nn.Module, config: Any) -> None:
     for parameter in tower.parameters():
         if id(parameter) not in used:
             parameter.requires_grad_(False)
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where `module` computes; under `device_map` with offloading its weights may be elsewhere (accelerate's hook)."""
-    for part in module.modules():
-        hook_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if hook_device is not None:
-            return torch.device(hook_device if not isinstance(hook_device, int) else f"cuda:{hook_device}")
-    return next(module.parameters()).device
 
 
 def normalise_pixels(pixels: Tensor, config: Any, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -273,14 +273,29 @@ def test_half_precision_keeps_the_dynamics_in_fp32(make_model, raw_pixels, tmp_p
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
-def test_device_map(make_model, raw_pixels, tmp_path):
+@pytest.mark.parametrize("place", ["auto", "some on disk", "all on disk"])
+def test_device_map(make_model, raw_pixels, tmp_path, place):
     model = make_model()
     model.save_pretrained(tmp_path)
-    loaded = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path, device_map="auto")
-    batch = {"input_ids": prompt(2), "pixel_values_videos": raw_pixels(2)}
+    parts = ["vision_tower", "multi_modal_projector", "language_model.embeddings", "language_model.norm_f"]
+    parts = [*(f"model.{name}" for name in parts), *(f"model.language_model.layers.{i}" for i in range(2)), "lm_head"]
+    device_map = {
+        "auto": "auto",
+        "some on disk": {name: "disk" if "layers" in name or "vision" in name else "cpu" for name in parts},
+        "all on disk": dict.fromkeys(parts, "disk"),
+    }[place]
+    loaded = VideoMa2mbaForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    device = loaded.device if place == "auto" else "cpu"
+    batch = {"input_ids": prompt(2).to(device), "pixel_values_videos": raw_pixels(2).to(device)}
     with torch.no_grad():
-        found = loaded(**{k: v.to(loaded.device) for k, v in batch.items()}).logits.cpu()
-        torch.testing.assert_close(found, model(**batch).logits, rtol=1e-4, atol=1e-5)
+        expected = model(input_ids=prompt(2), pixel_values_videos=raw_pixels(2)).logits
+        torch.testing.assert_close(loaded(**batch).logits.cpu(), expected, rtol=1e-4, atol=1e-5)
+    found = loaded.generate(**batch, max_new_tokens=3)
+    assert found.tolist() == model.generate(prompt(2), pixel_values_videos=raw_pixels(2), max_new_tokens=3).tolist()
+    state = loaded.read(torch.tensor([[7, VIDEO]]), [[raw_pixels(2)]])
+    torch.testing.assert_close(state.ssm.cpu(), model.read(torch.tensor([[7, VIDEO]]), [[raw_pixels(2)]]).ssm)
 
 
 def test_resized_embeddings_stay_tied(make_model):
