@@ -284,7 +284,7 @@ class _StackRun:
             self.prefetch(j, i)
             if i > 0:
                 self.prefetch(j, i - 1)
-            elif not first and needs[0] and not single:
+            elif not first and needs[0]:
                 self.prefetch(j - 1, len(self.segments) - 1)
             start, stop = self.segments[i]
             h = x[:, start:stop].to(self.device, non_blocking=True) if first else self.store.take(("x", j, i))[0]

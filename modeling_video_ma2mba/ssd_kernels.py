@@ -102,7 +102,7 @@ class _MixerCore(torch.autograd.Function):
         ids = None if seq_idx is None else _contiguous(seq_idx[:, shape.conv_kernel - 1 :])
         xbc = _conv_forward(xbc_raw, conv_weight, conv_bias, conv_state, halo_ids)
         x, b, c = _heads(xbc, shape)
-        scanned, _, _, _, _, new_ssm_state = _mamba_chunk_scan_combined_fwd(
+        scanned, _, steps, total, states, new_ssm_state = _mamba_chunk_scan_combined_fwd(
             x, dt, a, b, c, chunk_size=shape.chunk_size, D=D, dt_bias=dt_bias, initial_states=ssm_state,
             seq_idx=ids, dt_softplus=True, dt_limit=shape.time_step_limit,
         )  # fmt: skip
@@ -113,8 +113,8 @@ class _MixerCore(torch.autograd.Function):
         tail = torch.cat([conv_state.transpose(1, 2), xbc_raw[:, : shape.conv_kernel - 1]], dim=1)
         new_conv_state = _last_raw_rows(xbc_raw, tail, shape.conv_kernel - 1, lengths)
         ctx.save_for_backward(
-            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, ssm_state,
-            lengths, halo_ids, ids, scanned, rstd,
+            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state,
+            lengths, halo_ids, ids, scanned, rstd, steps, total, states,
         )  # fmt: skip
         ctx.shape = shape
         ctx.set_materialize_grads(False)
@@ -126,8 +126,8 @@ class _MixerCore(torch.autograd.Function):
         from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_bwd
 
         shape: MixerShape = ctx.shape
-        (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, ssm_state, lengths, halo_ids, ids,
-         scanned, rstd) = ctx.saved_tensors  # fmt: skip
+        (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, scanned,
+         rstd, steps, total, states) = ctx.saved_tensors  # fmt: skip
         batch, tokens, _ = zxbcdt.shape
         if dy is None:  # only a state was used
             dy = zxbcdt.new_zeros(batch, tokens, shape.inner)
@@ -148,7 +148,7 @@ class _MixerCore(torch.autograd.Function):
         dxbc = torch.empty_like(xbc)
         dx, db, dc = _heads(dxbc, shape)
         da, dD, ddt_bias, dssm_in = _scan_backward(
-            dscanned.view(scanned.shape), x, dt, a, b, c, D, dt_bias, ssm_state, dssm_out, ids, shape,
+            dscanned.view(scanned.shape), x, dt, a, b, c, D, dt_bias, steps, total, states, dssm_out, ids, shape,
             dx, db, dc, ddt,
         )  # fmt: skip
         dconv_weight, dconv_bias, dconv_in = _conv_backward(
@@ -263,7 +263,9 @@ def _scan_backward(
     c: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    ssm_state: Tensor,
+    steps: Tensor,
+    total: Tensor,
+    states: Tensor,
     dssm_out: Tensor | None,
     ids: Tensor | None,
     shape: MixerShape,
@@ -274,8 +276,10 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backward of the chunked scan; fills dx, db, dc, ddt; returns da, dD, d(dt_bias), d(ssm_state) in fp32.
 
-    The order of the kernels is that of mamba-ssm's own backward; the difference is that the gradients of the chunk
-    states, and with them that of the starting state, stay in fp32.
+    `steps` and `total` (B, H, chunks, Q) are the step sizes and their decays summed within each chunk, `states`
+    (B, chunks, H, P, N) the states entering the chunks, all from the forward pass. The order of the kernels is that
+    of mamba-ssm's own backward; the differences are that it recomputes these three, and that here the gradients of
+    the chunk states, and with them that of the starting state, stay in fp32.
     """
     from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd
     from mamba_ssm.ops.triton.ssd_chunk_scan import (
@@ -286,28 +290,20 @@ def _scan_backward(
     )
     from mamba_ssm.ops.triton.ssd_chunk_state import (
         _chunk_cumsum_bwd,
-        _chunk_cumsum_fwd,
         _chunk_state_bwd_db,
-        _chunk_state_fwd,
     )
     from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx
-    from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd, _state_passing_fwd
+    from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd
 
     groups, size, chunk = shape.n_groups, shape.state_size, shape.chunk_size
     limit = shape.time_step_limit
-    total, steps = _chunk_cumsum_fwd(dt, a, chunk, dt_bias=dt_bias, dt_softplus=True, dt_limit=limit)
     scores = _bmm_chunk_fwd(c, b, chunk, seq_idx=ids, output_dtype=torch.float32)
-    states = _chunk_state_fwd(b, x, steps, total, seq_idx=ids, states_in_fp32=True)
-    states, _ = _state_passing_fwd(
-        states.flatten(3), total[:, :, :, -1], initial_states=ssm_state.flatten(2), seq_idx=ids, chunk_size=chunk
-    )
     dstates = _chunk_scan_bwd_dstates(c, total, dout, seq_idx=ids, dtype=torch.float32)
     dstates, dcarry, dssm_in = _state_passing_bwd(
-        states, total[:, :, :, -1], dstates.flatten(3),
+        states.flatten(3), total[:, :, :, -1], dstates.flatten(3),
         dfinal_states=None if dssm_out is None else dssm_out.float().contiguous().flatten(2),
         seq_idx=ids, has_initial_states=True, dstates_dtype=torch.float32, chunk_size=chunk,
     )  # fmt: skip
-    states = states.to(x.dtype).unflatten(-1, (-1, size))
     dstates = dstates.unflatten(-1, (-1, size))
     dx, dsteps, dD = _chunk_scan_chunk_state_bwd_dx(x, steps, total, b, scores, dout, dstates, D=D, seq_idx=ids, dx=dx)
     db_states, dtotal_next = _chunk_state_bwd_db(x, steps, total, dstates, seq_idx=ids, B=b, ngroups=groups)
