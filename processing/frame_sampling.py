@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_FPS = 1000.0
+MAX_SAMPLES = 2**22
+"""Frames that may be taken from one video (48 days at 1 a second): damaged time stamps may claim any duration."""
 TIME_TOLERANCE = 1e-3
 """Seconds by which a frame may be late and still count as shown at a sampling moment.
 
@@ -82,6 +84,11 @@ class Sampling:
                 return np.arange(first, last + 1)
             return on_screen(np.linspace(begin, max(begin, times[last]), limit))
         count = max(1, math.ceil((finish - begin - TIME_TOLERANCE) * self.fps))
+        if min(count, limit or count) > MAX_SAMPLES:
+            raise ValueError(
+                f"{name}: {self.fps:g} frames a second of {finish - begin:.0f} s are too many ({count}); "
+                "lower fps, or set end or max_frames"
+            )
         if limit is not None and count > limit:
             return on_screen(np.linspace(begin, begin + (count - 1) / self.fps, limit))
         return on_screen(begin + np.arange(count) / self.fps)

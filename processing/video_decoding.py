@@ -19,6 +19,7 @@ import numpy as np
 from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
 
 FALLBACK_RATE = 25.0  # FFmpeg's own assumption for streams without any timing
+PLAUSIBLE_RATES = (0.1, 1000.0)
 LONGEST_GAP = 3600.0
 """Seconds between two frames beyond which time stamps count as damaged, and not the picture as standing still."""
 LONGEST_LAST_FRAME = 60.0
@@ -109,7 +110,7 @@ def _packets(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
     while True:
         try:
             packet = next(demuxer)
-        except StopIteration:
+        except (StopIteration, IndexError):  # PyAV's IndexError: the end of a file in which further streams appeared
             return
         except (av.error.FFmpegError, EOFError) as error:
             problems.append(f"the file is damaged or cut off: reading stopped early ({error})")
@@ -126,7 +127,8 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
     problems: list[str] = []
     with open_stream(target, name) as (container, stream):
         time_base = float(stream.time_base or 0) or 1 / FALLBACK_RATE
-        rate = float(stream.guessed_rate or stream.average_rate or 0) or FALLBACK_RATE
+        rate = float(stream.guessed_rate or stream.average_rate or 0)
+        rate = rate if PLAUSIBLE_RATES[0] <= rate <= PLAUSIBLE_RATES[1] else FALLBACK_RATE
         promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
         container_name, codec_name = container.format.name, stream.codec_context.name
         pts, keys, untimed, count, latest, last_duration = array("q"), array("q"), 0, 0, None, 0

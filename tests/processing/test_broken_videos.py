@@ -14,6 +14,8 @@ from io import BytesIO
 import av
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from video_ma2mba.processing.video_reader import open_video
@@ -283,3 +285,45 @@ def test_web_addresses(server, faststart, read_numbers):
         open_video(f"{server}/missing.mp4").read()
     with pytest.raises(ConnectionError, match="cannot read from this address"):
         open_video("http://127.0.0.1:9/video.mp4").read()
+
+
+def test_streams_that_appear_late_are_left_alone(make_video, picture_of, read_numbers):
+    """A transport stream that gains another stream on the way, as broadcasts do."""
+    one, two = make_video("stream.ts", gop=12, b_frames=2).read_bytes(), BytesIO()
+    with av.open(two, "w", format="mpegts") as container:
+        streams = [container.add_stream("libx264", rate=30) for _ in range(2)]
+        for stream in streams:
+            stream.width, stream.height = 80, 48
+        for number in range(20):
+            for stream in streams:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture_of(number), format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    data = one + two.getvalue() + one * 50  # FFmpeg looks for streams at the beginning and at the end only
+    reader, chunk = read_with_warnings(data, end=2.5)
+    assert read_numbers(chunk.pixels) == [0, 30, 60]
+    assert any("time stamps are not usable" in warning for warning in reader.warnings)  # they start again and again
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["cut.mkv", "cut.ts", "flips.mp4", "raw.h264"]), data=st.data())
+def test_random_damage_is_read_or_refused(make_video, name, data):
+    """Any bytes of any file changed, and its end cut off: frames come, or one clear error."""
+    file_format = {"file_format": "h264"} if name.endswith("h264") else {}
+    damaged = bytearray(make_video(name, b_frames=2, noisy=True, **file_format).read_bytes())
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(damaged) - 1), st.integers(0, 255)), max_size=30)
+    ):
+        damaged[place] = value
+    cut = data.draw(st.integers(1, len(damaged)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            chunk = open_video(bytes(damaged[:cut]), fps=2, max_frames=20, size=(16, 16)).read()
+        except ValueError as error:
+            named = str(error).startswith(f"<{cut} bytes>: ")
+        else:
+            named = True
+            assert chunk.pixels.shape == (len(chunk.timestamps), 16, 16, 3) and len(chunk) > 0
+            assert (np.diff(chunk.timestamps) >= 0).all()
+    assert named

@@ -46,6 +46,13 @@ def test_numbers_of_frames(gaps, limit, fps):
         assert (capped[0], capped[-1]) == (everything[0], everything[-1])
 
 
+def test_absurd_numbers_of_samples_are_refused():
+    times, duration = np.array([0.0, 1e9]), 1e9 + 1
+    with pytest.raises(ValueError, match="clip: 30 frames a second of 1000000001 s are too many"):
+        Sampling(fps=30).choose(times, duration, "clip")
+    assert len(Sampling(fps=30, max_frames=7).choose(times, duration, "clip")) == 7
+
+
 def test_both_limits_hold():
     times = np.arange(100) / 25
     assert len(Sampling(num_frames=50, max_frames=8).choose(times, 4.0, "clip")) == 8
