@@ -17,7 +17,7 @@ from .checkpoint_plan import CheckpointPlan
 _LOGITS_PER_CHUNK = 2**25
 # Copies to the host that may still hold device memory, in tensors (`checkpoint_store`).
 _COPIES_IN_FLIGHT = 3
-# What cuBLAS keeps for itself on Hopper; allocated once through PyTorch's allocator.
+# What cuBLAS keeps for itself on Hopper (none on a CPU); allocated once through PyTorch's allocator.
 _MATMUL_WORKSPACE = 32 << 20
 
 
@@ -72,6 +72,11 @@ class StackShape:
         return 4 * self.inner * self.state + self.compute * self.conv_dim * (self.conv_kernel - 1)
 
     @property
+    def workspace(self) -> int:
+        """What matrix products take for themselves."""
+        return _MATMUL_WORKSPACE if self.kernels else 0
+
+    @property
     def longest_segment(self) -> int:
         """Tokens (times rows) that the kernels' 32-bit offsets reach in a tensor Z wide; unlimited in PyTorch."""
         return 2**31 // self.projected if self.kernels else 2**62
@@ -111,8 +116,8 @@ def saved_per_token(shape: StackShape, projections_train: bool = True) -> float:
     """What one layer keeps per token between its recomputation and its backward.
 
     Kernels: the residual sum and its norm's factor (`_AddNorm`); zxbcdt, the scan's output, step sizes, decays, chunk
-    states and the gated norm's factors (`_MixerCore`); what the two projections read. PyTorch: everything autograd records in
-    `mixer_core_torch`, mostly the (Q, Q) decay masks of every head; counted in a test.
+    states and the gated norm's factors (`_MixerCore`); what the two projections read. PyTorch: everything autograd
+    records in `mixer_core_torch`, mostly the (Q, Q) decay masks of every head; counted in a test.
     """
     d, e, z, w = shape.width, shape.inner, shape.projected, shape.compute
     if shape.kernels:
@@ -121,7 +126,8 @@ def saved_per_token(shape: StackShape, projections_train: bool = True) -> float:
         return shape.stream * d + w * (z + e) + scan + 4 * (1 + shape.groups) + inputs
     masks = 2 * shape.heads * shape.chunk + shape.groups * shape.chunk
     states = 2 * e * shape.state / shape.chunk
-    return max(4, w) * (3 * d + z + 3 * shape.conv_dim + 9 * e + masks + states + 5 * shape.heads)
+    inner = (9 if shape.groups == 1 else 10) * e  # heads of several groups are flattened into a copy
+    return max(4, w) * (3 * d + z + 3 * shape.conv_dim + inner + masks + states + 5 * shape.heads)
 
 
 def backward_temporaries_per_token(shape: StackShape) -> float:
@@ -190,7 +196,7 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
         "cell": stream + rows * forward_temporaries_per_token(shape),
         "states": 2 * shape.layers * work.batch * shape.state_bytes,
         "kept rows": kept,
-        "workspace": _MATMUL_WORKSPACE + shape.layers * cast,
+        "workspace": shape.workspace + shape.layers * cast,
     }
     loss = {
         "input": inputs,
@@ -198,7 +204,7 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
         "prefetch": leaving,
         "kept rows": 2 * kept,
         "loss": loss_bytes(shape, work),
-        "workspace": _MATMUL_WORKSPACE,
+        "workspace": shape.workspace,
     }
 
     parameters = layers * work.layer_parameters
@@ -220,7 +226,7 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
         "checkpoints": max(0, stored - (0 if plan.offload else (stream if blocks > 1 else 0) + arriving)),
         "prefetch": leaving + arriving if plan.offload else 0,
         "kept rows": 2 * kept,
-        "workspace": _MATMUL_WORKSPACE + layers * cast,
+        "workspace": shape.workspace + layers * cast,
     }
     at_start = backward | {
         "cell": layers * saved + first_norm + ends - out_input + rows * backward_temporaries_per_token(shape),
@@ -247,7 +253,7 @@ def plain_phases(shape: StackShape, work: Workload, segment_length: int) -> dict
     cell = shape.layers * total * saved_per_token(shape, work.projections_train) + first_norm
     states = (segments + 1) * shape.layers * work.batch * shape.state_bytes
     cast = shape.layers * _weights_per_layer(shape) * shape.compute if work.autocast else 0
-    common = {"input": inputs, "cell": cell, "states": states, "workspace": _MATMUL_WORKSPACE + cast}
+    common = {"input": inputs, "cell": cell, "states": states, "workspace": shape.workspace + cast}
     forward = common | {"kept rows": kept, "cell": cell + rows * forward_temporaries_per_token(shape)}
     loss = common | {"kept rows": 2 * kept, "loss": loss_bytes(shape, work)}
     backward = common | {
@@ -323,7 +329,7 @@ def vision_phases(shape: StackShape, work: Workload, vision: VisionLoad) -> dict
         "vision": {
             "input": inputs,
             "vision": features + frames * (pixels + mlp + projector),
-            "workspace": _MATMUL_WORKSPACE,
+            "workspace": shape.workspace,
         }
     }
     if not (vision.tower_trains or vision.projector_trains):
@@ -339,7 +345,7 @@ def vision_phases(shape: StackShape, work: Workload, vision: VisionLoad) -> dict
     phases["vision's backward"] = {
         "input": inputs,  # only the gradient of the rows is left by now
         "vision": features + differentiated * kept + sums,
-        "workspace": _MATMUL_WORKSPACE,
+        "workspace": shape.workspace,
     }
     return phases
 

@@ -262,7 +262,7 @@ def _model_and_config(given: Any, train: Sequence[str] | None) -> tuple[nn.Modul
     else:
         model, config = None, given
         if getattr(config, "model_type", None) == "mamba2":
-            config = VideoMa2mbaConfig(text_config=config.to_dict()).text_config
+            config = VideoMa2mbaConfig(text_config=config.to_dict(), video_token_id=0).text_config
         parts = PARTS if train is None else train
     kind = getattr(config, "model_type", None)
     _require(

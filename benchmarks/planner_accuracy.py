@@ -1,0 +1,140 @@
+"""Predictions of the planner beside the measurements of `ma_gc.py`: GPU peak and tokens per second.
+
+    python benchmarks/planner_accuracy.py [--measured benchmarks/results/ma_gc.csv] [--fit]
+
+Writes planner_accuracy.csv and planner_accuracy.md next to the measurements. Both peaks are above weights and
+gradients. `--fit` also prints the time constants (`step_time_model.MeasuredCosts`) that fit the measurements best;
+memory has no fitted constant. Runs on any machine.
+"""
+
+import argparse
+import csv
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from video_ma2mba import Ma2mbaTextConfig
+from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
+from video_ma2mba.modeling_video_ma2mba.memory_model import StackShape, Workload
+from video_ma2mba.modeling_video_ma2mba.memory_planner import (
+    Prediction,
+    StepJob,
+    layer_parameter_count,
+    predict_job,
+)
+from video_ma2mba.modeling_video_ma2mba.step_time_model import H200, MeasuredCosts
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
+LABELS = 1024  # as in ma_gc.py, and so is which methods keep the input on the host
+FITTED = ("matmul", "scan_forward", "scan_backward", "launch_forward", "launch_backward", "cell")
+FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "measured_gb", "predicted_gb", "gb_error_percent",
+          "measured_tokens_per_s", "predicted_tokens_per_s", "speed_error_percent"]  # fmt: skip
+
+
+def job_of(row: dict[str, str]) -> tuple[StepJob, CheckpointPlan | None]:
+    """The step and the plan behind a row of ma_gc.csv."""
+    width, layers = SIZES[row["model"]]
+    shape = StackShape.of(Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
+    tokens = int(row["tokens"])
+    found = re.fullmatch(r"l=(\d+) s=(\d+) (host|gpu)", row["plan"])
+    plan = CheckpointPlan(int(found[1]), int(found[2]), found[3] == "host") if found else None
+    on_host = row["method"].endswith("host") or (row["method"] == "multi_axis" and tokens >= 1 << 17)
+    work = Workload(
+        tokens=tokens,
+        kept=min(LABELS, tokens),
+        layer_parameters=layer_parameter_count(shape),
+        input_on_gpu=not on_host,
+    )
+    return StepJob(shape, work, plain_segment=1 << 17), plan
+
+
+def usable(row: dict[str, str]) -> bool:
+    """Whether the row is a measured step of a Mamba-2 model."""
+    return row["model"] in SIZES and bool(re.fullmatch(r"[\d.]+", row["gpu_peak_gb"]))
+
+
+def compare(row: dict[str, str], costs: MeasuredCosts = H200) -> dict[str, object]:
+    """One line of the result."""
+    job, plan = job_of(row)
+    predicted: Prediction = predict_job(job, plan, costs)
+    gb, speed = predicted.above_weights / 1e9, job.work.tokens / predicted.step_seconds
+    measured_gb, measured_speed = float(row["gpu_peak_gb"]), float(row["tokens_per_s"])
+    return {
+        **{name: row[name] for name in ("hardware", "date", "model", "tokens", "method", "plan")},
+        "measured_gb": measured_gb,
+        "predicted_gb": round(gb, 2),
+        "gb_error_percent": round(100 * (gb / measured_gb - 1), 1),
+        "measured_tokens_per_s": round(measured_speed),
+        "predicted_tokens_per_s": round(speed),
+        "speed_error_percent": round(100 * (speed / measured_speed - 1), 1),
+    }
+
+
+def fit(rows: list[dict[str, str]], start: MeasuredCosts = H200) -> MeasuredCosts:
+    """Time constants that minimise the squared logarithmic error of the seconds, one constant at a time."""
+    measured = [(*job_of(row), float(row["tokens_per_s"])) for row in rows]
+
+    def error(costs: MeasuredCosts) -> float:
+        return sum(
+            math.log(job.work.tokens / predict_job(job, plan, costs).step_seconds / speed) ** 2
+            for job, plan, speed in measured
+        )
+
+    best, lowest, factor = start, error(start), 1.3
+    while factor > 1.005:
+        improved = False
+        for name in FITTED:
+            for change in (factor, 1 / factor):
+                tried = replace(best, **{name: getattr(best, name) * change})
+                if (value := error(tried)) < lowest:
+                    best, lowest, improved = tried, value, True
+        if not improved:
+            factor = math.sqrt(factor)
+    return best
+
+
+def markdown(lines: list[dict[str, object]]) -> str:
+    """The comparison as a table."""
+    text = [
+        "| model | tokens | plan | measured GB | predicted GB | error | measured tok/s | predicted tok/s | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        plan = line["plan"] or line["method"]
+        text.append(
+            f"| {line['model']} | {int(line['tokens']):,} | {plan} | {line['measured_gb']:.2f} | "
+            f"{line['predicted_gb']:.2f} | {line['gb_error_percent']:+.1f} % | {line['measured_tokens_per_s']:,} | "
+            f"{line['predicted_tokens_per_s']:,} | {line['speed_error_percent']:+.1f} % |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, default=RESULTS / "ma_gc.csv")
+    parser.add_argument("--fit", action="store_true", help="also print the best time constants")
+    arguments = parser.parse_args()
+    with arguments.measured.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if usable(row)]
+    if not rows:
+        raise SystemExit(f"error: {arguments.measured} holds no measured step of a Mamba-2 model")
+    lines = [compare(row) for row in rows]
+    out = arguments.measured.with_name("planner_accuracy.csv")
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(lines)
+    out.with_suffix(".md").write_text(markdown(lines), encoding="utf-8")
+    within = sum(abs(line["gb_error_percent"]) <= 10 for line in lines)
+    print(markdown(lines))
+    print(f"GPU peak within 10 % on {within} of {len(lines)} points")
+    if arguments.fit:
+        costs = fit(rows)
+        print({name: f"{getattr(costs, name):.4g}" for name in FITTED})
+        print(markdown([compare(row, costs) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
