@@ -81,9 +81,8 @@ def transformers_pair(**overrides) -> tuple[Mamba2ForCausalLM, Ma2mbaTextModel]:
 
 
 def state_from_transformers(cache, config: Ma2mbaTextConfig) -> VideoState:
-    layers = range(config.num_hidden_layers)
-    conv = torch.stack([cache.get_conv_state(n, state_idx=0) for n in layers])
-    ssm = torch.stack([cache.get_recurrent_state(n, state_idx=0) for n in layers])
+    conv = torch.stack([layer.conv_states[0] for layer in cache.layers])
+    ssm = torch.stack([layer.recurrent_states[0] for layer in cache.layers])
     return VideoState(conv[..., 1 - config.conv_kernel :].clone(), ssm.clone())
 
 

@@ -49,6 +49,9 @@ def assert_same(found, expected, **tolerance):
 def test_stock_trainer_counts_tokens_over_accumulation_steps(make_model, tmp_path, arguments):
     from transformers import Trainer, TrainingArguments
 
+    if "activation_checkpointing" in arguments:
+        pytest.importorskip("transformers", minversion="5.23")  # that brought the new spelling
+
     model = make_model(dtype=torch.float64)
     samples = [sample(3, 0), sample(0, 1), sample(1, 2), sample(2, 3)]
     expected = make_model(dtype=torch.float64).train()
