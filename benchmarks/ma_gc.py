@@ -5,8 +5,10 @@
 Random weights in bf16, batch 1, fused kernels (the `cuda` extra). A step is forward and backward of the Mamba-2 stack
 with a cross-entropy over 1,024 evenly spaced positions; gradients accumulate into existing ones, as in a training
 loop. `gpu_peak_gb` is the peak of allocated memory above weights and gradients; the input embeddings and their
-gradient count wherever they live on the GPU. The first step (kernel tuning, page-locking) is not timed.
-Methods: off, per_layer, sqrt, multi_axis (the planner's choice), an explicit plan such as "l4,s16384,host" or
+gradient count wherever they live on the GPU. The first step (kernel tuning, page-locking) is not timed; with
+--steps 0 it is, after its host memory was page-locked (for lengths whose steps take minutes: run a short one before).
+Methods: off, per_layer, sqrt, multi_axis (the planner's choice; "multi_axis:5GB:60GB" within so much GPU and host
+memory), an explicit plan such as "l4,s16384,host" or
 "l2,s8192,gpu", and llama, llama_per_layer (a Llama-3.2-3B-shaped transformer, for scale).
 """
 
@@ -113,10 +115,19 @@ def configure(model: nn.Module, method: str, tokens: int) -> bool:
         return place == "host"
     elif method in ("per_layer", "sqrt"):
         model.set_checkpointing(True, method=method)
-    else:
-        model.set_checkpointing(True)
-        return tokens >= 1 << 17
+    else:  # "multi_axis", or with budgets "multi_axis:5GB:100GB"
+        budgets = dict(zip(("memory_budget", "host_memory_budget"), method.split(":")[1:], strict=False))
+        model.set_checkpointing(True, **budgets)
+        return bool(budgets)
     return False
+
+
+def checkpoint_bytes(model: Ma2mbaTextModel, plan: CheckpointPlan, tokens: int) -> int:
+    """Block inputs in fp32 and the border states of every layer."""
+    config = model.config
+    states = 4 * config.inner_size * config.state_size + 2 * config.conv_dim * (config.conv_kernel - 1)
+    inputs = (len(plan.blocks(len(model.layers))) - 1) * tokens * config.hidden_size * 4
+    return inputs + (len(plan.segments(tokens)) - 1) * len(model.layers) * states
 
 
 def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -> dict:
@@ -131,6 +142,8 @@ def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -
         base = torch.cuda.memory_allocated()
         step = Step(model, tokens, on_host)
         seconds, peaks = [], []
+        if steps == 0 and (plan := model.engine.settings.fixed_plan(len(model.layers), tokens)) and plan.offload:
+            model.engine.reserve_host_memory(checkpoint_bytes(model, plan, tokens))
         for _ in range(steps + 1):
             zero_gradients(model)
             torch.cuda.synchronize()
@@ -140,8 +153,9 @@ def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
             peaks.append(torch.cuda.max_memory_allocated() - base)
-        row |= {"tokens_per_s": round(tokens / sorted(seconds[1:])[(steps - 1) // 2]),
-                "gpu_peak_gb": round(max(peaks[1:]) / 1e9, 2), "loss": round(loss, 4),
+        counted = 1 if steps else 0
+        row |= {"tokens_per_s": round(tokens / sorted(seconds[counted:])[max(steps - 1, 0) // 2]),
+                "gpu_peak_gb": round(max(peaks[counted:]) / 1e9, 2), "loss": round(loss, 4),
                 "grad_norm": f"{gradient_norm(model):.5g}", "host_gb": 0.0}  # fmt: skip
         engine = getattr(model, "engine", None)
         if engine is not None and method != "off":
@@ -151,8 +165,8 @@ def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -
             )
             host = engine.last_host_bytes + (2 * step.x.nbytes if on_host else 0)
             row["host_gb"] = round(host / 1e9, 2)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        row |= {"tokens_per_s": "", "gpu_peak_gb": "out of memory", "plan": str(error)[:60]}
+    except (torch.OutOfMemoryError, MemoryError, ValueError) as error:
+        row |= {"tokens_per_s": "", "gpu_peak_gb": "does not fit", "plan": str(error)[:80]}
     finally:
         del step
         gc.collect()
@@ -165,7 +179,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["2.7b"], choices=[*SIZES, "llama-3b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1 << 14, 1 << 16])
     parser.add_argument("--methods", nargs="+", default=["per_layer", "multi_axis"])
-    parser.add_argument("--steps", type=int, default=2, help="timed steps after the first")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps after the first; 0 times the first")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ma_gc.csv"))
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

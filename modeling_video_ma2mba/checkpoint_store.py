@@ -46,8 +46,14 @@ class PinnedPool:
     def __init__(self) -> None:
         self._slabs: list[Tensor] = []
         self._free: dict[int, list[Tensor]] = {}
+        self._spare: list[Tensor] = []
         self._open: Tensor | None = None
         self._used = 0
+
+    def reserve(self, nbytes: int) -> None:
+        """Page-lock so much memory now, in whole slabs, instead of during the first step that needs it."""
+        while sum(slab.nbytes for slab in self._spare) < nbytes:
+            self._spare.append(self._new_slab(SLAB_BYTES))
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +68,8 @@ class PinnedPool:
             if self._open is not None and self._open.nbytes - self._used >= _ALIGNMENT:
                 rest = self._open[self._used :]
                 self._free.setdefault(rest.nbytes, []).append(rest)
-            self._open, self._used = self._new_slab(max(size, SLAB_BYTES)), 0
+            spare = self._spare.pop() if self._spare and size <= SLAB_BYTES else None
+            self._open, self._used = self._new_slab(max(size, SLAB_BYTES)) if spare is None else spare, 0
         piece = self._open[self._used : self._used + size]
         self._used += size
         return piece

@@ -56,6 +56,10 @@ class MultiAxisEngine:
         self.__init__()
         self.settings = state["settings"]
 
+    def reserve_host_memory(self, nbytes: int) -> None:
+        """Page-lock host memory ahead of the first step with offloaded checkpoints (it costs seconds per 10 GB)."""
+        self._pool.reserve(nbytes)
+
     def store_for(self, plan: CheckpointPlan, device: torch.device) -> DeviceStore | HostStore:
         if plan.offload and device.type == "cuda":
             return HostStore(self._pool, device)
