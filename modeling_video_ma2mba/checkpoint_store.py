@@ -41,19 +41,23 @@ class DeviceStore:
 
 
 class PinnedPool:
-    """Page-locked host memory handed out in pieces, kept between steps, given back by `release`."""
+    """Page-locked host memory handed out in pieces, kept between steps, given back by `release`.
+
+    Pieces are cut from slabs one after the other. Given back, a piece waits for a request of its size; once all are
+    back, as between two steps, the slabs are cut anew, so steps of ever new lengths live in the same memory.
+    """
 
     def __init__(self) -> None:
         self._slabs: list[Tensor] = []
-        self._free: dict[int, list[Tensor]] = {}
-        self._spare: list[Tensor] = []
-        self._open: Tensor | None = None
+        self._at = 0  # the slab being cut, and how much of it is taken
         self._used = 0
+        self._free: dict[int, list[Tensor]] = {}
+        self._lent: set[int] = set()  # addresses
 
     def reserve(self, nbytes: int) -> None:
         """Page-lock so much memory now, in whole slabs, instead of during the first step that needs it."""
-        while sum(slab.nbytes for slab in self._spare) < nbytes:
-            self._spare.append(self._new_slab(SLAB_BYTES))
+        while self.nbytes < nbytes:
+            self._slabs.append(self._new_slab(SLAB_BYTES))
 
     @property
     def nbytes(self) -> int:
@@ -61,21 +65,34 @@ class PinnedPool:
 
     def get(self, nbytes: int) -> Tensor:
         """A page-locked uint8 piece of at least `nbytes`."""
-        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        if self._free.get(size):
-            return self._free[size].pop()
-        if self._open is None or self._used + size > self._open.nbytes:
-            if self._open is not None and self._open.nbytes - self._used >= _ALIGNMENT:
-                rest = self._open[self._used :]
-                self._free.setdefault(rest.nbytes, []).append(rest)
-            spare = self._spare.pop() if self._spare and size <= SLAB_BYTES else None
-            self._open, self._used = self._new_slab(max(size, SLAB_BYTES)) if spare is None else spare, 0
-        piece = self._open[self._used : self._used + size]
-        self._used += size
+        size = max(-(-nbytes // _ALIGNMENT), 1) * _ALIGNMENT
+        piece = self._free[size].pop() if self._free.get(size) else self._cut(size)
+        self._lent.add(piece.data_ptr())
         return piece
 
+    def _cut(self, size: int) -> Tensor:
+        if self._used and self._used + size > self._slabs[self._at].nbytes:
+            rest = self._slabs[self._at][self._used :]
+            if rest.nbytes:
+                self._free.setdefault(rest.nbytes, []).append(rest)
+            self._at, self._used = self._at + 1, 0
+        if not self._used:  # the next slab that is large enough, or a new one
+            places = range(self._at, len(self._slabs))
+            found = next((n for n in places if self._slabs[n].nbytes >= size), None)
+            slab = self._new_slab(max(size, SLAB_BYTES)) if found is None else self._slabs.pop(found)
+            self._slabs.insert(self._at, slab)
+        self._used += size
+        return self._slabs[self._at][self._used - size : self._used]
+
     def give_back(self, piece: Tensor) -> None:
+        """Take a piece of `get` back. One that outlived a `release` belongs to nobody any more."""
+        if piece.data_ptr() not in self._lent:
+            return
+        self._lent.remove(piece.data_ptr())
         self._free.setdefault(piece.nbytes, []).append(piece)
+        if not self._lent:
+            self._free.clear()
+            self._at = self._used = 0
 
     def _new_slab(self, nbytes: int) -> Tensor:
         slab = torch.empty(nbytes, dtype=torch.uint8)
@@ -85,7 +102,6 @@ class PinnedPool:
                 f"{nbytes / 1e9:.1f} GB of host memory could not be page-locked for checkpoints (CUDA error "
                 f"{int(error)}); lower host_memory_budget or set offload=False"
             )
-        self._slabs.append(slab)
         return slab
 
     def release(self) -> None:
