@@ -117,8 +117,9 @@ class Ma2mbaMixer(nn.Module):
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """No adapter, no quantisation, no hook: nothing but a matrix product happens when it is called."""
-    return type(module) is nn.Linear and module.bias is None and not module._forward_hooks
+    """No adapter, no quantised or sharded weight, no hook: a call is a matrix product and nothing else."""
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class _UnreadLinear(torch.autograd.Function):
