@@ -403,6 +403,7 @@ def test_host_memory_is_reused_accounted_and_given_back(training_case):
     x, labels, head = training_case["inputs"]
     x, labels = x[:, :4096], labels[:4096]
     model = training_case["model"]
+    model.set_checkpointing(False)
     config, engine = model.config, model.engine
     segment = 300
     plan = {"segment_length": segment, "layers_per_block": 1}
@@ -439,6 +440,20 @@ def test_host_memory_is_reused_accounted_and_given_back(training_case):
     assert engine.last_host_bytes <= pools[0]
     model.set_checkpointing(False)
     assert engine._pool.nbytes == 0
+
+
+@needs_kernels
+def test_host_memory_does_not_grow_with_ever_new_lengths(training_case):
+    x, labels, head = training_case["inputs"]
+    model = training_case["model"]
+    model.set_checkpointing(False)
+    model.set_checkpointing(True, segment_length=1024, layers_per_block=1, offload=True)
+    pools = []
+    for tokens in range(8192, 8192 - 37 * 12, -37):
+        training_gradients(model, x[:, :tokens], labels[:tokens], head)
+        pools.append(model.engine._pool.nbytes)
+    assert pools[-1] == pools[0]
+    model.set_checkpointing(False)
 
 
 @needs_kernels
