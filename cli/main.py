@@ -48,5 +48,5 @@ def options(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script and of `python -m video_ma2mba`."""
     app()

@@ -12,11 +12,12 @@ from video_ma2mba.cli.errors import is_expected, one_line
 from video_ma2mba.cli.main import app
 
 COMMAND = str(Path(sys.executable).parent / "video-ma2mba")
-VERBS = ["ask", "demo", "init", "world"]
+VERBS = ["ask", "demo", "init", "plan", "world"]
 
 
-def test_help_names_every_verb():
-    done = subprocess.run([COMMAND, "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("command", [[COMMAND], [sys.executable, "-m", "video_ma2mba"]], ids=["script", "module"])
+def test_help_names_every_verb(command: list[str]):
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert [verb for verb in VERBS if f" {verb} " not in done.stdout] == []
 
