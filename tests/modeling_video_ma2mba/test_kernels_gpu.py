@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from video_ma2mba.modeling_video_ma2mba import checkpoint_store
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.mamba2_blocks import Ma2mbaRMSNorm
 from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
@@ -443,7 +444,9 @@ def test_host_memory_is_reused_accounted_and_given_back(training_case):
 
 
 @needs_kernels
-def test_host_memory_does_not_grow_with_ever_new_lengths(training_case):
+def test_host_memory_does_not_grow_with_ever_new_lengths(training_case, monkeypatch):
+    slab = 2**24
+    monkeypatch.setattr(checkpoint_store, "SLAB_BYTES", slab)
     x, labels, head = training_case["inputs"]
     model = training_case["model"]
     model.set_checkpointing(False)
@@ -452,7 +455,7 @@ def test_host_memory_does_not_grow_with_ever_new_lengths(training_case):
     for tokens in range(8192, 8192 - 37 * 12, -37):
         training_gradients(model, x[:, :tokens], labels[:tokens], head)
         pools.append(model.engine._pool.nbytes)
-    assert pools[-1] == pools[0]
+    assert max(pools) <= pools[0] + slab, pools  # kept apart by size, the pieces would take 9 slabs more
     model.set_checkpointing(False)
 
 
