@@ -78,18 +78,25 @@ def pick_dtype(dtype: str, device):
 def load_pipeline(
     model: str | None = None, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> VideoQuestionAnsweringPipeline:
-    """The question-answering pipeline of a directory, a Hub id, or (None) the bundled checkpoint."""
+    """The question-answering pipeline of a directory, a Hub id, or (None) the bundled checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
+    """
     source = resolve_model(model)
     picked = pick_device(device)
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     from video_ma2mba import VideoQuestionAnsweringPipeline
 
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if config.model_type != "video_ma2mba":
+        raise ValueError(f"{source} holds a model of the type {config.model_type}, not a Video-Ma2mba model")
     logging.disable_progress_bar()  # loading takes a moment; the bar belongs to the video
     loaded = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=pick_dtype(dtype, picked), trust_remote_code=trust_remote_code
+        source, config=config, dtype=pick_dtype(dtype, picked), trust_remote_code=trust_remote_code
     )
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     return VideoQuestionAnsweringPipeline(model=loaded.eval(), processor=processor, device=picked)

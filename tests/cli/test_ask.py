@@ -100,6 +100,7 @@ BAD_INPUT = {
     "text file": (["TEXT", "What?"], "text.mp4"),
     "empty folder": (["FOLDER", "What?"], "folder"),
     "unknown model directory": (["VIDEO", "What?", "--model", "no/such/model"], "no/such/model"),
+    "model of another kind": (["VIDEO", "What?", "--model", "MAMBA"], "mamba2"),
     "model without configuration": (["VIDEO", "What?", "--model", "FOLDER"], "config.json"),
 }
 
@@ -110,7 +111,9 @@ def test_bad_input_is_one_line_and_code_2(case: str, tiny_checkpoint: Path, tiny
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
     places = {"VIDEO": tiny_video, "EMPTY": tmp_path / "empty.mp4", "TEXT": tmp_path / "text.mp4"}
-    places["FOLDER"] = tmp_path / "folder"
+    (tmp_path / "mamba").mkdir()
+    (tmp_path / "mamba" / "config.json").write_text('{"model_type": "mamba2"}')
+    places |= {"FOLDER": tmp_path / "folder", "MAMBA": tmp_path / "mamba"}
     arguments, named = BAD_INPUT[case]
     arguments = [str(places.get(argument, argument)) for argument in arguments]
     if "--model" not in arguments:
