@@ -423,6 +423,6 @@ def _refuse_sharded_layers(model: nn.Module) -> None:
     for name, module in model.layers.named_modules():
         if name and "FSDP" in type(module).__name__:
             raise ValueError(
-                f"layer {name.split('.')[0]} is its own FSDP unit; with multi-axis checkpointing wrap the whole "
-                "language model as one unit, e.g. fully_shard(model.model.language_model)"
+                f"layer {name.split('.')[0]} is its own FSDP unit; with multi-axis checkpointing make the "
+                "whole model one unit: fully_shard(model)"
             )
