@@ -127,8 +127,49 @@ def fsdp2(rank: int) -> None:
     sharded_layers = NextToken(torch.float64).checkpoint()
     for layer in sharded_layers.language_model.layers:
         fully_shard(layer, mesh=mesh)
-    with pytest.raises(ValueError, match="wrap the whole language model as one unit"):
+    with pytest.raises(ValueError, match="make the whole model one unit"):
         sharded_layers(micro_batch(0, rank))
+
+
+def whole_model_and_batches() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The vision-language model with its tied head, everything trainable, and a batch for each rank: one with three
+    frames, one with a single frame and a longer text."""
+    from video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "projection_dim": 16,
+    }  # fmt: skip
+    text = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 6, "head_dim": 8}
+    config = VideoMa2mbaConfig(text_config=text, vision_config=vision, video_token_id=39, vision_chunk_frames=2)
+    model = VideoMa2mbaForConditionalGeneration(config).to(torch.float64).train()
+    batches = []
+    for frames, words in ((3, 6), (1, 25)):
+        ids = torch.cat([torch.full((frames * config.tokens_per_frame,), 39), torch.randint(0, 39, (words,))])[None]
+        pixels = torch.randint(0, 256, (frames, 3, 16, 16), dtype=torch.uint8)
+        batches.append({"input_ids": ids, "labels": ids.masked_fill(ids == 39, -100), "pixel_values_videos": pixels})
+    return model, batches
+
+
+def fsdp2_whole_model(rank: int) -> None:
+    """One unit for all, as the tied head needs; vision in recomputed chunks, ranks with different work."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, batches = whole_model_and_batches()
+    sum(model(**batch).loss / WORLD for batch in batches).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    arguments = {"layers_per_block": 2, "segment_length": 5, "offload": False}
+    model.gradient_checkpointing_enable(arguments)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    for _ in range(2):
+        model.zero_grad()
+        model(**batches[rank]).loss.backward()
+        found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        assert_same(found, expected, 1e-9)
 
 
 def zero(rank: int, stage: int, accumulation: int) -> None:
@@ -171,6 +212,7 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
     "ddp": ddp,
     "ddp_with_frozen_layers": ddp_with_frozen_layers,
     "fsdp2": fsdp2,
+    "fsdp2_whole_model": fsdp2_whole_model,
     "zero_1": lambda rank: (zero(rank, 1, 1), zero(rank, 1, 2)),
     "zero_2": lambda rank: (zero(rank, 2, 1), zero(rank, 2, 2)),
 }
