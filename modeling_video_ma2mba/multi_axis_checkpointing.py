@@ -247,6 +247,7 @@ class _StackRun:
             out = torch.cat(kept) if kept else torch.empty(0, width, dtype=self.norm.weight.dtype, device=self.device)
             out = out[self.row_order().argsort()] if self.keep.shape[0] > 1 else out
         self.engine.last_host_bytes = self.store.host_bytes
+        _wait_for_host_copies(out, self.device)
         return out, torch.stack(convs), torch.stack(ssms)
 
     def row_order(self) -> Tensor:
@@ -412,9 +413,9 @@ def _pinned(x: Tensor) -> bool:
     return x.device.type == "cpu" and torch.cuda.is_available() and x.is_pinned()
 
 
-def _wait_for_host_copies(dx: Tensor | None, device: torch.device) -> None:
-    """A gradient that lives on the host is read by host code next, which knows nothing of CUDA streams."""
-    if dx is not None and dx.device != device and device.type == "cuda":
+def _wait_for_host_copies(result: Tensor | None, device: torch.device) -> None:
+    """A result that lives on the host may be read by host code next, which knows nothing of CUDA streams."""
+    if result is not None and result.device != device and device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
