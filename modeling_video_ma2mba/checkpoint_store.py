@@ -188,3 +188,8 @@ class HostStore:
                 self._pool.give_back(piece)
         self._items.clear()
         self._coming.clear()
+
+    def __del__(self) -> None:
+        # A forward pass whose backward never came: its memory must not stay lent for ever.
+        with contextlib.suppress(Exception):
+            self.finish()
