@@ -324,7 +324,7 @@ def test_padding_in_16_bits(side):
 def training_gradients(model: Ma2mbaTextModel, x: Tensor, labels: Tensor, head: Tensor) -> tuple[Tensor, dict]:
     """Loss and gradients of next-symbol prediction with a fixed head; logits over parts of the sequence."""
     model.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
+    x = x.detach().requires_grad_()
     hidden = model(inputs_embeds=x, use_cache=False).last_hidden_state[0].to(head.device)
     loss = sum(
         F.cross_entropy(h.float() @ head, t, reduction="sum")
@@ -391,8 +391,13 @@ def test_inputs_on_the_host(training_case):
     model = training_case["model"]
     model.set_checkpointing(True, segment_length=4096, layers_per_block=2, offload=True)
     _, expected = training_gradients(model, x, labels, head)
-    _, found = training_gradients(model, x.cpu().pin_memory(), labels, head)
+    host = x.cpu().pin_memory()
+    _, found = training_gradients(model, host, labels, head)
     assert found["input"].device.type == "cpu"
+    hidden = model(inputs_embeds=x, use_cache=False).last_hidden_state.float().cpu()
+    on_host = model(inputs_embeds=host, use_cache=False).last_hidden_state
+    assert on_host.is_pinned()
+    assert relative_error(on_host.float(), hidden) <= 1e-3  # read at once: the copies must have arrived
     assert relative_error(found["input"].float(), expected["input"].float().cpu()) <= 1e-3
     assert total_error(found, expected) <= 1e-3
 
@@ -456,6 +461,25 @@ def test_host_memory_does_not_grow_with_ever_new_lengths(training_case, monkeypa
         training_gradients(model, x[:, :tokens], labels[:tokens], head)
         pools.append(model.engine._pool.nbytes)
     assert max(pools) <= pools[0] + slab, pools  # kept apart by size, the pieces would take 9 slabs more
+    model.set_checkpointing(False)
+
+
+@needs_kernels
+def test_forward_passes_without_backward_give_their_host_memory_back(training_case, monkeypatch):
+    """A skipped step (a loss of NaN, say) or one that fails must not eat host memory."""
+    monkeypatch.setattr(checkpoint_store, "SLAB_BYTES", 2**24)
+    x, labels, head = training_case["inputs"]
+    model = training_case["model"]
+    model.set_checkpointing(False)
+    model.set_checkpointing(True, segment_length=1024, layers_per_block=1, offload=True)
+    _, expected = training_gradients(model, x, labels, head)
+    needed = model.engine._pool.nbytes
+    for _ in range(4):
+        hidden = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        del hidden
+    _, found = training_gradients(model, x, labels, head)
+    assert model.engine._pool.nbytes == needed
+    assert total_error(found, expected) <= 1e-3
     model.set_checkpointing(False)
 
 
