@@ -69,6 +69,26 @@ class _Draft:
     open_text: str = ""  # where the open wording differs
 
 
+def list_things(world: World) -> Question:
+    """Extra kind `list`, for training only: all things in the order of their arrival, with the way they move.
+
+    It asks for everything at once, which teaches a model to see and remember long before single questions do.
+    """
+    things = sorted(world.things, key=lambda thing: (thing.start, thing.name))
+    named = (thing.name + (f" {thing.direction}" if _shows_motion(world, thing) else "") for thing in things)
+    return Question("list", "open", "List the objects.", ", ".join(named) or "none")
+
+
+def name_option(question: Question) -> Question:
+    """Extra kind `option`, for training only: which letter stands before the right option, told what that option says.
+
+    It needs no video, and teaches what every lettered question takes after its answer has been found.
+    """
+    told = question.options[LETTERS.index(question.answer)]
+    text = f"Which option is {told}? {_listed(question.options)}"
+    return Question("option", "choice", text, question.answer, question.options)
+
+
 def check_kinds(kinds: Iterable[str], known: Sequence[str] = KINDS, what: str = "kind") -> tuple[str, ...]:
     """`kinds` as a tuple without repeats; a ValueError names what is unknown."""
     kinds = tuple(dict.fromkeys(kinds))
@@ -118,8 +138,12 @@ def _finish(kind: str, draft: _Draft, form: str, rng: random.Random) -> Question
     absent = [answer for answer in shuffled(rng, draft.universe) if answer != draft.truth and answer not in present]
     wrong = (present + absent)[: len(LETTERS) - 1]
     options = tuple(shuffled(rng, [draft.truth, *wrong]))
-    listed = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return Question(kind, form, f"{draft.text} {listed}", LETTERS[options.index(draft.truth)], options)
+    text = f"{draft.text} {_listed(options)}"
+    return Question(kind, form, text, LETTERS[options.index(draft.truth)], options)
+
+
+def _listed(options: Sequence[str]) -> str:
+    return " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
 def _alone(things: Sequence[Thing], attribute: Callable[[Thing], str]) -> list[Thing]:
@@ -162,7 +186,7 @@ def _count(world: World, rng: random.Random) -> _Draft | None:
 
 
 def _direction(world: World, rng: random.Random) -> _Draft | None:
-    movers = [thing for thing in world.things if thing.direction and len(_seen(world, thing)) >= 2]
+    movers = [thing for thing in world.things if _shows_motion(world, thing)]
     if not movers:
         return None
     thing = pick(rng, movers)
@@ -211,6 +235,10 @@ def _time(world: World, rng: random.Random) -> _Draft | None:
 def _is_inside_quarter(start: int, seconds: int) -> bool:
     part = 4 * (start + 0.5) / seconds % 1
     return QUARTER_MARGIN <= part <= 1 - QUARTER_MARGIN
+
+
+def _shows_motion(world: World, thing: Thing) -> bool:
+    return thing.direction is not None and len(_seen(world, thing)) >= 2
 
 
 def _seen(world: World, thing: Thing) -> list[int]:

@@ -1,13 +1,15 @@
 """Batches of rendered videos with many questions each, drawn in the data loader's workers.
 
 All videos of a batch have the same number of frames, so frames need no padding; the number of videos is chosen so that
-a batch holds about `tokens_per_batch` tokens. Shapes: B videos, F frames of each, S tokens.
+a batch holds about `tokens_per_batch` tokens. Training begins with pictures and short videos, which cost little and
+teach to see, and lengthens them as it goes. Shapes: B videos, F frames of each, S tokens.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,26 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..processing.byte_tokenizer import END_TOKEN, ROLE_TOKENS, VIDEO_TOKEN
 from ..processing.chat_format import DEFAULT_FRAME_SEPARATOR, DEFAULT_SYSTEM_PROMPT
-from ..synthetic import Question, WorldDataset
+from ..synthetic import KINDS, Question, WorldDataset, render
+from ..synthetic.questions import list_things, name_option
+from ..synthetic.world import whole
 
 IGNORED = -100
-_TURN_TOKENS = 75  # of one question with its answer, on average
+_TURN_TOKENS = 20  # of one question with its answer, on average
+_NAMED_OPTIONS = 2  # turns of a chat that say which option is right and ask for its letter, at most
+_LIST_ALONE, _LIST_LAST = 0.25, 0.5  # shares of chats that only list the things, and that end with the list
+_SHORTER = 0.15  # share of batches below the shortest length asked for, once training is past that length
+# Later turns could be answered from the words of earlier ones ("the red star" gives away a colour and a shape), so
+# kinds that give away little come first.
+_TURNS = ("needle", "count", "colour", "shape", "direction", "order", "time", "list")
 _SYSTEM, _USER, _ASSISTANT = ROLE_TOKENS
 
 
 class ChatTokens:
-    """Token ids and labels of a chat about one video, in the paper's schema; labels are the answers and their end."""
+    """Token ids and labels of a chat about one video, in the paper's schema.
+
+    Labels are the answers, and the end of the first one: in every turn, that easy token would be half of the loss.
+    """
 
     def __init__(self, tokenizer: Any, tokens_per_frame: int, system_prompt: str = DEFAULT_SYSTEM_PROMPT):
         self.tokenizer = tokenizer
@@ -46,10 +59,10 @@ class ChatTokens:
         for chat in chats:
             ids = self.opening + [self.video_id] * (frames * self.tokens_per_frame)
             labels = [IGNORED] * len(ids)
-            for _ in chat:
+            for number in range(len(chat)):
                 asked, answer = next(pieces), next(pieces)
                 ids += asked + answer
-                labels += [IGNORED] * len(asked) + answer
+                labels += [IGNORED] * len(asked) + (answer if number == 0 else [*answer[:-1], IGNORED])
             encoded.append((ids, labels))
         return encoded
 
@@ -102,15 +115,38 @@ def through_a_file(frames: np.ndarray, noise_seed: int) -> np.ndarray:
     return np.clip(light[..., None] + colour + noise[..., None], 0, 255).astype(np.uint8)
 
 
-def longest_at(progress: float, shortest: int, longest: int, ramp: float = 0.5) -> int:
-    """The curriculum: frames of the longest video at `progress` 0..1 of training; full length from `ramp` on."""
-    return round(shortest + (longest - shortest) * min(progress / ramp, 1.0))
+def longest_at(progress: float, longest: int, ramp: float) -> int:
+    """The curriculum: frames of the longest video at `progress` 0..1 of training, doubling at a steady pace from 1 or
+    2 up to `longest`, which is reached at `ramp`."""
+    doublings = math.log2(max(longest, 1)) * min(0.12 + 0.88 * progress / ramp, 1.0)
+    return min(max(round(2**doublings), 1), longest)
+
+
+def draw_length(rng: random.Random, top: int, shortest: int) -> int:
+    """Frames of one batch: up to `shortest` while the curriculum has not got beyond it, then mostly from there up."""
+    if top <= shortest:
+        return whole(rng, max(top // 2, 1), top)
+    if rng.random() < _SHORTER:
+        return whole(rng, 1, shortest)
+    return whole(rng, shortest, top)
+
+
+def choose_questions(
+    rng: random.Random, asked: Sequence[Question], count: int, weights: Mapping[str, float]
+) -> list[Question]:
+    """`count` of the questions that were asked, drawn by the weights of their kinds.
+
+    The first turn, which is how questions are asked later on, is any of them; the others are in the order of `_TURNS`.
+    """
+    keyed = sorted(asked, key=lambda question: math.log(1 - rng.random()) / weights[question.kind], reverse=True)
+    chosen = keyed[:count]
+    return chosen[:1] + sorted(chosen[1:], key=lambda question: _TURNS.index(question.kind))
 
 
 class WorldBatches(IterableDataset):
     """Endless training batches. Each item is one whole batch; read it with `batch_size=1` and `first` as collator.
 
-    `progress` is a one-element tensor in shared memory: training advances it and the workers follow the curriculum.
+    `progress` (1,) and `weights` (one per kind) are tensors in shared memory: training writes them, workers follow.
     """
 
     def __init__(
@@ -119,11 +155,12 @@ class WorldBatches(IterableDataset):
         chat_tokens: ChatTokens,
         tokens_per_batch: int,
         progress: torch.Tensor,
+        weights: torch.Tensor,
         first_batch: int = 0,
         ramp: float = 0.5,
     ):
         self.dataset, self.chat_tokens, self.tokens_per_batch = dataset, chat_tokens, tokens_per_batch
-        self.progress, self.first_batch, self.ramp = progress, first_batch, ramp
+        self.progress, self.weights, self.first_batch, self.ramp = progress, weights, first_batch, ramp
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         torch.set_num_threads(1)
@@ -133,23 +170,35 @@ class WorldBatches(IterableDataset):
         shortest, longest = self.dataset.frames
         while True:
             rng = random.Random(f"{self.dataset.seed} {number}")
-            top = longest_at(float(self.progress), shortest, longest, self.ramp)
-            frames = shortest + int(rng.random() * (top - shortest + 1))
-            length = frames * self.chat_tokens.tokens_per_frame + self.dataset.questions * _TURN_TOKENS
+            frames = draw_length(rng, longest_at(float(self.progress), longest, self.ramp), shortest)
+            length = frames * self.chat_tokens.tokens_per_frame + (self.turns(frames) + 3) * _TURN_TOKENS
             videos = max(self.tokens_per_batch // length, 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
             yield self.batch(indices, frames, files=0.5)
             number += workers
 
+    def turns(self, frames: int) -> int:
+        """Questions about a video of `frames`: more where reading the video costs more."""
+        return min(3 + frames // 4, self.dataset.questions)
+
     def batch(self, indices: Sequence[int], frames: int, files: float = 0.0) -> dict[str, torch.Tensor]:
         """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files."""
-        samples = [self.dataset.sample(index, frames) for index in indices]
-        chats = self.chat_tokens.encode([sample.questions for sample in samples], frames)
-        pictures = [
-            through_a_file(sample.frames, index % 2**32) if place < files * len(samples) else sample.frames
-            for place, (index, sample) in enumerate(zip(indices, samples, strict=True))
-        ]
-        return collate(chats, pictures, self.chat_tokens.tokenizer.pad_token_id)
+        weights = dict(zip(KINDS, self.weights.tolist(), strict=True))
+        chats, pictures = [], []
+        for place, index in enumerate(indices):
+            world, asked = self.dataset.asked(index, frames)
+            rng = random.Random(f"turns {world.seed} {frames}")
+            mark, listed = rng.random(), list_things(world)
+            if mark < _LIST_ALONE or not asked:
+                chats.append([listed])
+            else:
+                chosen = choose_questions(rng, asked, self.turns(frames), weights)
+                spare = [question for question in asked if question.options and question not in chosen]
+                chosen += [name_option(question) for question in spare[:_NAMED_OPTIONS]]
+                chats.append([*chosen, listed] if mark < _LIST_ALONE + _LIST_LAST else chosen)
+            video = render(world, self.dataset.fps, self.dataset.resolution)
+            pictures.append(through_a_file(video, index % 2**32) if place < files * len(indices) else video)
+        return collate(self.chat_tokens.encode(chats, frames), pictures, self.chat_tokens.tokenizer.pad_token_id)
 
 
 def first(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
@@ -10,17 +9,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class WorldClock:
-    """Warm-up, then a cosine to `floor`, over `steps` optimizer steps or `seconds` of training, whichever ends first.
+    """Warm-up, a constant rate, and from `decay_from` on a straight line to `floor`, over `steps` optimizer steps or
+    `seconds` of training, whichever ends first.
 
     Callable as the factor of a `LambdaLR`, which saves the attributes with the scheduler: a resumed run goes on where
     the saved one stopped. Seconds count only while training runs.
     """
 
-    def __init__(self, steps: int | None, seconds: float | None, warmup_steps: int, floor: float = 0.02):
+    def __init__(
+        self, steps: int | None, seconds: float | None, warmup_steps: int, decay_from: float = 0.6, floor: float = 0.02
+    ):
         if not steps and not seconds:
             raise ValueError("Give the length of training: steps, seconds or both.")
         self.steps, self.seconds, self.warmup_steps, self.floor = steps, seconds, warmup_steps, floor
-        self.elapsed = 0.0
+        self.decay_from, self.elapsed = decay_from, 0.0
 
     def progress(self, step: int) -> float:
         """How far training is at optimizer step `step`, 0..1."""
@@ -30,8 +32,8 @@ class WorldClock:
 
     def __call__(self, step: int) -> float:
         warm = min((step + 1) / max(self.warmup_steps, 1), 1.0)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.progress(step)))
-        return warm * (self.floor + (1 - self.floor) * cosine)
+        left = min((1 - self.progress(step)) / max(1 - self.decay_from, 1e-9), 1.0)
+        return warm * (self.floor + (1 - self.floor) * left)
 
 
 class ClockCallback(TrainerCallback):

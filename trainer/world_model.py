@@ -24,12 +24,12 @@ class WorldModelSize:
     """Widths and depths. `frame` and `patch` are in pixels."""
 
     hidden: int = 384
-    layers: int = 8
+    layers: int = 7
     state: int = 128
     head: int = 64
     chunk: int = 128
     vision_hidden: int = 192
-    vision_layers: int = 4
+    vision_layers: int = 3
     vision_heads: int = 4
     frame: int = 64
     patch: int = 8
@@ -71,6 +71,7 @@ def world_config(size: WorldModelSize, tokenizer: PreTrainedTokenizerFast) -> Vi
         image_mean=PIXEL_MEAN,
         image_std=PIXEL_STD,
         vision_chunk_frames=64,
+        tie_word_embeddings=False,  # inputs as loud as the rows of frames, outputs as small as a softmax wants
     )
 
 
@@ -80,12 +81,27 @@ def start_for_recall_(model: VideoMa2mbaForConditionalGeneration) -> None:
 
     Mamba-2's usual start forgets within about 1,000 tokens at best, less than a video here; so the heads of each
     layer get decay rates A spread evenly over orders of magnitude, from keeping everything to keeping a few tokens.
-    Positions in the frame start as loud as its content: they are half of what a question about motion needs.
+    Positions in the frame start as loud as its content: they are half of what a question about motion needs. Words
+    and rows of frames enter as loud as what the mixers add to them; at 0.02, the usual start, they drown in it.
     """
     for layer in model.model.language_model.layers:
         rates = layer.mixer.A_log
         rates.copy_(torch.linspace(math.log(_SLOWEST), math.log(_FASTEST), rates.numel()))
     model.model.vision_tower.embeddings.position_embedding.weight.normal_(0.0, 0.2)
+    model.get_input_embeddings().weight.normal_(0.0, 0.5)
+    projector = model.model.multi_modal_projector
+    for linear in (projector.linear_1, projector.linear_2):
+        linear.weight.normal_(0.0, linear.in_features**-0.5)
+
+
+@torch.no_grad()
+def fit_projector_(model: VideoMa2mbaForConditionalGeneration, features: torch.Tensor) -> None:
+    """Make the projector read `features` (..., W), a sample of what the tower gives, as if they were standardised."""
+    linear = model.model.multi_modal_projector.linear_1
+    features = features.flatten(0, -2).float()
+    mean, spread = features.mean(0), features.std(0).clamp(min=1e-3)
+    linear.weight.div_(spread)
+    linear.bias.sub_(linear.weight @ mean)
 
 
 def world_processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -43,13 +43,24 @@ def reading_mode(model: torch.nn.Module, bf16: bool) -> Iterator[None]:
 
 
 class WorldReport(TrainerCallback):
-    """Logs the loss and, every `every` steps, the accuracy on validation videos of a few fixed lengths."""
+    """Logs the loss and, every `seconds` of training, the accuracy on validation videos of a few fixed lengths.
+
+    `weights` (one per kind) receives how much a kind is to be trained from then on: more where more is wrong.
+    """
 
     def __init__(
-        self, out: Path, clock: WorldClock, tokens: ChatTokens, data: WorldDataset, every: int, bf16: bool
+        self,
+        out: Path,
+        clock: WorldClock,
+        tokens: ChatTokens,
+        data: WorldDataset,
+        weights: torch.Tensor,
+        seconds: float,
+        bf16: bool,
     ) -> None:
-        self.out, self.clock, self.tokens, self.every, self.bf16 = out, clock, tokens, every, bf16
-        self.data = data
+        self.out, self.clock, self.tokens, self.seconds, self.bf16 = out, clock, tokens, seconds, bf16
+        self.data, self.weights = data, weights
+        self.measured = 0.0
         shortest, longest = data.frames
         self.lengths = sorted({shortest, (shortest + longest) // 2, longest})
         self.samples: dict[int, list[WorldSample]] = {}
@@ -75,7 +86,8 @@ class WorldReport(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every == 0 or control.should_training_stop:
+        if self.clock.elapsed - self.measured >= self.seconds:
+            self.measured = self.clock.elapsed
             self.measure(kwargs["model"], state.global_step)
 
     def measure(self, model: Any, step: int) -> dict[int, dict[str, float]]:
@@ -97,6 +109,14 @@ class WorldReport(TrainerCallback):
                 if hits:
                     row[kind] = sum(hits) / len(hits)
             append_row(self.out / "validation.csv", ACCURACY_FIELDS, row)
-            print("validation", *(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            print(
+                "validation",
+                *(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                flush=True,
+            )
             results[frames] = row
+        for number, kind in enumerate(KINDS):
+            shares = [row[kind] for row in results.values() if kind in row]
+            wrong = 1 - sum(shares) / len(shares) if shares else 0.5
+            self.weights[number] = 0.25 + wrong
         return results

@@ -22,13 +22,15 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..processing.byte_tokenizer import build_byte_tokenizer
+from ..modeling_video_ma2mba.vision_features import encode_frames
 from ..synthetic import KINDS, WorldDataset, parse_frames
 from ..synthetic.questions import check_kinds
 from .world_batches import ChatTokens, WorldBatches, first
 from .world_clock import ClockCallback, WorldClock
-from .world_model import SIZES, start_for_recall_, world_config, world_processor
+from .world_model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
 from .world_report import WorldReport
+from .world_tokenizer import build_world_tokenizer
+from .world_tower import train_tower
 
 _SINGLE_PRECISION = ("A_log", "D", "dt_bias")  # what decides how long is remembered stays in fp32
 _ENDLESS = 10_000_000  # steps, where only the clock ends training
@@ -49,14 +51,19 @@ class WorldTraining:
     stop_after: float | None = _option(None, "seconds after which this part saves and stops, to be resumed")
     resume: bool = _option(False, "go on from the last checkpoint in --out, if there is one")
     frames: str = _option("8..64", "shortest..longest video")
-    ramp: float = _option(0.4, "share of training during which the longest video grows to its full length")
-    tokens_per_batch: int = _option(65536, "tokens of one optimizer step, about, whatever the videos' length")
+    ramp: float = _option(0.5, "share of training during which videos grow from one frame to their full length")
+    decay_from: float = _option(0.65, "share of training after which the learning rate falls")
+    tower_seconds: float = _option(60.0, "length of the first stage, in which the vision tower learns to see")
+    tower_steps: int | None = _option(None, "the same in optimizer steps")
+    tower_frames: int = _option(2048, "frames of one optimizer step of the first stage")
+    tower_rate: float = _option(1.5e-3, "highest learning rate of the first stage")
+    tokens_per_batch: int = _option(32768, "tokens of one optimizer step, about, whatever the videos' length")
     questions: int = _option(12, "questions about each video, at most")
     kinds: str = _option(",".join(KINDS), "kinds of question, separated by commas")
     learning_rate: float = _option(1.5e-3, "highest learning rate")
     weight_decay: float = _option(0.05, "of matrices")
-    warmup_steps: int = _option(300, "steps of warm-up")
-    eval_every: int = _option(500, "steps between validations")
+    warmup_steps: int = _option(200, "steps of warm-up")
+    eval_seconds: float = _option(60.0, "seconds of training between validations")
     eval_videos: int = _option(64, "validation videos of each of three lengths, seven questions each")
     save_seconds: float = _option(60.0, "seconds between checkpoints")
     workers: int = _option(14, "processes that draw videos")
@@ -79,7 +86,7 @@ def build_optimizer(model: torch.nn.Module, training: WorldTraining) -> torch.op
             (decayed if decays else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     cuda = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.98), fused=cuda)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.95), fused=cuda)
 
 
 def train(training: WorldTraining) -> dict[int, dict[str, float]]:
@@ -94,31 +101,34 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     cuda = torch.cuda.is_available()
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    tokenizer = build_byte_tokenizer()
+    tokenizer = build_world_tokenizer()
     config = world_config(SIZES[training.size], tokenizer)
     exported_chunk = config.vision_chunk_frames
     config.vision_chunk_frames = training.tokens_per_batch  # the whole batch goes through the small tower at once
     model = VideoMa2mbaForConditionalGeneration(config).to("cuda" if cuda else "cpu")
     start_for_recall_(model)
+    if not checkpoint:
+        see(model, training)
     tokens = ChatTokens(tokenizer, config.tokens_per_frame)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
 
-    clock = WorldClock(training.steps, training.max_seconds, training.warmup_steps)
+    clock = WorldClock(training.steps, training.max_seconds, training.warmup_steps, training.decay_from)
     optimizer = build_optimizer(model, training)
-    progress = torch.zeros(1).share_memory_()
+    progress, weights = torch.zeros(1).share_memory_(), torch.ones(len(KINDS)).share_memory_()
     done = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     batches = WorldBatches(
         WorldDataset(
             "train",
             10**9,
             frames=training.frame_range,
-            questions=training.questions,
+            questions=2 * training.questions,  # of which a batch takes what its weights say
             kinds=training.kind_names,
             seed=training.seed,
         ),
         tokens,
         training.tokens_per_batch,
         progress,
+        weights,
         first_batch=done * 2,  # past everything that was drawn ahead before the interruption
         ramp=training.ramp,
     )
@@ -130,7 +140,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         kinds=training.kind_names,
         seed=training.seed,
     )
-    report = WorldReport(out, clock, tokens, validation, training.eval_every, cuda)
+    report = WorldReport(out, clock, tokens, validation, weights, training.eval_seconds, cuda)
     trainer = Trainer(
         model=model,
         args=_arguments(training, cuda),
@@ -144,6 +154,21 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     config.vision_chunk_frames = exported_chunk
     export(model, tokenizer, out / "model", training.dtype)
     return results
+
+
+def see(model: Any, training: WorldTraining) -> None:
+    """The first stage, see `world_tower`; the projector is then scaled to what the tower gives."""
+    batch = train_tower(
+        model,
+        seconds=training.tower_seconds,
+        steps=training.tower_steps,
+        frames_per_batch=training.tower_frames,
+        workers=training.workers,
+        seed=training.seed,
+        rate=training.tower_rate,
+    )
+    with torch.no_grad():
+        fit_projector_(model, encode_frames(model.model.vision_tower, model.config, batch))
 
 
 def _arguments(training: WorldTraining, cuda: bool) -> TrainingArguments:

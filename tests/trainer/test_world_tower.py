@@ -1,0 +1,75 @@
+"""The first stage: labels of cells agree with the world, and the tower learns from them."""
+
+import random
+
+import numpy as np
+import torch
+
+from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from video_ma2mba.synthetic import WorldDataset, render
+from video_ma2mba.synthetic.world import CARD_SYMBOLS, COLOURS, SHAPES
+from video_ma2mba.trainer.world_model import SIZES, world_config
+from video_ma2mba.trainer.world_tokenizer import build_world_tokenizer
+from video_ma2mba.trainer.world_tower import TowerFrames, cell_labels, train_tower
+
+
+def test_labels_name_what_is_drawn():
+    data = WorldDataset("train", 40, frames=(12, 12))
+    seen = 0
+    for index in range(40):
+        world = data.world(index)
+        frames = render(world)
+        for time in range(12):
+            classes, places = cell_labels(world, time, 4)
+            if world.card.start == time:
+                assert (classes[:, 2] == CARD_SYMBOLS.index(world.card.symbol) + 1).all()
+                assert (classes[:, :2] == -100).all()
+                continue
+            assert (classes[:, 2] == 0).all()
+            assert classes[:, 3].sum() == 1
+            for cell in (classes[:, 0] > 0).nonzero()[0]:
+                x = (cell % 4 + 0.5 + places[cell, 0]) / 4
+                y = (cell // 4 + 0.5 + places[cell, 1]) / 4
+                matching = [
+                    t for t in world.things
+                    if t.start <= time < t.end and np.allclose(t.position(time), (x, y), atol=1e-5)
+                ]  # fmt: skip
+                (thing,) = matching
+                assert list(COLOURS)[classes[cell, 0] - 1] == thing.colour
+                assert SHAPES[classes[cell, 1] - 1] == thing.shape
+                if thing.shape != "ring":  # which has a hole in the middle
+                    drawn = frames[time, int(y * 64), int(x * 64)].astype(float)
+                    wanted = np.array(COLOURS[thing.colour], float)
+                    assert np.abs(drawn - wanted).max() < 60  # stripes and dots are darker
+                seen += 1
+    assert seen > 200
+
+
+def test_every_thing_in_view_has_a_cell():
+    data = WorldDataset("train", 40, frames=(12, 12))
+    for index in range(40):
+        world = data.world(index)
+        for time in range(12):
+            if world.card.start != time:
+                classes, _ = cell_labels(world, time, 4)
+                found = {(c, s) for c, s in classes[:, :2].tolist() if c > 0}
+                assert len(found) == sum(thing.start <= time < thing.end for thing in world.things)
+
+
+def test_batches_follow_from_their_number():
+    frames = TowerFrames(16, 4, seed=0, resolution=64)
+    one, two = (frames.batch(random.Random("x")) for _ in range(2))
+    assert all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
+    assert one["pixels"].shape == (16, 3, 64, 64)
+    assert one["classes"].shape == (16, 16, 4)
+
+
+def test_the_tower_learns_colours(capsys):
+    torch.manual_seed(0)
+    model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], build_world_tokenizer()))
+    before = model.model.vision_tower.state_dict()["embeddings.patch_embedding.weight"].clone()
+    pixels = train_tower(model, seconds=0.0, steps=200, frames_per_batch=32, workers=0, seed=0, rate=3e-3)
+    assert pixels.dtype == torch.uint8
+    assert not torch.equal(before, model.model.vision_tower.embeddings.patch_embedding.weight)
+    told = capsys.readouterr().out.split()
+    assert float(told[told.index("colour") + 1]) > 0.4  # of eight, by a tower of one layer
