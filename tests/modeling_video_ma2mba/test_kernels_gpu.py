@@ -19,7 +19,7 @@ from video_ma2mba.modeling_video_ma2mba.ssd_scan import MixerShape, backend_for,
 from video_ma2mba.modeling_video_ma2mba.token_layout import TokenLayout
 from video_ma2mba.modeling_video_ma2mba.video_state import VideoState
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.gpu
 
 LENGTHS = [1, 2, 3, 4, 255, 256, 257, 600]
 NO_LIMIT = (0.0, float("inf"))
