@@ -70,13 +70,20 @@ class _Draft:
 
 
 def list_things(world: World) -> Question:
-    """Extra kind `list`, for training only: all things in the order of their arrival, with the way they move.
+    """Extra kind `list`, for training only: everything in the order of its arrival, with the way it moves and the
+    quarter it arrives in, where the video settles them.
 
-    It asks for everything at once, which teaches a model to see and remember long before single questions do.
+    It asks for all at once, which teaches a model to see and remember long before single questions do.
     """
-    things = sorted(world.things, key=lambda thing: (thing.start, thing.name))
-    named = (thing.name + (f" {thing.direction}" if _shows_motion(world, thing) else "") for thing in things)
-    return Question("list", "open", "List the objects.", ", ".join(named) or "none")
+    moments = [(thing.start, thing.name, f" {thing.direction}" if _shows_motion(world, thing) else "")
+               for thing in world.things]  # fmt: skip
+    if world.card is not None:
+        moments.append((world.card.start, f"card {world.card.symbol.lower()}", ""))
+    told = []
+    for start, name, motion in sorted(moments):
+        settled = world.seconds >= 4 and _is_inside_quarter(start, world.seconds)
+        told.append(name + motion + (f" {QUARTERS[quarter_of(start, world.seconds)]}" if settled else ""))
+    return Question("list", "open", "List everything in the video.", ", ".join(told) or "none")
 
 
 def name_option(question: Question) -> Question:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,16 +21,18 @@ from ..processing.byte_tokenizer import END_TOKEN, ROLE_TOKENS, VIDEO_TOKEN
 from ..processing.chat_format import DEFAULT_FRAME_SEPARATOR, DEFAULT_SYSTEM_PROMPT
 from ..synthetic import KINDS, Question, WorldDataset, render
 from ..synthetic.questions import list_things, name_option
-from ..synthetic.world import whole
+from ..synthetic.world import COLOURS, SHAPES, whole
 
 IGNORED = -100
 _TURN_TOKENS = 20  # of one question with its answer, on average
 _NAMED_OPTIONS = 2  # turns of a chat that say which option is right and ask for its letter, at most
-_LIST_ALONE, _LIST_LAST = 0.25, 0.5  # shares of chats that only list the things, and that end with the list
+_LIST_ALONE, _LIST_LAST = 0.3, 0.5  # shares of chats that only list the things, and that end with the list, at first
 _SHORTER = 0.15  # share of batches below the shortest length asked for, once training is past that length
 # Later turns could be answered from the words of earlier ones ("the red star" gives away a colour and a shape), so
 # kinds that give away little come first.
 _TURNS = ("needle", "count", "colour", "shape", "direction", "order", "time", "list")
+_WORDS = re.compile("[a-z]+")
+_NAMES = frozenset([*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", "card"])
 _SYSTEM, _USER, _ASSISTANT = ROLE_TOKENS
 
 
@@ -116,9 +119,9 @@ def through_a_file(frames: np.ndarray, noise_seed: int) -> np.ndarray:
 
 
 def longest_at(progress: float, longest: int, ramp: float) -> int:
-    """The curriculum: frames of the longest video at `progress` 0..1 of training, doubling at a steady pace from 1 or
-    2 up to `longest`, which is reached at `ramp`."""
-    doublings = math.log2(max(longest, 1)) * min(0.12 + 0.88 * progress / ramp, 1.0)
+    """The curriculum: frames of the longest video at `progress` 0..1 of training, from 2 (with `longest` 64) in
+    doublings at a steady pace up to `longest`, which is reached at `ramp`."""
+    doublings = math.log2(max(longest, 1)) * min(0.2 + 0.8 * progress / ramp, 1.0)
     return min(max(round(2**doublings), 1), longest)
 
 
@@ -131,15 +134,25 @@ def draw_length(rng: random.Random, top: int, shortest: int) -> int:
     return whole(rng, shortest, top)
 
 
+def subject(question: Question) -> tuple[str, frozenset[str]]:
+    """What a question is about, the same for every wording and for both forms: kind and the things that it names."""
+    text = question.text if question.kind == "order" else question.text.partition(" (A)")[0]
+    return question.kind, frozenset(_NAMES & set(_WORDS.findall(text)))
+
+
 def choose_questions(
     rng: random.Random, asked: Sequence[Question], count: int, weights: Mapping[str, float]
 ) -> list[Question]:
-    """`count` of the questions that were asked, drawn by the weights of their kinds.
+    """Up to `count` of the questions that were asked, drawn by the weights of their kinds, one on each subject: a
+    second one could be answered from the first.
 
     The first turn, which is how questions are asked later on, is any of them; the others are in the order of `_TURNS`.
     """
     keyed = sorted(asked, key=lambda question: math.log(1 - rng.random()) / weights[question.kind], reverse=True)
-    chosen = keyed[:count]
+    subjects: dict[tuple[str, frozenset[str]], Question] = {}
+    for question in keyed:
+        subjects.setdefault(subject(question), question)
+    chosen = list(subjects.values())[:count]
     return chosen[:1] + sorted(chosen[1:], key=lambda question: _TURNS.index(question.kind))
 
 
@@ -184,18 +197,19 @@ class WorldBatches(IterableDataset):
     def batch(self, indices: Sequence[int], frames: int, files: float = 0.0) -> dict[str, torch.Tensor]:
         """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files."""
         weights = dict(zip(KINDS, self.weights.tolist(), strict=True))
+        lists = 1 - 0.7 * float(self.progress)
         chats, pictures = [], []
         for place, index in enumerate(indices):
             world, asked = self.dataset.asked(index, frames)
             rng = random.Random(f"turns {world.seed} {frames}")
             mark, listed = rng.random(), list_things(world)
-            if mark < _LIST_ALONE or not asked:
+            if mark < _LIST_ALONE * lists or not asked:
                 chats.append([listed])
             else:
                 chosen = choose_questions(rng, asked, self.turns(frames), weights)
                 spare = [question for question in asked if question.options and question not in chosen]
                 chosen += [name_option(question) for question in spare[:_NAMED_OPTIONS]]
-                chats.append([*chosen, listed] if mark < _LIST_ALONE + _LIST_LAST else chosen)
+                chats.append([*chosen, listed] if mark < (_LIST_ALONE + _LIST_LAST) * lists else chosen)
             video = render(world, self.dataset.fps, self.dataset.resolution)
             pictures.append(through_a_file(video, index % 2**32) if place < files * len(indices) else video)
         return collate(self.chat_tokens.encode(chats, frames), pictures, self.chat_tokens.tokenizer.pad_token_id)

@@ -12,12 +12,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..eval.world_scoring import score_forced
-from ..synthetic import KINDS, WorldDataset, WorldSample
+from ..synthetic import FORMS, KINDS, WorldDataset, WorldSample
 from .world_batches import ChatTokens
 from .world_clock import WorldClock
 
 LOSS_FIELDS = ("step", "seconds", "progress", "loss", "grad_norm", "learning_rate")
-ACCURACY_FIELDS = ("step", "seconds", "frames", "all", *KINDS)
+ACCURACY_FIELDS = ("step", "seconds", "frames", "all", *FORMS, *KINDS)
 
 
 def append_row(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> None:
@@ -104,10 +104,10 @@ class WorldReport(TrainerCallback):
                 ]
             row: dict[str, Any] = {"step": step, "seconds": self.clock.elapsed, "frames": frames}
             row["all"] = sum(hit for _, hit in scored) / len(scored)
-            for kind in KINDS:
-                hits = [hit for question, hit in scored if question.kind == kind]
+            for name in (*FORMS, *KINDS):
+                hits = [hit for question, hit in scored if name in (question.form, question.kind)]
                 if hits:
-                    row[kind] = sum(hits) / len(hits)
+                    row[name] = sum(hits) / len(hits)
             append_row(self.out / "validation.csv", ACCURACY_FIELDS, row)
             print(
                 "validation",

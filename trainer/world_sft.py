@@ -13,6 +13,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ class WorldTraining:
     stop_after: float | None = _option(None, "seconds after which this part saves and stops, to be resumed")
     resume: bool = _option(False, "go on from the last checkpoint in --out, if there is one")
     frames: str = _option("8..64", "shortest..longest video")
-    ramp: float = _option(0.5, "share of training during which videos grow from one frame to their full length")
+    ramp: float = _option(0.45, "share of training during which videos grow from one frame to their full length")
     decay_from: float = _option(0.65, "share of training after which the learning rate falls")
-    tower_seconds: float = _option(60.0, "length of the first stage, in which the vision tower learns to see")
+    tower_seconds: float = _option(75.0, "length of the first stage, in which the vision tower learns to see")
     tower_steps: int | None = _option(None, "the same in optimizer steps")
-    tower_frames: int = _option(2048, "frames of one optimizer step of the first stage")
+    tower_frames: int = _option(1024, "frames of one optimizer step of the first stage")
     tower_rate: float = _option(1.5e-3, "highest learning rate of the first stage")
     tokens_per_batch: int = _option(32768, "tokens of one optimizer step, about, whatever the videos' length")
     questions: int = _option(12, "questions about each video, at most")
@@ -78,13 +79,23 @@ class WorldTraining:
 
 
 def build_optimizer(model: torch.nn.Module, training: WorldTraining) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay (not embeddings, norms, biases or the state-space parameters)."""
-    plain, decayed = [], []
+    """AdamW; only matrices decay (not embeddings, norms, biases or the state-space parameters).
+
+    The tower, which sees already, learns at a fifth of the rate.
+    """
+    members: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim == 2 and "embedding" not in name and "lm_head" not in name
-            (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            members["vision_tower" in name, decays].append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "weight_decay": training.weight_decay if decays else 0.0,
+            "lr": training.learning_rate * (0.2 if in_tower else 1.0),
+        }
+        for (in_tower, decays), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
     cuda = next(model.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.95), fused=cuda)
 

@@ -30,7 +30,7 @@ def half_trained(tokens):
     model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], tokens.tokenizer))
     data = WorldDataset("test", 4, frames=(4, 4), questions=4, kinds=("count", "time"))
     questions = [question for index in range(4) for question in data.asked(index)[1]]
-    pieces = [tokens.encode_question(question) for question in questions]
+    pieces = [tokens.encode_question(question) for question in questions[::2]]
     longest = max(len(ids) for ids, _ in pieces)
     ids = torch.tensor([ids + [1] * (longest - len(ids)) for ids, _ in pieces])
     labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in pieces])

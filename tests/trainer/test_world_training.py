@@ -17,6 +17,7 @@ from video_ma2mba.trainer.world_batches import (
     collate,
     draw_length,
     longest_at,
+    subject,
     through_a_file,
 )
 from video_ma2mba.trainer.world_clock import WorldClock
@@ -85,10 +86,10 @@ def test_batch_shapes_and_labels(tokens):
 def test_the_curriculum_lengthens_videos(tokens):
     early = {int(b["num_frames"][0]) for b in itertools.islice(batches(tokens, progress=torch.zeros(1)), 5)}
     late = {int(b["num_frames"][0]) for b in itertools.islice(batches(tokens), 12)}
-    assert early == {1}
+    assert early <= {1, 2}
     assert max(late) > 11
     tops = [longest_at(p / 100, 64, 0.5) for p in range(101)]
-    assert tops[0] in (1, 2)
+    assert tops[0] == 2
     assert tops == sorted(tops)
     assert set(tops[50:]) == {64}
     assert tops[40] < 64
@@ -111,12 +112,26 @@ def test_questions_are_drawn_by_the_weights_of_their_kinds():
     for index in range(300):
         asked = data.asked(index)[1]
         chosen = choose_questions(rng, asked, 4, weights)
-        assert len(set(chosen)) == min(4, len(asked))
+        assert len({subject(question) for question in chosen}) == len(chosen) <= 4
         assert set(chosen) <= set(asked)
         kinds.update(question.kind for question in chosen)
         firsts[chosen[0].kind] += 1
     assert kinds["time"] > 2 * kinds["needle"] > 4 * kinds["order"]
     assert set(firsts) >= set(KINDS) - {"order"}
+
+
+def test_a_subject_is_the_same_in_every_wording():
+    data = WorldDataset(frames=(24, 24), questions=40)
+    for index in range(20):
+        asked = data.asked(index)[1]
+        about = Counter(subject(question) for question in asked)
+        assert about["needle", frozenset({"card"})] == sum(question.kind == "needle" for question in asked)
+        for question in asked:
+            kind, names = subject(question)
+            assert len(names) == {"direction": 2, "count": 1, "colour": 1, "shape": 1}.get(kind, len(names))
+            if kind == "order":
+                assert 3 <= len(names) <= 4
+    assert max(about.values()) > 1
 
 
 def test_the_projector_starts_from_standardised_features(make_model):
