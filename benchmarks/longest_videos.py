@@ -1,7 +1,7 @@
 """Predicted longest videos for common GPUs: `python benchmarks/longest_videos.py` (no GPU needed).
 
-One video per step, bf16, 1 FPS, AdamW with moments in bf16, 128 GB of host memory. Writes results/longest_videos.csv and
-.md. Predictions of the planner, not measurements.
+One video per step, bf16, 1 FPS, AdamW with moments in bf16, 128 GB of host memory. Writes results/longest_videos.csv
+and .md. Predictions of the planner, not measurements.
 """
 
 import csv

@@ -213,32 +213,47 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
     sums_before = {1: 0, 2: work.weight_bytes}.get(segments, wide + work.weight_bytes) * parameters
     sums_after = (work.weight_bytes if segments == 1 else wide + 2 * work.weight_bytes) * parameters
     saved = rows * saved_per_token(shape, work.projections_train)
-    # The first norm of a cell reads the fp32 stream alone and keeps one more copy of it.
-    first_norm = stream if shape.stream != shape.compute else 0
+    # What the last projection reads is let go before its mixer's backward, the worst moment.
     out_input = shape.compute * shape.inner * rows if shape.kernels and work.projections_train else 0
-    ends = (1 if blocks == 1 and work.kept is not None else 2) * stream  # the cell's result and its gradient
-    arriving = state if segments > 1 else 0
+    # The gradient of the cell's result, for the residual sum and for what the last mixer adds to it.
+    result_gradient = (
+        (shape.stream + shape.compute) * shape.width * rows if blocks > 1 or work.kept is None else stream
+    )
+    cell = layers * saved + result_gradient - out_input + rows * backward_temporaries_per_token(shape)
+    states_arriving = state if segments > 1 else 0
+    backward = {"kept rows": 2 * kept, "workspace": shape.workspace + layers * cast}
+    phases = {"forward": forward, "loss": loss}
     if blocks > 1:
-        arriving += 2 * stream if segments > 1 else stream
-    backward = {
+        # The cell that runs took its own input, output gradient and states out of the store.
+        arriving = states_arriving + (2 if segments > 1 else 1) * stream
+        phases["backward"] = backward | {
+            "input": inputs,
+            "checkpoints": max(0, stored - (0 if plan.offload else stream + arriving)),
+            "prefetch": leaving + arriving if plan.offload else 0,
+            "cell": cell,
+            "states": 3 * state,
+            "gradient sums": sums_before,
+        }
+    # The first block reads the input instead of a checkpoint, and writes the input's gradient.
+    between = stream * segments if blocks > 1 else 0
+    waiting = between + (segments - 1) * state
+    first_block = backward | {
         "input": inputs * (2 if work.input_gradient else 1),
-        # The cell that runs took its own input and states out of the store.
-        "checkpoints": max(0, stored - (0 if plan.offload else (stream if blocks > 1 else 0) + arriving)),
-        "prefetch": leaving + arriving if plan.offload else 0,
-        "kept rows": 2 * kept,
-        "workspace": shape.workspace + layers * cast,
+        "checkpoints": 0 if plan.offload else max(0, waiting - (stream if blocks > 1 else 0) - states_arriving),
+        "prefetch": leaving + states_arriving + (stream if blocks > 1 and segments > 1 else 0) if plan.offload else 0,
     }
-    at_start = backward | {
-        "cell": layers * saved + first_norm + ends - out_input + rows * backward_temporaries_per_token(shape),
+    copied = 0 if work.input_on_gpu else row * rows
+    phases["backward of the first block"] = first_block | {
+        "cell": cell + copied,
         "states": 3 * state,
         "gradient sums": sums_before,
     }
-    at_end = backward | {
-        "cell": first_norm + ends + saved + rows * shape.compute * shape.projected,
+    phases["end of a cell's backward"] = first_block | {
+        "cell": result_gradient + saved + rows * shape.compute * shape.projected,
         "states": 4 * state,
         "gradient sums": sums_after,
     }
-    return {"forward": forward, "loss": loss, "backward": at_start, "end of a cell's backward": at_end}
+    return phases
 
 
 def plain_phases(shape: StackShape, work: Workload, segment_length: int) -> dict[str, dict[str, float]]:
@@ -249,8 +264,7 @@ def plain_phases(shape: StackShape, work: Workload, segment_length: int) -> dict
     stream = shape.stream * shape.width
     inputs = shape.compute * shape.width * total if work.input_on_gpu else 0
     kept = shape.compute * shape.width * work.kept_rows
-    first_norm = total * stream if shape.stream != shape.compute else 0
-    cell = shape.layers * total * saved_per_token(shape, work.projections_train) + first_norm
+    cell = shape.layers * total * saved_per_token(shape, work.projections_train)
     states = (segments + 1) * shape.layers * work.batch * shape.state_bytes
     cast = shape.layers * _weights_per_layer(shape) * shape.compute if work.autocast else 0
     common = {"input": inputs, "cell": cell, "states": states, "workspace": shape.workspace + cast}

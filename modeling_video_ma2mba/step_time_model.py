@@ -1,7 +1,7 @@
 """How long a training step takes: a few measured constants, scaled by the sizes of the model and the plan.
 
-Every plan computes the same (forward, one recomputation, backward); plans differ in how well a cell fills the GPU, in
-the work per cell, and in copies to the host that computation cannot hide. Legend as in `memory_model`.
+Every plan computes nearly the same (forward, one recomputation, backward); plans differ in how well a cell fills the
+GPU, in the work per cell, and in copies to the host that computation cannot hide. Legend as in `memory_model`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ class MeasuredCosts:
         matmul: multiply-adds count two; operations per second in matrix products (16 bits).
         scan_forward, scan_backward: seconds per token and inner channel of all that is not a matrix product.
         launch_forward, launch_backward: seconds that the CPU needs to launch one layer; a layer is never faster.
+        layer: seconds of one pass over a layer that do not depend on its tokens (kernels that start and drain).
         cell: seconds around every cell, in forward and again in backward.
         device_memory, host_copy: bytes per second of GPU memory, and to pinned host memory in one direction.
         tower: operations per second that a vision tower reaches.
@@ -32,6 +33,7 @@ class MeasuredCosts:
     scan_backward: float
     launch_forward: float
     launch_backward: float
+    layer: float
     cell: float
     device_memory: float
     host_copy: float
@@ -42,13 +44,14 @@ class MeasuredCosts:
 
 H200 = MeasuredCosts(
     hardware="NVIDIA H200",
-    date="2026-11-20",
-    matmul=783e12,
-    scan_forward=1.6e-11,
-    scan_backward=3.1e-11,
+    date="2026-11-21",
+    matmul=757e12,
+    scan_forward=1.9e-11,
+    scan_backward=3.9e-11,
     launch_forward=1.2e-3,
-    launch_backward=3.5e-3,
-    cell=1e-3,
+    launch_backward=3.8e-3,
+    layer=6e-5,
+    cell=2e-4,
     device_memory=3.5e12,
     host_copy=45e9,
     tower=350e12,
@@ -77,6 +80,8 @@ def stack_seconds(
         layers = shape.layers / blocks  # of an average cell
         first = layers * forward + costs.cell
         second = layers * (forward + backward) + costs.cell
+        # Recomputing a cell leaves the product of its last out_proj away (`mamba2_blocks._UnreadLinear`).
+        second -= 2 * shape.width * shape.inner * rows / costs.matmul if shape.kernels else 0
         if segments > 1:  # read the sums and the new gradients, write the sums
             second += layers * work.layer_parameters * (8 + work.weight_bytes) / costs.device_memory
         if plan.offload:
@@ -93,7 +98,7 @@ def _layer_seconds(shape: StackShape, work: Workload, rows: int, costs: Measured
     products = 2 * shape.width * (shape.projected + shape.inner) * rows / costs.matmul
     forward = products + shape.inner * costs.scan_forward * rows
     backward = (2 if work.projections_train else 1) * products + shape.inner * costs.scan_backward * rows
-    return max(forward, costs.launch_forward), max(backward, costs.launch_backward)
+    return max(forward + costs.layer, costs.launch_forward), max(backward + costs.layer, costs.launch_backward)
 
 
 def vision_seconds(vision: VisionLoad, costs: MeasuredCosts = H200) -> float:
