@@ -121,7 +121,7 @@ def through_a_file(frames: np.ndarray, noise_seed: int) -> np.ndarray:
 def longest_at(progress: float, longest: int, ramp: float) -> int:
     """The curriculum: frames of the longest video at `progress` 0..1 of training, from 2 (with `longest` 64) in
     doublings at a steady pace up to `longest`, which is reached at `ramp`."""
-    doublings = math.log2(max(longest, 1)) * min(0.2 + 0.8 * progress / ramp, 1.0)
+    doublings = math.log2(max(longest, 1)) * min(0.17 + 0.83 * progress / ramp, 1.0)
     return min(max(round(2**doublings), 1), longest)
 
 

@@ -52,7 +52,7 @@ class WorldTraining:
     stop_after: float | None = _option(None, "seconds after which this part saves and stops, to be resumed")
     resume: bool = _option(False, "go on from the last checkpoint in --out, if there is one")
     frames: str = _option("8..64", "shortest..longest video")
-    ramp: float = _option(0.45, "share of training during which videos grow from one frame to their full length")
+    ramp: float = _option(0.5, "share of training during which videos grow from one frame to their full length")
     decay_from: float = _option(0.65, "share of training after which the learning rate falls")
     tower_seconds: float = _option(75.0, "length of the first stage, in which the vision tower learns to see")
     tower_steps: int | None = _option(None, "the same in optimizer steps")
