@@ -22,7 +22,7 @@ def plan(
     fps: Annotated[float, typer.Option(help="Frames read per second of video.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Samples per step on one GPU.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU.")] = "80GB",
-    host_memory: Annotated[str, typer.Option(help="Host memory that may be pinned.")] = "128GB",
+    host_memory: Annotated[str, typer.Option(help="Memory of the host; 85 % of it may be pinned.")] = "128GB",
     train: Annotated[str, typer.Option(help="Parts that train: lm, projector, vision.")] = "lm,projector,vision",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adafactor, sgd_momentum, sgd or none.")] = "adamw",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or mixed (fp32 weights under bf16).")] = "bf16",
@@ -116,7 +116,8 @@ def show(report) -> None:
     if report.checkpointing_arguments is not None:
         console.print(f"      model.gradient_checkpointing_enable({report.checkpointing_arguments})", soft_wrap=True)
 
-    table = Table(title=f"GPU memory at the worst moment ({prediction.phase})", title_justify="left")
+    console.print(f"GPU memory at the worst moment ({prediction.phase}):")
+    table = Table()
     table.add_column("what")
     table.add_column("GB", justify="right")
     for name, value in prediction.gpu.items():
@@ -133,7 +134,8 @@ def show(report) -> None:
         longest += f" = {report.longest_frames:,} frames = {report.longest_video} of video"
     console.print(longest, soft_wrap=True)
 
-    table = Table(title="plans considered", title_justify="left")
+    console.print("plans considered:")
+    table = Table()
     for heading in ("method", "layers x tokens", "GPU GB", "host GB", "seconds", "fits"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in report.considered:

@@ -8,7 +8,7 @@ some microseconds, once per shape of batch.
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -201,15 +201,20 @@ class Limits:
         return needed <= self.gpu and prediction.host_peak <= self.host
 
 
+def footprint(prediction: Prediction) -> float:
+    """How much memory a plan takes, for choosing between equally fast ones: host memory counts a quarter."""
+    return prediction.gpu_peak + prediction.host_peak / 4
+
+
 def fastest(
     job: StepJob, plans: Iterable[CheckpointPlan], limits: Limits, costs: MeasuredCosts = H200
 ) -> Prediction | None:
-    """The fastest plan within the limits; among equally fast ones the one with the least GPU memory."""
+    """The fastest plan within the limits; among equally fast ones the one with the least memory (`footprint`)."""
     fitting = [p for p in (predict_job(job, plan, costs) for plan in plans) if limits.allow(p, costs.slack)]
     if not fitting:
         return None
     deadline = min(p.step_seconds for p in fitting) * _EQUALLY_FAST
-    return min((p for p in fitting if p.step_seconds <= deadline), key=lambda p: (p.gpu_peak, p.host_peak))
+    return min((p for p in fitting if p.step_seconds <= deadline), key=footprint)
 
 
 def least_host_memory(
@@ -250,10 +255,10 @@ def _with_tokens(job: StepJob, tokens: int) -> StepJob:
 # ------------------------------------------------------------------------------------------ for the engine
 @dataclass
 class _Memo:
-    """What was planned for one model: predictions by situation, and the last situation for error messages."""
+    """What was planned for one model: predictions by situation, and the last step for error messages."""
 
     plans: dict[Any, Prediction] = field(default_factory=dict)
-    last: tuple[StepJob, dict[str, Any]] | None = None
+    last: StepJob | None = None
 
 
 _memos: WeakKeyDictionary[nn.Module, _Memo] = WeakKeyDictionary()
@@ -279,11 +284,14 @@ def choose_plan(settings: CheckpointSettings, model: nn.Module, x: Tensor, keep:
         "layers_per_block": settings.layers_per_block,
         "offload": (settings.offload,) if settings.offload is not None else (False, True) if on_gpu else (False,),
     }
-    memo.last = (job, fixed)
+    memo.last = job
     plan = settings.fixed_plan(len(model.layers), x.shape[1])
-    if plan is not None:
+    _refuse_too_long(job, plan.segment_length if plan is not None else settings.segment_length)
+    if plan is not None and settings.memory_budget is None:
         return plan
     limits = _limits(settings, model, job, x)
+    if plan is not None:
+        fixed = asdict(plan) | {"offload": (plan.offload,)}
     situation = (settings, job.shape, job.work, on_gpu)
     known = memo.plans.get(situation)
     # Free memory changes a little from step to step; a plan that still fits is kept, so that its pinned memory is too.
@@ -294,6 +302,17 @@ def choose_plan(settings: CheckpointSettings, model: nn.Module, x: Tensor, keep:
         raise ValueError(_nothing_fits(job, limits, fixed))
     memo.plans[situation] = best
     return best.plan
+
+
+def _refuse_too_long(job: StepJob, segment_length: int | None) -> None:
+    """The kernels' offsets are 32-bit numbers: beyond them results are wrong without any error."""
+    rows = min(segment_length or 0, job.work.tokens) * job.work.batch
+    if rows > job.shape.longest_segment:
+        raise ValueError(
+            f"a segment of {rows} tokens (rows of the batch together) is more than the kernels can address at this "
+            f"model's width, {job.shape.longest_segment}: set segment_length to at most "
+            f"{job.shape.longest_segment // job.work.batch} with method='multi_axis'"
+        )
 
 
 def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
@@ -388,7 +407,7 @@ def out_of_memory_message(plan: CheckpointPlan, model: nn.Module, tokens: int, p
     memo = _memos.get(model)
     if memo is None or memo.last is None:
         return f"{text}{reached:.1f} GB were allocated in all. {error}"
-    job, _ = memo.last
+    job = memo.last
     predicted = predict_job(job, plan)
     text += (
         f"{predicted.above_weights / 1e9:.1f} GB above weights and gradients were predicted, and {reached:.1f} GB "

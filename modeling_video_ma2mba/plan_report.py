@@ -41,6 +41,8 @@ OPTIMIZERS = {
 # Bytes per parameter and per activation. "mixed" is fp32 weights under bf16 autocast.
 _DTYPES = {"bfloat16": (2, 2), "float16": (2, 2), "mixed": (4, 2), "float32": (4, 4)}
 _LONGEST = 1 << 26
+# Of the host's memory, for checkpoints and inputs; the rest is for frames, data loading and everybody else.
+_PINNED_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def plan(
             `Mamba2Config` too).
         tokens, frames: length of one sample, one of them; frames take `config.tokens_per_frame` tokens each, and
             `text_tokens` come on top.
-        gpu_memory, host_memory: what there is, in bytes or as a text such as "80GB"; host memory is what checkpoints
-            and inputs may pin.
+        gpu_memory, host_memory: what there is, in bytes or as a text such as "80GB"; 85 % of the host's may be pinned
+            for checkpoints and inputs.
         train: parts that train, of "lm", "projector" and "vision". None: all for a configuration, what requires
             gradients for a model.
         optimizer: one of `OPTIMIZERS`. dtype: "bfloat16", "float16", "mixed" (fp32 weights, bf16 autocast), "float32".
@@ -193,7 +195,7 @@ def plan(
         f"{job.gradients / 1e9:.1f} GB, the optimizer's state {job.optimizer / 1e9:.1f} GB and the CUDA context "
         f"{costs.context / 1e9:.1f} GB; use a larger GPU, train fewer parts (train=...) or a lighter optimizer",
     )
-    limits = Limits(gpu_bytes - costs.context - fixed, host_memory_bytes)
+    limits = Limits(gpu_bytes - costs.context - fixed, _PINNED_SHARE * host_memory_bytes)
     considered = _consider(job, limits, costs)
     fitting = [row for row in considered if row.fits]
     # Per row of the batch; a longer video takes more of everything, so the search may start anywhere.
@@ -386,7 +388,7 @@ def _nothing_fits(
         remedies.append("fewer samples per batch")
     host = least_host_memory(job, candidate_plans(job), limits, costs)
     if host is not None:
-        remedies.append(f"host_memory of {math.ceil(host / 1e9)}GB")
+        remedies.append(f"host_memory of {math.ceil(host / _PINNED_SHARE / 1e9)}GB")
     if needed > limits.gpu:
         remedies.append(f"{math.ceil((needed - limits.gpu) / 1e9)} GB more GPU memory")
     return (
