@@ -95,7 +95,7 @@ def assert_as_good_as_torch(reference: dict, plain: dict, kernels: dict, dtype: 
     """Errors of the kernels at most 1.5 times those of PyTorch in 16 bits, plus one rounding step of the type.
 
     The gradients of the per-head numbers are sums over all tokens and channels that nearly cancel for a few random
-    tokens (measured on an H200: up to 0.05 of their size); the kernels round what they sum to 16 bits, PyTorch does not.
+    tokens (measured on an H200: up to 0.05 of their size); the kernels sum numbers of 16 bits, PyTorch does not.
     """
     eps = torch.finfo(dtype).eps
     report, bad = [], []
