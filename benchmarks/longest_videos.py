@@ -1,11 +1,13 @@
 """Predicted longest videos for common GPUs: `python benchmarks/longest_videos.py` (no GPU needed).
 
 One video per step, bf16, 1 FPS, AdamW with moments in bf16, 128 GB of host memory. Writes results/longest_videos.csv
-and .md. Predictions of the planner, not measurements.
+and .md, and the table in docs/ma_gc.md. Predictions of the planner, not measurements.
 """
 
 import csv
 from pathlib import Path
+
+from planner_accuracy import update_page
 
 import video_ma2mba
 from video_ma2mba.cli.plan import resolve_config
@@ -59,6 +61,7 @@ def main() -> None:
             f"{line['plan_for_one_hour']} | {' | '.join(taken)} |"
         )
     (RESULTS / "longest_videos.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    update_page("\n".join(text))
     print("\n".join(text))
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/planner_accuracy.py [--measured benchmarks/results/ma_gc.csv] [--fit]
 
-Writes planner_accuracy.csv and planner_accuracy.md next to the measurements. Both peaks are above weights and
-gradients. `--fit` also prints the time constants (`step_time_model.MeasuredCosts`) that fit the measurements best;
-memory has no fitted constant. Runs on any machine.
+Writes planner_accuracy.csv and planner_accuracy.md next to the measurements, and the table in docs/ma_gc.md. Both
+peaks are above weights and gradients. `--fit` also prints the time constants (`step_time_model.MeasuredCosts`) that
+fit the measurements best; memory has no fitted constant. Runs on any machine.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from video_ma2mba.modeling_video_ma2mba.memory_planner import (
 from video_ma2mba.modeling_video_ma2mba.step_time_model import H200, MeasuredCosts
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "ma_gc.md"
 SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 LABELS = 1024  # as in ma_gc.py, and so is which methods keep the input on the host
 FITTED = ("matmul", "scan_forward", "scan_backward", "launch_forward", "launch_backward", "layer")
@@ -114,6 +115,14 @@ def markdown(lines: list[dict[str, object]]) -> str:
     return "\n".join(text) + "\n"
 
 
+def update_page(table: str) -> None:
+    """Put the table in the place of the one with the same heading in docs/ma_gc.md."""
+    heading, lines = table.split("\n", 1)[0], PAGE.read_text(encoding="utf-8").split("\n")
+    start = lines.index(heading)
+    stop = next(n for n in range(start, len(lines)) if not lines[n].startswith("|"))
+    PAGE.write_text("\n".join([*lines[:start], *table.strip().split("\n"), *lines[stop:]]), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, default=RESULTS / "ma_gc.csv")
@@ -130,6 +139,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(lines)
     out.with_suffix(".md").write_text(markdown(lines), encoding="utf-8")
+    if arguments.measured.parent == RESULTS:
+        update_page(markdown(lines))
     within = sum(abs(line["gb_error_percent"]) <= 10 for line in lines)
     print(markdown(lines))
     print(f"GPU peak within 10 % on {within} of {len(lines)} points")
