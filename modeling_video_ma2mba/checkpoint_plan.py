@@ -39,8 +39,8 @@ class CheckpointPlan:
         return [(i, min(i + step, tokens)) for i in range(0, tokens, step)]
 
     def __str__(self) -> str:
-        place = "host memory" if self.offload else "the GPU"
-        return f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, checkpoints in {place}"
+        place = "in host memory" if self.offload else "on the GPU"
+        return f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, checkpoints {place}"
 
 
 @dataclass(frozen=True)

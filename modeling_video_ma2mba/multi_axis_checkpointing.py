@@ -225,7 +225,8 @@ class _StackRun:
             out = torch.empty(x.shape, dtype=self.norm.weight.dtype, device=x.device, pin_memory=_pinned(x))
         kept: list[Tensor] = []
         for i, (start, stop) in enumerate(self.segments):
-            h = x[:, start:stop].to(self.device, self.model.stream_dtype, non_blocking=True)
+            # In two steps: a copy between devices would change the type on the CPU, and wait for it.
+            h = x[:, start:stop].to(self.device, non_blocking=True).to(self.model.stream_dtype)
             for j, block in enumerate(self.blocks):
                 if j > 0:
                     self.store.put(("x", j, i), [h])
@@ -306,8 +307,9 @@ class _StackRun:
             for k, n in enumerate(block):
                 self.dconvs[n], self.dssms[n] = dstates[k], dstates[k + len(block)]
             sums = _accumulate(sums, gradients)
+            del gradients  # or they would live on through the next cell
             if dx is not None:
-                dx[:, start:stop].copy_(dh, non_blocking=True)
+                dx[:, start:stop].copy_(dh.to(dx.dtype), non_blocking=True)
             elif not first and needs[0]:
                 if single:
                     self.between = dh  # used at once: no detour through the store
