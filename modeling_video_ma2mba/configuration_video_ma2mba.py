@@ -257,7 +257,9 @@ def _build_text_config(config: Ma2mbaTextConfig | dict | None) -> PreTrainedConf
         config = config.to_dict() if config.model_type != Ma2mbaTextConfig.model_type else config
     if isinstance(config, dict):
         # Only this model's own type may be written back; every other key of a Mamba2Config has the same meaning here.
-        config = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map", "layer_types")}
+        config = {
+            k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map", "layer_types")
+        }
         return Ma2mbaTextConfig(**config)
     return config
 
