@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, few threads, tiny models, and the `gpu` and `slow` markers."""
+"""Shared by all tests: no network, few threads, tiny models, and the `gpu` and `bundled` markers."""
 
 import atexit
 import os
@@ -22,10 +22,15 @@ torch.set_num_threads(1)  # tiny tensors: more threads only fight the other test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skips = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if not (Path(__file__).parents[1] / "bundled" / "config.json").is_file():
+        skips["bundled"] = pytest.mark.skip(reason="needs the bundled checkpoint, which this checkout lacks")
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not run by the tests: (?P<reason>[^>]+) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S
 )
+BUNDLED = re.compile(r"BUNDLED_CHECKPOINT|load_pipeline\(\)|video-ma2mba (?:ask|demo)")
 
 
 def blocks() -> list:
@@ -24,6 +25,8 @@ def blocks() -> list:
         for match in BLOCK.finditer(text):
             language, code, reason = match["language"], match["code"], match["reason"]
             marks = [pytest.mark.skip(reason=reason.strip())] if reason else []
+            if BUNDLED.search(code):
+                marks.append(pytest.mark.bundled)
             line = text.count("\n", 0, match.start("code")) + 1
             found.append(pytest.param(language, code, marks=marks, id=f"{page.stem}-{language}-line-{line}"))
     return found

@@ -39,6 +39,7 @@ def test_a_folder_without_questions_is_an_error(tmp_path: Path):
     assert "questions.jsonl" in result.stderr
 
 
+@pytest.mark.bundled
 def test_the_bundled_checkpoint_knows_the_example_videos():
     """What `make demo` shows: nearly every answer is right."""
     result = CliRunner().invoke(app, ["demo", "--device", "cpu"])

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QUESTIONS = [json.loads(line) for line in (EXAMPLES / "videos" / "questions.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.bundled
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_script_runs(script: Path, tmp_path: Path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
