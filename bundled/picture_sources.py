@@ -1,0 +1,1 @@
+../processing/picture_sources.py

@@ -1,0 +1,1 @@
+../processing/processing_video_ma2mba.py

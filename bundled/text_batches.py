@@ -1,0 +1,1 @@
+../processing/text_batches.py

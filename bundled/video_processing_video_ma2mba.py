@@ -1,0 +1,1 @@
+../processing/video_processing_video_ma2mba.py
