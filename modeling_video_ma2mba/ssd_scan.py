@@ -104,7 +104,8 @@ def mixer_core(
         y (B, S, E) ready for out_proj, conv_state (B, C, W-1), ssm_state (B, H, P, N), both independent copies.
     """
     arguments = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, ssm_state, shape)
-    if backend_for(zxbcdt) == "kernels" and shape.fits_kernels:
+    # A single token is a few small products: the chunk kernels would round the state to 16 bits for nothing.
+    if zxbcdt.shape[1] > 1 and shape.fits_kernels and backend_for(zxbcdt) == "kernels":
         from .ssd_kernels import mixer_core_kernels
 
         return mixer_core_kernels(*arguments, lengths, seq_idx)
