@@ -1,5 +1,6 @@
 """`pipeline("video-question-answering")`: questions about videos of any length, each video read once, as a stream."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import Pipeline
 
 from .module_device import execution_device
+from .resumable_reading import read_resumably
+from .state_identity import StateIdentity, record_source, refuse_other, source_facts
 from .video_state import VideoState
 
 TASK = "video-question-answering"
@@ -139,6 +142,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         *,
         state: VideoState | None = None,
         on_frames: Callable[[int, int | None], None] | None = None,
+        partial: str | os.PathLike | None = None,
+        save_seconds: float = 30.0,
         **video_settings: Any,
     ) -> VideoState:
         """Read a video into a state of constant size, to be asked, kept, copied and continued.
@@ -147,10 +152,17 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             video: whatever the pipeline takes as a video.
             state: continue this state with more frames (it stays as it is) instead of beginning a conversation.
             on_frames: called with the number of frames read and the number expected.
+            partial: file to keep the unfinished state in, every `save_seconds`. The same call continues from it after
+                an interruption; remove it when the result is safe. See `read_resumably`.
             video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`.
 
         Returns:
-            The state. Its metadata name the model and the video and count "frames" and "seconds".
+            The state. Its metadata hold what it belongs to ("model", "revision", "model_config", "weights",
+            "processor", "dtype", "package_version") and what it has seen ("video", "fps", "frames", "seconds", and for
+            each video "sources").
+
+        Raises:
+            ValueError: `state` or `partial` belongs to another model, processor or reading; what differs is named.
         """
         unknown = video_settings.keys() - set(_VIDEO_SETTINGS)
         if unknown:
@@ -160,10 +172,41 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         prefix, _, readers = self.processor.streaming_prompt(
             _conversation(video, ""), add_generation_prompt=False, **chosen
         )
+        identity = self.identity()
+        before = {} if state is None else dict(state.metadata)
         if state is not None:
+            refuse_other(before, identity)
             prefix = prefix[:, -1:]
+        (reader,) = readers
+        source = source_facts(reader)
+        on_frames = on_frames or self._preprocess_params.get("on_frames")
         with self.device_placement():
-            return self._read(prefix, readers, state, on_frames or self._preprocess_params.get("on_frames"))
+            if partial is None:
+                found = self._read(prefix, readers, state, on_frames)
+            else:
+                request = {name: value for name, value in source.items() if name not in ("name", "sha256")}
+                request |= {"video": source["sha256"] or source["name"]}
+                request |= {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
+                report = _report(readers, on_frames)
+                settings = {"partial": partial, "request": request, "save_seconds": save_seconds, "on_frames": report}
+                try:
+                    found = read_resumably(self.model, prefix, reader, state, **settings)
+                finally:
+                    _close(readers)
+        found.metadata |= identity
+        record_source(found.metadata, before, source, reader.duration)
+        return found
+
+    def append(self, state: VideoState, video: Any, **settings: Any) -> VideoState:
+        """A new state that has read more frames: `read(video, state=state, ...)`."""
+        return self.read(video, state=state, **settings)
+
+    def identity(self) -> dict[str, str]:
+        """What the pipeline's states belong to, as their metadata say it."""
+        kept = getattr(self, "_identity", None)
+        if kept is None or kept.model is not self.model or kept.processor is not self.processor:
+            self._identity = kept = StateIdentity(self.model, self.processor)
+        return kept.facts()
 
     def ask(self, state: VideoState, question: str | list[dict[str, Any]], **settings: Any) -> Any:
         """Answer a question from a state, which stays as it is.
@@ -177,7 +220,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         Returns:
             The answer as text. With `return_scores`, `{"answer": ..., "score": ...}`; with `num_return_sequences`, a
             list.
+
+        Raises:
+            ValueError: the state belongs to another model or processor; what differs is named. Or the question is
+                empty.
         """
+        refuse_other(state.metadata, self.identity())
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         # The processor turns whole conversations into ids; a blank picture stands for the video that was read before.
         first, blank = messages[0], {"type": "image", "image": Image.new("RGB", (1, 1))}
@@ -211,22 +259,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             device, dtype = execution_device(embeddings), embeddings.weight.dtype
             return VideoState.zeros(model.config.text_config, 1, device, dtype)
 
-        report = None
-        if on_frames is not None:
-            expected = sum(reader.expected_frames for reader in readers)
-
-            def report(read: int) -> None:
-                on_frames(read, expected)
-
         try:
             chunks = [reader.chunks(model.config.vision_chunk_frames) for reader in readers]
-            state = model.read(prefix, chunks, state, report)
+            return model.read(prefix, chunks, state, _report(readers, on_frames))
         finally:
             _close(readers)
-        state.metadata.setdefault("model", str(model.name_or_path))
-        names = [state.metadata["video"]] if "video" in state.metadata else []
-        state.metadata["video"] = ", ".join([*names, *(str(reader.name) for reader in readers)])
-        return state
 
     def _answer(
         self, states: list[VideoState], questions: list[Tensor], return_scores: bool = False, **generate: Any
@@ -236,10 +273,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             pairs = zip(states, questions, strict=True)
             return [self._answer([s], [q], return_scores, **generate)[0] for s, q in pairs]
         model, tokenizer = self.model, self.processor.tokenizer
-        device = execution_device(model.get_input_embeddings())
+        embeddings = model.get_input_embeddings()
+        device, dtype = execution_device(embeddings), embeddings.weight.dtype
         seen = max(state.seen_tokens for state in states)
-        conv = torch.cat([state.conv.to(device) for state in states], dim=1)
-        ssm = torch.cat([state.ssm.to(device) for state in states], dim=1)
+        states = [state.to(device, dtype) for state in states]
+        conv = torch.cat([state.conv for state in states], dim=1)
+        ssm = torch.cat([state.ssm for state in states], dim=1)
 
         longest = max(question.shape[1] for question in questions)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -372,6 +411,14 @@ def _groups(requests: Any, size: int) -> Iterator[list[Any]]:
             group = []
     if group:
         yield group
+
+
+def _report(readers: list[Any], on_frames: Callable[[int, int | None], None] | None) -> Callable[[int], None] | None:
+    """`on_frames` with the number of frames expected filled in."""
+    if on_frames is None:
+        return None
+    expected = sum(reader.expected_frames for reader in readers)
+    return lambda read: on_frames(read, expected)
 
 
 def _close(readers: list[Any]) -> None:

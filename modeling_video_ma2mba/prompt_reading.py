@@ -62,7 +62,7 @@ def read_prompt(
     if state is None:
         state = VideoState.zeros(language_model.config, 1, state_device, dtype)
     else:
-        state = state.fork().to(state_device)
+        state = state.fork().to(state_device, dtype)
     frames_before = int(state.metadata.get("frames", 0))
     seconds_before = float(state.metadata.get("seconds", 0))
     frames_read = 0

@@ -76,9 +76,11 @@ class VideoState:
         """An independent copy: asking one question does not disturb the next."""
         return VideoState(self.conv.clone(), self.ssm.clone(), self.seen_tokens, self.metadata)
 
-    def to(self, device: Any) -> "VideoState":
-        """The same state on another device."""
-        return VideoState(self.conv.to(device), self.ssm.to(device), self.seen_tokens, self.metadata)
+    def to(self, device: Any, dtype: torch.dtype | None = None) -> "VideoState":
+        """The same state on another device, and by request for a model of another data type."""
+        conv = self.conv.to(device, dtype or self.conv.dtype)
+        ssm = self.ssm.to(device, torch.promote_types(dtype, torch.float32) if dtype else self.ssm.dtype)
+        return VideoState(conv, ssm, self.seen_tokens, self.metadata)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row b continues from row beam_idx[b]."""
@@ -152,6 +154,18 @@ class VideoState:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{os.fspath(path)!r} holds values that are not finite in {name!r}")
         return cls(tensors["conv"], tensors["ssm"], seen, metadata)
+
+
+def is_state_file(path: str | os.PathLike) -> bool:
+    """Whether a file begins like a state (as safetensors: the length of a header, then the header).
+
+    No video, image or text begins so. Damage further inside is for `VideoState.load` to name.
+    """
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and int.from_bytes(head[:8], "little") < 2**27 and head[8:] == b"{"
 
 
 def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """The video reader: `open_video` turns anything that is a video into chunks of frames with their times."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -117,25 +118,49 @@ class FrameReader:
                 self.warnings.append(problem)
                 warnings.warn(f"{self.name}: {problem}", stacklevel=3)
 
-    def chunks(self, n: int = 32) -> Iterator[FrameChunk]:
+    def content_digest(self) -> str | None:
+        """SHA-256 of the video's file or bytes; None for addresses, folders and pictures."""
+        if isinstance(self._file, bytes):
+            return hashlib.sha256(self._file).hexdigest()
+        if not isinstance(self._file, Path):
+            return None
+        digest = hashlib.sha256()
+        with self._file.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def chunks(self, n: int = 32, skip: int = 0) -> Iterator[FrameChunk]:
         """Yield the sampled frames in chunks of `n` (the last may be shorter), holding no more than one chunk.
+
+        Args:
+            skip: leave out so many frames at the beginning, which have been read before; a video that has no more
+                gives no chunk.
 
         Raises:
             ValueError: not one frame can be read, or the video cannot be read at all (see `open_video`).
         """
         if n < 1:
             raise ValueError(f"a chunk must have at least 1 frame, not {n}")
-        running = self._chunks(n)
+        if skip < 0:
+            raise ValueError(f"skip must be at least 0 frames, not {skip}")
+        running = self._chunks(n, skip)
         self._running.append(running)
         return running
 
-    def _chunks(self, n: int) -> Iterator[FrameChunk]:
+    def _chunks(self, n: int, skip: int) -> Iterator[FrameChunk]:
         index = self._scan()
         problems: list[str] = []
+        wanted = self._wanted[skip:]
+        if skip and len(wanted) == 0:
+            return
         if self._pictures is not None:
+            # An unreadable picture takes up no frame: only counting those that come finds the place again.
             frames = self._pictures.read(self._wanted, problems)
+            for _ in range(skip):
+                next(frames, None)
         else:
-            frames = decode_frames(self._file, self.name, index, self._wanted, problems)
+            frames = decode_frames(self._file, self.name, index, wanted, problems)
         size = self.size
         pixels, times, count, last = [], [], 0, (None, None)
         try:
@@ -154,10 +179,10 @@ class FrameReader:
                 yield FrameChunk(np.stack(pixels), np.array(times))
         finally:
             frames.close()
-        if 0 < count < len(self._wanted):
-            problems.append(f"only {count} of {len(self._wanted)} frames could be read")
+        if 0 < count < len(wanted):
+            problems.append(f"only {count + skip} of {len(self._wanted)} frames could be read")
         self._report(problems)
-        if count == 0:
+        if count + skip == 0:
             reason = f" ({'; '.join(self.warnings)})" if self.warnings else ""
             raise ValueError(f"{self.name}: not one frame could be decoded{reason}")
 

@@ -1,0 +1,179 @@
+"""Which model and which processor a state belongs to: written into its metadata, compared before it is used again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+
+PACKAGE_VERSION = "0.1.0"
+"""Version of this code; it travels with a saved model, where the package itself may not be installed."""
+
+_SAMPLES = 1024
+_MODEL_FIELDS = (
+    *("video_token_id", "vision_feature_layer", "spatial_pool_stride", "spatial_pool_mode"),
+    *("projector_hidden_act", "image_mean", "image_std"),
+)
+_TEXT_FIELDS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim", "n_groups"),
+    *("conv_kernel", "hidden_act", "layer_norm_epsilon", "residual_in_fp32", "time_step_limit"),
+)
+_VISION_FIELDS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"),
+    *("patch_size", "hidden_act", "layer_norm_eps"),
+)
+
+_RECORDED_SOURCES = 64
+"""Videos that a state's metadata describe, the latest ones: a state appended to for days stays small."""
+_SAMPLING = ("fps", "num_frames", "start", "end", "max_frames")
+
+
+class StateIdentity:
+    """What the states of a model and a processor belong to; looks at weights and vocabulary again only on a change."""
+
+    def __init__(self, model: torch.nn.Module, processor: Any):
+        self.model = model
+        self.processor = processor
+        self._kept: dict[str, tuple[Hashable, str]] = {}
+
+    def facts(self) -> dict[str, str]:
+        """Entries for a state's metadata."""
+        model, tokenizer = self.model, self.processor.tokenizer
+        # An optimizer's step counts up the versions of the parameters.
+        versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
+        name = str(model.name_or_path)
+        return {
+            "package_version": PACKAGE_VERSION,
+            "model": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
+            "revision": getattr(model.config, "_commit_hash", None) or "",
+            "model_config": model_facts(model.config),
+            "weights": self._keep("weights", versions, lambda: weights_digest(model)),
+            "processor": processor_facts(
+                self.processor, self._keep("vocabulary", len(tokenizer), lambda: vocabulary_digest(tokenizer))
+            ),
+            "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        }
+
+    def _keep(self, name: str, key: Hashable, make: Callable[[], str]) -> str:
+        if self._kept.get(name, (None,))[0] != key:
+            self._kept[name] = key, make()
+        return self._kept[name][1]
+
+
+def source_facts(reader: Any) -> dict[str, Any]:
+    """A video's name, the digest of its bytes, and how its frames are chosen."""
+    sampling = {name: getattr(reader.sampling, name) for name in _SAMPLING}
+    return {"name": str(reader.name), "sha256": reader.content_digest(), **sampling}
+
+
+def record_source(
+    metadata: dict[str, str], before: Mapping[str, str], source: Mapping[str, Any], duration: float
+) -> None:
+    """Note in a state's metadata that a video has been read to its end.
+
+    Args:
+        metadata: of the new state, "frames" being counted already; changed in place.
+        before: of the state that was continued.
+        source: from `source_facts`.
+        duration: seconds the whole video lasts.
+    """
+    start, end = source["start"] or 0.0, duration if source["end"] is None else min(source["end"], duration)
+    frames, seconds = int(metadata["frames"]) - int(before.get("frames", 0)), round(end - start, 6)
+    earlier = json.loads(before.get("sources", "[]"))
+    sources = [*earlier, {**source, "frames": frames, "seconds": seconds}][-_RECORDED_SOURCES:]
+    metadata["sources"] = json.dumps(sources, ensure_ascii=False)
+    metadata["video"] = ", ".join(item["name"] for item in sources)
+    metadata["fps"] = str(source["fps"])
+    metadata["seconds"] = str(round(float(before.get("seconds", 0)) + seconds, 6))
+    metadata.pop("chat", None)  # said before these frames were seen
+
+
+def model_facts(config: Any) -> str:
+    """The fields of a `VideoMa2mbaConfig` that decide what a state means, as JSON.
+
+    Listed one by one: whatever else a transformers version adds to `config.json` does not make another model of it.
+    """
+    facts = {name: getattr(config, name) for name in _MODEL_FIELDS}
+    facts |= {f"text_config.{name}": getattr(config.text_config, name) for name in _TEXT_FIELDS}
+    facts |= {f"vision_config.{name}": getattr(config.vision_config, name) for name in _VISION_FIELDS}
+    return json.dumps(facts)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of the names and sizes of all parameters and up to 1024 or so values of each, evenly spread.
+
+    Values are compared as bf16, so that loading a checkpoint in fp32 or bf16 gives the same digest. Empty where
+    weights are offloaded and cannot be looked at.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            return ""
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _SAMPLES)]
+        digest.update(values.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Of all tokens and their ids, and of the token that ends a text."""
+    return _short_digest(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token]))
+
+
+def processor_facts(processor: Any, vocabulary: str) -> str:
+    """What a `VideoMa2mbaProcessor` does to frames and text, as JSON; its sampling defaults are facts of a reading."""
+    facts = {
+        "size": dict(processor.video_processor.size),
+        "resize_mode": processor.video_processor.resize_mode,
+        **{k: getattr(processor, k) for k in ("tokens_per_frame", "video_token", "system_prompt", "frame_separator")},
+        "chat_template": _short_digest(processor.chat_template),
+        "vocabulary": vocabulary,
+    }
+    return json.dumps(facts)
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def refuse_other(metadata: Mapping[str, str], identity: Mapping[str, str]) -> None:
+    """ValueError naming what differs, unless the state of `metadata` was made by the model and processor of
+    `identity`. What a state does not say about its origin is not compared.
+
+    Args:
+        metadata: of a `VideoState`.
+        identity: "model_config" and "processor" (JSON), "weights", "model" and "revision" (for the message).
+    """
+    made_by = _named(metadata)
+    for key, what in (("model_config", "model"), ("processor", "processor")):
+        if key not in metadata or metadata[key] == identity[key]:
+            continue
+        there, here = _parsed(metadata[key]), json.loads(identity[key])
+        names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+        if names:
+            name = names[0]
+            more = f" (and {len(names) - 1} more differ)" if len(names) > 1 else ""
+            raise ValueError(
+                f"the state belongs to another {what}: {name} is {there.get(name)} there and {here.get(name)} here"
+                f"{more}; use {made_by}, which read it, or read the video again"
+            )
+    there, here = metadata.get("weights"), identity.get("weights")
+    if there and here and there != here:
+        raise ValueError(
+            f"the state belongs to another model: its weights have the digest {there[:12]}, those of "
+            f"{_named(identity)} have {here[:12]}; use {made_by}, which read it, or read the video again"
+        )
+
+
+def _named(metadata: Mapping[str, str]) -> str:
+    revision = metadata.get("revision")
+    return f"the model {metadata.get('model') or 'without a name'!r}" + (f" at {revision[:12]}" if revision else "")
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state's metadata are damaged: {error}") from error
