@@ -56,6 +56,17 @@ def test_hub_file_names_are_unique():
     assert sorted(names) == sorted(set(names))
 
 
+@pytest.mark.bundled
+def test_bundled_checkpoint_brings_all_its_code():
+    """Its code is that of the two folders, so a file that they gain must be there as well."""
+    bundled = ROOT / "bundled"
+    for path in bundled.glob("*.py"):
+        (source,) = [file for file in HUB_FILES if file.name == path.name]
+        assert path.read_text() == source.read_text()
+        imported = {match.group(1) or match.group(2) for match in RELATIVE_IMPORT.finditer(path.read_text())}
+        assert [name for name in imported if not (bundled / f"{name}.py").is_file()] == []
+
+
 def test_setup_lists_every_package():
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")
