@@ -1,4 +1,4 @@
-"""`video-ma2mba ask`: read a video once, then answer every question from its state."""
+"""`video-ma2mba ask`: answer questions from a video, read once, or from a state file; without questions, a chat."""
 
 import json
 import sys
@@ -12,8 +12,13 @@ from .loading import load_pipeline
 
 
 def ask(
-    video: Annotated[str, typer.Argument(help="Video file, image, directory of images, or URL.", show_default=False)],
-    questions: Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)],
+    video: Annotated[
+        str,
+        typer.Argument(help="Video file, image, directory of images, URL, or state file.", show_default=False),
+    ],
+    questions: Annotated[
+        list[str] | None, typer.Argument(help="Questions; none opens a conversation.", show_default=False)
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
     ] = None,
@@ -33,17 +38,38 @@ def ask(
 ) -> None:
     """Answer questions about a video. The video is read once, in memory that does not grow with it.
 
+    A state file written by `read` needs no reading. Without a question, questions are read from standard input.
     Answers go to standard output as they are generated; progress and figures go to standard error.
     """
+    questions = questions or []
     if any(not question.strip() for question in questions):
         raise ValueError("a question is empty: ask something about the video")
-    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if as_json and not questions:
+        raise ValueError("--json answers questions given on the command line: add one")
+    from video_ma2mba.modeling_video_ma2mba.video_state import VideoState, is_state_file
+
     frames_wanted = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    frames_wanted = {name: value for name, value in frames_wanted.items() if value is not None}
+    loaded = VideoState.load(video) if is_state_file(video) else None
+    if loaded is not None and frames_wanted:
+        raise ValueError(
+            f"{video} is a state file, whose frames are read already: leave {', '.join(frames_wanted)} out"
+        )
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     began = time.perf_counter()
-    with reading_progress(f"reading {video}") as on_frames:
-        state = pipe.read(video, on_frames=on_frames, **{k: v for k, v in frames_wanted.items() if v is not None})
+    if loaded is not None:
+        pipe.check(loaded)
+        state = loaded
+    else:
+        with reading_progress(f"reading {video}") as on_frames:
+            state = pipe.read(video, on_frames=on_frames, **frames_wanted)
     read_seconds = time.perf_counter() - began
-    frames = int(state.metadata["frames"])
+    frames = int(state.metadata.get("frames", 0))
+    if not questions:
+        from .chat import chat
+
+        chat(pipe, state, max_new_tokens)
+        return
 
     for question in questions:
         if as_json:
@@ -63,7 +89,7 @@ def ask(
                 typer.echo(question, err=True)
             streamer = stdout_streamer(pipe.processor.tokenizer)
             pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=streamer)
-    if not as_json:
+    if not as_json and loaded is None:
         typer.echo(f"{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}", err=True)
 
 

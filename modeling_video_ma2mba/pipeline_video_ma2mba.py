@@ -175,7 +175,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         identity = self.identity()
         before = {} if state is None else dict(state.metadata)
         if state is not None:
-            refuse_other(before, identity)
+            self.check(state)
             prefix = prefix[:, -1:]
         (reader,) = readers
         source = source_facts(reader)
@@ -208,6 +208,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             self._identity = kept = StateIdentity(self.model, self.processor)
         return kept.facts()
 
+    def check(self, state: VideoState) -> None:
+        """ValueError naming what differs, unless this pipeline's model and processor made the state."""
+        refuse_other(state.metadata, self.identity())
+        state.check_fits(self.model.config.text_config)
+
     def ask(self, state: VideoState, question: str | list[dict[str, Any]], **settings: Any) -> Any:
         """Answer a question from a state, which stays as it is.
 
@@ -225,7 +230,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             ValueError: the state belongs to another model or processor; what differs is named. Or the question is
                 empty.
         """
-        refuse_other(state.metadata, self.identity())
+        self.check(state)
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         # The processor turns whole conversations into ids; a blank picture stands for the video that was read before.
         first, blank = messages[0], {"type": "image", "image": Image.new("RGB", (1, 1))}

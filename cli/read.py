@@ -1,0 +1,56 @@
+"""`video-ma2mba read`: read a video into a state file, from which questions are answered later."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .ask import reading_progress, size_text
+from .loading import load_pipeline
+
+
+def read(
+    video: Annotated[str, typer.Argument(help="Video file, image, directory of images, or URL.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="State file to write.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames read per second of video.", show_default="1")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
+    ] = None,
+    start: Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)] = None,
+    end: Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)] = None,
+    save_every: Annotated[float, typer.Option(help="Seconds between saves of the unfinished state.", min=0)] = 30.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
+    ] = False,
+) -> None:
+    """Read a video once and keep what the model remembers, in a file of constant size.
+
+    Interrupted, the same command continues from OUT.partial and ends with the same state.
+    """
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {str(out.parent)!r}")
+    partial = Path(f"{os.fspath(out)}.partial")
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if partial.exists():
+        typer.echo(f"continuing from {partial}", err=True)
+    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    try:
+        with reading_progress(f"reading {video}") as on_frames:
+            state = pipe.read(video, on_frames=on_frames, partial=partial, save_seconds=save_every, **chosen)
+    except KeyboardInterrupt:
+        if partial.exists():
+            typer.echo(f"interrupted: the same command continues from {partial}", err=True)
+        raise
+    state.save(out)
+    partial.unlink(missing_ok=True)
+    seen = f"{state.metadata['frames']} frames of {float(state.metadata['seconds']):g} s"
+    typer.echo(f"{out}: {seen}, {size_text(out.stat().st_size)}", err=True)

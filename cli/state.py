@@ -1,0 +1,96 @@
+"""`video-ma2mba state`: what is in a state file, whether it is whole and whose it is, and reading on from it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .ask import reading_progress, size_text
+from .loading import load_pipeline
+
+app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
+StateFile = Annotated[Path, typer.Argument(help="State file written by `read`.", show_default=False)]
+_JSON_FACTS = ("model_config", "processor", "sources", "chat")  # shown in parts, or with --json whole
+
+
+@app.callback()
+def state() -> None:
+    """State files: show, check, and read on."""
+
+
+@app.command()
+def show(
+    file: StateFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as one JSON object.")] = False,
+) -> None:
+    """Say what a state file has seen and which model it belongs to; no model is loaded."""
+    from video_ma2mba import VideoState
+
+    found = VideoState.load(file)
+    facts = {**found.metadata, "tokens": str(found.seen_tokens), "bytes": str(found.nbytes)}
+    parsed = {name: json.loads(facts[name]) for name in _JSON_FACTS if name in facts}
+    if as_json:
+        typer.echo(json.dumps({**facts, **parsed}, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        if name not in _JSON_FACTS and value:
+            typer.echo(f"{name}: {value}")
+    for source in parsed.get("sources", []):
+        chosen = ", ".join(f"{name} {value}" for name, value in source.items() if value is not None and name != "name")
+        typer.echo(f"source {source['name']}: {chosen}")
+    if "chat" in parsed:
+        typer.echo(f"chat: {len(parsed['chat']) // 2} questions answered")
+
+
+@app.command()
+def check(
+    file: StateFile,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
+    ] = False,
+) -> None:
+    """Check that a state file is whole, and that it belongs to a model and its processor."""
+    from video_ma2mba import VideoState
+
+    found = VideoState.load(file)
+    pipe = load_pipeline(model, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
+    pipe.check(found)
+    typer.echo(f"{file}: whole, and read by this model ({pipe.identity()['model']})")
+
+
+@app.command()
+def append(
+    file: StateFile,
+    video: Annotated[str, typer.Argument(help="What to read on with: as for `read`.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="State file to write.", show_default="FILE itself")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames read per second of video.", show_default="1")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
+    ] = None,
+    start: Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)] = None,
+    end: Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
+    ] = False,
+) -> None:
+    """Read more video into a state, as if it had followed the first without a break."""
+    from video_ma2mba import VideoState
+
+    found = VideoState.load(file)
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    with reading_progress(f"reading {video}") as on_frames:
+        longer = pipe.append(found, video, on_frames=on_frames, **chosen)
+    out = out or file
+    longer.save(out)
+    seen = f"{longer.metadata['frames']} frames of {float(longer.metadata['seconds']):g} s"
+    typer.echo(f"{out}: {seen}, {size_text(out.stat().st_size)}", err=True)
