@@ -12,6 +12,8 @@ from .demo import demo
 from .errors import OneLineErrors
 from .init import init
 from .plan import plan
+from .read import read
+from .state import app as state
 from .world import app as world
 
 app = typer.Typer(
@@ -26,6 +28,8 @@ app.command()(ask)
 app.command()(demo)
 app.command()(init)
 app.command()(plan)
+app.command()(read)
+app.add_typer(state, name="state")
 app.add_typer(world, name="world")
 
 
