@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .ask import ask
+from .convert import convert
 from .demo import demo
 from .errors import OneLineErrors
 from .init import init
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(ask)
+app.command()(convert)
 app.command()(demo)
 app.command()(init)
 app.command()(plan)

@@ -75,23 +75,23 @@ def compose(
         text_config = text_config_from(folder, language_model)
         if not config_only:
             tensors = language_tensors(folder, text_config, language_model)
-    vision_config, pixel_statistics = _vision_parts(vision_tower)
+    vision_config, statistics = vision_parts(vision_tower)
 
     if config_only:
-        config = _config(text_config, vision_config, pixel_statistics, min(50277, text_config.vocab_size - 1))
+        config = _config(text_config, vision_config, statistics, min(50277, text_config.vocab_size - 1))
         out.mkdir(parents=True, exist_ok=True)
         config.architectures = [VideoMa2mbaForConditionalGeneration.__name__]
         config.to_json_file(out / "config.json")
         return out
 
-    text_tokenizer, video_token_id = _tokenizer(tokenizer, folder, text_config, tensors)
-    config = _config(text_config, vision_config, pixel_statistics, video_token_id)
-    config.pad_token_id = config.text_config.pad_token_id = text_tokenizer.pad_token_id
+    tokenizer_with_video, video_token_id = text_tokenizer(tokenizer, folder, text_config, tensors)
+    config = _config(text_config, vision_config, statistics, video_token_id)
+    config.pad_token_id = config.text_config.pad_token_id = tokenizer_with_video.pad_token_id
     if vision_tower is not None:
         tensors |= _tower_tensors(vision_tower, config)
     model = _build(config, tensors, dtype, seed)
     model.save_pretrained(out)
-    _processor(config, text_tokenizer).save_pretrained(out)
+    build_processor(config, tokenizer_with_video).save_pretrained(out)
     return out
 
 
@@ -211,7 +211,7 @@ def _preset_text_config(preset: str | None) -> Ma2mbaTextConfig | None:
     return Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers)
 
 
-def _vision_parts(source: str | None) -> tuple[Any, dict[str, list[float]]]:
+def vision_parts(source: str | None) -> tuple[Any, dict[str, list[float]]]:
     """Vision configuration (None: CLIP ViT-L/14-336) and, where the checkpoint states them, mean and deviation."""
     if source is None:
         return None, {}
@@ -220,16 +220,20 @@ def _vision_parts(source: str | None) -> tuple[Any, dict[str, list[float]]]:
     config = getattr(config, "vision_config", config)
     if config.model_type not in _TOWERS:
         raise ValueError(f"{source} is no CLIP or SigLIP model: its vision part has model_type {config.model_type!r}")
-    statistics = {}
+    return config, pixel_statistics(folder)
+
+
+def pixel_statistics(folder: Path) -> dict[str, list[float]]:
+    """`image_mean` and `image_std` of a checkpoint's image processor; empty where it has none."""
     with contextlib.suppress(FileNotFoundError):
         fields = json.loads((folder / "preprocessor_config.json").read_text())
-        statistics = {key: fields[key] for key in ("image_mean", "image_std") if key in fields}
-    return config, statistics
+        return {key: fields[key] for key in ("image_mean", "image_std") if key in fields}
+    return {}
 
 
 def _tower_tensors(source: str, config: VideoMa2mbaConfig) -> dict[str, Tensor]:
     tower_class = _TOWERS[config.vision_config.model_type]
-    with _quiet():
+    with quiet():
         tower, report = tower_class.from_pretrained(
             local_folder(source), config=config.vision_config, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -253,7 +257,7 @@ def _config(
     )
 
 
-def _tokenizer(
+def text_tokenizer(
     source: str | None, folder: Path | None, text_config: Ma2mbaTextConfig, tensors: dict[str, Tensor]
 ) -> tuple[PreTrainedTokenizerBase, int]:
     """Tokenizer with a token for videos and one for padding; grows the embedding where they do not fit."""
@@ -286,7 +290,7 @@ def _build(
     config: VideoMa2mbaConfig, tensors: dict[str, Tensor], dtype: torch.dtype, seed: int
 ) -> VideoMa2mbaForConditionalGeneration:
     """Model with the given tensors and random others."""
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         model = VideoMa2mbaForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype
@@ -295,7 +299,8 @@ def _build(
     return model
 
 
-def _processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+def build_processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The processor of a model: frames at its size, text through `tokenizer`."""
     from video_ma2mba.processing.processing_video_ma2mba import VideoMa2mbaProcessor
     from video_ma2mba.processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
 
@@ -305,7 +310,7 @@ def _processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from warning of the tensors that are meant to be new."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -1,0 +1,71 @@
+"""`video-ma2mba convert`: released checkpoints into this package's layout, and back."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def convert(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Directory, Hub id or single file; several if each holds a part (language model, tower, projector).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write; it must be empty or new.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(help="Layout to write: ours, or official (of the released checkpoints).")
+    ] = "ours",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer: directory or Hub id.", show_default="the language model's")
+    ] = None,
+    vision_config: Annotated[
+        str | None, typer.Option(help="Where the tower's config.json is, if SOURCE has none: directory or Hub id.")
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Pattern of unknown tensors that may be dropped; may be repeated.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file to write, such as 500MB.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every tensor; write nothing.")] = False,
+) -> None:
+    """Convert a checkpoint to this package's layout, or back. Refuses what would not make up a whole model.
+
+    Prints what became of every tensor with --dry-run; otherwise that list is in conversion.json of the result.
+    """
+    size = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", max_shard_size.upper())
+    if size is None or int(size[1]) == 0:
+        raise ValueError(f"--max-shard-size {max_shard_size} is no size: write 500MB or 5GB")
+
+    from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
+    from video_ma2mba.conversion.report import ConversionError
+
+    try:
+        report = convert_checkpoint(
+            sources,
+            out,
+            to=to,
+            tokenizer=tokenizer,
+            vision_config=vision_config,
+            leave_out=leave_out or (),
+            max_shard_bytes=int(size[1]) * _UNITS[size[2] or ""],
+            dry_run=dry_run,
+        )
+    except ConversionError as error:
+        for kind, items in error.problems.items():
+            for item in items:
+                typer.echo(f"{kind}: {item}", err=True)
+        raise
+    if dry_run:
+        for row in report.rows:
+            typer.echo(f"{row}")
+    for source, layout in zip(report.sources, report.layouts, strict=True):
+        typer.echo(f"{source}: {layout}", err=True)
+    typer.echo(f"{report}", err=True)
+    if not dry_run:
+        typer.echo(f"{out}")
