@@ -102,7 +102,7 @@ def model_facts(config: Any) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of the names and sizes of all parameters and up to 1024 or so values of each, evenly spread.
+    """SHA-256 of the names and sizes of all parameters and of 1024 to 2047 values of each (or all), evenly spread.
 
     Values are compared as bf16, so that loading a checkpoint in fp32 or bf16 gives the same digest. Empty where
     weights are offloaded and cannot be looked at.
@@ -113,7 +113,7 @@ def weights_digest(model: torch.nn.Module) -> str:
             return ""
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _SAMPLES)]
-        digest.update(values.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(values.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
