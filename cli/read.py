@@ -38,14 +38,24 @@ def read(
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {str(out.parent)!r}")
-    partial = Path(f"{os.fspath(out)}.partial")
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    read_into_file(pipe, video, out, save_seconds=save_every, **chosen)
+
+
+def read_into_file(pipe, video: str, out: Path, **settings) -> None:
+    """Read a video and save the state; interrupted, the same call continues from OUT.partial.
+
+    Args:
+        pipe: the question-answering pipeline.
+        settings: of `pipe.read`.
+    """
+    partial = Path(f"{os.fspath(out)}.partial")
     if partial.exists():
         typer.echo(f"continuing from {partial}", err=True)
-    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
     try:
         with reading_progress(f"reading {video}") as on_frames:
-            state = pipe.read(video, on_frames=on_frames, partial=partial, save_seconds=save_every, **chosen)
+            state = pipe.read(video, on_frames=on_frames, partial=partial, **settings)
     except KeyboardInterrupt:
         if partial.exists():
             typer.echo(f"interrupted: the same command continues from {partial}", err=True)

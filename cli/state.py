@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .ask import reading_progress, size_text
 from .loading import load_pipeline
+from .read import read_into_file
 
 app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
 StateFile = Annotated[Path, typer.Argument(help="State file written by `read`.", show_default=False)]
@@ -76,21 +76,20 @@ def append(
     ] = None,
     start: Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)] = None,
     end: Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)] = None,
+    save_every: Annotated[float, typer.Option(help="Seconds between saves of the unfinished state.", min=0)] = 30.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
     ] = False,
 ) -> None:
-    """Read more video into a state, as if it had followed the first without a break."""
+    """Read more video into a state, as if it had followed the first without a break.
+
+    Interrupted, the same command continues from OUT.partial and ends with the same state.
+    """
     from video_ma2mba import VideoState
 
     found = VideoState.load(file)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
-    with reading_progress(f"reading {video}") as on_frames:
-        longer = pipe.append(found, video, on_frames=on_frames, **chosen)
-    out = out or file
-    longer.save(out)
-    seen = f"{longer.metadata['frames']} frames of {float(longer.metadata['seconds']):g} s"
-    typer.echo(f"{out}: {seen}, {size_text(out.stat().st_size)}", err=True)
+    read_into_file(pipe, video, out or file, state=found, save_seconds=save_every, **chosen)

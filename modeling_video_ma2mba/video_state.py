@@ -146,6 +146,8 @@ class VideoState:
             seen, metadata = int(facts["seen_tokens"]), dict(json.loads(facts["metadata"]))
             if seen < 0:
                 raise ValueError(f"seen_tokens={seen}")
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("its metadata are not all text")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
         if facts.get("checksum") != _checksum(tensors, facts):

@@ -78,6 +78,30 @@ def test_append_reads_on(run, film, tiny_video, tmp_path):
     assert torch.equal(VideoState.load(film).ssm, VideoState.load(longer).ssm)
 
 
+def test_an_interrupted_append_goes_on(run, film, tiny_video, tmp_path, monkeypatch):
+    expected = tmp_path / "expected.state"
+    command = ["state", "append", film, tiny_video, "--fps", "2", "--save-every", "0"]
+    assert run(*command, "--out", expected).exit_code == 0
+    before, whole, calls = film.read_bytes(), VideoMa2mbaForConditionalGeneration.read, []
+
+    def until_control_c(self, *arguments, **settings):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **settings)
+
+    monkeypatch.setattr(VideoMa2mbaForConditionalGeneration, "read", until_control_c)
+    assert run(*command).exit_code == 130
+    assert film.read_bytes() == before
+    assert "with another state to continue" in refused(
+        run("read", tiny_video, "--out", film, "--overwrite", *command[4:])
+    )
+    assert "continuing from" in run(*command).stderr
+    assert torch.equal(VideoState.load(film).ssm, VideoState.load(expected).ssm)
+    assert VideoState.load(film).metadata == VideoState.load(expected).metadata
+    assert sorted(os.listdir(tmp_path)) == ["expected.state", "film.state"]
+
+
 def test_check_names_what_is_wrong(run, film, make_model, tiny_checkpoint, tmp_path):
     whole = run("state", "check", film)
     assert (whole.exit_code, whole.stdout.strip()) == (0, f"{film}: whole, and read by this model (checkpoint)")

@@ -150,6 +150,7 @@ def test_foreign_files_are_refused(tmp_path):
     assert "damaged header" in foreign(tmp_path, tensors, facts | {"seen_tokens": "-1"})
     assert "damaged header" in foreign(tmp_path, tensors, facts | {"metadata": "{"})
     assert "damaged header" in foreign(tmp_path, tensors, facts | {"metadata": json.dumps([1, 2])})
+    assert "not all text" in foreign(tmp_path, tensors, facts | {"metadata": json.dumps({"frames": 3})})
     assert "damaged header" in foreign(tmp_path, tensors, {k: v for k, v in facts.items() if k != "metadata"})
     assert "damaged" in foreign(tmp_path, tensors | {"ssm": good.ssm + 1}, facts)
 
