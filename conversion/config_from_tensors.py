@@ -19,6 +19,8 @@ from .tensor_store import TensorSpec
 _HEADS = {"clip_vision_model": {768: 12, 1024: 16, 1280: 16, 1664: 16}, "siglip_vision_model": {768: 12, 1152: 16}}
 # Layers of the towers that training configurations name, to notice a checkpoint that lost its last ones.
 _TOWER_LAYERS = {"clip-vit-large-patch14-336": 24, "clip-vit-large-patch14": 24}
+# Side in pixels where it is no multiple of the patch (27 patches of 14 are 378): the tower ignores the rest.
+_IMAGE_SIZES = {"siglip-so400m-patch14-384": 384}
 # LLaVA drops the last of SigLIP-so400m's 27 layers and takes what is then the last: hidden state -1, not -2.
 _CUT_SIGLIP = (1152, 26)
 _POOL_MODES = ("bilinear", "average")
@@ -103,16 +105,18 @@ def vision_fields_from_tensors(
     positions = shape.of("embeddings.position_embedding.weight", 2)[0]
     clip = shape.has("embeddings.class_embedding")
     model_type = "clip_vision_model" if clip else "siglip_vision_model"
+    name = (tower_name or "").rstrip("/").rpartition("/")[2]  # may be a directory of the authors' machine
+    side = round((positions - clip) ** 0.5)
+    image_size = declared.get("image_size", _IMAGE_SIZES.get(name, side * patch))
     sizes = {
         "hidden_size": width,
         "intermediate_size": shape.of("encoder.layers.*.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": shape.count_layers("encoder."),
-        "image_size": round((positions - clip) ** 0.5) * patch,
+        "image_size": image_size if image_size // patch == side else side * patch,
         "patch_size": patch,
         "num_channels": channels,
     }
-    known = _TOWER_LAYERS.get((tower_name or "").rstrip("/").rpartition("/")[2])  # often a directory of its authors'
-    _agree({"num_hidden_layers": known, **declared}, sizes, source)
+    _agree({"num_hidden_layers": _TOWER_LAYERS.get(name), **declared}, sizes, source)
     fields = {**declared, **sizes, "model_type": model_type}
     if "num_attention_heads" not in declared:
         heads = _HEADS[model_type].get(width)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from conversion_models import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -33,6 +35,7 @@ from transformers import (
 
 from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
 from video_ma2mba.conversion.report import ConversionError
+from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer, byte_alphabet
 
 IDS = torch.randint(6, 262, (1, 20), generator=torch.Generator().manual_seed(3))
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -241,8 +244,6 @@ def test_configuration_says_what_shapes_cannot(tmp_path: Path, checkpoint, tenso
 @pytest.mark.parametrize("tower_names", ["vision part", "whole CLIP", "siglip"])
 @pytest.mark.parametrize("projector_file", ["mm_projector.bin", "projector.safetensors"])
 def test_parts_of_several_checkpoints(tmp_path: Path, names: str, tower_names: str, projector_file: str):
-    from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
-
     language, tower, mlp = language_model(), clip_tower(), projector()
     build_byte_tokenizer().save_pretrained(tmp_path / "language")
     if names == "transformers":
@@ -288,3 +289,55 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, checkp
         tensors[name] = tensors[name][: ROWS - 20].clone()
     with pytest.raises(ValueError, match="tokenizer has 262 tokens"):
         convert_checkpoint(checkpoint(tensors), tmp_path / "out")
+
+
+@pytest.mark.parametrize("tokenizer_class", ["GPTNeoXTokenizer", "GPTNeoXTokenizerFast"])
+def test_the_tokenizer_of_the_source_gets_video_and_padding(tmp_path: Path, checkpoint, tensors, tokenizer_class: str):
+    """Files as GPT-NeoX's: the end of text is a token to learn, so it must not be the padding."""
+    source = checkpoint(tensors)
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|padding|>", *byte_alphabet()])}
+    text = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    text.pre_tokenizer, text.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text.add_special_tokens(["<|endoftext|>", "<|padding|>"])
+    text.save(str(source / "tokenizer.json"))
+    end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    (source / "tokenizer_config.json").write_text(json.dumps(end | {"tokenizer_class": tokenizer_class}))
+    convert_checkpoint(source, tmp_path / "out")
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    config = load(tmp_path / "out").config
+    assert tokenizer.convert_tokens_to_ids("<video>") == config.video_token_id == 258
+    assert config.pad_token_id == tokenizer.pad_token_id != config.eos_token_id == 0
+    assert tokenizer.decode(tokenizer("a film é")["input_ids"]) == "a film é"
+
+
+def test_nothing_is_left_of_a_conversion_that_failed(tmp_path: Path, checkpoint, tensors, monkeypatch):
+    from video_ma2mba.conversion import convert_checkpoint as module
+
+    source, out = checkpoint(tensors), tmp_path / "out"
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(OSError, match="GB left"):
+            convert_checkpoint(source, out)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_read", lambda opened, place: opened[0].store.read(place[1]).double())
+        with pytest.raises(ValueError, match="its file's index says"):
+            convert_checkpoint(source, out)
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(FileExistsError, match="interrupted conversion"):
+        convert_checkpoint(source, out)
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "message"),
+    [
+        (0, {}, "name a checkpoint"),
+        (1, {"to": "gguf"}, "is no layout"),
+        (2, {"to": "official"}, "one checkpoint at a time"),
+        (1, {"to": "official"}, "no checkpoint of this package"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, checkpoint, tensors, count: int, arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint([checkpoint(tensors)] * count, tmp_path / "out", **arguments)

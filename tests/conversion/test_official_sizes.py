@@ -1,9 +1,18 @@
 """The released checkpoints at their true sizes, as names and shapes: nothing is downloaded and no memory is taken."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conversion_models import official_tensors, projector
-from transformers import CLIPVisionConfig, CLIPVisionModel, Mamba2Config, Mamba2ForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from video_ma2mba.conversion.report import ConversionError
 from video_ma2mba.conversion.tensor_plan import CheckpointSource, plan_tensors
@@ -24,33 +33,53 @@ class Listed:
         self.specs = specs
 
 
-def listed(size: str, nesting: str) -> dict[str, TensorSpec]:
-    """Every tensor of a released checkpoint, from transformers' own models on the meta device."""
+def language_model(size: str) -> Mamba2ForCausalLM:
     width, layers, heads, *_ = SIZES[size]
+    config = Mamba2Config(
+        vocab_size=50288,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_heads=heads,
+        head_dim=64,
+        state_size=128,
+        n_groups=1,
+        tie_word_embeddings=False,
+    )
+    return Mamba2ForCausalLM(config)
+
+
+def clip_tower() -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    return CLIPVisionModel(config)
+
+
+def cut_siglip_tower() -> SiglipVisionModel:
+    """SigLIP-so400m at 384 pixels as LLaVA keeps it: without its last layer and its pooling head."""
+    config = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    return SiglipVisionModel(config)
+
+
+def listed(size: str, nesting: str, make_tower: Callable = clip_tower) -> dict[str, TensorSpec]:
+    """Every tensor of a released checkpoint, from transformers' own models on the meta device."""
     with torch.device("meta"):
-        language = Mamba2ForCausalLM(
-            Mamba2Config(
-                vocab_size=50288,
-                hidden_size=width,
-                num_hidden_layers=layers,
-                num_heads=heads,
-                head_dim=64,
-                state_size=128,
-                n_groups=1,
-                tie_word_embeddings=False,
-            )
-        )
-        tower = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-            )
-        )
-        tensors = official_tensors(language, tower, projector(1024, width), nesting)
+        tower = make_tower()
+        mlp = projector(tower.config.hidden_size, SIZES[size][0])
+        tensors = official_tensors(language_model(size), tower, mlp, nesting)
     return {key: TensorSpec("BF16", tuple(value.shape)) for key, value in tensors.items()}
 
 
@@ -88,3 +117,16 @@ def test_a_lost_last_layer_is_noticed(lost: str):
     fields = {"n_layer": 64, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     with pytest.raises(ConversionError, match="num_hidden_layers is (23|63) by the tensors"):
         plan_tensors([CheckpointSource("3.1b", Listed(specs), fields, None)], lambda head, embedding: True)
+
+
+@pytest.mark.parametrize("tower_name", ["google/siglip-so400m-patch14-384", "/data/siglip-so400m-patch14-384/"])
+def test_siglip_without_its_last_layer(tower_name: str):
+    """What is left of the tower ends where the paper's features are taken, on pictures of 384 pixels."""
+    specs = listed("0.7b", "vision_tower.vision_model.", cut_siglip_tower)
+    fields = {"mm_vision_tower": tower_name, "mm_vision_select_layer": -2}
+    plan = plan_tensors([CheckpointSource("siglip", Listed(specs), fields, None)], lambda head, embedding: True)
+    assert plan.config.vision_feature_layer == -1
+    assert plan.config.image_mean == [0.5] * 3
+    vision = plan.config.vision_config
+    assert (vision.image_size, vision.num_attention_heads, vision.num_hidden_layers) == (384, 16, 26)
+    assert plan.config.tokens_per_frame == 14 * 14
