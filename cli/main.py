@@ -12,7 +12,9 @@ from .convert import convert
 from .demo import demo
 from .errors import OneLineErrors
 from .init import init
+from .niah import niah
 from .plan import plan
+from .push import push
 from .read import read
 from .state import app as state
 from .world import app as world
@@ -29,7 +31,9 @@ app.command()(ask)
 app.command()(convert)
 app.command()(demo)
 app.command()(init)
+app.command()(niah)
 app.command()(plan)
+app.command()(push)
 app.command()(read)
 app.add_typer(state, name="state")
 app.add_typer(world, name="world")

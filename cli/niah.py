@@ -1,0 +1,103 @@
+"""`video-ma2mba niah`: needle in a haystack, one frame to be found in a video of many, depth against length."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .ask import reading_progress
+from .loading import load_pipeline
+
+
+def niah(
+    out: Annotated[Path, typer.Option(help="Folder for cells and report; a run continues there.", show_default=False)],
+    frames: Annotated[
+        str, typer.Option(help="Lengths: 64,128 or first..last (10 of them) or first..last:step.")
+    ] = "100..6000",
+    depths: Annotated[str, typer.Option(help="Depths within 0..1, written likewise (a range: 5 of them).")] = "0..1",
+    needles: Annotated[int, typer.Option(help="Needles in each cell, each in a video of its own.")] = 5,
+    forms: Annotated[str, typer.Option(help="Forms of question: open, choice or open,choice.")] = "open",
+    haystack: Annotated[str, typer.Option(help="`synthetic`, or a video, folder of images or URL.")] = "synthetic",
+    fps: Annotated[float, typer.Option(help="Frames per second taken from a haystack video.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Another seed gives other needles and rendered haystacks.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
+    ] = False,
+) -> None:
+    """Insert one frame with a sign into long videos and ask for the sign: how often is it found?
+
+    Every haystack is read once; its states are shared by all needles and questions. Writes cells.json, summary.md and
+    heatmap.png to --out. Interrupted, the same command continues; with more lengths or depths it extends the grid.
+    """
+    from video_ma2mba.eval.number_lists import parse_depths, parse_lengths
+
+    lengths, places = parse_lengths(frames), parse_depths(depths)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    _require_matplotlib()
+    from video_ma2mba.eval.needle_haystack import open_haystack
+    from video_ma2mba.eval.needle_report import mean, write_report
+    from video_ma2mba.eval.needle_search import NeedleGrid, measure
+
+    grid = NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed)
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = open_haystack(haystack, pipe.processor, fps=fps, seed=seed)
+
+    def tell(cell: dict) -> None:
+        found = f"{round(cell['greedy'] * cell['questions'])} of {cell['questions']}"
+        typer.echo(f"{cell['frames']} frames, depth {cell['depth']:g}: {found} ({cell['seconds']:.1f} s)", err=True)
+
+    with reading_progress("frames read") as on_frames:
+        cells = measure(pipe, source, grid, out, tell, on_frames)
+    given = {"--model": model, "--haystack": haystack, "--frames": frames, "--depths": depths, "--needles": needles}
+    given |= {"--forms": forms, "--seed": seed, "--out": out}
+    if haystack != "synthetic":
+        given["--fps"] = fps
+    words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]
+    about = {
+        "command": shlex.join(["video-ma2mba", "niah", *words]),
+        "model": model or "bundled checkpoint",
+        "haystack": "rendered world" if haystack == "synthetic" else haystack,
+        "needles": needles,
+        **_circumstances(pipe),
+    }
+    write_report(out, cells, about)
+    typer.echo(f"{mean(cells, 'greedy'):.1%} found (chance {mean(cells, 'chance'):.1%}): {out / 'summary.md'}")
+
+
+def _require_matplotlib() -> None:
+    """Before hours of measuring rather than behind them."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ImportError("the heat map needs matplotlib: pip install 'video-ma2mba[plot]'", name="matplotlib")
+
+
+def _circumstances(pipe) -> dict[str, str]:
+    """Date, device, data type and versions, as a report says them."""
+    import datetime
+
+    import torch
+    import transformers
+
+    from video_ma2mba import __version__
+
+    kind = pipe.model.device.type
+    name = (
+        torch.cuda.get_device_name(pipe.model.device)
+        if kind == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s)"
+    )
+    versions = f"video-ma2mba {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "versions": versions,
+    }

@@ -1,0 +1,138 @@
+"""Haystacks and needles: long videos without a card, and single frames that hold one up, with a question about it.
+
+Needles are frames (pixels), inserted before the vision tower sees them, so a needle costs what any frame costs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..processing.frame_fitting import fit_frame
+from ..synthetic import Question, World, WorldRenderer, WorldSettings, ask, build_world, video_seed
+from ..synthetic.world import CARD_SYMBOLS, Backdrop, Card
+
+SYNTHETIC = "synthetic"
+_SMALLEST = 32  # pixels: the rendered world draws no smaller; smaller models get its frames scaled down
+_CHUNK = 64  # frames
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One inserted frame, uint8 (h, w, 3), and what is asked about it."""
+
+    frame: np.ndarray
+    questions: tuple[Question, ...]
+
+
+class SyntheticHaystack:
+    """A rendered video of its own for every length, without a card; needles are the scene of the moment with a card.
+
+    The world is that of the training videos: a sun crosses it once, so a length is not the beginning of a longer one.
+    """
+
+    name = SYNTHETIC
+    sha256 = None
+
+    def __init__(self, size: tuple[int, int], resize_mode: str, seed: int):
+        self.size, self.resize_mode, self.seed = size, resize_mode, seed
+
+    def check(self, frames: int) -> None:
+        """ValueError unless there are so many frames."""
+        self._world(frames)
+
+    def chunks(self, frames: int) -> Iterator[np.ndarray]:
+        """`frames` frames, uint8 (up to 64, h, w, 3) at a time."""
+        for chunk in WorldRenderer(self._world(frames), max(*self.size, _SMALLEST)).chunks(chunk=_CHUNK):
+            yield np.stack([fit_frame(frame, self.size, self.resize_mode) for frame in chunk])
+
+    def scene(self, card: Card, frames: int, position: int) -> tuple[World, int]:
+        """A world that holds up `card`, and the second at which to look at it."""
+        second = min(position, frames - 1)  # behind the last frame, the scene is still that of the last frame
+        return replace(self._world(frames), card=replace(card, start=second)), second
+
+    def _world(self, frames: int) -> World:
+        return build_world(video_seed("test", frames, self.seed), frames, WorldSettings(card=False))
+
+
+class VideoHaystack:
+    """The first frames of a video, `fps` of them a second; needles are cards on plain grey."""
+
+    def __init__(self, reader: Any):
+        self.reader = reader
+        self.name, self.size, self.resize_mode = str(reader.name), reader.size, reader.resize_mode
+        self.sha256 = reader.content_digest()
+
+    def check(self, frames: int) -> None:
+        """ValueError unless there are so many frames."""
+        found = self.reader.expected_frames
+        if found < frames:
+            raise ValueError(
+                f"--haystack {self.name} has {found} frames at {self.reader.sampling.fps:g} a second, "
+                f"but --frames asks for {frames}: use a longer video, a higher --fps or fewer frames"
+            )
+
+    def chunks(self, frames: int) -> Iterator[np.ndarray]:
+        """`frames` frames, uint8 (up to 64, h, w, 3) at a time."""
+        left = frames
+        try:
+            for chunk in self.reader.chunks(_CHUNK):
+                yield chunk.pixels[:left]
+                left -= len(chunk)
+                if left <= 0:
+                    return
+        finally:
+            self.reader.close()
+        raise ValueError(
+            f"--haystack {self.name} is damaged: only {frames - left} of {frames} frames could be read; use fewer"
+        )
+
+    def scene(self, card: Card, frames: int, position: int) -> tuple[World, int]:
+        """A world that holds up `card`, and the second at which to look at it."""
+        plain = Backdrop(0, 1, "plain", (70, 70, 70), 0)
+        return World(0, 1, (), replace(card, start=0), (plain,), sun=False, clutter=False), 0
+
+
+def open_haystack(source: str, processor: Any, *, fps: float = 1.0, seed: int = 0) -> Any:
+    """The haystack called `synthetic`, or one made of a video file, a folder of pictures or an address.
+
+    Raises:
+        FileNotFoundError: there is no such video.
+        ValueError: it is no video, or `fps` is out of range.
+    """
+    video_processor = processor.video_processor
+    size = (video_processor.size["height"], video_processor.size["width"])
+    if source == SYNTHETIC:
+        return SyntheticHaystack(size, video_processor.resize_mode, seed)
+    if "://" not in source and not os.path.exists(os.path.expanduser(source)):
+        raise FileNotFoundError(f"--haystack {source}: no such video file (or write {SYNTHETIC} for rendered videos)")
+    return VideoHaystack(video_processor.open(source, fps=fps))
+
+
+def make_needles(
+    haystack: Any, frames: int, position: int, count: int, forms: Sequence[str], seed: int
+) -> list[Needle]:
+    """`count` needles for the place before frame `position` of a haystack of `frames` frames (`frames`: behind all).
+
+    Signs do not repeat before all have been used. The same arguments give the same needles.
+    """
+    rng = random.Random(((seed << 24) + frames << 24) + position)
+    side = max(*haystack.size, _SMALLEST)
+    needles: list[Needle] = []
+    used: set[str] = set()
+    while len(needles) < count:
+        drawn = int(rng.random() * 2**40)
+        card = build_world(drawn, 4).card
+        if card.symbol in used:
+            continue
+        used = set() if len(used) + 1 == len(CARD_SYMBOLS) else used | {card.symbol}
+        world, second = haystack.scene(card, frames, position)
+        picture = WorldRenderer(world, side).frames([second])[0]
+        asked = [ask(replace(world, seed=drawn), 1, ("needle",), (form,))[0] for form in forms]
+        needles.append(Needle(fit_frame(picture, haystack.size, haystack.resize_mode), tuple(asked)))
+    return needles
