@@ -1,0 +1,100 @@
+"""`video-ma2mba push`: a checkpoint to the Hub, with code and card, tried out before."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def push(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Saved model with its processor, or a LoRA adapter.", show_default=False),
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write and try the exact folder, upload nothing; needs no network.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where --dry-run writes the folder.", show_default="hub/USER/NAME")
+    ] = None,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="Such as apache-2.0.", show_default="that of DIR/README.md")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id this was made from.", show_default="that of DIR/README.md")
+    ] = None,
+    card_results: Annotated[
+        Path | None, typer.Option(help="Table of eval.world_accuracy (CSV) for the card.", show_default=False)
+    ] = None,
+    card_measured_on: Annotated[
+        str | None, typer.Option(help='What measured it, such as "H200, bf16, 2026-11-21".', show_default=False)
+    ] = None,
+) -> None:
+    """Publish a checkpoint in one commit: weights, configuration, processor, code, and a card made from its data.
+
+    Before that, a clean process without this package loads the folder and answers a question about a small video.
+    """
+    if out is not None and not dry_run:
+        raise ValueError("--out is where --dry-run writes: add --dry-run, or leave --out away")
+    from huggingface_hub import HfApi
+
+    from video_ma2mba.hub_cards.checkpoint_facts import read_facts
+    from video_ma2mba.hub_cards.hub_folder import write_hub_folder
+    from video_ma2mba.hub_cards.preflight import ask_as_a_stranger, refuse_secrets, refuse_wrong_sizes
+    from video_ma2mba.hub_cards.upload import check_login, check_repo_id, upload
+
+    from .ask import size_text
+
+    check_repo_id(repo_id)
+    api = HfApi()
+    if not dry_run:
+        check_login(api)
+    adapter = read_facts(folder).adapter
+    with _new_folder((out or Path("hub", repo_id)) if dry_run else None) as target:
+        left_out = write_hub_folder(
+            folder,
+            target,
+            repo_id,
+            license=license_name,
+            base_model=base_model,
+            accuracy_csv=card_results,
+            measured_on=card_measured_on,
+        )
+        refuse_wrong_sizes(target)
+        refuse_secrets(target)
+        typer.echo("trying the folder in a process without this package …", err=True)
+        # an adapter is tried on the base model that it was trained on, which may be a folder of this machine
+        answer = ask_as_a_stranger(target, adapter["base_model_name_or_path"] if adapter else None)
+        typer.echo(f"it answers: {answer!r}", err=True)
+        if left_out:
+            typer.echo(f"left out: {', '.join(left_out)}", err=True)
+        if dry_run:
+            for path in sorted(target.iterdir()):
+                typer.echo(f"{size_text(path.stat().st_size):>10}  {path.name}")
+            typer.echo(f"nothing was uploaded; the folder is {target}", err=True)
+            return
+        commit = upload(target, repo_id, private=private, api=api)
+    typer.echo(f"{commit.commit_url}")
+    typer.echo(f'pinned: pipeline(model="{repo_id}", revision="{commit.oid}", trust_remote_code=True)', err=True)
+
+
+@contextmanager
+def _new_folder(wanted: Path | None) -> Iterator[Path]:
+    """The folder to write: `wanted`, taken away again if anything goes wrong, or (None) one for the time being."""
+    if wanted is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / "checkpoint"
+        return
+    if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        raise ValueError(f"{wanted} exists and is not an empty directory: choose another with --out")
+    try:
+        yield wanted
+    except BaseException:
+        shutil.rmtree(wanted, ignore_errors=True)
+        raise

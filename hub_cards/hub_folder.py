@@ -1,0 +1,152 @@
+"""Writes the one folder that goes to the Hub: weights, configuration, processor, code and card, and nothing else."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .accuracy_table import read_accuracy
+from .checkpoint_facts import read_facts, read_json, weight_files
+from .model_card import model_card, own_words, read_metadata
+
+_ROOT = Path(__file__).resolve().parents[1]
+_CODE_FOLDERS = ("modeling_video_ma2mba", "processing")
+# What save_pretrained of a model, a processor or an adapter writes beside weights and code.
+_KEPT = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "model.safetensors.index.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_NEEDED = ("processor_config.json", "tokenizer.json", "chat_template.jinja")
+
+
+def write_hub_folder(
+    source: Path,
+    target: Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    accuracy_csv: Path | None = None,
+    measured_on: str | None = None,
+) -> list[str]:
+    """Copy what belongs on the Hub from `source` to `target`, with the package's code and a generated card.
+
+    Args:
+        source: folder written by `save_pretrained` of model and processor, or of a LoRA adapter. It is not changed.
+        target: an empty or new folder; what is in it stays.
+        license: identifier such as apache-2.0; None takes the one in the metadata of `source`'s README.md.
+        base_model: Hub id that the checkpoint was made from; None takes the README's, or the adapter's.
+        accuracy_csv: table of `eval/world_accuracy.py` for the card; measured_on: with what and when.
+
+    Returns:
+        Names in `source` that were left out.
+
+    Raises:
+        FileNotFoundError: something is missing. ValueError: something is foreign, unsafe or unknown, in one sentence.
+    """
+    facts = read_facts(source)
+    _refuse_links_outside(source)
+    earlier = read_metadata(source / "README.md")
+    license = license or earlier.get("license")
+    if not license or license == "unknown":
+        raise ValueError(f"{source} names no licence: give one, such as --license apache-2.0")
+    base_model = base_model or _hub_id(earlier.get("base_model"))
+    names = {path.name for path in weight_files(source)}
+    names |= {path.name for path in source.iterdir() if any(fnmatch.fnmatch(path.name, kept) for kept in _KEPT)}
+    code: dict[str, Path] = {}
+    if facts.adapter is None:
+        missing = [name for name in _NEEDED if name not in names]
+        if missing:
+            raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: save the processor there, too")
+        code = _code_for(source)
+    else:
+        base_model = base_model or _hub_id(facts.adapter.get("base_model_name_or_path"))
+    title, words = own_words(source / "README.md")
+    card = model_card(
+        facts,
+        repo_id,
+        license=license,
+        base_model=base_model,
+        metadata=earlier,
+        title=title,
+        words=words,
+        accuracy=read_accuracy(accuracy_csv) if accuracy_csv else None,
+        measured_on=measured_on,
+    )
+
+    target.mkdir(parents=True, exist_ok=True)
+    for name in sorted(names):
+        shutil.copyfile(source / name, target / name)
+    if facts.adapter is not None:  # a path of this machine would be of no use to others
+        _write_json(target / "adapter_config.json", facts.adapter | {"base_model_name_or_path": base_model})
+    for name, path in code.items():
+        shutil.copyfile(path, target / name)
+    if accuracy_csv:
+        shutil.copyfile(accuracy_csv, target / "world_accuracy.csv")
+    (target / "README.md").write_text(card, encoding="utf-8")
+    return sorted(path.name for path in source.iterdir() if path.name not in {*names, *code, "README.md"})
+
+
+def _refuse_links_outside(source: Path) -> None:
+    """Links to the package's own code are fine: its content is copied. Any other would publish a file of elsewhere."""
+    inside = source.resolve()
+    own_code = {(_ROOT / folder) for folder in _CODE_FOLDERS}
+    for path in sorted(source.rglob("*")):
+        if path.is_symlink():
+            real = path.resolve()
+            if not real.is_relative_to(inside) and not (real.suffix == ".py" and real.parent in own_code):
+                raise ValueError(f"{path} is a link to a file outside {source}: replace it by a copy of the file")
+
+
+def _code_for(source: Path) -> dict[str, Path]:
+    """The package's files that the checkpoint's configurations name, and all that those import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    config, processor = read_json(source / "config.json"), read_json(source / "processor_config.json")
+    pipelines = {task: entry.get("impl") for task, entry in config.get("custom_pipelines", {}).items()}
+    video_processor = processor.get("video_processor", {})
+    named = [config.get("auto_map"), pipelines, processor.get("auto_map"), video_processor.get("auto_map")]
+    if not all(named):
+        raise ValueError(
+            f"{source} does not name its code (auto_map, custom_pipelines): save model and processor with "
+            "save_pretrained of this package"
+        )
+    modules = {reference.split(".")[0] for group in named for reference in group.values()}
+    found: dict[str, Path] = {}
+    for module in sorted(modules):
+        path = next((p for f in _CODE_FOLDERS if (p := _ROOT / f / f"{module}.py").is_file()), None)
+        if path is None:
+            raise ValueError(f"{source} names the code file {module}.py, which is not of this package")
+        for file in (path, *map(Path, get_relative_import_files(path))):
+            found[file.name] = file
+    return found
+
+
+def _hub_id(name: Any) -> str | None:
+    """`name` if it is `owner/name` on the Hub and no path of this machine."""
+    if isinstance(name, list):
+        name = name[0] if len(name) == 1 else None
+    is_id = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name if is_id and not Path(name).exists() else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
