@@ -113,7 +113,10 @@ def _open(name: str) -> CheckpointSource:
     if path.is_file():
         return CheckpointSource(name, TensorStore(path, name), {}, None)
     folder = local_folder(name)
-    fields = json.loads((folder / "config.json").read_text())
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"config.json of {name} is damaged: {error}") from error
     return CheckpointSource(name, TensorStore(folder, name), fields, folder)
 
 

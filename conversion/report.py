@@ -69,7 +69,8 @@ class ConversionError(ValueError):
     """The tensors do not make up a whole model.
 
     Attributes:
-        problems: every problem by kind ("missing", "unknown", "mis-shaped", "contradicting"), nothing shortened.
+        problems: every problem by kind ("missing", "unknown", "mis-shaped", "mistyped", "contradicting", ...),
+            nothing shortened.
     """
 
     def __init__(self, name: str, problems: dict[str, Sequence[str]], remedy: str = "") -> None:

@@ -14,7 +14,7 @@ from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mba
 from .config_from_tensors import missing_parts, model_config, text_config_from_tensors, vision_fields_from_tensors
 from .layouts import OURS, Layout, detect_layout, unused
 from .report import ConversionError, ConversionReport, TensorRow
-from .tensor_store import TensorSpec, TensorStore
+from .tensor_store import DTYPES, TensorSpec, TensorStore
 
 _EMBEDDING = f"{OURS.language}{OURS.embedding}.weight"
 _POSITIONS = f"{OURS.tower}embeddings.position_ids"
@@ -160,11 +160,16 @@ def _refuse(name: str, sources: Sequence[CheckpointSource], found: _Found, wante
         for canonical, (i, stored) in found.places.items()
         if canonical in wanted and sources[i].specs[stored].shape != wanted[canonical]
     ]
-    if missing or unknown or misshaped:
-        remedy = (
-            "leave_out= names unknown tensors that may be dropped" if unknown and not (missing or misshaped) else ""
-        )
-        raise ConversionError(name, {"missing": missing, "unknown": unknown, "mis-shaped": misshaped}, remedy)
+    mistyped = [
+        f"{stored} is {sources[i].specs[stored].dtype}, not floating point"
+        for i, stored in found.places.values()
+        if not DTYPES[sources[i].specs[stored].dtype].is_floating_point
+    ]
+    problems = {"missing": missing, "unknown": unknown, "mis-shaped": misshaped, "mistyped": mistyped}
+    if any(problems.values()):
+        only_unknown = not (missing or misshaped or mistyped)
+        remedy = "leave_out= names unknown tensors that may be dropped" if only_unknown else ""
+        raise ConversionError(name, problems, remedy)
 
 
 def _combined(layouts: Sequence[Layout]) -> Layout:

@@ -111,9 +111,16 @@ def local_folder(source: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     text = ["*.json", "*.txt", "tokenizer*"]
-    fetched = Path(snapshot_download(source, allow_patterns=[*text, *(["*.safetensors"] if weights else [])]))
-    if weights and not list(fetched.glob("*.safetensors")):
-        fetched = Path(snapshot_download(source, allow_patterns=[*text, "*.bin"]))
+    try:
+        patterns = [*text, *(["*.safetensors"] if weights else [])]
+        fetched = Path(snapshot_download(source, allow_patterns=patterns))
+        if weights and not list(fetched.glob("*.safetensors")):
+            fetched = Path(snapshot_download(source, allow_patterns=[*text, "*.bin"]))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{source} cannot be fetched from the Hub: check the name and the network, and log in with `hf auth "
+            f"login` if access must be granted ({str(error).strip().splitlines()[0]})"
+        ) from error
     if not (fetched / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json: it is not a checkpoint")
     return fetched

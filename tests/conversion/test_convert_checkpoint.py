@@ -213,6 +213,24 @@ def test_wrong_shapes_are_refused_by_name(tmp_path: Path, checkpoint, tensors, n
     assert [item.split(" is ")[0] for item in found["mis-shaped"]] == [name]
 
 
+def test_numbers_of_another_kind_are_refused_by_name(tmp_path: Path, checkpoint, tensors):
+    tensors["backbone.norm_f.weight"] = torch.ones(WIDTH, dtype=torch.int64)
+    found = problems(checkpoint(tensors), tmp_path / "out")
+    assert found == {"mistyped": ["backbone.norm_f.weight is I64, not floating point"]}
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path, checkpoint, tensors):
+    source = checkpoint(tensors)
+    (source / "config.json").write_text("{half a")
+    with pytest.raises(ValueError, match=r"config\.json of .*source0 is damaged"):
+        convert_checkpoint(source, tmp_path / "out")
+
+
+def test_what_cannot_be_fetched_is_named(tmp_path: Path):
+    with pytest.raises(OSError, match=r"somebody/model cannot be fetched from the Hub: .* `hf auth login`"):
+        convert_checkpoint("somebody/model", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
