@@ -38,3 +38,19 @@ def render(
     chosen = check_kinds(kind.strip() for kind in kinds.split(",")) if kinds else KINDS
     target = render_to_folder(out, count, chosen, parse_frames(frames), seed, size, split, fps=fps, progress=not quiet)
     typer.echo(f"{count} videos and their questions: {target}")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `render` wrote.", show_default=False)],
+    license_name: Annotated[str, typer.Option("--license", help="Such as apache-2.0.", show_default=False)],
+) -> None:
+    """Write DIR/README.md, a data set card for the Hub, with chance levels computed from the folder's questions."""
+    from video_ma2mba.hub_cards.dataset_card import dataset_card
+
+    target = folder / "README.md"
+    text = dataset_card(folder, license=license_name)
+    if target.exists():
+        raise ValueError(f"{target} exists: remove it to have it written anew")
+    target.write_text(text, encoding="utf-8")
+    typer.echo(f"{target}")
