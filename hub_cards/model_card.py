@@ -103,7 +103,8 @@ def _metadata(
 ) -> str:
     from huggingface_hub import ModelCardData
 
-    tags = earlier.get("tags") or []
+    # PEFT's card has a tag with the base model, which may be a path of this machine; base_model says it already
+    tags = [tag for tag in earlier.get("tags") or [] if not str(tag).startswith("base_model:")]
     kept = {k: v for k, v in earlier.items() if k not in _OURS and isinstance(v, _PLAIN_METADATA)}
     is_adapter = facts.adapter is not None
     if base_model is not None:
