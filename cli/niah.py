@@ -59,6 +59,7 @@ def niah(
     given |= {"--forms": forms, "--seed": seed, "--out": out}
     if haystack != "synthetic":
         given["--fps"] = fps
+    given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
     words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]
     about = {
         "command": shlex.join(["video-ma2mba", "niah", *words]),
@@ -92,7 +93,7 @@ def _circumstances(pipe) -> dict[str, str]:
     name = (
         torch.cuda.get_device_name(pipe.model.device)
         if kind == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread(s)"
+        else f"CPU (PyTorch threads: {torch.get_num_threads()})"
     )
     versions = f"video-ma2mba {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     return {

@@ -19,7 +19,11 @@ def write_report(out: Path, cells: Sequence[Cell], about: dict[str, Any]) -> Non
     totals = {name: mean(cells, name) for name in ("greedy", "forced", "chance")}
     write_json(out / "cells.json", {**about, "mean": totals, "cells": list(cells)})
     (out / "summary.md").write_text(_markdown(cells, about, totals), encoding="utf-8")
-    draw_heatmap(cells, out / "heatmap.png", f"{about['model']}, haystack: {about['haystack']}")
+    draw_heatmap(
+        cells,
+        out / "heatmap.png",
+        f"{about['model']}, haystack: {about['haystack']}, {about['needles']} needles a cell",
+    )
 
 
 def mean(cells: Sequence[Cell], name: str) -> float:

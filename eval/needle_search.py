@@ -159,6 +159,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
                     f"--out {path.parent} holds cells of another run: its {name} is {kept.get(name)}, now it is "
                     f"{settings.get(name)}; choose another --out"
                 )
+    elif any((path.parent / "cells").glob("*.json")):
+        raise ValueError(f"--out {path.parent} holds cells, but no settings.json says whose: choose another --out")
     else:
         write_json(path, settings)
 

@@ -12,7 +12,7 @@ from video_ma2mba.cli.errors import is_expected, one_line
 from video_ma2mba.cli.main import app
 
 COMMAND = str(Path(sys.executable).parent / "video-ma2mba")
-VERBS = ["ask", "convert", "demo", "init", "plan", "push", "read", "state", "world"]
+VERBS = ["ask", "convert", "demo", "init", "niah", "plan", "push", "read", "state", "world"]
 
 
 @pytest.mark.parametrize("command", [[COMMAND], [sys.executable, "-m", "video_ma2mba"]], ids=["script", "module"])

@@ -127,6 +127,9 @@ def test_a_grid_is_resumed_and_extended(pipe, tmp_path: Path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="settings.json cannot be read"):
         measure(pipe, haystack, grid, tmp_path)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="no settings.json says whose"):
+        measure(pipe, haystack, grid, tmp_path)
 
 
 def test_exact_match_forgives_case_and_a_full_stop():
