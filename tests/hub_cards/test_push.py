@@ -1,5 +1,6 @@
 """`push`: what the folder holds, what is refused, and what one commit would bring to the Hub."""
 
+import inspect
 import json
 import re
 import shutil
@@ -207,6 +208,12 @@ def test_offline_and_not_logged_in(checkpoint: Path, monkeypatch):
         said = refused(checkpoint, "me/tiny", hub=FakeHub(error=error), monkeypatch=monkeypatch)
         assert message in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["whoami", "create_repo", "repo_info", "upload_folder"])
+def test_the_stand_in_takes_only_what_the_real_client_takes(method: str):
+    real = inspect.signature(getattr(huggingface_hub.HfApi, method)).parameters
+    assert inspect.signature(getattr(FakeHub, method)).parameters.keys() <= real.keys()
 
 
 def test_the_real_client_offline():
