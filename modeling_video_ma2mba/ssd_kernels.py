@@ -110,8 +110,7 @@ class _MixerCore(torch.autograd.Function):
             scanned.view(-1, shape.inner), norm_weight, None, shape.eps, z.view(-1, shape.inner),
             group_size=shape.inner // shape.n_groups, norm_before_gate=False, is_rms_norm=True,
         )  # fmt: skip
-        tail = torch.cat([conv_state.transpose(1, 2), xbc_raw[:, : shape.conv_kernel - 1]], dim=1)
-        new_conv_state = _last_raw_rows(xbc_raw, tail, shape.conv_kernel - 1, lengths)
+        new_conv_state = _last_raw_rows(xbc_raw, conv_state, lengths)
         ctx.save_for_backward(
             zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state,
             lengths, halo_ids, ids, scanned, rstd, steps, total, states,
@@ -227,14 +226,12 @@ def _conv_backward(
     return dweight, dbias, dx[:, :halo].transpose(1, 2)
 
 
-def _last_raw_rows(xbc: Tensor, head: Tensor, count: int, lengths: Tensor | None) -> Tensor:
-    """New convolution state (B, C, count). `head` (B, <= 2 count, C) is the old state and the first raw rows."""
-    tokens = xbc.shape[1]
+def _last_raw_rows(xbc: Tensor, conv_state: Tensor, lengths: Tensor | None) -> Tensor:
+    """New convolution state (B, C, W-1) after the raw rows `xbc` (B, S, C); the old one matters to short rows only."""
+    count, tokens = conv_state.shape[-1], xbc.shape[1]
     if lengths is None and tokens >= count:
         return xbc[:, tokens - count :].transpose(1, 2).contiguous()
-    if tokens < count:
-        return last_rows(head, count, tokens, lengths)
-    return last_rows(torch.cat([head[:, :count], xbc], dim=1), count, tokens, lengths)
+    return last_rows(torch.cat([conv_state.transpose(1, 2), xbc], dim=1), count, tokens, lengths)
 
 
 def _add_tail_gradient(dstate: Tensor, dxbc: Tensor, dconv_in: Tensor, lengths: Tensor | None) -> None:
