@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .loading import load_pipeline
+from .options import Device, Dtype, End, Fps, Model, NumFrames, Start, TrustRemoteCode
 
 
 def ask(
@@ -19,22 +20,16 @@ def ask(
     questions: Annotated[
         list[str] | None, typer.Argument(help="Questions; none opens a conversation.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
-    ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames read per second of video.", show_default="1")] = None,
-    num_frames: Annotated[
-        int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
-    ] = None,
-    start: Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)] = None,
-    end: Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    model: Model = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per question and line.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer questions about a video. The video is read once, in memory that does not grow with it.
 

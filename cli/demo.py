@@ -10,6 +10,7 @@ import typer
 
 from .ask import reading_progress, size_text
 from .loading import load_pipeline
+from .options import Device, Dtype, Model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "videos"
 
@@ -32,12 +33,10 @@ def demo(
     folder: Annotated[
         Path, typer.Argument(help="Folder written by `world render`.", show_default="the repository's examples/videos")
     ] = EXAMPLES,
-    model: Annotated[
-        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
-    ] = None,
+    model: Model = None,
     fps: Annotated[float, typer.Option(help="Frames read per second of video.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Answer questions whose right answers are known, and say which came out right."""
     questions = load_questions(folder)

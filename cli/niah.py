@@ -8,6 +8,7 @@ import typer
 
 from .ask import reading_progress
 from .loading import load_pipeline
+from .options import Device, Dtype, Model, TrustRemoteCode
 
 
 def niah(
@@ -21,14 +22,10 @@ def niah(
     haystack: Annotated[str, typer.Option(help="`synthetic`, or a video, folder of images or URL.")] = "synthetic",
     fps: Annotated[float, typer.Option(help="Frames per second taken from a haystack video.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Another seed gives other needles and rendered haystacks.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
-    ] = False,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Insert one frame with a sign into long videos and ask for the sign: how often is it found?
 

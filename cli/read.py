@@ -8,27 +8,22 @@ import typer
 
 from .ask import reading_progress, size_text
 from .loading import load_pipeline
+from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, TrustRemoteCode
 
 
 def read(
     video: Annotated[str, typer.Argument(help="Video file, image, directory of images, or URL.", show_default=False)],
     out: Annotated[Path, typer.Option(help="State file to write.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
-    ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames read per second of video.", show_default="1")] = None,
-    num_frames: Annotated[
-        int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
-    ] = None,
-    start: Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)] = None,
-    end: Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)] = None,
-    save_every: Annotated[float, typer.Option(help="Seconds between saves of the unfinished state.", min=0)] = 30.0,
+    model: Model = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    save_every: SaveEvery = 30.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
-    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Read a video once and keep what the model remembers, in a file of constant size.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .loading import load_pipeline
+from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, TrustRemoteCode
 from .read import read_into_file
 
 app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -46,12 +47,8 @@ def show(
 @app.command()
 def check(
     file: StateFile,
-    model: Annotated[
-        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
-    ] = False,
+    model: Model = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check that a state file is whole, and that it belongs to a model and its processor."""
     from video_ma2mba import VideoState
@@ -67,21 +64,15 @@ def append(
     file: StateFile,
     video: Annotated[str, typer.Argument(help="What to read on with: as for `read`.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="State file to write.", show_default="FILE itself")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")
-    ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames read per second of video.", show_default="1")] = None,
-    num_frames: Annotated[
-        int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
-    ] = None,
-    start: Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)] = None,
-    end: Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)] = None,
-    save_every: Annotated[float, typer.Option(help="Seconds between saves of the unfinished state.", min=0)] = 30.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")
-    ] = False,
+    model: Model = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    save_every: SaveEvery = 30.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Read more video into a state, as if it had followed the first without a break.
 
