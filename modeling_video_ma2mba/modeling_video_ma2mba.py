@@ -5,7 +5,7 @@ Shapes: B batch, S tokens, F frames of all videos of the batch, T tokens per fra
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +24,7 @@ from .chunked_recompute import RowLayout
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2_model import Ma2mbaTextModel
 from .prompt_generation import PromptGenerationMixin
-from .prompt_reading import read_prompt
+from .video_questions import VideoQuestionsMixin
 from .video_state import VideoState
 from .vision_features import (
     VideoMa2mbaMultiModalProjector,
@@ -305,7 +305,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         )
 
 
-class VideoMa2mbaForConditionalGeneration(PromptGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin):
+class VideoMa2mbaForConditionalGeneration(
+    VideoQuestionsMixin, PromptGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin
+):
     """Answers in words: `VideoMa2mbaModel` with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embeddings.weight"}
@@ -331,16 +333,6 @@ class VideoMa2mbaForConditionalGeneration(PromptGenerationMixin, VideoMa2mbaPreT
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
         """See `VideoMa2mbaModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, **kwargs)
-
-    def read(
-        self,
-        input_ids: Tensor,
-        videos: Iterable[Iterable[Any]] = (),
-        state: VideoState | None = None,
-        on_frames: Callable[[int], None] | None = None,
-    ) -> VideoState:
-        """Read a prompt of any length in memory that does not grow with it; see `read_prompt`."""
-        return read_prompt(self.model, input_ids, videos, state, on_frames)
 
     @can_return_tuple
     def forward(

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import Pipeline
 
+from .answer_batches import answer_together
 from .module_device import execution_device
-from .resumable_reading import read_resumably
-from .state_identity import StateIdentity, record_source, refuse_other, source_facts
+from .state_identity import identity_facts
+from .video_questions import VIDEO_SETTINGS, report_frames
 from .video_state import VideoState
 
 TASK = "video-question-answering"
@@ -26,9 +27,7 @@ CUSTOM_PIPELINES = {
 }
 """Entry of a checkpoint's `config.json` by which transformers finds this file."""
 
-_VIDEO_SETTINGS = ("fps", "num_frames", "start", "end", "max_frames")
-_PREPROCESS_SETTINGS = (*_VIDEO_SETTINGS, "on_frames")
-_DEFAULT_NEW_TOKENS = 256
+_PREPROCESS_SETTINGS = (*VIDEO_SETTINGS, "on_frames")
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
@@ -123,10 +122,10 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def _forward(self, group: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
         states, questions = [], []
         for request in group:
-            state = self._read(request["prefix"], request["readers"], None, request["on_frames"])
+            state = self._read(request["prefix"], request["readers"], request["on_frames"])
             states += [state] * len(request["questions"])
             questions += request["questions"]
-        answers = iter(self._answer(states, questions, **settings))
+        answers = iter(answer_together(self.model, self.processor.tokenizer, states, questions, **settings))
         return [
             {"several": request["several"], "answers": [next(answers) for _ in request["questions"]]}
             for request in group
@@ -164,38 +163,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         Raises:
             ValueError: `state` or `partial` belongs to another model, processor or reading; what differs is named.
         """
-        unknown = video_settings.keys() - set(_VIDEO_SETTINGS)
-        if unknown:
-            raise ValueError(f"unknown settings for reading a video: {sorted(unknown)}; use {list(_VIDEO_SETTINGS)}")
-        chosen = {k: v for k, v in self._preprocess_params.items() if k in _VIDEO_SETTINGS}
-        chosen |= {k: v for k, v in video_settings.items() if v is not None}
-        prefix, _, readers = self.processor.streaming_prompt(
-            _conversation(video, ""), add_generation_prompt=False, **chosen
+        kept = {k: v for k, v in self._preprocess_params.items() if k in (*VIDEO_SETTINGS, "on_frames")}
+        given = {k: v for k, v in {**video_settings, "on_frames": on_frames}.items() if v is not None}
+        return self.model.read_video(
+            video, self.processor, state=state, partial=partial, save_seconds=save_seconds, **{**kept, **given}
         )
-        identity = self.identity()
-        before = {} if state is None else dict(state.metadata)
-        if state is not None:
-            self.check(state)
-            prefix = prefix[:, -1:]
-        (reader,) = readers
-        source = source_facts(reader)
-        on_frames = on_frames or self._preprocess_params.get("on_frames")
-        with self.device_placement():
-            if partial is None:
-                found = self._read(prefix, readers, state, on_frames)
-            else:
-                request = {name: value for name, value in source.items() if name not in ("name", "sha256")}
-                request |= {"video": source["sha256"] or source["name"]}
-                request |= {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
-                report = _report(readers, on_frames)
-                settings = {"partial": partial, "request": request, "save_seconds": save_seconds, "on_frames": report}
-                try:
-                    found = read_resumably(self.model, prefix, reader, state, **settings)
-                finally:
-                    _close(readers)
-        found.metadata |= identity
-        record_source(found.metadata, before, source, reader.duration)
-        return found
 
     def append(self, state: VideoState, video: Any, **settings: Any) -> VideoState:
         """A new state that has read more frames: `read(video, state=state, ...)`."""
@@ -203,15 +175,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     def identity(self) -> dict[str, str]:
         """What the pipeline's states belong to, as their metadata say it."""
-        kept = getattr(self, "_identity", None)
-        if kept is None or kept.model is not self.model or kept.processor is not self.processor:
-            self._identity = kept = StateIdentity(self.model, self.processor)
-        return kept.facts()
+        return identity_facts(self.model, self.processor)
 
     def check(self, state: VideoState) -> None:
         """ValueError naming what differs, unless this pipeline's model and processor made the state."""
-        refuse_other(state.metadata, self.identity())
-        state.check_fits(self.model.config.text_config)
+        self.model.check_state(state, self.processor)
 
     def ask(self, state: VideoState, question: str | list[dict[str, Any]], **settings: Any) -> Any:
         """Answer a question from a state, which stays as it is.
@@ -230,21 +198,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             ValueError: the state belongs to another model or processor; what differs is named. Or the question is
                 empty.
         """
-        self.check(state)
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        # The processor turns whole conversations into ids; a blank picture stands for the video that was read before.
-        first, blank = messages[0], {"type": "image", "image": Image.new("RGB", (1, 1))}
-        content = first["content"]
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        messages[0] = {**first, "content": [blank, *content]}
-        _, ids, readers = self.processor.streaming_prompt(messages)
-        _close(readers)
         _, given, _ = self._sanitize_parameters(**settings)
-        parameters = {**self._forward_params, **given}
-        with self.device_placement(), torch.no_grad():
-            answers = self._answer([state], [ids], **parameters)[0]
-        answers = answers if parameters.get("return_scores") else [answer["answer"] for answer in answers]
-        return answers[0] if len(answers) == 1 else answers
+        return self.model.answer(state, question, self.processor, **{**self._forward_params, **given})
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write model and processor, which is all that `pipeline(model=save_directory)` needs."""
@@ -255,7 +210,6 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         self,
         prefix: Tensor,
         readers: list[Any],
-        state: VideoState | None,
         on_frames: Callable[[int, int | None], None] | None,
     ) -> VideoState:
         model = self.model
@@ -266,73 +220,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
         try:
             chunks = [reader.chunks(model.config.vision_chunk_frames) for reader in readers]
-            return model.read(prefix, chunks, state, _report(readers, on_frames))
+            return model.read(prefix, chunks, None, report_frames(readers, on_frames))
         finally:
             _close(readers)
-
-    def _answer(
-        self, states: list[VideoState], questions: list[Tensor], return_scores: bool = False, **generate: Any
-    ) -> list[list[dict[str, Any]]]:
-        """Generate all answers together; a streamer takes one at a time. States are not changed."""
-        if generate.get("streamer") is not None and len(states) > 1:
-            pairs = zip(states, questions, strict=True)
-            return [self._answer([s], [q], return_scores, **generate)[0] for s, q in pairs]
-        model, tokenizer = self.model, self.processor.tokenizer
-        embeddings = model.get_input_embeddings()
-        device, dtype = execution_device(embeddings), embeddings.weight.dtype
-        seen = max(state.seen_tokens for state in states)
-        states = [state.to(device, dtype) for state in states]
-        conv = torch.cat([state.conv for state in states], dim=1)
-        ssm = torch.cat([state.ssm for state in states], dim=1)
-
-        longest = max(question.shape[1] for question in questions)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids = torch.full((len(questions), longest), pad, dtype=torch.long)
-        mask = torch.ones(len(questions), seen + longest, dtype=torch.long)
-        for row, question in enumerate(questions):
-            ids[row, longest - question.shape[1] :] = question[0]
-            mask[row, seen : seen + longest - question.shape[1]] = 0
-
-        if generate.get("generation_config") is None and not {"max_new_tokens", "max_length"} & generate.keys():
-            own = model.generation_config
-            if own.max_new_tokens is None and own.max_length in (None, 20):  # 20: what transformers <= 5.1 fills in
-                generate["max_new_tokens"] = _DEFAULT_NEW_TOKENS
-        generate.setdefault("pad_token_id", pad)
-        found = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            past_key_values=VideoState(conv, ssm, seen),
-            **generate,
-            **({"output_logits": True} if return_scores else {}),
-            return_dict_in_generate=True,
-        )
-        new = found.sequences[:, longest:]
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers = [{"answer": text.strip()} for text in texts]
-        if return_scores:
-            log_probabilities = model.compute_transition_scores(
-                found.sequences, found.logits, getattr(found, "beam_indices", None), normalize_logits=True
-            )
-            for answer, row, values in zip(answers, new.tolist(), log_probabilities, strict=True):
-                answer["score"] = _mean_probability(row, values, _ends(model, generate), pad)
-        per_question = len(answers) // len(questions)
-        return [answers[i : i + per_question] for i in range(0, len(answers), per_question)]
-
-
-def _ends(model: Any, generate: dict[str, Any]) -> set[int]:
-    config = generate.get("generation_config") or model.generation_config
-    ends = generate.get("eos_token_id", config.eos_token_id)
-    return set(ends) if isinstance(ends, list | tuple) else {ends}
-
-
-def _mean_probability(ids: list[int], log_probabilities: Tensor, ends: set[int], pad: int) -> float:
-    """Mean probability of the generated tokens, the ending one included and padding behind it excluded."""
-    count = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    if count is None:
-        count = len(ids)
-        while count > 1 and ids[count - 1] == pad:
-            count -= 1
-    return log_probabilities[:count].float().exp().mean().item()
 
 
 def _conversation(video: Any, question: str, kind: str = "video") -> list[dict[str, Any]]:
@@ -416,14 +306,6 @@ def _groups(requests: Any, size: int) -> Iterator[list[Any]]:
             group = []
     if group:
         yield group
-
-
-def _report(readers: list[Any], on_frames: Callable[[int, int | None], None] | None) -> Callable[[int], None] | None:
-    """`on_frames` with the number of frames expected filled in."""
-    if on_frames is None:
-        return None
-    expected = sum(reader.expected_frames for reader in readers)
-    return lambda read: on_frames(read, expected)
 
 
 def _close(readers: list[Any]) -> None:

@@ -30,36 +30,34 @@ _RECORDED_SOURCES = 64
 _SAMPLING = ("fps", "num_frames", "start", "end", "max_frames")
 
 
-class StateIdentity:
-    """What the states of a model and a processor belong to; looks at weights and vocabulary again only on a change."""
+def identity_facts(model: torch.nn.Module, processor: Any) -> dict[str, str]:
+    """What the states of a model and a processor belong to: entries for a state's metadata.
 
-    def __init__(self, model: torch.nn.Module, processor: Any):
-        self.model = model
-        self.processor = processor
-        self._kept: dict[str, tuple[Hashable, str]] = {}
+    Weights and vocabulary are looked at again only after a change; their digests are kept on the model.
+    """
+    tokenizer = processor.tokenizer
+    # An optimizer's step counts up the versions of the parameters.
+    versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
+    words = (id(tokenizer), len(tokenizer))
+    name = str(model.name_or_path)
+    return {
+        "package_version": PACKAGE_VERSION,
+        "model": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
+        "revision": getattr(model.config, "_commit_hash", None) or "",
+        "model_config": model_facts(model.config),
+        "weights": _kept(model, "weights", versions, lambda: weights_digest(model)),
+        "processor": processor_facts(
+            processor, _kept(model, "vocabulary", words, lambda: vocabulary_digest(tokenizer))
+        ),
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+    }
 
-    def facts(self) -> dict[str, str]:
-        """Entries for a state's metadata."""
-        model, tokenizer = self.model, self.processor.tokenizer
-        # An optimizer's step counts up the versions of the parameters.
-        versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
-        name = str(model.name_or_path)
-        return {
-            "package_version": PACKAGE_VERSION,
-            "model": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
-            "revision": getattr(model.config, "_commit_hash", None) or "",
-            "model_config": model_facts(model.config),
-            "weights": self._keep("weights", versions, lambda: weights_digest(model)),
-            "processor": processor_facts(
-                self.processor, self._keep("vocabulary", len(tokenizer), lambda: vocabulary_digest(tokenizer))
-            ),
-            "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        }
 
-    def _keep(self, name: str, key: Hashable, make: Callable[[], str]) -> str:
-        if self._kept.get(name, (None,))[0] != key:
-            self._kept[name] = key, make()
-        return self._kept[name][1]
+def _kept(model: torch.nn.Module, name: str, key: Hashable, make: Callable[[], str]) -> str:
+    digests = model.__dict__.setdefault("_state_digests", {})
+    if digests.get(name, (None,))[0] != key:
+        digests[name] = key, make()
+    return digests[name][1]
 
 
 def source_facts(reader: Any) -> dict[str, Any]:
