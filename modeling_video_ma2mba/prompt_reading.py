@@ -39,7 +39,7 @@ def read_prompt(
         model: a `VideoMa2mbaModel`.
         input_ids: (1, S) with ONE `config.video_token_id` for each video.
         videos: for each of these tokens an iterable of frame chunks (see `frames_of`), of any number and size.
-        state: continue from here; it is left unchanged.
+        state: continue from here; it is left unchanged. Of several rows, each reads on from where it is.
         on_frames: called after each chunk with the number of frames read so far by this call.
 
     Returns:
@@ -67,21 +67,21 @@ def read_prompt(
     seconds_before = float(state.metadata.get("seconds", 0))
     frames_read = 0
 
-    def advance(**inputs: Tensor) -> None:
-        tokens = next(iter(inputs.values()))
+    def advance(name: str, tokens: Tensor) -> None:
+        tokens = tokens.expand(state.batch_size, *tokens.shape[1:])
         last = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         last[:, -1] = True  # nobody wants hidden states here, but one row keeps every kernel's input non-empty
-        language_model(**inputs, past_key_values=state, use_cache=True, output_positions=last)
+        language_model(**{name: tokens}, past_key_values=state, use_cache=True, output_positions=last)
 
     start = 0
     for place, video in zip(places, videos, strict=True):
         if place > start:
-            advance(input_ids=input_ids[:, start:place].to(device))
+            advance("input_ids", input_ids[:, start:place].to(device))
         start = place + 1
         read_before = frames_read
         for chunk in video:
             for pixels in _small_pieces(frames_of(chunk), model.config.vision_chunk_frames):
-                advance(inputs_embeds=model.get_video_features(pixels).unsqueeze(0))
+                advance("inputs_embeds", model.get_video_features(pixels).unsqueeze(0))
                 frames_read += len(pixels)
             timestamps = getattr(chunk, "timestamps", None)
             if timestamps is not None and len(timestamps):
@@ -93,7 +93,7 @@ def read_prompt(
             raise ValueError(f"video {places.index(place)} of the prompt has no frames")
         seconds_before = float(state.metadata.get("seconds", 0))
     if start < input_ids.shape[1]:
-        advance(input_ids=input_ids[:, start:].to(device))
+        advance("input_ids", input_ids[:, start:].to(device))
     state.metadata.setdefault("frames", str(frames_before + frames_read))
     return state
 

@@ -63,6 +63,18 @@ def test_several_videos_and_continuing(make_model, raw_pixels):
     assert (whole.metadata["frames"], whole.metadata["seconds"]) == ("9", "6.0")
 
 
+def test_rows_read_on_from_where_they_are(make_model, raw_pixels):
+    model = make_model(dtype=torch.float64)
+    states = [model.read(torch.tensor([[7, VIDEO]]), [[raw_pixels(n, n)]]) for n in (3, 1)]
+    both = type(states[0])(torch.cat([s.conv for s in states], 1), torch.cat([s.ssm for s in states], 1), 5)
+    found = model.read(torch.tensor([[VIDEO, 9]]), [[raw_pixels(6, 6)]], state=both)
+    for row, state in enumerate(states):
+        alone = model.read(torch.tensor([[VIDEO, 9]]), [[raw_pixels(6, 6)]], state=state)
+        torch.testing.assert_close(found.ssm[:, row : row + 1], alone.ssm, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.conv[:, row : row + 1], alone.conv, rtol=1e-10, atol=1e-12)
+    assert found.seen_tokens == 5 + 6 * PER_FRAME + 1
+
+
 def test_nothing_is_asked_for_before_it_is_needed(make_model, raw_pixels):
     model = make_model()
     alive, most = 0, 0
