@@ -1,14 +1,13 @@
-"""Decodes the wanted frames of a video file with PyAV (FFmpeg), and none that need not be decoded.
+"""Opens a video file with PyAV (FFmpeg) and finds out which frames it has, without decoding any.
 
-Two passes over the packets. `scan_video` reads time stamps only, so lengths come from packets that exist and never
-from a header. `decode_frames` then decodes just the groups of pictures that hold a wanted frame, each only up to the
-last one wanted. Nothing here keeps frames: memory does not depend on the length of the video, but for some numbers
-a frame.
+The first of two passes over the packets: `scan_video` reads time stamps only, so lengths come from packets that exist
+and never from a header. `decode_frames` (frame_decoding.py) then decodes just the groups of pictures that hold a
+wanted frame, each only up to the last one wanted.
 """
 
 from array import array
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +33,8 @@ class VideoIndex:
 
     `pts` int64 `(N,)` in units of the stream's time base, or None where the stream has no usable time stamps and
     frames are counted instead; `times` float64 `(N,)` seconds from the first frame; `keys` int64, time stamps of key
-    frames; `duration` seconds.
+    frames; `duration` seconds; `frame_pixels` width times height as the header says; `seekable`: the file's own index
+    says exactly where each packet is.
     """
 
     pts: np.ndarray | None
@@ -42,11 +42,24 @@ class VideoIndex:
     keys: np.ndarray
     duration: float
     problems: list[str]
+    frame_pixels: int = 0
+    seekable: bool = False
 
 
 @contextmanager
-def open_stream(target: str | Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
-    """Open a file, URL or bytes and yield `(container, video stream)`; closed on leaving.
+def open_stream(
+    target: str | Path | bytes | Any,
+    name: str,
+    *,
+    timeout: tuple[float, float] = NETWORK_TIMEOUT,
+    file_format: str | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Any, Any]]:
+    """Open a file, URL, bytes or object with `read` and yield `(container, video stream)`; closed on leaving.
+
+    Args:
+        timeout: seconds to connect to a URL, and to wait for its data.
+        file_format, options: for FFmpeg, where it cannot tell by itself.
 
     Raises:
         FileNotFoundError: no such file or URL.
@@ -56,14 +69,19 @@ def open_stream(target: str | Path | bytes, name: str) -> Iterator[tuple[Any, An
     import av
     import av.error
 
-    options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    limits = {"max_pixels": str(MAX_FRAME_PIXELS)}
     is_url = isinstance(target, str)
     # The protocol is spelled out, so that no file name is read as another of FFmpeg's protocols.
     file = f"file:{target}" if isinstance(target, Path) else target
     file = BytesIO(target) if isinstance(target, bytes) else file
     try:
         container = av.open(
-            file, mode="r", options=options, metadata_errors="replace", timeout=NETWORK_TIMEOUT if is_url else None
+            file,
+            mode="r",
+            format=file_format,
+            options={**(options or {}), **limits},
+            metadata_errors="replace",
+            timeout=timeout if is_url else None,
         )
     except av.error.FFmpegError as error:
         raise _opening_error(error, name, is_url) from error
@@ -77,7 +95,7 @@ def open_stream(target: str | Path | bytes, name: str) -> Iterator[tuple[Any, An
         if stream.codec_context is None:
             raise ValueError(f"{name}: the video's codec is not supported by the installed FFmpeg")
         check_frame_pixels(stream.codec_context.width, stream.codec_context.height, name)
-        stream.codec_context.options = options  # frame size may still change in the middle of the stream
+        stream.codec_context.options = limits  # frame size may still change in the middle of the stream
         stream.thread_type = "SLICE"  # frame threads would delay frames, and skip_frame with them
         yield container, stream
 
@@ -102,7 +120,7 @@ def _opening_error(error: Exception, name: str, is_url: bool) -> Exception:
     return ValueError(f"{name}: not a video, or its header is damaged ({reason})")
 
 
-def _packets(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
+def packets_of(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
     """Packets of the stream until the file ends or becomes unreadable (which is noted, once)."""
     import av.error
 
@@ -131,8 +149,9 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
         rate = rate if PLAUSIBLE_RATES[0] <= rate <= PLAUSIBLE_RATES[1] else FALLBACK_RATE
         promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
         container_name, codec_name = container.format.name, stream.codec_context.name
+        frame_pixels = stream.codec_context.width * stream.codec_context.height
         pts, keys, untimed, count, latest, last_duration = array("q"), array("q"), 0, 0, None, 0
-        for packet in _packets(container, stream, problems):
+        for packet in packets_of(container, stream, problems):
             if packet.size == 0 or packet.is_discard:  # the final flush; frames an edit list hides
                 continue
             count += 1
@@ -175,112 +194,5 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
         index = VideoIndex(None, np.arange(count) / rate, key_array, count / rate, problems)
     if promised is not None and promised < 1e7 and index.duration < 0.95 * promised - 0.5:
         problems.append(f"the header promises {promised:.1f} s, but only {index.duration:.1f} s are there")
+    index.frame_pixels, index.seekable = frame_pixels, "mp4" in container_name.split(",")
     return index
-
-
-def decode_frames(
-    target: str | Path | bytes, name: str, index: VideoIndex, wanted: np.ndarray, problems: list[str]
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode the wanted frames in display order.
-
-    Args:
-        wanted: int64, non-decreasing indices into `index.times`; repeated ones are yielded repeatedly.
-        problems: receives a line for each kind of damage met.
-
-    Yields:
-        `(pixels, i)`: uint8 `(H, W, 3)` RGB at native size, upright, and the frame's index. A frame that cannot be
-        decoded is replaced by the next one that can, so fewer than `len(wanted)` come only at a damaged end.
-    """
-    problem_count = {"errors": 0, "corrupt": 0}
-    position = 0
-    with closing(_decoded(target, name, index, wanted, problems, problem_count)) as frames:
-        for number, frame in frames:
-            pixels = None
-            while position < len(wanted) and wanted[position] <= number:
-                if pixels is None:
-                    problem_count["corrupt"] += frame.is_corrupt
-                    pixels = _upright_pixels(frame, name)
-                yield pixels, number
-                position += 1
-            if position == len(wanted):
-                break
-    if problem_count["errors"]:
-        problems.append(f"damaged parts that could not be decoded and were skipped: {problem_count['errors']}")
-    if problem_count["corrupt"]:
-        problems.append(f"damaged pictures among the frames that were read: {problem_count['corrupt']}")
-
-
-def _upright_pixels(frame: Any, name: str) -> np.ndarray:
-    """A decoded frame as uint8 `(H, W, 3)`, rotated as the file's display matrix says."""
-    check_frame_pixels(frame.width, frame.height, name)
-    pixels = frame.to_ndarray(format="rgb24")
-    quarters = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
-    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
-
-
-def _decoded(
-    target: str | Path | bytes,
-    name: str,
-    index: VideoIndex,
-    wanted: np.ndarray,
-    problems: list[str],
-    problem_count: dict[str, int],
-) -> Iterator[tuple[int, Any]]:
-    """Yield `(index, decoded frame)` in display order, leaving out what is not needed for the wanted frames."""
-    import av.error
-
-    with open_stream(target, name) as (container, stream):
-        decoder = stream.codec_context
-
-        def decode(packet: Any) -> list[Any]:
-            try:
-                return decoder.decode(packet)
-            except (av.error.FFmpegError, EOFError):
-                problem_count["errors"] += packet is not None
-                return []
-
-        if index.pts is None:
-            number = 0
-            flushed = False
-            for packet in _packets(container, stream, problems):
-                flushed = packet.size == 0
-                for frame in decode(None if flushed else packet):
-                    yield number, frame
-                    number += 1
-            for frame in [] if flushed else decode(None):
-                yield number, frame
-                number += 1
-            return
-
-        stamps = np.unique(index.pts[wanted])
-        wanted_set = set(stamps.tolist())
-        # H.264 frames that no other refers to are decoded only if wanted. Other decoders define this less sharply.
-        selective = decoder.name == "h264"
-        next_wanted, group_end, skipping, flushed = 0, None, len(index.keys) > 0, False
-        for packet in _packets(container, stream, problems):
-            flushed = packet.size == 0
-            if not flushed and packet.is_keyframe and packet.pts is not None:
-                following = np.searchsorted(index.keys, packet.pts, side="right")
-                group_end = index.keys[following] if following < len(index.keys) else None
-                needed = group_end is None or stamps[next_wanted] < group_end
-                if skipping and needed:
-                    decoder.flush_buffers()
-                skipping = not needed
-            if skipping and not flushed:
-                continue
-            if selective:
-                decoder.skip_frame = "DEFAULT" if packet.pts in wanted_set else "NONREF"
-            for frame in decode(None if flushed else packet):
-                if frame.pts is None:
-                    continue
-                if frame.pts >= stamps[next_wanted]:
-                    number = int(np.searchsorted(index.pts, frame.pts, side="right")) - 1
-                    yield number, frame
-                    next_wanted = int(np.searchsorted(stamps, frame.pts, side="right"))
-                    if next_wanted == len(stamps):
-                        return
-                if group_end is not None and stamps[next_wanted] >= group_end:
-                    skipping = True  # the rest of this group of pictures is not needed
-        for frame in [] if flushed else decode(None):
-            if frame.pts is not None:
-                yield int(np.searchsorted(index.pts, frame.pts, side="right")) - 1, frame

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .frame_decoding import decode_frames
 from .frame_fitting import check_resize, fit_frame
 from .frame_sampling import Sampling
 from .picture_sources import (
@@ -22,7 +23,7 @@ from .picture_sources import (
     list_directory,
     split_array,
 )
-from .video_decoding import VideoIndex, decode_frames, scan_video
+from .video_decoding import VideoIndex, scan_video
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ class FrameReader:
         return digest.hexdigest()
 
     def chunks(self, n: int = 32, skip: int = 0) -> Iterator[FrameChunk]:
-        """Yield the sampled frames in chunks of `n` (the last may be shorter), holding no more than one chunk.
+        """Yield the sampled frames in chunks of `n` (the last may be shorter).
+
+        Files are decoded in threads (as many as PyTorch uses, `torch.get_num_threads()`) ahead of what has been asked
+        for; how far ahead, and so the memory, is bounded whatever the video's length.
 
         Args:
             skip: leave out so many frames at the beginning, which have been read before; a video that has no more
@@ -151,25 +155,16 @@ class FrameReader:
     def _chunks(self, n: int, skip: int) -> Iterator[FrameChunk]:
         index = self._scan()
         problems: list[str] = []
-        wanted = self._wanted[skip:]
-        if skip and len(wanted) == 0:
+        wanted = len(self._wanted) - skip
+        if skip and wanted <= 0:
             return
-        if self._pictures is not None:
-            # An unreadable picture takes up no frame: only counting those that come finds the place again.
-            frames = self._pictures.read(self._wanted, problems)
-            for _ in range(skip):
-                next(frames, None)
-        else:
-            frames = decode_frames(self._file, self.name, index, wanted, problems)
+        frames = self._fitted_frames(skip, problems)
         size = self.size
-        pixels, times, count, last = [], [], 0, (None, None)
+        pixels, times, count = [], [], 0
         try:
-            for frame, number in frames:
-                # A frame that stays on screen comes as the same object again: it is resized once.
-                fitted = last[1] if last[0] is frame else fit_frame(frame, size, self.resize_mode)
-                last = (frame, fitted)
+            for fitted, number in frames:
                 size = size or fitted.shape[:2]  # without a given size, all frames get that of the first
-                pixels.append(fitted)
+                pixels.append(fit_frame(fitted, size, self.resize_mode))
                 times.append(index.times[min(number, len(index.times) - 1)])
                 count += 1
                 if len(pixels) == n:
@@ -179,12 +174,37 @@ class FrameReader:
                 yield FrameChunk(np.stack(pixels), np.array(times))
         finally:
             frames.close()
-        if 0 < count < len(wanted):
+        if 0 < count < wanted:
             problems.append(f"only {count + skip} of {len(self._wanted)} frames could be read")
         self._report(problems)
         if count + skip == 0:
             reason = f" ({'; '.join(self.warnings)})" if self.warnings else ""
             raise ValueError(f"{self.name}: not one frame could be decoded{reason}")
+
+    def _fitted_frames(self, skip: int, problems: list[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """Sampled frames in the size wanted, each with its number; those of files are decoded ahead, in threads."""
+
+        def fit(pixels: np.ndarray) -> np.ndarray:
+            return fit_frame(pixels, self.size, self.resize_mode)
+
+        if self._pictures is None:
+            return decode_frames(
+                self._file,
+                self.name,
+                self._index,
+                self._wanted,
+                problems,
+                skip=skip,
+                fit=fit,
+                fitted_pixels=None if self.size is None else self.size[0] * self.size[1],
+                threads=torch.get_num_threads(),
+            )
+
+        # An unreadable picture takes up no frame: only counting those that come finds the place again.
+        pictures = self._pictures.read(self._wanted, problems)
+        for _ in range(skip):
+            next(pictures, None)
+        return ((fit(pixels), number) for pixels, number in pictures)
 
     def read(self) -> FrameChunk:
         """All sampled frames at once, as one chunk."""

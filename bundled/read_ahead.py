@@ -1,0 +1,1 @@
+../processing/read_ahead.py

@@ -1,0 +1,250 @@
+"""Decodes the wanted frames of a scanned video file, and none that need not be decoded; parts of it side by side.
+
+A part is a run of groups of pictures. In files whose index says where each group begins, every part is sought and
+decoded by itself, always cut at the same places: the pictures do not depend on the number of threads. (Of a damaged
+picture they may: FFmpeg fills in what it saw before.)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .frame_fitting import check_frame_pixels
+from .read_ahead import in_order
+from .video_decoding import VideoIndex, open_stream, packets_of
+
+PART_WANTED = 16
+PART_FRAMES = 200
+"""A part ends with the group of pictures in which it reaches so many wanted frames, or so many frames in all."""
+MAX_THREADS = 16
+AHEAD_BYTES = 2**28
+"""Decoded pictures that may wait for their consumer."""
+DECODER_BYTES = 2**30
+"""Memory that decoders may take together; one holds about `DECODER_PICTURES` pictures of 1.5 bytes a pixel."""
+DECODER_PICTURES = 20
+
+
+def decode_frames(
+    target: str | Path | bytes,
+    name: str,
+    index: VideoIndex,
+    wanted: np.ndarray,
+    problems: list[str],
+    *,
+    skip: int = 0,
+    fit: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
+    fitted_pixels: int | None = None,
+    threads: int = 1,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Decode the wanted frames in display order, ahead of the consumer.
+
+    Args:
+        wanted: int64, non-decreasing indices into `index.times`; repeated ones are yielded repeatedly.
+        problems: receives a line for each kind of damage met.
+        skip: leave out so many of the wanted frames at the beginning.
+        fit: applied to each picture, uint8 `(H, W, 3)` RGB, in the decoding thread.
+        fitted_pixels: pixels of what `fit` returns; None where it keeps the size.
+        threads: decode with at most so many threads; 0 decodes here, when a frame is asked for.
+
+    Yields:
+        `(fit(pixels), i)`: the frame upright, and its index. A frame that cannot be decoded is replaced by the next
+        one that can, so fewer than `len(wanted) - skip` come only at a damaged end.
+    """
+    cuts = part_cuts(index, wanted)
+    begun = [max(start, skip) for start in cuts]
+    spans = [(a, b) for a, b in zip(begun, [*cuts[1:], len(wanted)], strict=True) if a < b]
+    pixels = max(index.frame_pixels, 1)
+    threads = min(threads, MAX_THREADS, len(spans), max(1, DECODER_BYTES * 2 // (3 * DECODER_PICTURES * pixels)))
+    outstanding = 2 * threads
+    room = AHEAD_BYTES // (3 * (fitted_pixels or pixels) * max(outstanding, 1))
+    counts: list[dict[str, int]] = []
+    wanted_stamps = set() if index.pts is None else set(np.unique(index.pts[wanted]).tolist())
+    with _Decoders(target, name, problems) as decoders:
+
+        def part(span: tuple[int, int]) -> Callable[[], Iterator[tuple[np.ndarray, int]]]:
+            def run() -> Iterator[tuple[np.ndarray, int]]:
+                count = {"errors": 0, "corrupt": 0}
+                counts.append(count)
+                return _part_frames(decoders, index, wanted, span, wanted_stamps, count, name, fit)
+
+            return run
+
+        with closing(in_order(map(part, spans), threads, outstanding, min(max(room, 1), 32))) as frames:
+            yield from frames
+    for kind, text in (
+        ("errors", "damaged parts that could not be decoded and were skipped"),
+        ("corrupt", "damaged pictures among the frames that were read"),
+    ):
+        if total := sum(count[kind] for count in counts):
+            problems.append(f"{text}: {total}")
+
+
+def part_cuts(index: VideoIndex, wanted: np.ndarray) -> list[int]:
+    """Places in `wanted` where a part begins: 0, and some of those where a group of pictures does."""
+    if not index.seekable or index.pts is None or len(index.keys) < 2 or len(wanted) == 0:
+        return [0]
+    group = np.searchsorted(index.keys, index.pts[wanted], side="right")
+    cuts = [0]
+    for place in (np.flatnonzero(np.diff(group)) + 1).tolist():
+        if place - cuts[-1] >= PART_WANTED or wanted[place] - wanted[cuts[-1]] >= PART_FRAMES:
+            cuts.append(place)
+    return cuts
+
+
+class _Decoders:
+    """Opened copies of one file, kept for the next part that wants one; all are closed on leaving."""
+
+    def __init__(self, target: str | Path | bytes, name: str, problems: list[str]):
+        self.target, self.name, self.problems = target, name, problems
+        self._idle: list[tuple[Any, Any]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Decoders":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def take(self) -> tuple[Any, Any]:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._stack.enter_context(open_stream(self.target, self.name))
+
+    def give_back(self, opened: tuple[Any, Any]) -> None:
+        self._idle.append(opened)
+
+
+def _part_frames(
+    decoders: _Decoders,
+    index: VideoIndex,
+    wanted: np.ndarray,
+    span: tuple[int, int],
+    wanted_stamps: set[int],
+    count: dict[str, int],
+    name: str,
+    fit: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The wanted frames of one part, fitted."""
+    position, end = span
+    opened = decoders.take()
+    try:
+        with closing(_decoded(opened, decoders.problems, index, wanted, span, wanted_stamps, count)) as frames:
+            for number, frame in frames:
+                fitted = None
+                while position < end and wanted[position] <= number:
+                    if fitted is None:  # a frame that stays on screen is resized once
+                        count["corrupt"] += frame.is_corrupt
+                        fitted = fit(_upright_pixels(frame, name))
+                    yield fitted, number
+                    position += 1
+                if position == end:
+                    return
+    finally:
+        decoders.give_back(opened)
+
+
+def _upright_pixels(frame: Any, name: str) -> np.ndarray:
+    """A decoded frame as uint8 `(H, W, 3)`, rotated as the file's display matrix says."""
+    check_frame_pixels(frame.width, frame.height, name)
+    pixels = frame.to_ndarray(format="rgb24")
+    quarters = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
+    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
+
+
+def _decoded(
+    opened: tuple[Any, Any],
+    problems: list[str],
+    index: VideoIndex,
+    wanted: np.ndarray,
+    span: tuple[int, int],
+    wanted_stamps: set[int],
+    count: dict[str, int],
+) -> Iterator[tuple[int, Any]]:
+    """Yield `(index, decoded frame)` in display order, leaving out what is not needed for the part's wanted frames."""
+    import av.error
+
+    container, stream = opened
+    decoder = stream.codec_context
+
+    def decode(packet: Any) -> list[Any]:
+        try:
+            return decoder.decode(packet)
+        except (av.error.FFmpegError, EOFError):
+            count["errors"] += packet is not None
+            return []
+
+    if index.pts is None:
+        number = 0
+        flushed = False
+        for packet in packets_of(container, stream, problems):
+            flushed = packet.size == 0
+            for frame in decode(None if flushed else packet):
+                yield number, frame
+                number += 1
+        for frame in [] if flushed else decode(None):
+            yield number, frame
+            number += 1
+        return
+
+    stamps = np.unique(index.pts[wanted[slice(*span)]])
+    # H.264 frames that no other refers to are decoded only if wanted. Other decoders define this less sharply.
+    selective = decoder.name == "h264"
+    next_wanted, group_end, skipping, flushed = 0, None, len(index.keys) > 0, False
+    for packet in _packets_from(container, stream, problems, index, int(stamps[0])):
+        flushed = packet.size == 0
+        if not flushed and packet.is_keyframe and packet.pts is not None:
+            following = np.searchsorted(index.keys, packet.pts, side="right")
+            group_end = index.keys[following] if following < len(index.keys) else None
+            needed = group_end is None or stamps[next_wanted] < group_end
+            if skipping and needed:
+                decoder.flush_buffers()
+            skipping = not needed
+        if skipping and not flushed:
+            continue
+        if selective:
+            decoder.skip_frame = "DEFAULT" if packet.pts in wanted_stamps else "NONREF"
+        for frame in decode(None if flushed else packet):
+            if frame.pts is None:
+                continue
+            if frame.pts >= stamps[next_wanted]:
+                number = int(np.searchsorted(index.pts, frame.pts, side="right")) - 1
+                yield number, frame
+                next_wanted = int(np.searchsorted(stamps, frame.pts, side="right"))
+                if next_wanted == len(stamps):
+                    return
+            if group_end is not None and stamps[next_wanted] >= group_end:
+                skipping = True  # the rest of this group of pictures is not needed
+    for frame in [] if flushed else decode(None):
+        if frame.pts is not None:
+            yield int(np.searchsorted(index.pts, frame.pts, side="right")) - 1, frame
+
+
+def _packets_from(
+    container: Any, stream: Any, problems: list[str], index: VideoIndex, first_wanted: int
+) -> Iterator[Any]:
+    """Packets of the stream from the key frame on that the frame `first_wanted` (a time stamp) depends on."""
+    import av.error
+
+    if not index.seekable or len(index.keys) == 0:
+        yield from packets_of(container, stream, problems)
+        return
+    key = int(index.keys[max(int(np.searchsorted(index.keys, first_wanted, side="right")) - 1, 0)])
+    # Files are sought by decoding times, from which display times may differ: what was found is looked at, and where
+    # it lies too late, reading starts at the beginning (times before the first mean the first).
+    for place in (key, -(2**62)):
+        try:
+            container.seek(place, stream=stream)
+        except av.error.FFmpegError as error:
+            problems.append(f"the file cannot be searched ({error})")
+            return
+        packets = packets_of(container, stream, problems)
+        first = next(packets, None)
+        if first is None or place < key or (first.is_keyframe and first.pts is not None and first.pts <= key):
+            break
+    if first is not None:
+        yield first
+        yield from packets
