@@ -22,6 +22,7 @@ _MODULE_OF = {
     "VideoState": "modeling_video_ma2mba.video_state",
     "VideoMa2mbaProcessor": "processing.processing_video_ma2mba",
     "VideoMa2mbaVideoProcessor": "processing.video_processing_video_ma2mba",
+    "VideoSession": "streaming.session",
     "convert_checkpoint": "conversion.convert_checkpoint",
     "plan": "modeling_video_ma2mba.plan_report",
     "open_video": "processing.video_reader",

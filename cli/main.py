@@ -17,6 +17,7 @@ from .plan import plan
 from .push import push
 from .read import read
 from .state import app as state
+from .watch import watch
 from .world import app as world
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command()(niah)
 app.command()(plan)
 app.command()(push)
 app.command()(read)
+app.command()(watch)
 app.add_typer(state, name="state")
 app.add_typer(world, name="world")
 

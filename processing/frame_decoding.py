@@ -138,7 +138,7 @@ def _part_frames(
                 while position < end and wanted[position] <= number:
                     if fitted is None:  # a frame that stays on screen is resized once
                         count["corrupt"] += frame.is_corrupt
-                        fitted = fit(_upright_pixels(frame, name))
+                        fitted = fit(upright_pixels(frame, name))
                     yield fitted, number
                     position += 1
                 if position == end:
@@ -147,7 +147,7 @@ def _part_frames(
         decoders.give_back(opened)
 
 
-def _upright_pixels(frame: Any, name: str) -> np.ndarray:
+def upright_pixels(frame: Any, name: str) -> np.ndarray:
     """A decoded frame as uint8 `(H, W, 3)`, rotated as the file's display matrix says."""
     check_frame_pixels(frame.width, frame.height, name)
     pixels = frame.to_ndarray(format="rgb24")

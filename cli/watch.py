@@ -1,0 +1,148 @@
+"""`video-ma2mba watch`: read a stream while it runs and answer standing questions at an interval."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .loading import load_pipeline
+from .options import Device, Dtype, Fps, Model, SaveEvery, TrustRemoteCode
+
+
+def watch(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Camera number, address (rtsp://, http://, …), file, or - for a pipe.", show_default=False
+        ),
+    ],
+    ask: Annotated[
+        list[str] | None, typer.Option("--ask", help="Standing question; may be given again.", show_default=False)
+    ] = None,
+    every: Annotated[float, typer.Option(help="Seconds of the stream between answers.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer and line.")] = False,
+    policy: Annotated[
+        str,
+        typer.Option(help="When reading falls behind: drop the oldest frames, queue them, or auto (drop if live)."),
+    ] = "auto",
+    waiting: Annotated[int, typer.Option(help="Frames that may wait to be read.")] = 32,
+    remember: Annotated[
+        float | None,
+        typer.Option(help="Answer from the last so many seconds (up to twice as many).", show_default="all"),
+    ] = None,
+    realtime: Annotated[bool, typer.Option("--realtime", help="Read a file no faster than it plays.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="The file is still being written: wait for more.")] = False,
+    seconds: Annotated[float | None, typer.Option("--for", help="Stop after so long.", show_default=False)] = None,
+    state: Annotated[Path | None, typer.Option(help="Read on from this state file.", show_default=False)] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the state in this file.", show_default=False)] = None,
+    save_every: SaveEvery = 30.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a source that is silent.")] = 15.0,
+    retries: Annotated[int, typer.Option(help="Attempts in a row to connect again.", min=0)] = 10,
+    model: Model = None,
+    fps: Fps = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Read a stream in constant memory and answer standing questions at an interval.
+
+    Ctrl-C ends it: the state is saved if asked for, and counters are printed. Answers go to standard output; what
+    happens to the stream goes to standard error.
+    """
+    questions = ask or []
+    if any(not question.strip() for question in questions):
+        raise ValueError("a question is empty: ask something about the video")
+    if not questions and save is None:
+        raise ValueError("there is nothing to do: give a question with --ask, or a file with --save")
+    if save is not None and not save.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--save {save}: there is no folder {str(save.parent)!r}")
+    if not every > 0 or (seconds is not None and not seconds > 0) or not timeout > 0:
+        raise ValueError("--every, --for and --timeout must be more than 0 seconds")
+
+    from video_ma2mba import VideoState
+    from video_ma2mba.streaming.live_frames import Patience
+    from video_ma2mba.streaming.live_sources import find_source
+    from video_ma2mba.streaming.session import VideoSession
+
+    found = find_source(source, follow)
+    before = None if state is None else VideoState.load(state)
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    settings = {"fps": fps, "policy": policy, "waiting": waiting, "remember": remember, "state": before}
+    with VideoSession(pipe.model, pipe.processor, **settings) as session:
+        answer = _answering(questions, as_json, max_new_tokens)
+        session.every(every, answer)
+        patience = Patience(connect=timeout, data=timeout, retries=retries)
+        terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: services are ended so
+        try:
+            session.attach(found, realtime=realtime, follow=follow, patience=patience)
+            _until_the_end(session, seconds, save, save_every)
+            answer(session)
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+        finally:
+            signal.signal(signal.SIGTERM, terminated)
+        _keep(session, save)
+        counters = session.counters()
+    if as_json:
+        typer.echo(json.dumps({"counters": counters}))
+    else:
+        typer.echo(", ".join(f"{name} {value:g}" for name, value in counters.items()), err=True)
+
+
+def _answering(questions: list[str], as_json: bool, max_new_tokens: int) -> Callable[[Any], None]:
+    """What answers all questions from what a session has seen, unless it has seen nothing since the last time."""
+    until = None
+
+    def answer(session: Any) -> None:
+        nonlocal until
+        seen = session.seen
+        if seen is None or seen.until == until:
+            return
+        until = seen.until
+        for question in questions:
+            began = time.perf_counter()
+            text = session.ask(question, max_new_tokens=max_new_tokens)
+            record = {"seconds": round(seen.until, 3), "since": round(seen.since, 3), "frames": seen.frames}
+            record |= {"question": question, "answer": text}
+            if as_json:
+                record["answer_seconds"] = round(time.perf_counter() - began, 3)
+                typer.echo(json.dumps(record, ensure_ascii=False))
+            else:
+                typer.echo(f"{clock_text(seen.until)}  {question if len(questions) > 1 else ''}  {text}")
+
+    return answer
+
+
+def _until_the_end(session: Any, seconds: float | None, save: Path | None, save_every: float) -> None:
+    """Wait for the end of the stream, or of the time given; say meanwhile what happens, and save now and then."""
+    began = saved = time.monotonic()
+    last = None
+    while True:
+        left = 1.0 if seconds is None else min(1.0, began + seconds - time.monotonic())
+        ended = left <= 0 or session.wait(left)
+        marks = list(session.report.timeline)
+        for mark in marks[marks.index(last) + 1 if last in marks else 0 :]:
+            if mark.event != "dropped frames":  # thousands of them say no more than their counter
+                typer.echo(f"{clock_text(mark.seconds)}  {mark.event}: {mark.detail}".rstrip(": "), err=True)
+        last = marks[-1] if marks else None
+        if ended:
+            return
+        if save is not None and time.monotonic() - saved >= save_every:
+            _keep(session, save)
+            saved = time.monotonic()
+
+
+def _keep(session: Any, save: Path | None) -> None:
+    if save is not None and session.seen is not None:
+        session.fork().save(save)
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as `h:mm:ss`."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,108 @@
+"""What a session remembers: everything in one state, or the last while in two states that take turns.
+
+A state of constant size holds only so much. A model that was trained on minutes answers wrongly from a state that has
+seen hours of busy pictures, even about the last minute. With `remember=60` answers come from a state that began
+between 60 and 120 seconds ago, and a second one stands ready to take its place: memory stays constant, every frame
+passes the vision tower once and the language model as two rows of one batch.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..modeling_video_ma2mba.video_questions import video_prefix
+from ..modeling_video_ma2mba.video_state import VideoState
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A state to be asked, and what it has seen.
+
+    Attributes:
+        state: of one row; not to be changed.
+        since, until: seconds of the stream of its first and last frame.
+        frames: of the stream, that it has read.
+        before: metadata of the state that it continues; empty where it begins with the stream, or inside.
+    """
+
+    state: VideoState
+    since: float
+    until: float
+    frames: int
+    before: dict[str, str]
+
+
+class RollingMemory:
+    """Reads frames into one state, or two that take turns.
+
+    Args:
+        model, processor: of Video-Ma2mba.
+        remember: seconds that answers reach back at least (once so much has been seen), and at most twice; None: to
+            the beginning.
+        state: what was read before the stream began.
+    """
+
+    def __init__(self, model: Any, processor: Any, remember: float | None = None, state: VideoState | None = None):
+        if remember is not None and not remember > 0:
+            raise ValueError(f"remember must be more than 0 seconds, not {remember}")
+        self.model = model
+        self.remember = remember
+        prefix = video_prefix(processor)
+        self._video = prefix[:, -1:]
+        self._opening = model.read(prefix[:, :-1])
+        self._first = self._opening if state is None else state
+        self._rows: list[Remembered] = []  # oldest first
+        self._batch: VideoState | None = None  # their states as rows of one
+
+    @property
+    def newest(self) -> Remembered | None:
+        """What answers come from: all that was read, or the older of the two rows. None before the first frame."""
+        return self._rows[0] if self._rows else None
+
+    def read(self, pixels: np.ndarray, seconds: np.ndarray) -> None:
+        """Read frames, uint8 `(n, h, w, 3)` at the model's size, shown at `seconds` `(n,)` of the stream."""
+        start = 0
+        for place, moment in enumerate(seconds.tolist()):
+            if self._batch is None or (self.remember is not None and moment - self._since >= self.remember):
+                self._advance(pixels[start:place], seconds[start:place])
+                self._begin(moment)
+                start = place
+        self._advance(pixels[start:], seconds[start:])
+
+    def _begin(self, moment: float) -> None:
+        """Start another row; of three, the oldest goes."""
+        self._since = moment
+        if self._batch is None:
+            before = {} if self._first is self._opening else dict(self._first.metadata)
+            self._starting = Remembered(self._first, moment, moment, 0, before)
+            self._batch = self._first.fork()
+            return
+        fresh = self._opening
+        self._starting = Remembered(fresh, moment, moment, 0, {})
+        self._rows = self._rows[-1:]
+        conv, ssm = self._batch.conv[:, -1:], self._batch.ssm[:, -1:]
+        self._batch = VideoState(
+            torch.cat([conv, fresh.conv.to(conv)], dim=1),
+            torch.cat([ssm, fresh.ssm.to(ssm)], dim=1),
+            self._batch.seen_tokens,
+        )
+
+    def _advance(self, pixels: np.ndarray, seconds: np.ndarray) -> None:
+        if len(pixels) == 0:
+            return
+        self._batch = batch = self.model.read(self._video, [[pixels]], self._batch)
+        rows = self._rows if len(self._rows) == batch.batch_size else [*self._rows, self._starting]
+        new_tokens = len(pixels) * self.model.config.tokens_per_frame
+        self._rows = [
+            replace(
+                row,
+                state=VideoState(
+                    batch.conv[:, i : i + 1], batch.ssm[:, i : i + 1], row.state.seen_tokens + new_tokens
+                ),
+                until=float(seconds[-1]),
+                frames=row.frames + len(pixels),
+            )
+            for i, row in enumerate(rows)
+        ]
