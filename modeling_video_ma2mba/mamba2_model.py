@@ -175,7 +175,8 @@ class Ma2mbaTextModel(PreTrainedModel):
             if keep is not None:
                 row, column = keep[:, start:stop].nonzero(as_tuple=True)
                 rows.append(row * tokens + column + start)
-                row, column = row.to(segment.device), column.to(segment.device)
+                # Positions given on the host stay a plain copy: nothing here waits for the GPU.
+                row, column = (i.to(segment.device, non_blocking=True) for i in (row, column))
                 segment, delta = segment[row, column].unsqueeze(0), delta[row, column].unsqueeze(0)
             pieces.append(self.norm_f(segment, delta, own)[0])
         hidden = torch.cat(pieces, dim=1)

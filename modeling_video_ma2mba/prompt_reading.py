@@ -69,8 +69,10 @@ def read_prompt(
 
     def advance(name: str, tokens: Tensor) -> None:
         tokens = tokens.expand(state.batch_size, *tokens.shape[1:])
-        last = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        last[:, -1] = True  # nobody wants hidden states here, but one row keeps every kernel's input non-empty
+        # Nobody wants hidden states here, but one row keeps every kernel's input non-empty. The mask is on the host:
+        # looking at it there does not make the next frames wait until the GPU has read these.
+        last = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        last[:, -1] = True
         language_model(**{name: tokens}, past_key_values=state, use_cache=True, output_positions=last)
 
     start = 0

@@ -71,8 +71,9 @@ def normalise_pixels(pixels: Tensor, config: Any, device: torch.device, dtype: t
         )
     pixels = pixels.to(device, non_blocking=True)
     if pixels.dtype == torch.uint8:
-        mean = torch.tensor(config.image_mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(config.image_std, device=device).view(1, 3, 1, 1)
+        # Made on the host and sent without waiting, so that a GPU busy with earlier frames does not hold up these.
+        scale = torch.tensor([config.image_mean, config.image_std]).to(device, non_blocking=True)
+        mean, std = scale.view(2, 1, 3, 1, 1)
         return ((pixels.float() / 255 - mean) / std).to(dtype)
     if not pixels.is_floating_point():
         raise ValueError(f"pixel_values_videos must be uint8 (0..255) or floating point, not {pixels.dtype}")
