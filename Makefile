@@ -49,6 +49,7 @@ $(VENV)/.demo: $(SOURCES) $(VENV)/.torch
 $(VENV)/.test: $(SOURCES) $(VENV)/.torch
 	@echo "Installing video-ma2mba and what its tests need into $(VENV) (once) ..."
 	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --no-deps lmms-eval
 	@touch $@ $(VENV)/.demo
 
 $(OLDEST)/.installed: constraints.txt | $(VENV)/bin/python

@@ -1,0 +1,85 @@
+"""Every answer of an evaluation, written as it comes, one JSON object a line: what a crash leaves is used again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class AnswerLog:
+    """Answers by key. Each process appends to a file of its own; all files of the same stem are read.
+
+    Args:
+        path: such as `answers.jsonl`; rank 1 writes `answers.rank1.jsonl` beside it. None keeps answers in memory.
+
+    Raises:
+        ValueError: a line that is not the last of its file is damaged.
+    """
+
+    def __init__(self, path: Path | None, rank: int = 0):
+        self.path = path
+        self.answers: dict[str, dict[str, Any]] = {}
+        if path is None:
+            return
+        if rank:
+            self.path = path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]:
+            for entry in read_rows(file) if file.exists() else ():
+                self.answers[entry["key"]] = entry
+        if self.path.exists():
+            _drop_torn_line(self.path)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Keep an answer; `entry` holds its "key".
+
+        Raises:
+            OSError: it cannot be written, for instance because the disk is full. The file keeps what was whole.
+        """
+        self.answers[entry["key"]] = entry
+        if self.path is None:
+            return
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                _write(file, (json.dumps(entry, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            if self.path.is_file() and self.path.stat().st_size > whole:
+                os.truncate(self.path, whole)
+            raise OSError(
+                error.errno,
+                f"{self.path} cannot take another answer ({error.strerror}); {len(self.answers) - 1} are safe: make "
+                "room and run the same command again",
+            ) from error
+
+
+def _write(file: Any, line: bytes) -> None:
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, without a last line that was cut off.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines):  # nothing, or what an interruption left behind
+            break
+        try:
+            rows.append(dict(json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: no JSON object ({error})") from error
+    return rows
+
+
+def _drop_torn_line(path: Path) -> None:
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)

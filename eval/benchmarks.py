@@ -1,0 +1,70 @@
+"""The benchmarks that `video-ma2mba eval` knows: their tasks in lmms-eval, and what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark. `name` is also how `--tasks` calls it.
+
+    Args:
+        tasks: of lmms-eval; more than one where a benchmark is a group.
+        folder: of these tasks, below lmms-eval's (`own`: below ours).
+        judge: whether a language model scores the answers.
+        unit: what its scores are, "%" or "0-5".
+    """
+
+    name: str
+    title: str
+    folder: str
+    judge: bool = False
+    unit: str = "%"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the harness is asked for."""
+        return (self.name,)
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark("videomme", "Video-MME", "videomme"),
+        Benchmark("videomme_w_subtitle", "Video-MME with subtitles", "videomme"),
+        Benchmark("longvideobench_val_v", "LongVideoBench, validation", "longvideobench"),
+        Benchmark("longvideobench_val_i", "LongVideoBench, validation, frames and subtitles", "longvideobench"),
+        Benchmark("mvbench", "MVBench", "mvbench"),
+        Benchmark("activitynetqa", "ActivityNet-QA", "activitynetqa", judge=True),
+        Benchmark("videochatgpt", "Video-ChatGPT (VCG)", "videochatgpt", judge=True, unit="0-5"),
+        Benchmark("lvbench", "LVBench", "lvbench"),
+        Benchmark("mlvu_dev", "MLVU, dev", "mlvu"),
+        Benchmark("longtimescope", "LongTimeScope", "longtimescope"),
+        Benchmark("videomme_v2", "Video-MME-v2", "videomme_v2"),
+        Benchmark("rendered_world", "Rendered world", "own"),
+    )
+}
+PAPER = ("videomme", "longvideobench_val_v", "mvbench", "activitynetqa", "videochatgpt")
+LONG = ("lvbench", "mlvu_dev", "longtimescope", "videomme_v2")
+SETS = {"paper": PAPER, "long": LONG}
+
+
+def expand(text: str) -> list[str]:
+    """Task names of `--tasks`: separated by commas, `paper` and `long` standing for sets.
+
+    Raises:
+        ValueError: no name.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--tasks {text!r} names no task: give paper, long, {', '.join(BENCHMARKS)}, or others")
+    return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
+
+
+def folders_of(tasks: Sequence[str]) -> list[str] | None:
+    """Folders of these tasks below lmms-eval's, or None where one of them is not known here."""
+    if any(task not in BENCHMARKS for task in tasks):
+        return None
+    return sorted({BENCHMARKS[task].folder for task in tasks} - {"own"})

@@ -1,0 +1,176 @@
+"""The model in lmms-eval: `python -m lmms_eval --model video_ma2mba --model_args pretrained=…,fps=1 --tasks …`.
+
+Each video is read once for all its questions, over all tasks and all ranks of a run; every question is answered from
+a copy of that state.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+
+from .answer_log import AnswerLog
+from .answering import Answerer
+from .lmms_ranks import answer_together
+from .lmms_requests import Job, is_padding, job_of
+from .lmms_rounds import answer_rounds
+from .state_store import Reading, StateStore
+
+_DEFAULT_BYTES = 10.0  # GB
+
+
+class VideoMa2mbaSimple(lmms):
+    """For tasks of the simple interface (and, by its subclass, of chat); arguments are those of `--model_args`.
+
+    Args:
+        pretrained: folder or Hub id; `bundled` is the checkpoint of this package.
+        device, dtype: `auto`, `cpu`, `cuda`, `cuda:N`; `auto`, `fp32`, `fp16`, `bf16`.
+        batch_size: questions about one video that are answered together.
+        fps, num_frames, max_frames, folder_fps: which frames are read; see `Reading`.
+        stop_repeat_ngram: end an answer when its latest so many tokens occurred before; 0: never.
+        cache_states: states kept in memory. cache_dir: folder for states on disk, limited to `cache_gb`.
+        answers: file (JSON lines) for every answer as it comes; answers that it holds are not given again.
+        broken: `stop` at a video that cannot be read, or `skip` it: its answers are empty.
+        trust_remote_code: run code that comes with the checkpoint.
+        pipe: a loaded pipeline, instead of `pretrained` (from Python).
+
+    Raises:
+        ValueError: a setting is out of range; unknown settings are a TypeError.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "bundled",
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        fps: float = 1.0,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        folder_fps: float = 3.0,
+        stop_repeat_ngram: int = 5,
+        cache_states: int = 8,
+        cache_dir: str | None = None,
+        cache_gb: float = _DEFAULT_BYTES,
+        answers: str | None = None,
+        broken: str = "stop",
+        trust_remote_code: bool = False,
+        pipe: Any = None,
+    ) -> None:
+        super().__init__()
+        if broken not in ("stop", "skip"):
+            raise ValueError(f"broken={broken}: must be stop or skip")
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.batch_size = int(batch_size) if str(batch_size).isdecimal() and int(batch_size) > 0 else 1
+        reading = Reading(fps, num_frames, max_frames, folder_fps)
+        self.pipe = pipe or self._load(pretrained, device, dtype, trust_remote_code)
+        folder = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.store = StateStore(self.pipe, reading, cache_states, folder, int(cache_gb * 1e9))
+        self.log = AnswerLog(None if answers is None else Path(answers).expanduser(), self._rank)
+        self.answerer = Answerer(self.pipe, self.store, self.log, stop_repeat_ngram, self.batch_size, broken == "skip")
+
+    def _load(self, pretrained: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
+        import torch
+
+        from ..cli.loading import load_pipeline
+
+        wanted = device or "auto"
+        if self._world_size > 1:
+            from accelerate import Accelerator
+
+            cuda = torch.cuda.is_available() and wanted != "cpu"
+            self.accelerator = Accelerator(cpu=not cuda)
+            wanted = str(self.accelerator.device) if cuda else "cpu"
+        source = None if pretrained == "bundled" else pretrained
+        return load_pipeline(source, device=wanted, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    @property
+    def device(self) -> Any:
+        return self.pipe.model.device
+
+    def clean(self) -> None:
+        """Called by the harness when nothing is left to answer: a judge may need the memory."""
+        self.pipe = self.store = self.answerer = None
+        super().clean()
+
+    def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
+        """Answers in the order of the requests."""
+        return self._answers([(job_of(request), is_padding(request)) for request in requests])
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
+        """For each request the answers of its rounds; each round may show other media."""
+        answers = [answer_rounds(self.answerer, job_of(request), self._document) for request in requests]
+        self._tell()
+        return answers
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Loss (the harness takes the smallest) and whether greedy decoding says the same.
+
+        lmms-eval 0.7.3 turns these tuples into text before it scores them, so tasks of this kind fail there.
+        """
+        from .lmms_loglikelihood import continuation_loss
+
+        found = []
+        for request in requests:
+            context, continuation, doc_to_visual, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            text = continuation(doc) if callable(continuation) else continuation
+            job = Job(task, split, doc_id, context, {}, doc_to_visual, is_chat=False)
+            found.append(continuation_loss(self.pipe, self.store, job.prompt(doc), text))
+        return found
+
+    def _answers(self, asked: list[tuple[Job, bool]]) -> list[GenerationResult]:
+        seen: dict[str, int] = {}
+        keys = []
+        for job, padding in asked:
+            if job.generation["do_sample"] and not padding:
+                plain = job.key(None)
+                job.repeat = seen[plain] = seen.get(plain, -1) + 1
+            keys.append(self.answerer.key(job))
+        jobs = dict(zip(keys, (job for job, _ in asked), strict=True))
+        rows = answer_together(self.answerer, jobs, self._document, self._rank, self._world_size)
+        self._tell()
+        counted = [TokenCounts(rows[key]["input_tokens"], rows[key]["output_tokens"]) for key in keys]
+        return [GenerationResult(rows[key]["answer"], count) for key, count in zip(keys, counted, strict=True)]
+
+    def _document(self, job: Job) -> Any:
+        return self.task_dict[job.task][job.split][job.doc_id]
+
+    def _tell(self) -> None:
+        """What reading each video once has saved, to the log and into the harness's results."""
+        tally = self.store.tally
+        disk = f", {tally.from_disk} states being on disk" if tally.from_disk else ""
+        logger.info(
+            f"video_ma2mba: {self.answerer.answered} answers given, {self.answerer.reused} known from an earlier run; "
+            f"{tally.videos_read} videos read ({tally.frames_read} frames, {tally.seconds_reading:.1f} s); "
+            f"{self.answerer.spared} answers needed no reading of their own{disk}, which saved "
+            f"{self.answerer.seconds_saved:.1f} s"
+        )
+        log_metrics(
+            total_gen_tokens=self.answerer.output_tokens,
+            total_elapsed_time=self.answerer.seconds_answering,
+            avg_speed=self.answerer.output_tokens / max(self.answerer.seconds_answering, 1e-9),
+            additional_metrics={
+                "videos_read": tally.videos_read,
+                "frames_read": tally.frames_read,
+                "seconds_reading": round(tally.seconds_reading, 3),
+                "answers_without_reading": self.answerer.spared,
+                "seconds_of_reading_saved": round(self.answerer.seconds_saved, 3),
+                "rank": self._rank,
+            },
+        )
+
+
+class VideoMa2mbaChat(VideoMa2mbaSimple):
+    """For tasks of the chat interface."""
+
+    is_simple = False

@@ -1,0 +1,124 @@
+"""Who answers what: requests about the same media go together, and over several ranks each medium to one of them.
+
+The harness deals documents out to ranks one by one, so that the questions about a video land on different ranks, and
+each would read it. Here the ranks put their requests together and deal media out instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .answering import Answerer
+from .lmms_requests import Job
+
+Document = Callable[[Job], Any]
+
+
+@dataclass
+class Work:
+    """Requests about the same media. `label` is None where telling would mean decoding: then it is one request."""
+
+    label: str | None
+    weight: int = 0
+    keys: list[str] = field(default_factory=list)
+
+
+def answer_together(
+    answerer: Answerer, jobs: Mapping[str, Job], document: Document, rank: int = 0, world: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Answer what is not in the log yet, each medium being read once.
+
+    Args:
+        jobs: this rank's requests by key. document: gives the task's document of a request.
+
+    Returns:
+        The log's rows of `jobs`.
+    """
+    log = answerer.log
+    todo = {key: job for key, job in jobs.items() if key not in log.answers}
+    answerer.reused += len(jobs) - len(todo)
+    works = _works(todo, document)
+    shared = world > 1 and dist.is_available() and dist.is_initialized()
+    if shared:
+        works, todo = _dealt_out(works, todo, jobs, rank, world)
+    with tqdm(total=sum(len(work.keys) for work in works), desc="answers", disable=rank != 0) as bar:
+        for work in works:
+            answerer.answer([(key, todo[key], todo[key].prompt(document(todo[key]))) for key in work.keys])
+            bar.update(len(work.keys))
+    if shared:
+        new = _gathered({key: log.answers[key] for work in works for key in work.keys}, world)
+        for rows in new:
+            log.answers.update(rows)  # each is in the file of the rank that gave it
+    return {key: log.answers[key] for key in jobs}
+
+
+def _works(todo: Mapping[str, Job], document: Document) -> list[Work]:
+    """Requests by media, in the order in which media first occur."""
+    cheap: dict[str, bool] = {}
+    works: dict[str, Work] = {}
+    for key, job in todo.items():
+        prompt = None
+        if job.task not in cheap:  # one look tells: media of a task are paths, or pictures that it decodes itself
+            prompt = job.prompt(document(job))
+            cheap[job.task] = not any(medium.in_memory for medium in prompt.media)
+        if not cheap[job.task]:
+            works[key] = Work(None, 0, [key])
+            continue
+        prompt = prompt or job.prompt(document(job))
+        if prompt.whole or not prompt.media:
+            works[key] = Work(None, 0, [key])
+            continue
+        label = "|".join(medium.label for medium in prompt.media)
+        if label not in works:
+            works[label] = Work(label, sum(medium.weight() for medium in prompt.media))
+        works[label].keys.append(key)
+    return list(works.values())
+
+
+def _dealt_out(
+    works: list[Work], todo: dict[str, Job], jobs: Mapping[str, Job], rank: int, world: int
+) -> tuple[list[Work], dict[str, Job]]:
+    """This rank's share of all ranks' work. Heaviest first, to whom has least."""
+    told = [(work.label, work.weight, [(key, _told(todo[key])) for key in work.keys]) for work in works]
+    everyone = _gathered((told, {job.task for job in jobs.values()}), world)
+    merged: dict[str, Work] = {}
+    requests: dict[str, tuple] = {}
+    for shares, _ in everyone:
+        for label, weight, members in shares:
+            fresh = [(key, request) for key, request in members if key not in requests]
+            if fresh:
+                work = merged.setdefault(label or fresh[0][0], Work(label, weight))
+                work.keys += [key for key, _ in fresh]
+                requests.update(fresh)
+    wanted = {request[0] for request in requests.values()}
+    if any(wanted - tasks for _, tasks in everyone):
+        return works, todo  # a rank without a request of a task lacks the task's functions
+    load, mine = [0] * world, []
+    for work in sorted(merged.values(), key=lambda work: (-work.weight, work.keys[0])):
+        lightest = load.index(min(load))
+        load[lightest] += work.weight + len(work.keys)
+        if lightest == rank:
+            mine.append(work)
+    like = {job.task: job for job in jobs.values()}
+    return mine, {key: _job(requests[key], like) for work in mine for key in work.keys}
+
+
+def _told(job: Job) -> tuple:
+    return job.task, job.split, job.doc_id, job.context, job.settings, job.repeat
+
+
+def _job(told: tuple, like: Mapping[str, Job]) -> Job:
+    task, split, doc_id, context, settings, repeat = told
+    model = like[task]
+    return Job(task, split, doc_id, context, settings, model.source, model.is_chat, model.rounds, repeat)
+
+
+def _gathered(mine: Any, world: int) -> list[Any]:
+    found = [None] * world
+    dist.all_gather_object(found, mine)
+    return found

@@ -1,0 +1,60 @@
+"""Recorded answers instead of a model: scored again, or judged later, by the harness's own tasks.
+
+python -m lmms_eval --model video_ma2mba_replay --model_args answers=answers.jsonl --tasks …
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+
+from .answer_log import read_rows
+from .lmms_requests import job_of
+
+
+class ReplaySimple(lmms):
+    """Gives the answers of one or more files (or a folder of them): rows with "task", "doc_id" and "answer".
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: two rows answer one question differently.
+    """
+
+    is_simple = True
+
+    def __init__(self, answers: str, batch_size: Any = 1, device: Any = None, max_batch_size: Any = None) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+        path = Path(answers).expanduser()
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise FileNotFoundError(f"answers={answers}: there is no file of answers")
+        self.known: dict[tuple[str, int], str] = {}
+        for file in files:
+            for row in read_rows(file):
+                place = (row["task"], int(row["doc_id"]))
+                if self.known.setdefault(place, row["answer"]) != row["answer"]:
+                    raise ValueError(f"{file} holds a second answer to {place[0]}, document {place[1]}")
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Raises KeyError for a question that has no recorded answer."""
+        jobs = [job_of(request) for request in requests]
+        missing = [job for job in jobs if (job.task, job.doc_id) not in self.known]
+        if missing:
+            raise KeyError(
+                f"{len(missing)} questions have no recorded answer, the first is {missing[0].task}, "
+                f"document {missing[0].doc_id}"
+            )
+        return [self.known[job.task, job.doc_id] for job in jobs]
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("recorded answers are of single rounds")
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("recorded answers hold no likelihoods")
+
+
+class ReplayChat(ReplaySimple):
+    is_simple = False
