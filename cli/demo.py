@@ -1,16 +1,21 @@
-"""`video-ma2mba demo` (and `make demo`): questions with known answers about a folder of videos."""
+"""`video-ma2mba demo` (and `make demo`): questions with known answers about a folder of videos; `--web`: a page."""
+
+from __future__ import annotations
 
 import json
 import time
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .ask import reading_progress, size_text
 from .loading import load_pipeline
 from .options import Device, Dtype, Model
+
+if TYPE_CHECKING:
+    from video_ma2mba import VideoQuestionAnsweringPipeline
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "videos"
 
@@ -37,9 +42,20 @@ def demo(
     fps: Annotated[float, typer.Option(help="Frames read per second of video.")] = 1.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve a page: upload or pick a video, read it, ask, keep the state.")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Of the page.", show_default="the first free one from 7860", min=1, max=65535)
+    ] = None,
 ) -> None:
-    """Answer questions whose right answers are known, and say which came out right."""
+    """Answer questions whose right answers are known, and say which came out right. With --web, serve a page."""
+    if port is not None and not web:
+        raise ValueError("--port is that of the page: add --web, or leave --port away")
     questions = load_questions(folder)
+    if web:
+        serve_page(folder, load_pipeline(model, device=device, dtype=dtype), port)
+        return
     pipe = load_pipeline(model, device=device, dtype=dtype)
     right = 0
     for video, asked in groupby(questions, key=lambda line: line["video"]):
@@ -59,3 +75,27 @@ def demo(
             verdict = "right" if is_right else f"expected {line['answer']}"
             typer.echo(f"  {line['question']}\n    {answer}  ({verdict}, {seconds:.2f} s)")
     typer.echo(f"\n{right} of {len(questions)} answers right.")
+    typer.echo("Your own videos and questions: `video-ma2mba demo --web` opens a page.", err=True)
+
+
+def serve_page(folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | None = None) -> None:
+    """Serve the page of the Space on this machine alone, until interrupted.
+
+    Args:
+        folder: example videos with `questions.jsonl`.
+
+    Raises:
+        ImportError: gradio is not installed. OSError: the port is taken.
+    """
+    try:
+        from video_ma2mba.hub_cards.space.web.layout import build_page, serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ImportError("the page needs gradio: pip install 'video-ma2mba[demo]'", name="gradio") from None
+    from video_ma2mba.hub_cards.space.web.about import about_model
+    from video_ma2mba.hub_cards.space.web.examples import load_examples
+
+    about = f"{about_model(Path(pipe.model.name_or_path))} It runs on this machine; nothing leaves it."
+    page = build_page(pipe, load_examples(folder), "Ask a video", about)
+    serve(page, server_name="127.0.0.1", server_port=port)

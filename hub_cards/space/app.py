@@ -1,0 +1,28 @@
+"""Starts the page on a Space: the model is the folder `checkpoint` beside this file, run by its own code.
+
+With the variable MODEL_ID (and MODEL_REVISION) set for the Space, that model of the Hub is taken instead.
+"""
+
+import os
+from pathlib import Path
+
+from transformers import pipeline
+from web.about import about_model
+from web.examples import load_examples
+from web.layout import build_page, serve
+
+HERE = Path(__file__).parent
+ABOUT = "Uploads stay on this machine for an hour at most."
+
+
+def main() -> None:
+    """Load the model and serve the page."""
+    model = os.environ.get("MODEL_ID") or str(HERE / "checkpoint")
+    revision = os.environ.get("MODEL_REVISION")
+    pipe = pipeline("video-question-answering", model=model, revision=revision, trust_remote_code=True)
+    page = build_page(pipe, load_examples(HERE / "examples"), "Ask a video", f"{about_model(Path(model))} {ABOUT}")
+    serve(page, max_file_size="500mb")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The page: what is on it, and what happens on a click."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from . import markup
+from .background import Stopped
+from .examples import Example
+from .session import Session
+
+STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the web
+THEME = gr.themes.Default(primary_hue="blue", **_FONTS).set(  # the default greys and blues are too light to read
+    body_text_color_subdued="*neutral_500",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_800",
+)
+_KEPT_SECONDS = 3600  # uploads, states and state files are forgotten after an hour
+_ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model"}
+# Follows the link of a button that nobody sees, once it names the file just written.
+_DOWNLOAD = "() => setTimeout(() => document.querySelector('#state_link')?.click(), 500)"
+_log = logging.getLogger(__name__)
+
+
+def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr.Blocks:
+    """The page over a question-answering pipeline; `launch(css=STYLE, theme=THEME)` serves it.
+
+    Args:
+        pipe: of `pipeline("video-question-answering")`, by this package or by a checkpoint's own code.
+        examples: videos to pick, with questions to try.
+        title: heading. about: Markdown below it.
+    """
+    scratch = tempfile.mkdtemp(prefix="video_states_")
+    by_label = {example.label: example for example in examples}
+
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _KEPT_SECONDS)) as page:
+        session = gr.State(Session(), time_to_live=_KEPT_SECONDS)
+        gr.Markdown(f"# {title}\n\n{about}")
+        with gr.Row():
+            with gr.Column(min_width=280):
+                gr.Markdown("## 1. The video")
+                picked = gr.Radio([*by_label], label="Pick one", visible=bool(by_label))
+                video = gr.Video(label="or upload your own", sources=["upload"], include_audio=True, height=260)
+                fps = gr.Slider(0.1, 8, value=1, step=0.1, label="Frames read per second of video")
+                with gr.Row():
+                    read = gr.Button("Read the video", variant="primary", min_width=120)
+                    stop_reading = gr.Button("Stop reading", interactive=False, min_width=80)
+                reading = gr.HTML(elem_classes="notes")
+            with gr.Column(min_width=280):
+                gr.Markdown("## 2. Questions")
+                chat = gr.Chatbot(label="Conversation", height=340, render_markdown=False, buttons=["copy_all"])
+                tries = gr.Dataset(components=["textbox"], samples=[[""]], label="Questions to try", visible=False)
+                question = gr.Textbox(label="Your question", placeholder="What is shown?", max_lines=3)
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", min_width=80)
+                    stop_answer = gr.Button("Stop", interactive=False, min_width=80)
+                    forget = gr.Button("Start over", min_width=120)
+                answering = gr.HTML(elem_classes="notes")
+        with gr.Accordion("State file: keep what was read, or go on from it", open=False):
+            with gr.Row():
+                save = gr.Button("Download the state", min_width=200)
+                link = gr.DownloadButton("state", visible="hidden", elem_id="state_link")
+                opened = gr.File(label="Open a state file", height=120)
+            filed = gr.HTML(elem_classes="notes")
+
+        def on_pick(label: str) -> dict[Any, Any]:
+            questions = [[text] for text in by_label[label].questions]
+            return {video: by_label[label].video, tries: gr.Dataset(samples=questions, visible=True), reading: ""}
+
+        def on_read(now: Session, path: str | None, per_second: float) -> Iterator[dict[Any, Any]]:
+            try:
+                if not path:
+                    raise ValueError("pick a video or upload one first")
+                yield {reading: markup.progress(0, None), stop_reading: gr.Button(interactive=True)}
+                reports = now.read(pipe, path, per_second)
+                for seen, expected in reports:
+                    yield {reading: markup.progress(seen, expected)}
+                yield {reading: markup.note(markup.what_was_read(now)), chat: [], answering: ""}
+            except Exception as error:
+                yield {reading: _said(error)}
+            yield {stop_reading: gr.Button(interactive=False), session: now}
+
+        def on_ask(now: Session, text: str) -> Iterator[dict[Any, Any]]:
+            before = now.messages
+            try:
+                answers = now.ask(pipe, text)
+                for answer in answers:
+                    said = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+                    yield {
+                        chat: [*before, *said],
+                        question: "",
+                        answering: "",
+                        stop_answer: gr.Button(interactive=True),
+                    }
+                yield {chat: now.messages, question: "", answering: ""}
+            except Exception as error:
+                yield {chat: now.messages, answering: _said(error)}
+            yield {stop_answer: gr.Button(interactive=False), session: now}
+
+        def on_save(now: Session) -> dict[Any, Any]:
+            try:
+                file = now.save(scratch)
+            except Exception as error:
+                return {filed: _said(error), link: None}
+            return {filed: markup.note(f"{file.name}, {markup.size(file.stat().st_size)}"), link: str(file)}
+
+        def on_open(now: Session, path: str) -> dict[Any, Any]:
+            try:
+                now.open(pipe, path)
+            except Exception as error:
+                return {filed: _said(error)}
+            return {filed: markup.note(markup.what_was_read(now)), chat: now.messages, session: now}
+
+        def on_forget(now: Session) -> dict[Any, Any]:
+            now.messages = []
+            return {chat: [], answering: "", session: now}
+
+        def on_stop(now: Session) -> None:
+            now.stopped = True
+
+        picked.input(on_pick, picked, [video, tries, reading], api_name="pick")
+        reports = [reading, chat, answering, stop_reading, session]
+        read.click(on_read, [session, video, fps], reports, api_name="read", **_ONE_AT_A_TIME)
+        asking = [chat, question, answering, stop_answer, session]
+        gr.on([ask.click, question.submit], on_ask, [session, question], asking, api_name="ask", **_ONE_AT_A_TIME)
+        tries.click(lambda sample: sample[0], tries, question, api_name=False).then(
+            on_ask, [session, question], asking, api_name=False, **_ONE_AT_A_TIME
+        )
+        save.click(on_save, session, [filed, link], api_name="save").success(None, js=_DOWNLOAD)
+        opened.upload(on_open, [session, opened], [filed, chat, session], api_name="open")
+        gr.on([forget.click, chat.clear], on_forget, session, [chat, answering, session], api_name="forget")
+        for button in (stop_reading, stop_answer):
+            button.click(on_stop, session, queue=False, api_name=False)
+    return page
+
+
+def _said(error: Exception) -> str:
+    """What the page says about an error: the sentence of an expected one; others go to the log."""
+    if isinstance(error, Stopped):
+        return markup.note("Stopped.")
+    if isinstance(error, ValueError | OSError) or "out of memory" in str(error):
+        return markup.problem(error)
+    _log.exception("unexpected error", exc_info=error)
+    return markup.problem(RuntimeError(f"this page made a mistake ({type(error).__name__}): its log says more"))
+
+
+def serve(page: gr.Blocks, **settings: Any) -> None:
+    """Serve the page until interrupted; the same look everywhere.
+
+    Args:
+        settings: of `launch`, such as `server_port` and `max_file_size`.
+    """
+    page.queue(max_size=20)
+    page.launch(
+        css=STYLE, theme=THEME, footer_links=["gradio"], run_history=False, state_session_capacity=200, **settings
+    )

@@ -1,0 +1,134 @@
+"""One visitor's video and conversation: reading, asking, and the state file. Knows nothing of the page."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import TextStreamer
+
+from .background import latest_reports
+
+NEW_TOKENS = 128
+
+
+class Session:
+    """What a visitor has read and said so far.
+
+    Attributes:
+        state: the `VideoState`; None before a video is read.
+        messages: questions and answers since then, as chat messages.
+        video: path of the video on this machine while it is known (not after opening a state file).
+        seconds: that reading it took.
+        stopped: set to end a reading or an answer that is under way.
+    """
+
+    def __init__(self) -> None:
+        self.state: Any = None
+        self.messages: list[dict[str, str]] = []
+        self.video: str | None = None
+        self.seconds = 0.0
+        self.stopped = False
+
+    def read(self, pipe: Any, video: str, fps: float) -> Iterator[tuple[int, int | None]]:
+        """Read a video from its beginning; what was read and said before is forgotten once this has succeeded.
+
+        Yields:
+            Numbers of frames read and expected.
+
+        Raises:
+            Whatever the pipeline raises; `Stopped`.
+        """
+        self.stopped = False
+        began = time.perf_counter()
+        state = yield from latest_reports(
+            lambda report: pipe.read(video, fps=fps, on_frames=lambda seen, expected=None: report((seen, expected))),
+            lambda: self.stopped,
+        )
+        self.state, self.messages, self.video = state, [], video
+        self.seconds = time.perf_counter() - began
+
+    def ask(self, pipe: Any, question: str) -> Iterator[str]:
+        """Answer from the state, with the conversation so far in mind; nothing is read again.
+
+        Yields:
+            The answer so far.
+
+        Raises:
+            ValueError: there is no state, or the question is empty.
+        """
+        if self.state is None:
+            raise ValueError("read a video first, or open a state file")
+        if not question.strip():
+            raise ValueError("the question is empty: write what you want to know about the video")
+        self.stopped = False
+        asked = [*self.messages, {"role": "user", "content": question.strip()}]
+
+        def work(report: Any) -> str:
+            streamer = _Reports(pipe.processor.tokenizer, report)
+            return pipe.ask(self.state, asked, streamer=streamer, max_new_tokens=NEW_TOKENS)
+
+        answer = yield from latest_reports(work, lambda: self.stopped)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write state and conversation into a new folder inside `folder`, as `video-ma2mba ask` writes and reads them.
+
+        Raises:
+            ValueError: there is nothing to save.
+        """
+        if self.state is None:
+            raise ValueError("there is nothing to save: read a video first")
+        kept = self.state.fork()
+        kept.metadata["chat"] = json.dumps(self.messages, ensure_ascii=False)
+        name = Path(self.video).stem if self.video else "video"
+        path = Path(tempfile.mkdtemp(dir=folder)) / f"{name}.state"
+        kept.save(path)
+        return path
+
+    def open(self, pipe: Any, path: str | Path) -> None:
+        """Take over what a state file holds.
+
+        Raises:
+            ValueError: it is damaged, no state, or of another model or processor.
+        """
+        # the class that belongs to the pipeline: of the package, or of the code beside the checkpoint
+        state = sys.modules[type(pipe).__module__].VideoState.load(path)
+        pipe.check(state)
+        messages = _messages(state.metadata.pop("chat", "[]"))
+        self.state, self.messages, self.video = state.to(pipe.device), messages, None
+
+
+class _Reports(TextStreamer):
+    """Reports the text so far whenever some words are certain."""
+
+    def __init__(self, tokenizer: Any, report: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._report, self._text = report, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._text += text
+        self._report(self._text)
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    """The conversation in a state file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+        messages = [{"role": item["role"], "content": item["content"]} for item in found]
+        if [message["role"] for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise ValueError("questions and answers do not take turns")
+        if not all(isinstance(message["content"], str) for message in messages):
+            raise ValueError("not all of it is text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the conversation in the state file is damaged: {error}") from None
+    return messages

@@ -1,0 +1,35 @@
+"""The page of the demo, served on this machine for the tests in this folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: tests stay off the network
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "videos"
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The page over the bundled checkpoint: `url`, and `readings`, which holds one entry for each video read."""
+    pytest.importorskip("gradio")
+    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("uploads"))
+    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.hub_cards.space.web.examples import load_examples
+    from video_ma2mba.hub_cards.space.web.layout import build_page, serve
+
+    pipe = load_pipeline(device="cpu")
+    readings, read = [], pipe.read
+
+    def counted(video, **settings):
+        readings.append(video)
+        return read(video, **settings)
+
+    pipe.read = counted
+    page = build_page(pipe, load_examples(EXAMPLES), "Ask a video", "Tested.")
+    serve(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield SimpleNamespace(url=page.local_url, readings=readings)
+    page.close()

@@ -1,0 +1,95 @@
+"""The page's calls, as a program makes them: reading, asking, the state file, and what goes wrong."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+gradio_client = pytest.importorskip("gradio_client")
+pytestmark = pytest.mark.bundled
+VIDEO = Path(__file__).resolve().parents[3] / "examples" / "videos" / "000000.mp4"
+QUESTIONS = {"Which sign did the card show?": "2", "How many squares are there?": "1"}  # with right answers
+
+
+@pytest.fixture
+def client(served):
+    """A visitor of their own."""
+    return gradio_client.Client(served.url, verbose=False)
+
+
+def read(client, video: Path = VIDEO, fps: float = 1.0) -> list[str]:
+    """What the page says, in turn, while it reads."""
+    job = client.submit(gradio_client.handle_file(str(video)), fps, api_name="/read")
+    job.result(timeout=60)
+    return [output[0] for output in job.outputs() if isinstance(output[0], str)]  # the others change something else
+
+
+def ask(client, question: str) -> tuple[list[str], str]:
+    """Texts of the conversation afterwards, and what the page says."""
+    job = client.submit(question, api_name="/ask")
+    job.result(timeout=60)
+    seen = [(messages, said) for messages, _, said, *_ in job.outputs() if isinstance(said, str)]
+    return texts_of(seen[-1][0]), seen[-1][1]
+
+
+def texts_of(messages: list[dict]) -> list[str]:
+    return [part["text"] for message in messages for part in message["content"]]
+
+
+def alert(said: str) -> str:
+    assert said.startswith('<p role="alert"'), said
+    return said
+
+
+def test_read_ask_twice_keep_and_go_on(client, served, tmp_path: Path):
+    before = len(served.readings)
+    said = read(client)
+    assert said[0].startswith("<progress")
+    assert "40 frames of 40 s of video read" in said[-1]
+    assert "kept in 2.8 MB" in said[-1]
+    texts = []
+    for question, answer in QUESTIONS.items():
+        texts += [question, answer]
+        assert ask(client, question) == (texts, "")
+    assert len(served.readings) == before + 1  # the second question read nothing again
+
+    said, file = client.predict(api_name="/save")
+    assert ".state, 2.8 MB" in said
+    other = gradio_client.Client(served.url, verbose=False)
+    said, messages, *_ = other.predict(gradio_client.handle_file(file), api_name="/open")
+    assert "40 frames of 40 s of video read" in said
+    assert texts_of(messages) == texts
+    question, answer = "What shape is the red object?", "circle"
+    assert ask(other, question) == ([*texts, question, answer], "")
+    assert len(served.readings) == before + 1
+
+    from video_ma2mba.cli.loading import load_pipeline
+
+    pipe = load_pipeline(device="cpu")  # the file is one that `video-ma2mba ask` takes, and with the same answer
+    from video_ma2mba import VideoState
+
+    assert pipe.ask(VideoState.load(file), question, max_new_tokens=32) == answer
+
+
+def test_errors_are_sentences(client, tmp_path: Path):
+    assert "read a video first" in alert(ask(client, "What?")[1]).lower()
+    assert "nothing to save" in alert(client.predict(api_name="/save")[0])
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"<script>alert(1)</script>" * 100)
+    assert "<script" not in alert(read(client, broken)[-1])
+    other = shutil.copy(VIDEO, tmp_path / "film.state")
+    assert "not a readable state file" in alert(client.predict(gradio_client.handle_file(other), api_name="/open")[0])
+    read(client)
+    assert "the question is empty" in alert(ask(client, "  ")[1]).lower()
+
+
+def test_a_failed_reading_keeps_what_was_read_before(client, tmp_path: Path):
+    read(client)
+    (question, answer), *_ = QUESTIONS.items()
+    ask(client, question)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    alert(read(client, broken)[-1])
+    assert ask(client, question)[0] == [question, answer] * 2
+    client.predict(api_name="/forget")
+    assert ask(client, question)[0] == [question, answer]
