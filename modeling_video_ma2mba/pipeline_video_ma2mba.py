@@ -121,8 +121,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     def _forward(self, group: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
         states, questions = [], []
-        for request in group:
-            state = self._read(request["prefix"], request["readers"], request["on_frames"])
+        for request, state in zip(group, self._read_group(group), strict=True):
             states += [state] * len(request["questions"])
             questions += request["questions"]
         answers = iter(answer_together(self.model, self.processor.tokenizer, states, questions, **settings))
@@ -181,18 +180,18 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """ValueError naming what differs, unless this pipeline's model and processor made the state."""
         self.model.check_state(state, self.processor)
 
-    def ask(self, state: VideoState, question: str | list[dict[str, Any]], **settings: Any) -> Any:
-        """Answer a question from a state, which stays as it is.
+    def ask(self, state: VideoState, question: Any, **settings: Any) -> Any:
+        """Answer a question from a state, which stays as it is; or several questions in one batch.
 
         Args:
             state: from `read`.
-            question: the question, or the whole conversation that follows the video as messages (question, answer,
-                question, ..., the last one being answered).
+            question: the question; the whole conversation that follows the video as messages (question, answer,
+                question, ..., the last one being answered); or a list of questions or conversations.
             settings: `return_scores` and settings of `generate()`.
 
         Returns:
             The answer as text. With `return_scores`, `{"answer": ..., "score": ...}`; with `num_return_sequences`, a
-            list.
+            list. For a list of questions, a list of these.
 
         Raises:
             ValueError: the state belongs to another model or processor; what differs is named. Or the question is
@@ -205,6 +204,26 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """Write model and processor, which is all that `pipeline(model=save_directory)` needs."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
+
+    def _read_group(self, group: list[dict[str, Any]]) -> list[VideoState]:
+        """A state for each request: read together where only the videos differ, else one after the other."""
+        first = group[0]["prefix"]
+        together = len(group) > 1 and all(
+            len(request["readers"]) == 1 and request["on_frames"] is None and torch.equal(request["prefix"], first)
+            for request in group
+        )
+        if not together:
+            return [self._read(request["prefix"], request["readers"], request["on_frames"]) for request in group]
+        size = self.model.config.vision_chunk_frames
+        try:
+            found = self.model.read_together(first, [request["readers"][0].chunks(size) for request in group])
+        finally:
+            for request in group:
+                _close(request["readers"])
+        for state in found:
+            if isinstance(state, Exception):
+                raise state
+        return found
 
     def _read(
         self,

@@ -7,7 +7,7 @@ The pipeline's `read` and `ask` are these methods with the pipeline's processor 
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from .answer_batches import answer_together
 from .module_device import execution_device
 from .prompt_reading import read_prompt
+from .reading_together import read_together
 from .resumable_reading import read_resumably
 from .state_identity import identity_facts, record_source, refuse_other, source_facts
 from .video_state import VideoState
@@ -38,6 +39,11 @@ class VideoQuestionsMixin:
         """Read a prompt of any length in memory that does not grow with it; see `read_prompt`."""
         with _current_device(self):
             return read_prompt(self.model, input_ids, videos, state, on_frames)
+
+    def read_together(self, prefix: Tensor, videos: Sequence[Iterable[Any]]) -> list[VideoState | Exception]:
+        """Read several videos in one batch, each into a state of its own; see `read_together`."""
+        with _current_device(self):
+            return read_together(self.model, prefix, videos)
 
     def read_video(
         self,
@@ -102,30 +108,35 @@ class VideoQuestionsMixin:
         refuse_other(state.metadata, identity_facts(self, processor))
         state.check_fits(self.config.text_config)
 
-    def answer(self, state: VideoState, question: str | list[dict[str, Any]], processor: Any, **settings: Any) -> Any:
-        """Answer a question from a state, which stays as it is.
+    def answer(self, state: VideoState, question: Any, processor: Any, **settings: Any) -> Any:
+        """Answer a question from a state, which stays as it is; or several questions in one batch.
 
         Args:
             state: from `read_video`.
-            question: the question, or the whole conversation that follows the video as messages (question, answer,
-                question, ..., the last one being answered).
+            question: the question; the whole conversation that follows the video as messages (question, answer,
+                question, ..., the last one being answered); or a list of questions or conversations.
             processor: the model's `VideoMa2mbaProcessor`.
             settings: `return_scores` and settings of `generate()`.
 
         Returns:
             The answer as text. With `return_scores`, `{"answer": ..., "score": ...}`; with `num_return_sequences`, a
-            list.
+            list. For a list of questions, a list of these.
 
         Raises:
             ValueError: the state belongs to another model or processor; what differs is named. Or the question is
                 empty.
         """
         self.check_state(state, processor)
-        ids = question_ids(processor, question)
+        several = isinstance(question, list | tuple) and not (question and isinstance(question[0], dict))
+        ids = [question_ids(processor, asked) for asked in (question if several else [question])]
+        if not ids:
+            return []
         with _current_device(self), torch.no_grad():
-            answers = answer_together(self, processor.tokenizer, [state], [ids], **settings)[0]
-        answers = answers if settings.get("return_scores") else [answer["answer"] for answer in answers]
-        return answers[0] if len(answers) == 1 else answers
+            rows = answer_together(self, processor.tokenizer, [state] * len(ids), ids, **settings)
+        if not settings.get("return_scores"):
+            rows = [[answer["answer"] for answer in row] for row in rows]
+        answers = [row[0] if len(row) == 1 else row for row in rows]
+        return answers if several else answers[0]
 
 
 def question_ids(processor: Any, question: str | list[dict[str, Any]]) -> Tensor:
