@@ -13,7 +13,7 @@ from .chunked_recompute import ChunkedRows, ChunkJob, RowLayout, fill_rows
 
 IGNORE_INDEX = -100
 # Logits of one chunk: 2**25 numbers, 128 MB in fp32.
-_LOGITS_PER_CHUNK = 2**25
+LOGITS_PER_CHUNK = 2**25
 
 
 def shift_labels_left(labels: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def chunked_causal_lm_loss(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     job = ChunkJob(
         run=losses,
-        chunk=chunk or max(1, _LOGITS_PER_CHUNK // vocabulary),
+        chunk=chunk or max(1, LOGITS_PER_CHUNK // vocabulary),
         rows_per_item=1,
         width=1,
         dtype=wide,

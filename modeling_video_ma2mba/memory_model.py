@@ -330,6 +330,14 @@ def tower_saved_per_token(vision: VisionLoad, compute: int) -> float:
     return compute * (8 * vision.width + vision.hidden_copies * vision.hidden) + 4 * (vision.heads + 4)
 
 
+def vision_kept(shape: StackShape, vision: VisionLoad) -> float:
+    """What autograd keeps of all frames until vision's backward where they are not recomputed."""
+    kept = vision.tokens_per_frame * shape.compute * (vision.width + 4 * shape.width)
+    if vision.tower_trains:
+        kept += vision.layers * vision.patches * tower_saved_per_token(vision, shape.compute)
+    return vision.frames * kept
+
+
 def vision_phases(shape: StackShape, work: Workload, vision: VisionLoad) -> dict[str, dict[str, float]]:
     """GPU bytes of the phases in which frames run: before the language model, and after its backward."""
     frames = min(vision.frames, vision.chunk)

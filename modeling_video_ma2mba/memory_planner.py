@@ -343,18 +343,29 @@ def _limits(settings: CheckpointSettings, model: nn.Module, job: StepJob, x: Ten
     device = model.norm_f.weight.device
     # Host memory that the engine has pinned already counts as available to it.
     pinned = getattr(getattr(model, "engine", None), "last_host_bytes", 0)
+    return step_limits(settings, model, device, pinned, x.nbytes if x.device == device else 0)
+
+
+def step_limits(
+    settings: CheckpointSettings, model: nn.Module, device: torch.device, pinned: int = 0, allocated: int = 0
+) -> Limits:
+    """What a step of `model` on `device` may take now: the settings' budgets, or what is free.
+
+    Args:
+        pinned: host bytes that are pinned for checkpoints already. allocated: GPU bytes of the step already there.
+    """
     host = parse_bytes(settings.host_memory_budget, "host_memory_budget")
     host = host if host is not None else (available_host_bytes() + pinned) / 2
     gpu = parse_bytes(settings.memory_budget, "memory_budget")
     if gpu is not None:
         return Limits(gpu, host)
     if device.type != "cuda":
-        return Limits(available_host_bytes() / 2, host, x.nbytes)
+        return Limits(available_host_bytes() / 2, host, allocated)
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     margin = max(_MARGIN_BYTES, int(_MARGIN_SHARE * total))
     new_gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
-    return Limits(free - margin - new_gradients, host, x.nbytes if x.device == device else 0)
+    return Limits(free - margin - new_gradients, host, allocated)
 
 
 def available_host_bytes() -> int:

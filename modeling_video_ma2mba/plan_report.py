@@ -279,13 +279,14 @@ def _model_and_config(given: Any, train: Sequence[str] | None) -> tuple[nn.Modul
         with torch.device("meta"):
             whole = kind == VideoMa2mbaConfig.model_type
             model = VideoMa2mbaForConditionalGeneration(config) if whole else Ma2mbaTextModel(config)
-        _set_trainable(model, parts)
+        set_trainable(model, parts)
     elif train is not None:
         raise ValueError("train is for configurations: a model's own requires_grad says what trains")
     return model, config
 
 
-def _set_trainable(model: nn.Module, parts: Sequence[str]) -> None:
+def set_trainable(model: nn.Module, parts: Sequence[str]) -> None:
+    """Let exactly these of `PARTS` train; the head belongs to the language model, unused layers stay frozen."""
     base = getattr(model, "model", model)
     model.requires_grad_("lm" in parts)
     if hasattr(base, "vision_tower"):

@@ -1,0 +1,99 @@
+"""What TRL's loss and metrics need to know about the labelled positions, without a full-length tensor.
+
+TRL's own fused head takes the hidden states of the whole sequence (5 GB for a million tokens at 2.7B, and as much
+again for their gradient). Here the language model returns the labelled positions only, and logits exist for a chunk
+of them at a time. Shapes: B batch, S tokens, n labelled positions, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..modeling_video_ma2mba.chunked_loss import IGNORE_INDEX, LOGITS_PER_CHUNK, shift_labels_left
+from ..modeling_video_ma2mba.chunked_recompute import ChunkedRows, ChunkJob, RowLayout, fill_rows
+
+
+def score_answers(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of `targets` (n,) at hidden states (n, D), in fp32.
+
+    Returns:
+        log-probability (differentiable), entropy of the prediction, and whether the target is its most likely token;
+        each (n,). With n = 0 they are empty sums that still reach every parameter.
+    """
+    empty = len(targets) == 0
+    if empty:
+        hidden, targets = hidden.new_zeros(1, hidden.shape[1]) + hidden.sum() * 0, targets.new_zeros(1)
+    targets = targets.to(hidden.device)
+
+    def scores(piece: Tensor, first: int) -> Tensor:
+        logits = lm_head(piece)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wanted = targets[first : first + len(piece)].to(logits.device)
+        chosen = -F.cross_entropy(logits, wanted, reduction="none")
+        if torch.is_grad_enabled():  # the recomputation in backward: the other two have no gradient
+            return torch.stack([chosen, torch.zeros_like(chosen), torch.zeros_like(chosen)], dim=1)
+        spread = logits.log_softmax(-1)
+        entropy = -(spread.exp() * spread).sum(-1)
+        return torch.stack([chosen, entropy, (logits.argmax(-1) == wanted).to(chosen.dtype)], dim=1)
+
+    parameters: list[Any] = [p for p in lm_head.parameters() if p.requires_grad]
+    job = ChunkJob(
+        run=scores,
+        chunk=max(1, LOGITS_PER_CHUNK // next(p.shape[0] for p in lm_head.parameters())),
+        rows_per_item=1,
+        width=3,
+        dtype=torch.promote_types(hidden.dtype, torch.float32),
+        layout=RowLayout(len(hidden), hidden.device),
+        devices=[hidden.device],
+    )
+    if torch.is_grad_enabled() and (parameters or hidden.requires_grad):
+        table = ChunkedRows.apply(job, hidden, None, *parameters)
+    else:
+        with torch.no_grad():
+            table = fill_rows(job, hidden)
+    table = table * 0 if empty else table
+    return table[:, 0], table[:, 1].detach(), table[:, 2].detach()
+
+
+def install_answer_scores(model: nn.Module) -> None:
+    """Let `model(..., labels=..., fused_lm_head=True)`, TRL's way to ask for scores, return those of the labelled
+    positions only. `model` is the Video-Ma2mba model itself, not a wrapper of it.
+    """
+    plain_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # generation reads the signature
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return plain_forward(
+                *args, labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        shift_labels = shift_labels_left(labels) if shift_labels is None else shift_labels
+        labelled = shift_labels != IGNORE_INDEX
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, output_positions=labelled, **kwargs).last_hidden_state
+        log_probs, entropy, is_top1 = score_answers(self.get_output_embeddings(), hidden, shift_labels[labelled])
+        divisor = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / divisor,
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=labelled,
+        )
+
+    model.forward = MethodType(forward, model)

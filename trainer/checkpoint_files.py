@@ -1,0 +1,73 @@
+"""Complete checkpoints only: every checkpoint lists its files, and one that lacks any of them is never loaded.
+
+The list is written last, in one rename. A kill in the middle of saving leaves no list; one in the middle of deleting
+an old checkpoint leaves a list that names files which are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+MANIFEST = "checkpoint_files.json"
+_log = logging.getLogger(__name__)
+
+
+def write_manifest(checkpoint: str | os.PathLike[str]) -> None:
+    """List all files of a finished checkpoint with their sizes."""
+    folder = Path(checkpoint)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    draft = folder / f".{MANIFEST}.part"
+    draft.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, folder / MANIFEST)
+
+
+def what_is_missing(checkpoint: str | os.PathLike[str]) -> str | None:
+    """Why a checkpoint must not be loaded, in a few words; None if it is complete."""
+    folder = Path(checkpoint)
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was not finished"
+    except ValueError:
+        return f"its {MANIFEST} is damaged"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"its file {name} is missing"
+        if path.stat().st_size != size:
+            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest complete checkpoint of a run, None if there is none; incomplete ones are named in a warning."""
+    steps: dict[int, Path] = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.rpartition("-")[2]
+        if path.is_dir() and number.isdecimal():
+            steps[int(number)] = path
+    for step in sorted(steps, reverse=True):
+        reason = what_is_missing(steps[step])
+        if reason is None:
+            return str(steps[step])
+        _log.warning("checkpoint %s is passed over: %s", steps[step], reason)
+    return None
+
+
+def require_complete(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint that is not complete.
+
+    Raises:
+        ValueError: it is not; says why.
+    """
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"there is no checkpoint {checkpoint}")
+    reason = what_is_missing(checkpoint)
+    if reason is not None:
+        raise ValueError(f"checkpoint {checkpoint} cannot be resumed from: {reason}; choose an earlier one")

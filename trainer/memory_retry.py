@@ -1,0 +1,119 @@
+"""Runs micro-batches under their plans, and an optimizer step once more when it ran out of memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from .step_planner import StepPlan, StepPlanner
+
+if TYPE_CHECKING:
+    from .video_trainer import VideoMa2mbaTrainer
+
+_log = logging.getLogger(__name__)
+
+
+class MemoryRetry:
+    """Plans, runs and, out of memory, repeats the micro-batches of one optimizer step after the other.
+
+    Gradients of a failed backward pass are partly there, and summed with those of earlier micro-batches; so the whole
+    optimizer step begins anew, with the random numbers that it began with.
+    """
+
+    def __init__(self, trainer: VideoMa2mbaTrainer, step: Callable[..., Tensor]) -> None:
+        self.trainer, self.step = trainer, step
+        settings = trainer.video_model.model.language_model.engine.settings
+        adaptive = settings is not None and trainer.args.adaptive_plan
+        self.planner = StepPlanner(trainer.video_model, settings) if adaptive else None
+        self.alone = trainer.accelerator.distributed_type == DistributedType.NO
+        self.device = trainer.accelerator.device
+        self._done: list[dict[str, Any]] = []  # micro-batches of this optimizer step
+        self._step = -1
+        self._random: Any = None
+        self._metrics: dict[str, int] = {}
+        self._tokens = 0
+
+    def run(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
+        """Forward and backward of one micro-batch; the loss.
+
+        Raises:
+            torch.OutOfMemoryError: out of memory, and no smaller plan, or several processes; says what to do.
+        """
+        if self._step != self.trainer.state.global_step:
+            self._begin()
+        try:
+            loss = self._attempt(model, inputs, num_items, self._choose(inputs))
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+            if not (self.alone and self.planner is not None and self.trainer.args.oom_retry):
+                raise
+        else:
+            self._done.append(inputs)
+            return loss
+        return self._again(model, inputs, num_items, message)  # the failed attempt's frames are gone by now
+
+    def _choose(self, inputs: dict[str, Any]) -> StepPlan | None:
+        if self.planner is None:
+            return None
+        with self.trainer.accelerator.autocast():  # the prediction asks what activations will be made of
+            return self.planner.choose(inputs)
+
+    def _attempt(self, model: nn.Module, inputs: dict[str, Any], num_items: Any, plan: StepPlan | None) -> Tensor:
+        predicted = 0
+        if self.planner is not None:
+            self.planner.apply(plan)
+        cuda = self.device.type == "cuda"
+        if plan is not None:
+            predicted = plan.step_bytes + (self._resident() if cuda else 0)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        loss = self.step(model, inputs, num_items)
+        self.trainer.throughput.peak(predicted, self.device)
+        return loss
+
+    def _resident(self) -> int:
+        """GPU bytes that are there during the whole step: what is allocated now, and gradients still to come."""
+        parameters = self.trainer.video_model.parameters()
+        return torch.cuda.memory_allocated(self.device) + sum(
+            p.nbytes for p in parameters if p.requires_grad and p.grad is None
+        )
+
+    def _begin(self) -> None:
+        self._step = self.trainer.state.global_step
+        self._done.clear()
+        gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        self._random = (torch.get_rng_state(), gpu)
+        self._metrics = {name: len(values) for name, values in self.trainer._metrics["train"].items()}
+        self._tokens = self.trainer._total_train_tokens
+
+    def _again(self, model: nn.Module, inputs: dict[str, Any], num_items: Any, message: str) -> Tensor:
+        failed = self.planner.last
+        with self.trainer.accelerator.autocast():
+            smaller = self.planner.smaller(inputs)
+        if smaller is None:
+            raise torch.OutOfMemoryError(f"no smaller plan exists: give it fewer frames. {message}")
+        _log.warning(
+            "step %d ran out of memory (%s): once more with the next smaller plan, %s", self._step + 1, failed, smaller
+        )
+        self.trainer.throughput.oom_retries += 1
+        model.zero_grad()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_rng_state(self._random[1], self.device)
+        torch.set_rng_state(self._random[0])
+        for name, values in self.trainer._metrics["train"].items():
+            del values[self._metrics.get(name, 0) :]
+        self.trainer._total_train_tokens = self._tokens
+        for earlier in self._done:
+            self._attempt(model, earlier, num_items, self._choose(earlier))
+        self.planner.last = smaller
+        loss = self._attempt(model, inputs, num_items, smaller)
+        self._done.append(inputs)
+        return loss

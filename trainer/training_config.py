@@ -1,0 +1,102 @@
+"""Settings of `VideoMa2mbaTrainer`: those of TRL's `SFTConfig`, and what video and Mamba-2 add."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+LABELS = ("answers", "captions")
+_OTHER_DEFAULTS = {"packing": "pack by hand with seq_idx", "padding_free": "padding costs nothing here, leave it on"}
+
+_NEW_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class VideoMa2mbaTrainingConfig(SFTConfig):
+    """Everything that decides a run, beyond the model and the data.
+
+    Differs from `SFTConfig` where video needs it: no `max_length` by default; columns are never removed; bf16 is on
+    where there is CUDA and off elsewhere; batches stay on the host until they are used.
+    """
+
+    max_length: int | None = _option(
+        None, "Tokens of the longest sample; frames are dropped evenly to meet it, text is never cut."
+    )
+    remove_unused_columns: bool = _option(False, "The collator reads every column.")
+    train_parts: str | None = _option(
+        None, "Parts that train, of lm, projector and vision, separated by commas; unset: as the model comes."
+    )
+    vision_learning_rate: float | None = _option(None, "Of the vision tower; unset: learning_rate.")
+    projector_learning_rate: float | None = _option(None, "Of the projector; unset: learning_rate.")
+    global_batch_size: int | None = _option(
+        None, "Samples of one optimizer step over all processes; sets gradient_accumulation_steps."
+    )
+    adaptive_plan: bool = _option(
+        True, "Choose per batch: no recomputation where that fits, else the fastest multi-axis plan that fits."
+    )
+    oom_retry: bool = _option(True, "Repeat a step that ran out of memory once, under the next smaller plan.")
+    labels: str = _option("answers", "What is learned: answers (of the assistant) or captions (all text).")
+    fps: float = _option(1.0, "Frames read per second of video.")
+    max_frames: int | None = _option(None, "Longer videos are read with this many frames, evenly spread.")
+    early_stopping_patience: int | None = _option(
+        None, "Stop after this many evaluations without improvement (needs eval_strategy)."
+    )
+    base_model: str | None = _option(None, "Hub id of the model that training starts from, for the model card.")
+    license: str | None = _option(None, "Licence of the result, for the model card, such as apache-2.0.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
+        for name, remedy in _OTHER_DEFAULTS.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}=True does not work with video: {remedy}")
+        if self.labels not in LABELS:
+            raise ValueError(f"labels={self.labels!r} is not valid: use one of {', '.join(LABELS)}")
+        if self.assistant_only_loss and self.labels != "answers":
+            raise ValueError("assistant_only_loss=True means labels='answers': set one of them only")
+        self.assistant_only_loss = False  # our collator writes the labels
+        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every rank touches every part in every step
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation()
+        if self.early_stopping_patience is not None:
+            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+                raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch")
+            self.load_best_model_at_end = True
+            self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        for old, new in _NEW_NAMES.items():  # of transformers 5.23, which warns about the old ones, TRL's default too
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+        super().__post_init__()
+        # Samples differ in length: batches are never cut up and sent around between processes.
+        self.accelerator_config.dispatch_batches = False
+
+    def _accumulation(self) -> int:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        together = self.per_device_train_batch_size * processes
+        steps, rest = divmod(self.global_batch_size, together)
+        if rest or not steps:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is no multiple of {self.per_device_train_batch_size} "
+                f"samples x {processes} processes: change one of them"
+            )
+        return steps
+
+    @property
+    def parts(self) -> tuple[str, ...] | None:
+        """`train_parts` as names, None for "as the model comes"."""
+        if self.train_parts is None:
+            return None
+        return tuple(part.strip() for part in self.train_parts.split(",") if part.strip())

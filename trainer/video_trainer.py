@@ -1,0 +1,296 @@
+"""`VideoMa2mbaTrainer`: TRL's `SFTTrainer` for videos of any length.
+
+What differs from `SFTTrainer`: data may be anything that our collator (or the caller's) understands; frames stay on
+the host until the vision tower wants them; logits and hidden states exist at labelled positions only; every batch
+runs under its own checkpointing plan; parameters learn at the rates of their parts; and only complete checkpoints are
+resumed from. `compute_loss`, and with it gradient accumulation, metrics and distributed averaging, is TRL's own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
+from trl import SFTTrainer
+
+from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.plan_report import set_trainable
+from .answer_scores import install_answer_scores
+from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
+from .length_groups import EpochLengthSampler
+from .memory_retry import MemoryRetry
+from .parameter_groups import decays, split_by_part
+from .throughput import Throughput, ThroughputBar
+from .training_card import write_training_card
+from .training_config import VideoMa2mbaTrainingConfig
+
+_PIXELS = "pixel_values_videos"
+_TOTALS = "video_totals.json"
+
+
+class VideoMa2mbaTrainer(SFTTrainer):
+    """Trains a Video-Ma2mba model with Multi-Axis Gradient Checkpointing.
+
+    Args:
+        model: a model, a PEFT model, or a directory or Hub id to load.
+        args: see `VideoMa2mbaTrainingConfig`.
+        train_dataset, eval_dataset: rows with `messages` (`video_ma2mba.trainer.data`), or any torch data set whose
+            items the given `data_collator` understands. For evaluation also a dictionary of several.
+        data_collator: rows to model inputs; default: `VideoChatCollator` as `args` says.
+        processing_class: default: the processor saved beside the model.
+        data_name: what the model card calls the data.
+        other: as in `SFTTrainer` (`peft_config`, `callbacks`, `optimizers`, `compute_metrics`, …).
+
+    Raises:
+        ValueError: an argument makes no sense, in one sentence.
+    """
+
+    _tag_names = ["trl", "sft", "video-ma2mba"]
+    _name = "Video-Ma2mba SFT"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: VideoMa2mbaTrainingConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        data_name: str | None = None,
+        **other: Any,
+    ) -> None:
+        args = VideoMa2mbaTrainingConfig("video-ma2mba-sft") if args is None else args
+        if not isinstance(args, VideoMa2mbaTrainingConfig):
+            raise ValueError(f"args must be a VideoMa2mbaTrainingConfig, not {type(args).__name__}")
+        if train_dataset is None:
+            raise ValueError("train_dataset is required")
+        if not has_length(train_dataset) and args.max_steps <= 0:
+            raise ValueError("this data set has no length: set max_steps")
+        if isinstance(model, str):
+            model = load_for_training(model, args)
+        if processing_class is None:
+            from transformers import AutoProcessor
+
+            processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+        if args.parts is not None:
+            set_trainable(model, args.parts)
+        if data_collator is None:
+            data_collator = default_collator(processing_class, args)
+        callbacks = list(callbacks or [])
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        self.throughput = Throughput()
+        self.data_name = data_name
+        self._retry: MemoryRetry | None = None
+        self._total_frames = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=Dataset.from_dict({"messages": [[]]}),  # TRL looks at the first row: ours may be a download
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **other,
+        )
+        self.train_dataset = train_dataset
+        self.video_model.model.freeze_unused_parameters()  # adapters may have come into layers that never run
+        install_answer_scores(self.video_model)
+        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ThroughputBar(self.throughput))
+
+    @property
+    def video_model(self) -> VideoMa2mbaForConditionalGeneration:
+        """The Video-Ma2mba model itself, inside whatever wraps it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # ------------------------------------------------------------------------------------------------ data
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [
+                "messages",
+                "id",
+                "input_ids",
+                "labels",
+                "attention_mask",
+                _PIXELS,
+                "num_frames",
+            ]
+
+    def get_train_dataloader(self) -> DataLoader:
+        return _on_host(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return _on_host(super().get_eval_dataloader(eval_dataset))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length" and has_length(data)
+        if not grouped or not isinstance(data, Dataset) or "messages" not in data.column_names:
+            return super()._get_train_sampler(train_dataset)
+        from .data import estimated_lengths
+
+        lengths = estimated_lengths(data, self.processing_class, fps=self.args.fps, max_frames=self.args.max_frames)
+        together = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochLengthSampler(lengths, together, seed)
+
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """To the device, but for the frames, which the vision tower fetches chunk by chunk."""
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name != _PIXELS})
+        if inputs.get(_PIXELS) is not None:
+            prepared[_PIXELS] = inputs[_PIXELS]
+        if "attention_mask" not in prepared and "input_ids" in prepared:
+            prepared["attention_mask"] = torch.ones_like(prepared["input_ids"])  # TRL counts tokens with it
+        return prepared
+
+    # ---------------------------------------------------------------------------------------------- steps
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch under a plan of its own; out of memory, the whole optimizer step once more under a smaller
+        one (on a single process: others would wait for ever for the gradients of the first attempt)."""
+        self.throughput.count(inputs)
+        if self._retry is None:
+            self._retry = MemoryRetry(self, super().training_step)
+        return self._retry.run(model, inputs, num_items_in_batch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers, then one group of parameters for each part and kind of decay."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            args = self.args
+            rates = {
+                "lm": args.learning_rate,
+                "projector": args.projector_learning_rate,
+                "vision": args.vision_learning_rate,
+            }
+            rates = {part: args.learning_rate if rate is None else rate for part, rate in rates.items()}
+            named = (self.model if model is None else model).named_parameters()
+            optimizer.param_groups = split_by_part(optimizer.param_groups, named, rates)
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            counted = torch.tensor([self.throughput.tokens, self.throughput.frames], device=self.accelerator.device)
+            tokens, frames = self.accelerator.reduce(counted, "sum").tolist()
+            self._total_frames += frames
+            logs["tokens_per_second"] = tokens / self.throughput.seconds
+            logs["frames_per_second"] = frames / self.throughput.seconds
+            logs["num_frames"] = self._total_frames
+            logs |= self.throughput.peaks()
+            if self.throughput.oom_retries:
+                logs["oom_retries"] = self.throughput.oom_retries
+            if broken := len(getattr(self.data_collator, "report", None) or ()):
+                logs["broken_samples"] = broken
+            self.throughput.restart()
+        super().log(logs, start_time)
+
+    # ----------------------------------------------------------------------------------------- checkpoints
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but `True` takes the newest checkpoint that is complete.
+
+        Raises:
+            ValueError: the checkpoint named is not complete, or there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from")
+        if resume_from_checkpoint:
+            require_complete(resume_from_checkpoint)
+            totals = Path(resume_from_checkpoint, _TOTALS)
+            if totals.is_file():
+                found = json.loads(totals.read_text(encoding="utf-8"))
+                self._total_train_tokens, self._total_frames = found["num_tokens"], found["num_frames"]
+        self._retry = None  # settings of checkpointing may have changed
+        self.throughput.restart()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, then its list of files, and only then delete older ones and upload."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists() and what_is_missing(folder):
+            shutil.rmtree(folder)  # of an interrupted save: nothing of it may mix with what comes now
+        self.accelerator.wait_for_everyone()
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        self.args.save_total_limit, self.args.push_to_hub = None, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            totals = {"num_tokens": self._total_train_tokens, "num_frames": self._total_frames}
+            (folder / _TOTALS).write_text(json.dumps(totals) + "\n", encoding="utf-8")
+            write_manifest(folder)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if push:
+            self._push_from_checkpoint(str(folder))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `output_dir`/README.md: sizes, use, and how the model was trained."""
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = None
+        if hasattr(model, "peft_config"):
+            adapter = next(iter(model.peft_config.values())).to_dict()
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        write_training_card(
+            Path(self.args.output_dir, "README.md"),
+            model if adapter is not None else self.video_model,
+            self.args,
+            self.state,
+            name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
+            adapter=adapter,
+            data=dataset_name or self.data_name,
+            processes=self.accelerator.num_processes,
+            tags=[*self._tag_names, *tags],
+        )
+
+
+def load_for_training(source: str, args: VideoMa2mbaTrainingConfig) -> VideoMa2mbaForConditionalGeneration:
+    """Load a model from a directory or the Hub, in fp32 unless `args.model_init_kwargs` says otherwise."""
+    options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+    return VideoMa2mbaForConditionalGeneration.from_pretrained(source, **options)
+
+
+def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig) -> Any:
+    """The collator of chats about videos that `args` describe."""
+    from .data import BrokenSamples, VideoChatCollator
+
+    return VideoChatCollator(
+        processor,
+        labels=args.labels,
+        fps=args.fps,
+        max_frames=args.max_frames,
+        max_length=args.max_length,
+        on_broken="skip",
+        report=BrokenSamples(),
+    )
+
+
+def _on_host(loader: DataLoader) -> DataLoader:
+    """Keep batches on the host: `get_batch_samples` fetches all of an optimizer step before the first one is used,
+    and an hour of frames is a gigabyte."""
+    if hasattr(loader, "device"):
+        loader.device = None
+    return loader
