@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from .ask import ask
+from .batch import batch
 from .convert import convert
 from .demo import demo
 from .errors import OneLineErrors
+from .eval import evaluate
 from .init import init
 from .niah import niah
 from .plan import plan
@@ -29,8 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(ask)
+app.command()(batch)
 app.command()(convert)
 app.command()(demo)
+app.command("eval")(evaluate)
 app.command()(init)
 app.command()(niah)
 app.command()(plan)

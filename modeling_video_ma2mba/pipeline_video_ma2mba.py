@@ -14,7 +14,7 @@ from transformers import Pipeline
 from .answer_batches import answer_together
 from .module_device import execution_device
 from .state_identity import identity_facts
-from .video_questions import VIDEO_SETTINGS, report_frames
+from .video_questions import VIDEO_SETTINGS, chunks_of_all, report_frames
 from .video_state import VideoState
 
 TASK = "video-question-answering"
@@ -214,9 +214,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         )
         if not together:
             return [self._read(request["prefix"], request["readers"], request["on_frames"]) for request in group]
-        size = self.model.config.vision_chunk_frames
+        readers = [request["readers"][0] for request in group]
         try:
-            found = self.model.read_together(first, [request["readers"][0].chunks(size) for request in group])
+            found = self.model.read_together(first, chunks_of_all(readers, self.model.config.vision_chunk_frames))
         finally:
             for request in group:
                 _close(request["readers"])

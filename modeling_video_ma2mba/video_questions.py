@@ -168,6 +168,12 @@ def _split_prompt(processor: Any, messages: list[dict[str, Any]], **settings: An
     return prefix, rest
 
 
+def chunks_of_all(readers: Sequence[Any], size: int) -> list[Iterable[Any]]:
+    """Frame chunks of several readers that are read at once, and share the decoding threads."""
+    threads = max(1, torch.get_num_threads() // max(1, len(readers)))
+    return [reader.chunks(size, threads=threads) for reader in readers]
+
+
 def report_frames(
     readers: list[Any], on_frames: Callable[[int, int | None], None] | None
 ) -> Callable[[int], None] | None:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,19 @@ class FrameReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_running": []}
 
+    def resampled(self, **changes: Any) -> "FrameReader":
+        """Another reader of this video whose sampling differs in `changes`; what has been scanned is not scanned again.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        sampling = replace(self.sampling, **changes)
+        other = FrameReader(self.name, sampling, self.size, self.resize_mode, self._file, self._pictures)
+        if self._index is not None and self._pictures is None:  # the times of pictures depend on the sampling
+            other._index, other.warnings = self._index, list(self.warnings)
+            other._wanted = sampling.choose(self._index.times, self._index.duration, self.name)
+        return other
+
     def close(self) -> None:
         """Close the file, ending unfinished `chunks`. A reader that was read to its end is closed already."""
         for running in self._running:
@@ -131,15 +144,16 @@ class FrameReader:
                 digest.update(block)
         return digest.hexdigest()
 
-    def chunks(self, n: int = 32, skip: int = 0) -> Iterator[FrameChunk]:
+    def chunks(self, n: int = 32, skip: int = 0, threads: int | None = None) -> Iterator[FrameChunk]:
         """Yield the sampled frames in chunks of `n` (the last may be shorter).
 
-        Files are decoded in threads (as many as PyTorch uses, `torch.get_num_threads()`) ahead of what has been asked
-        for; how far ahead, and so the memory, is bounded whatever the video's length.
+        Files are decoded in threads ahead of what has been asked for; how far ahead, and so the memory, is bounded
+        whatever the video's length.
 
         Args:
             skip: leave out so many frames at the beginning, which have been read before; a video that has no more
                 gives no chunk.
+            threads: decode with at most so many (default: as many as PyTorch uses); 0 decodes when asked.
 
         Raises:
             ValueError: not one frame can be read, or the video cannot be read at all (see `open_video`).
@@ -148,17 +162,17 @@ class FrameReader:
             raise ValueError(f"a chunk must have at least 1 frame, not {n}")
         if skip < 0:
             raise ValueError(f"skip must be at least 0 frames, not {skip}")
-        running = self._chunks(n, skip)
+        running = self._chunks(n, skip, torch.get_num_threads() if threads is None else threads)
         self._running.append(running)
         return running
 
-    def _chunks(self, n: int, skip: int) -> Iterator[FrameChunk]:
+    def _chunks(self, n: int, skip: int, threads: int) -> Iterator[FrameChunk]:
         index = self._scan()
         problems: list[str] = []
         wanted = len(self._wanted) - skip
         if skip and wanted <= 0:
             return
-        frames = self._fitted_frames(skip, problems)
+        frames = self._fitted_frames(skip, threads, problems)
         size = self.size
         pixels, times, count = [], [], 0
         try:
@@ -181,7 +195,7 @@ class FrameReader:
             reason = f" ({'; '.join(self.warnings)})" if self.warnings else ""
             raise ValueError(f"{self.name}: not one frame could be decoded{reason}")
 
-    def _fitted_frames(self, skip: int, problems: list[str]) -> Iterator[tuple[np.ndarray, int]]:
+    def _fitted_frames(self, skip: int, threads: int, problems: list[str]) -> Iterator[tuple[np.ndarray, int]]:
         """Sampled frames in the size wanted, each with its number; those of files are decoded ahead, in threads."""
 
         def fit(pixels: np.ndarray) -> np.ndarray:
@@ -197,7 +211,7 @@ class FrameReader:
                 skip=skip,
                 fit=fit,
                 fitted_pixels=None if self.size is None else self.size[0] * self.size[1],
-                threads=torch.get_num_threads(),
+                threads=threads,
             )
 
         # An unreadable picture takes up no frame: only counting those that come finds the place again.

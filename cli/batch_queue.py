@@ -1,0 +1,214 @@
+"""The two files of `video-ma2mba batch`: the queue of questions, and the results, which survive any interruption."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_FIELDS = ("video", "question", "questions", "id")
+
+
+@dataclass
+class Item:
+    """One line of the queue. `error` says why it cannot be asked; `digest` tells whether a result belongs to it."""
+
+    line: int
+    digest: str
+    video: str = ""
+    questions: list[str] = field(default_factory=list)
+    several: bool = False
+    id: Any = None
+    error: str | None = None
+
+    def result(self, **found: Any) -> dict[str, Any]:
+        """The line of results for this item; what was asked is repeated, so that it can be read by itself."""
+        facts: dict[str, Any] = {"line": self.line, "item": self.digest}
+        if self.id is not None:
+            facts["id"] = self.id
+        if self.error is None:
+            facts |= {"video": self.video}
+            facts |= {"questions": self.questions} if self.several else {"question": self.questions[0]}
+        return facts | found
+
+
+def read_queue(path: Path) -> list[Item]:
+    """The items of a JSONL file; blank lines are passed over.
+
+    A line that is no item becomes one with an `error`. FileNotFoundError or another OSError: it cannot be read.
+    """
+    items = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                items.append(_item(number, line.strip()))
+    return items
+
+
+def _item(number: int, line: bytes) -> Item:
+    item = Item(number, hashlib.sha256(line).hexdigest()[:12])
+    try:
+        given = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        item.error = f"this line is not JSON: {error}"
+        return item
+    if not isinstance(given, dict):
+        item.error = "this line is not a JSON object"
+        return item
+    item.id = given.get("id")
+    asked = given.get("questions", given.get("question"))
+    item.several = "questions" in given
+    questions = asked if isinstance(asked, list) and item.several else [asked]
+    if unknown := sorted(given.keys() - set(_FIELDS)):
+        item.error = f"unknown fields {unknown}: use {list(_FIELDS)}"
+    elif "question" in given and "questions" in given:
+        item.error = "give either 'question' or 'questions'"
+    elif not isinstance(given.get("video"), str) or not given["video"]:
+        item.error = "'video' must name a video"
+    elif not questions or not all(isinstance(text, str) and text.strip() for text in questions):
+        item.error = "'question' must be a text, 'questions' a list of texts, none of them empty"
+    else:
+        item.video, item.questions = given["video"], questions
+    return item
+
+
+class Results:
+    """The result file, open for adding lines; a line is in it whole or not at all.
+
+    Args:
+        path: continued where it exists.
+        settings: what all results of a file share (model, frames, ...). They are kept in `PATH.settings`.
+        items: of the queue, to which the results there must belong.
+        retry_errors: forget results that are errors.
+
+    Attributes:
+        done: lines of the queue that have their result.
+        torn: whether an unfinished line at the end, left by an interruption, was taken away.
+
+    Raises:
+        ValueError: the file holds something else, results of another queue or with other settings, or is being
+            written by another run.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], items: list[Item], retry_errors: bool = False):
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(self._descriptor, path)
+            self._claim(settings)
+            self.torn, kept = self._whole_lines({item.line: item.digest for item in items}, retry_errors)
+            self.done = {result["line"] for result in kept}
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        os.close(self._descriptor)
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Write one line. OSError when the disk is full: what was written before stays, the line is not begun."""
+        self._write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+        self.done.add(result["line"])
+
+    def flush(self) -> None:
+        """Make sure that the lines survive a power failure."""
+        os.fsync(self._descriptor)
+
+    def _write(self, data: bytes) -> None:
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            os.ftruncate(self._descriptor, end)
+            raise OSError(
+                f"{self.path} cannot be written ({error.strerror}): the results so far are kept; make room, and the "
+                "same command goes on from there"
+            ) from error
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        """Compare with the settings of the results that are there; a new file gets them."""
+        beside = Path(f"{self.path}.settings")
+        if os.fstat(self._descriptor).st_size == 0:
+            draft = Path(f"{beside}.part")
+            try:
+                draft.write_text(json.dumps(settings, indent=1) + "\n")
+                os.replace(draft, beside)
+            finally:
+                draft.unlink(missing_ok=True)
+            return
+        try:
+            there = dict(json.loads(beside.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{self.path} exists, but not its settings ({beside}): name another file") from error
+        if differing := [name for name in {**settings, **there} if settings.get(name) != there.get(name)]:
+            raise ValueError(
+                f"{self.path} holds results with another {' and another '.join(differing)}: name another file"
+            )
+
+    def _whole_lines(self, digests: dict[int, str], retry_errors: bool) -> tuple[bool, list[dict[str, Any]]]:
+        """Results that are there; what follows the last whole line is cut off, and by request the errors."""
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        kept, whole, lines = [], 0, []
+        with open(self._descriptor, "rb", closefd=False) as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                result = _parsed(line)
+                if result is None or digests.get(result["line"]) != result.get("item"):
+                    raise ValueError(f"{self.path}, line {number}, is no result of this queue: name another file")
+                whole += len(line)
+                if not (retry_errors and "error" in result):
+                    kept.append(result)
+                    lines.append(line)
+        torn = os.fstat(self._descriptor).st_size > whole
+        os.ftruncate(self._descriptor, whole)
+        if retry_errors and sum(map(len, lines)) < whole:
+            self._replace(lines)
+        return torn, kept
+
+    def _replace(self, lines: list[bytes]) -> None:
+        draft = Path(f"{self.path}.part")
+        try:
+            draft.write_bytes(b"".join(lines))
+            os.replace(draft, self.path)
+        finally:
+            draft.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = os.open(self.path, os.O_RDWR)
+        _lock(self._descriptor, self.path)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        result = json.loads(line)
+    except ValueError:
+        return None
+    return result if isinstance(result, dict) and isinstance(result.get("line"), int) else None
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Refuse to write where another run does."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path} is being written by another run: wait for it, or name another file") from error
+    except OSError:  # file systems without locks
+        return
+
+
+def by_video(items: list[Item]) -> Iterator[list[Item]]:
+    """Items of the same video together, wherever they stand in the queue; videos in the order they first appear."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.video, []).append(item)
+    yield from groups.values()
