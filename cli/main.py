@@ -19,6 +19,7 @@ from .plan import plan
 from .push import push
 from .read import read
 from .state import app as state
+from .train import train
 from .watch import watch
 from .world import app as world
 
@@ -40,6 +41,7 @@ app.command()(niah)
 app.command()(plan)
 app.command()(push)
 app.command()(read)
+app.command()(train)
 app.command()(watch)
 app.add_typer(state, name="state")
 app.add_typer(world, name="world")

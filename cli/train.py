@@ -1,0 +1,30 @@
+"""`video-ma2mba train`: a recipe, with settings of your own on top."""
+
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[str, typer.Option(help="Recipe: a YAML file, or stage1, stage1_5, stage2, lora.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.", show_default=False),
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A minute on a CPU: the recipe's smoke section, on rendered videos.")
+    ] = False,
+) -> None:
+    """Train a model as a recipe says; the same through `torchrun -m video_ma2mba train` and `accelerate launch -m`.
+
+    Keys are the fields of VideoMa2mbaTrainingConfig (every setting of TRL's SFTConfig among them) and of a recipe:
+    model, train_data, eval_data, eval_share, lora_rank, resume and others. An interrupted run goes on with resume=true.
+    """
+    from video_ma2mba.trainer.recipe import read_recipe
+    from video_ma2mba.trainer.train_run import run_recipe
+
+    recipe, args = read_recipe(config, overrides or [], smoke)
+    result = run_recipe(recipe, args, smoke)
+    if args.process_index == 0:
+        typer.echo(f"{result}")
+        typer.echo(f'ask it: video-ma2mba ask VIDEO "QUESTION" --model {result}', err=True)

@@ -1,0 +1,131 @@
+"""Recipes: one YAML file that says what is trained, on what and how; read, overridden, checked."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .training_config import VideoMa2mbaTrainingConfig
+
+FOLDER = Path(__file__).with_name("recipes")
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 4e-5, which YAML 1.1 reads as a text
+SMOKE = "smoke"  # the section of a recipe that makes it a run of a minute on a CPU
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe says beside the trainer's settings.
+
+    Attributes:
+        model: directory or Hub id to start from.
+        train_data: what `load_training_data` takes: a file, a folder, a Hub id, or a list of these; likewise
+            eval_data. base_dir: folder of the videos where it is another than the data's.
+        eval_share: of the training rows, put aside for evaluation where there is no eval_data.
+        streaming: read rows as they are needed (set max_steps).
+        lora_rank: train adapters of this rank beside the frozen model; None trains the model itself.
+        lora_alpha, lora_dropout: as in PEFT. lora_vision: adapters in the vision tower, too.
+        merge_adapter: also write the model with the adapters merged into it, to output_dir/merged.
+        resume: go on from the newest complete checkpoint in output_dir, if there is one.
+        smoke_data: kind of rendered data of a smoke run; see `smoke_data.SMOKE_DATA`.
+    """
+
+    model: str | None = None
+    train_data: Any = None
+    eval_data: Any = None
+    base_dir: str | None = None
+    eval_share: float = 0.0
+    streaming: bool = False
+    lora_rank: int | None = None
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_vision: bool = False
+    merge_adapter: bool = True
+    resume: bool = False
+    smoke_data: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"eval_share={self.eval_share} is not valid: it must be in 0..1")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read_recipe(
+    source: str | os.PathLike[str], overrides: Sequence[str] = (), smoke: bool = False
+) -> tuple[Recipe, VideoMa2mbaTrainingConfig]:
+    """Read a recipe file, or the shipped one of that name, and lay overrides over it.
+
+    Args:
+        overrides: `key=value` texts; the value is read as YAML.
+        smoke: take the recipe's smoke section, too, which turns it into a short run on rendered videos.
+
+    Raises:
+        FileNotFoundError: no such file or recipe.
+        ValueError: an unknown key, a value that makes no sense, or no smoke section.
+    """
+    content = _read_yaml(source)
+    short = content.pop(SMOKE, None)
+    if smoke:
+        if not isinstance(short, dict):
+            raise ValueError(f"{source} has no section {SMOKE!r}: leave --smoke away")
+        content |= short
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{text!r} is no override: write key=value, such as learning_rate=1e-5")
+        content[key.strip()] = yaml.safe_load(value)
+    return build_recipe(content)
+
+
+def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingConfig]:
+    """Recipe and settings from plain data.
+
+    Raises:
+        ValueError: an unknown key or a value that makes no sense.
+    """
+    kinds = (Recipe, VideoMa2mbaTrainingConfig)
+    known = [{field.name for field in fields(kind) if field.init} for kind in kinds]
+    for key in content:
+        if not any(key in names for names in known):
+            close = difflib.get_close_matches(key, set.union(*known), 1)
+            raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
+    content = {key: _number(value) for key, value in content.items()}
+    if content.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        content["deepspeed"] = None  # one process has nothing to share its optimizer state with
+    recipe, config = (
+        kind(**{key: value for key, value in content.items() if key in names})
+        for kind, names in zip(kinds, known, strict=True)
+    )
+    return recipe, config
+
+
+def _read_yaml(source: str | os.PathLike[str]) -> dict[str, Any]:
+    path = Path(source)
+    if not path.is_file():
+        shipped = FOLDER / f"{path.name}.yaml"
+        if str(source) != path.name or not shipped.is_file():
+            raise FileNotFoundError(
+                f"there is no recipe {source}: name a YAML file or one of {', '.join(shipped_recipes())}"
+            )
+        path = shipped
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold settings, one `key: value` a line")
+    return content
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

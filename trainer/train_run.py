@@ -1,0 +1,105 @@
+"""A recipe, carried out: data, model and adapters put together, trained, saved and published."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .checkpoint_files import last_complete_checkpoint
+from .recipe import Recipe
+from .smoke_data import write_smoke_data
+from .training_config import VideoMa2mbaTrainingConfig
+from .video_trainer import VideoMa2mbaTrainer, load_for_training
+
+# Every projection of every Mamba-2 block; `lora_vision` adds the tower's linear layers.
+LORA_TARGETS = r".*language_model.*\.(in_proj|out_proj)"
+LORA_TARGETS_VISION = LORA_TARGETS + r"|.*vision_tower.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """PEFT's configuration of a recipe's adapters; the projector trains whole. None without `lora_rank`."""
+    if recipe.lora_rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=LORA_TARGETS_VISION if recipe.lora_vision else LORA_TARGETS,
+        modules_to_save=["multi_modal_projector"],
+    )
+
+
+def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = False) -> VideoMa2mbaTrainer:
+    """The trainer of a recipe, ready to train.
+
+    Args:
+        smoke: on the bundled checkpoint and rendered videos where the recipe names no others.
+
+    Raises:
+        ValueError, FileNotFoundError: model or data are missing or make no sense, in one sentence.
+    """
+    from .data import load_training_data
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data is read in forked workers
+    source, data = recipe.model, recipe.train_data
+    if smoke:
+        from .. import BUNDLED_CHECKPOINT
+
+        source = source or str(BUNDLED_CHECKPOINT)
+        if data is None:
+            folder = Path(args.output_dir, "smoke_data")
+            with args.main_process_first(desc="rendering"):
+                data = str(write_smoke_data(folder, recipe.smoke_data or "questions"))
+    for name, value in (("model", source), ("train_data", data)):
+        if value is None:
+            raise ValueError(f"the recipe names no {name}: add {name}=...")
+    with args.main_process_first(desc="reading the data"):
+        train = load_training_data(data, base_dir=recipe.base_dir, streaming=recipe.streaming)
+        held_out = None
+        if recipe.eval_data is not None:
+            held_out = load_training_data(recipe.eval_data, base_dir=recipe.base_dir)
+        elif recipe.eval_share:
+            if recipe.streaming:
+                raise ValueError("eval_share needs a data set of known length: give eval_data when streaming")
+            parts = train.train_test_split(test_size=recipe.eval_share, seed=args.seed)
+            train, held_out = parts["train"], parts["test"]
+    name = ", ".join(Path(str(part)).name for part in (data if isinstance(data, list) else [data]))
+    return VideoMa2mbaTrainer(
+        load_for_training(source, args),
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=lora_config(recipe),
+        data_name=name,
+    )
+
+
+def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = False) -> Path:
+    """Train as the recipe says, save model, processor and card, publish where asked for; the folder to use next.
+
+    Raises:
+        ValueError: the output folder holds checkpoints of another run and `resume` is off; see also `build_trainer`.
+    """
+    earlier = last_complete_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if earlier and not recipe.resume:
+        raise ValueError(
+            f"{args.output_dir} holds {Path(earlier).name} of an earlier run: add resume=true, or another output_dir"
+        )
+    trainer = build_trainer(recipe, args, smoke)
+    trainer.train(resume_from_checkpoint=earlier)
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=trainer.data_name)
+    result = Path(args.output_dir)
+    if recipe.lora_rank is not None and recipe.merge_adapter:
+        result = result / "merged"
+        if trainer.is_world_process_zero():
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            del merged.forward  # the trainer's own
+            merged.save_pretrained(result)
+            trainer.processing_class.save_pretrained(result)
+    return result
