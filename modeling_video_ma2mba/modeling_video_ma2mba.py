@@ -22,6 +22,7 @@ from .checkpoint_plan import CheckpointSettings
 from .chunked_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
 from .chunked_recompute import RowLayout
 from .configuration_video_ma2mba import VideoMa2mbaConfig
+from .fast_generation import FastGenerationMixin
 from .mamba2_model import Ma2mbaTextModel
 from .prompt_generation import PromptGenerationMixin
 from .video_questions import VideoQuestionsMixin
@@ -306,7 +307,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
 
 class VideoMa2mbaForConditionalGeneration(
-    VideoQuestionsMixin, PromptGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin
+    VideoQuestionsMixin, PromptGenerationMixin, FastGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin
 ):
     """Answers in words: `VideoMa2mbaModel` with a language modelling head."""
 

@@ -1,0 +1,205 @@
+"""One decoding step over buffers of fixed addresses, which a CUDA graph can replay: token in, logits out.
+
+Legend: as in `decode_reference`, and L layers, V vocabulary.
+"""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .mamba2_blocks import run_blocks
+from .ssd_scan import MixerShape
+from .video_state import VideoState
+
+
+class LayerWeights(NamedTuple):
+    """One block's tensors."""
+
+    norm: Tensor
+    in_proj: Tensor
+    conv: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    gated_norm: Tensor
+    out_proj: Tensor
+
+
+class DecodeWeights(NamedTuple):
+    """What one step reads, the model's own tensors: a change in place is seen, a replaced tensor is not."""
+
+    embeddings: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm_f: Tensor
+    head: Tensor
+    shape: MixerShape
+    stream_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: Any) -> "DecodeWeights | None":
+        """The tensors of a `VideoMa2mbaForConditionalGeneration`; None where a step is more than these tensors:
+        adapters, hooks, biased, quantised or scattered weights, fp64."""
+        language_model = model.model.language_model
+        # Looked at with every answer: `modules()` would cost as much as a token.
+        mixers = [block.mixer for block in language_model.layers]
+        linears = [part for mixer in mixers for part in (mixer.in_proj, mixer.out_proj)]
+        linears.append(model.lm_head)
+        others = [language_model, language_model.embeddings, language_model.norm_f, *language_model.layers, *mixers]
+        others += [part for mixer in mixers for part in (mixer.norm, mixer.conv1d)]
+        if any(_hooked(part) for part in (*linears, *others)):
+            return None
+        if any(type(part) is not nn.Linear or part.bias is not None for part in linears):
+            return None
+        if type(language_model.embeddings) is not nn.Embedding:
+            return None
+        layers = tuple(
+            LayerWeights(
+                norm=block.norm.weight,
+                in_proj=mixer.in_proj.weight,
+                conv=mixer.conv1d.weight,
+                conv_bias=mixer.conv1d.bias,
+                dt_bias=mixer.dt_bias,
+                A_log=mixer.A_log,
+                D=mixer.D,
+                gated_norm=mixer.norm.weight,
+                out_proj=mixer.out_proj.weight,
+            )
+            for block, mixer in zip(language_model.layers, mixers, strict=True)
+        )
+        weights = cls(
+            embeddings=language_model.embeddings.weight,
+            layers=layers,
+            norm_f=language_model.norm_f.weight,
+            head=model.lm_head.weight,
+            shape=mixers[0].shape,
+            stream_dtype=language_model.stream_dtype,
+        )
+        device, dtype = weights.embeddings.device, weights.embeddings.dtype
+        matrices = [weights.norm_f, weights.head, *(layer.in_proj for layer in layers)]
+        plain = all(type(tensor) is nn.Parameter and tensor.is_contiguous() for tensor in weights.tensors())
+        here = all(tensor.device == device for tensor in weights.tensors())
+        if not plain or not here or dtype == torch.float64 or any(tensor.dtype != dtype for tensor in matrices):
+            return None
+        return weights
+
+    def tensors(self) -> list[Tensor]:
+        every = [self.embeddings, self.norm_f, self.head]
+        for layer in self.layers:
+            every += [tensor for tensor in layer if tensor is not None]
+        return every
+
+
+def prompt_step(
+    language_model: nn.Module, head: Tensor, buffers: "DecodeBuffers", ids: Tensor, lengths: Tensor
+) -> None:
+    """Read the first `lengths` (B,) of `ids` (B, S) and write the `logits` behind each row's last token.
+
+    Everything goes through the model's own blocks; the buffers must have been loaded, and not stepped since.
+    """
+    x = language_model.embeddings(ids).to(language_model.stream_dtype)
+    x, delta, conv, ssm = run_blocks(language_model.layers, x, list(buffers.conv), list(buffers.base), lengths)
+    last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
+    hidden = language_model.norm_f(x.gather(1, last), delta.gather(1, last), head.dtype)[0][:, 0]
+    torch.mm(hidden, head.T, out=buffers.logits)
+    for layer, (conv_state, ssm_state) in enumerate(zip(conv, ssm, strict=True)):
+        buffers.conv[layer].copy_(conv_state)
+        buffers.base[layer].copy_(ssm_state)
+    buffers.tokens.copy_(buffers.logits.argmax(-1))
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or hasattr(module, "_hf_hook") or "forward" in module.__dict__
+
+
+class DecodeBuffers:
+    """A batch's state and everything a step writes.
+
+    Attributes:
+        tokens: (B,) int64, read by a step and replaced by the likeliest next ones. logits: (B, V).
+        conv, base, xbc, steps, totals: with a leading layer axis, as in `decode_reference`; slot: (1,) int32.
+    """
+
+    def __init__(
+        self, weights: DecodeWeights, batch: int, slots: int = 1, state_dtype: torch.dtype = torch.float32
+    ) -> None:
+        shape, layers = weights.shape, len(weights.layers)
+        model = {"device": weights.embeddings.device, "dtype": weights.embeddings.dtype}
+        full = {"device": weights.embeddings.device, "dtype": torch.float32}
+        width = weights.embeddings.shape[1]
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=model["device"])
+        self.slot = torch.zeros(1, dtype=torch.int32, device=model["device"])
+        self.residual = torch.zeros(batch, width, device=model["device"], dtype=weights.stream_dtype)
+        self.normed = torch.zeros(batch, width, **model)
+        self.projected = torch.zeros(batch, shape.inner + shape.conv_dim + shape.num_heads, **model)
+        self.gated = torch.zeros(batch, shape.inner, **full)
+        self.inner = torch.zeros(batch, shape.inner, **model)
+        self.logits = torch.zeros(batch, weights.head.shape[0], **model)
+        self.conv = torch.zeros(layers, batch, shape.conv_dim, shape.conv_kernel - 1, **model)
+        sizes = (layers, batch, shape.num_heads, shape.head_dim, shape.state_size)
+        self.base = torch.zeros(sizes, device=model["device"], dtype=state_dtype)
+        self.xbc = torch.zeros(layers, batch, slots, shape.conv_dim, **model)
+        self.steps = torch.zeros(layers, batch, slots, shape.num_heads, **full)
+        self.totals = torch.zeros(layers, batch, slots, shape.num_heads, **full)
+
+    def load(self, state: VideoState) -> None:
+        """Begin from `state`, which stays as it is."""
+        self.conv.copy_(state.conv)
+        self.base.copy_(state.ssm)
+        self.slot.zero_()
+
+    def export(self) -> tuple[Tensor, Tensor]:
+        """conv (L, B, C, W-1) and ssm (L, B, H, P, N) as a `VideoState` holds them; these buffers stay as they are."""
+        ssm = self.base.to(torch.float32, copy=True)
+        count, heads, size = int(self.slot), ssm.shape[2], ssm.shape[4]
+        if count:
+            groups = (self.xbc.shape[-1] - heads * ssm.shape[3]) // (2 * size)
+            for layer, out in enumerate(ssm):
+                totals, xbc = self.totals[layer, :, :count], self.xbc[layer, :, :count].float()
+                x = xbc[..., : heads * ssm.shape[3]].unflatten(-1, (heads, -1))
+                b = xbc[..., heads * ssm.shape[3] :][..., : groups * size].unflatten(-1, (groups, -1))
+                b = b.repeat_interleave(heads // groups, dim=2)
+                weights = self.steps[layer, :, :count] * torch.exp(totals[:, -1:] - totals)
+                out *= torch.exp(totals[:, -1])[..., None, None]
+                out += torch.einsum("bkhp,bkhn->bhpn", weights[..., None] * x, b)
+        return self.conv.clone(), ssm
+
+
+def token_step(ops: SimpleNamespace, weights: DecodeWeights, buffers: DecodeBuffers) -> None:
+    """Read `buffers.tokens`, advance the state, write `logits` and the likeliest next `tokens`.
+
+    Args:
+        ops: `OPERATIONS` of `decode_kernels` or `decode_reference`.
+    """
+    shape, eps, b = weights.shape, weights.shape.eps, buffers
+    single = len(b.tokens) == 1
+    b.residual.copy_(F.embedding(b.tokens, weights.embeddings))
+    delta = None
+    for i, layer in enumerate(weights.layers):
+        convolution = (b.conv[i], layer.conv, layer.conv_bias, b.xbc[i], b.slot, shape)
+        if single:
+            ops.norm_linear_conv(b.residual, layer.norm, layer.in_proj, eps, b.projected, *convolution)
+        else:
+            ops.add_norm(b.residual, delta, layer.norm, eps, b.normed)
+            torch.mm(b.normed, layer.in_proj.T, out=b.projected)
+            ops.conv_step(b.projected, *convolution)
+        history = (b.xbc[i], b.base[i], b.steps[i], b.totals[i])
+        ops.scan_step(b.projected, *history, layer.A_log, layer.D, layer.dt_bias, b.slot, b.gated, shape)
+        if single and shape.n_groups == 1:
+            ops.gated_linear_add(b.gated, layer.gated_norm, layer.out_proj, eps, b.residual)
+            continue
+        ops.group_norm(b.gated, layer.gated_norm, eps, shape.n_groups, b.inner)
+        delta = b.inner @ layer.out_proj.T
+        if single:
+            b.residual += delta
+    if single:
+        ops.norm_linear(b.residual, weights.norm_f, weights.head, eps, b.logits)
+    else:
+        ops.add_norm(b.residual, delta, weights.norm_f, eps, b.normed)
+        torch.mm(b.normed, weights.head.T, out=b.logits)
+    b.slot.add_(1).remainder_(b.xbc.shape[2])
+    b.tokens.copy_(b.logits.argmax(-1))
