@@ -230,6 +230,13 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         del batch["attention_mask"]
         return {"input_ids": input_ids, "labels": torch.where(mask == 1, input_ids, IGNORED_LABEL), **batch}
 
+    def conversation_tokens(self, messages: Any, chat_template: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids of one conversation, each video and image being ONE token, and 1 for what the assistant wrote.
+
+        Nothing is opened: videos may lack a source. Raises what `render_chat` raises.
+        """
+        return self._encode(self._render(messages, chat_template, require_question=False))
+
     def _settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sort the settings of a call into those for text and those for videos."""
         given = dict(given)

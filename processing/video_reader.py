@@ -84,7 +84,7 @@ class FrameReader:
         return {**self.__dict__, "_running": []}
 
     def resampled(self, **changes: Any) -> "FrameReader":
-        """Another reader of this video whose sampling differs in `changes`; what has been scanned is not scanned again.
+        """Another reader of this video, its sampling differing in `changes`; what was scanned is not scanned again.
 
         Raises:
             ValueError: a setting is out of range.

@@ -1,0 +1,138 @@
+"""Canonical rows: what every source is turned into, and how rows about one video become one sample.
+
+Columns: `messages` (see row_formats), `id`, and `problem`, the reason why a row could not be understood (None where it
+could): such rows are kept, so that they are listed with the other broken samples instead of vanishing. Videos and
+images that a source holds itself stay in its own columns (video, videos, image, images) and fill the places that the
+messages leave for them, in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from .row_formats import Row, check_answers, detect_format
+from .row_text import media_part
+
+if TYPE_CHECKING:
+    import datasets
+
+MEDIA_COLUMNS = ("video", "videos", "image", "images")
+
+
+def features(grouped: bool = False) -> datasets.Features:
+    """Types of the canonical columns; with `grouped`, those by which rows are merged too."""
+    from datasets import Features, Value
+
+    text = Value("string")
+    part = {"type": text, "text": text, "video": text, "image": text, "frames": [text]}
+    part |= {"start": Value("float64"), "end": Value("float64")}
+    columns = {"messages": [{"role": text, "content": [part]}], "id": text, "problem": text}
+    return Features(columns | ({"group": text, "start": Value("float64")} if grouped else {}))
+
+
+def canonical_row(row: Row, name: str, base_dir: str | None, merge: bool, held: tuple[str, ...] = ()) -> Row:
+    """One row in canonical form, with `group` and `start`: rows of one group are to be merged in the order of start.
+
+    Args:
+        row: as read. name: its id where it has none, such as file:line.
+        merge: group questions about the same video.
+        held: columns whose videos or images stay where they are.
+
+    Never fails: what is wrong with the row becomes its `problem`.
+    """
+    label = next((str(row[key]) for key in ("id", "question_id", "video_id") if row.get(key) not in (None, "")), name)
+    try:
+        row = {key: value for key, value in row.items() if value is not None}
+        form = detect_format(list(row), name)
+        row |= {column: _places(row[column], column) for column in held if column in row}
+        messages = form.convert(row, base_dir)
+        check_answers(messages)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        return _broken(label, f"{name}: the row is malformed ({type(error).__name__}: {error})")
+    except (ValueError, OSError) as error:
+        return _broken(label, f"{name}: {error}")
+    group, start = _group(messages, form.clips, merge)
+    messages = [{**m, "content": [_plain(part) for part in m["content"]]} for m in messages]
+    return {"messages": messages, "id": label, "problem": None, "group": group, "start": start}
+
+
+def _broken(label: str, problem: str) -> Row:
+    return {"messages": [], "id": label, "problem": problem, "group": None, "start": None}
+
+
+def _places(value: Any, column: str) -> Any:
+    """Placeholders for media that stay in their column; `_plain` takes them for parts without a source."""
+    return [_HELD] * len(value) if column.endswith("s") else _HELD
+
+
+_HELD = {"held": True}
+
+
+def _plain(part: Row) -> Row:
+    """A part as the columns' types want it: every key, None where there is nothing."""
+    part = {key: None if value is _HELD else value for key, value in part.items()}
+    for key in ("video", "image"):
+        if part.get(key) is not None and not isinstance(part[key], str):
+            part[key] = str(part[key])
+    return {key: part.get(key) for key in ("type", "text", "video", "image", "frames", "start", "end")}
+
+
+def _group(messages: list[Row], clips: bool, merge: bool) -> tuple[str | None, float | None]:
+    media = [part for message in messages for part in message["content"] if part["type"] != "text"]
+    if len(media) != 1 or not isinstance(media[0].get("video"), str):
+        return None, None
+    part = media[0]
+    if clips and ("start" in part or "end" in part):
+        return json.dumps(["clips", part["video"]]), part.get("start", 0.0)
+    if merge and not clips and next(m for m in messages if m["role"] == "user")["content"][0] is part:
+        return json.dumps(["questions", part["video"], part.get("start"), part.get("end")]), None
+    return None, None
+
+
+def merged(rows: list[Row]) -> Row:
+    """One sample of rows of one group: clips one after the other in time, questions as turns about one video."""
+    if len(rows) == 1:
+        return strip(rows[0])
+    rows = sorted(rows, key=lambda row: row["start"] or 0.0)  # stable: questions keep their order
+    messages = list(rows[0]["messages"])
+    is_questions = rows[0]["start"] is None
+    for row in rows[1:]:
+        for message in row["messages"]:
+            if is_questions:
+                if message["role"] == "system":
+                    continue
+                message = {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
+            messages.append(message)
+    return {"messages": messages, "id": rows[0]["id"], "problem": None}
+
+
+def strip(row: Row) -> Row:
+    return {name: row[name] for name in ("messages", "id", "problem")}
+
+
+def merge_neighbours(rows: Iterable[Row]) -> Iterator[Row]:
+    """Merge rows of one group that follow one another (all that can be done where rows stream past)."""
+    waiting: list[Row] = []
+    for row in rows:
+        if waiting and (row["group"] is None or row["group"] != waiting[0]["group"]):
+            yield merged(waiting)
+            waiting = []
+        waiting.append(row)
+    if waiting:
+        yield merged(waiting)
+
+
+def drop_empty(message: Row) -> Row:
+    """A message without the keys that Arrow fills with None, and a list of frames as the video it is."""
+    parts = []
+    for given in message["content"]:
+        part = {key: value for key, value in given.items() if value is not None}
+        if "frames" in part:
+            part["video"] = part.pop("frames")
+        parts.append(part)
+    return {"role": message["role"], "content": parts}
+
+
+__all__ = ["MEDIA_COLUMNS", "canonical_row", "drop_empty", "features", "media_part", "merge_neighbours", "merged"]

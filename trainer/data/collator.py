@@ -1,0 +1,134 @@
+"""`VideoChatCollator`: canonical rows to a batch of model inputs, broken samples left out and reported."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ...processing.text_batches import IGNORED_LABEL
+from .broken_samples import BrokenSamples, TooManyBrokenError
+from .sample_encoding import EncodingSettings, Sample, encode_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_TRIES = 16
+
+
+class VideoChatCollator:
+    """Makes a batch of canonical rows; give it to a data loader as `collate_fn`, so that workers decode the videos.
+
+    A sample that cannot be used is left out, counted and listed. Where that leaves nothing of a batch, another row of
+    `replacements` takes its place, else the last row that worked in this worker, else a text without labels: the batch
+    always exists, so ranks of a distributed run stay in step. (Without labels the loss must be taken as 0, not 0 / 0.)
+
+    Args:
+        processor: a `VideoMa2mbaProcessor`.
+        labels: "answers" (stage 2: the chat format, labels on what the assistant says and its end-of-text tokens) or
+            "captions" (stages 1 and 1.5: frames and captions in turn and nothing else, labels on the captions).
+        fps, num_frames: frames to look at; None takes the processor's settings.
+        max_frames: frames of one sample, all its videos together.
+        max_length: tokens of one sample; see `sample_encoding` for what is left out. None: no limit.
+        on_broken: "skip" or "raise".
+        report: counts and lists; None makes one without a file.
+        replacements: rows of the training data, for a batch of which nothing is left.
+        pad_to_multiple_of: pad to a multiple of so many tokens.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        labels: str = "answers",
+        fps: float | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        max_length: int | None = None,
+        on_broken: str = "skip",
+        report: BrokenSamples | None = None,
+        replacements: Dataset | None = None,
+        pad_to_multiple_of: int = 1,
+    ):
+        if on_broken not in ("skip", "raise"):
+            raise ValueError(f"on_broken={on_broken!r}: use skip or raise")
+        if processor.tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; add one with add_video_tokens")
+        self.processor = processor
+        self.settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
+        self.on_broken = on_broken
+        self.report = report if report is not None else BrokenSamples()
+        self.replacements = replacements
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._last_good: dict[str, Any] | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` int64 `(B, S)`, padded on the right, labels -100 but where there is
+            something to learn; and with videos `pixel_values_videos` uint8 `(sum F, 3, h, w)` and `num_frames` int64
+            `(videos,)`. B is smaller than the number of rows where some are broken.
+
+        Raises:
+            TooManyBrokenError: see `BrokenSamples`. With on_broken="raise": what is wrong with a sample.
+        """
+        samples = [sample for row in rows if (sample := self._encode(row)) is not None]
+        return self._batch(samples or [self._replacement(rows)])
+
+    def _encode(self, row: dict[str, Any]) -> Sample | None:
+        self.report.count_seen()
+        try:
+            sample = encode_row(self.processor, row, self.settings)
+        except Exception as error:  # of any kind: files can be damaged in ways that nobody has thought of
+            if self.on_broken == "raise" or isinstance(error, TooManyBrokenError):
+                raise
+            self.report.add("broken", row, describe(error))
+            return None
+        self._last_good = row
+        if sample.notes:
+            self.report.add("damaged", row, "; ".join(sample.notes))
+        if sample.dropped_turns:
+            self.report.add("shortened", row, f"max_length: its last {sample.dropped_turns} turns are left out")
+        elif sum(sample.frames) < sample.wanted_frames and not sample.notes:
+            self.report.add("thinned", row, f"{sum(sample.frames)} of {sample.wanted_frames} frames are looked at")
+        return sample
+
+    def _replacement(self, rows: Sequence[dict[str, Any]]) -> Sample:
+        """A sample in place of a batch of which nothing is left; the same one whenever the same rows are broken."""
+        seed = zlib.crc32("|".join(str(row.get("id")) for row in rows).encode())
+        last_good = self._last_good
+        for attempt in range(_TRIES if self.replacements is not None and len(self.replacements) else 0):
+            row = self.replacements[(seed + attempt * 7919) % len(self.replacements)]
+            if (sample := self._encode(row)) is not None:
+                return sample
+        if last_good is not None and (sample := self._encode(last_good)) is not None:
+            return sample
+        ids = self.processor.tokenizer(self.processor.tokenizer.eos_token * 2, add_special_tokens=False)["input_ids"]
+        return Sample(torch.tensor(ids), torch.full((len(ids),), IGNORED_LABEL), None, [], 0)
+
+    def _batch(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        pad = self.processor.tokenizer.pad_token_id
+        batch = {
+            "input_ids": self._pad([sample.input_ids for sample in samples], pad),
+            "attention_mask": self._pad([torch.ones_like(sample.input_ids) for sample in samples], 0),
+            "labels": self._pad([sample.labels for sample in samples], IGNORED_LABEL),
+        }
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        if pixels:
+            batch["pixel_values_videos"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+            batch["num_frames"] = torch.tensor([count for sample in samples for count in sample.frames])
+        return batch
+
+    def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        padded = pad_sequence(rows, batch_first=True, padding_value=value)
+        return torch.nn.functional.pad(padded, (0, -padded.shape[1] % self.pad_to_multiple_of), value=value)
+
+
+def describe(error: Exception) -> str:
+    """The error for people; its type too where the text may not be enough."""
+    text = str(error)
+    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"

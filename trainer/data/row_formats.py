@@ -1,0 +1,166 @@
+"""The forms in which training rows come, told by their columns, and each turned into chat messages.
+
+A canonical row is one chat: `messages`, a list of `{"role", "content": [parts]}`, a part being
+`{"type": "text", "text"}` or `{"type": "video" | "image", "video" | "image" | "frames": source, "start", "end"}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .row_text import Part, locate, media_part, seconds, take_marks, text_part
+from .scenewalk import scenewalk_clip, scenewalk_video
+
+Row = dict[str, Any]
+_ROLES = {"system": "system", "human": "user", "user": "user"}
+_ROLES |= dict.fromkeys(("gpt", "assistant", "model"), "assistant")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One form of rows. `needs`: columns by which it is known; `convert(row, base_dir)` gives its messages.
+
+    `clips`: rows that show the same video belong together, as clips of one interleaved sample.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    convert: Callable[[Row, str | None], list[Row]]
+    clips: bool = False
+
+
+def _media_columns(row: Row, base_dir: str | None) -> list[Part]:
+    """Parts for what the columns video(s) and image(s) hold, in the order of the columns."""
+    window = {name: seconds(row.get(name), name) for name in ("start", "end")}
+    parts = []
+    for kind in ("video", "image"):
+        for column in (kind, f"{kind}s"):
+            found = row.get(column)
+            if found is None or (isinstance(found, list | str) and not found):
+                continue
+            many = column.endswith("s") or (kind == "image" and isinstance(found, list))
+            for source in found if many else [found]:
+                source = locate(source, base_dir, row.get("data_source"))
+                parts.append(media_part(kind, source, **(window if kind == "video" else {})))
+    return parts
+
+
+def _place_media(turns: list[tuple[str, str]], media: list[Part]) -> list[Row]:
+    """Messages of `(role, text)` turns, media put where the texts have placeholders, else into the first user turn.
+
+    Raises:
+        ValueError: placeholders and media differ in number.
+    """
+    cleaned = [(role, *take_marks(text)) for role, text in turns]
+    marks = sum(count for _, _, count in cleaned)
+    if marks and marks != len(media):
+        raise ValueError(f"the text has {marks} placeholders (<image> or <video>) for {len(media)} videos and images")
+    if not marks and media:
+        first = next((place for place, (role, _, _) in enumerate(cleaned) if role == "user"), None)
+        if first is None:
+            raise ValueError("there is no question to which the video could belong")
+        cleaned[first] = (*cleaned[first][:2], len(media))
+    rest = iter(media)
+    return [
+        {"role": role, "content": [*(next(rest) for _ in range(count)), *([text_part(text)] if text else [])]}
+        for role, text, count in cleaned
+    ]
+
+
+def _role(name: Any) -> str:
+    if name not in _ROLES:
+        raise ValueError(f"the role {name!r} is not known: use system, user (human) or assistant (gpt)")
+    return _ROLES[name]
+
+
+def _chat_messages(row: Row, base_dir: str | None) -> list[Row]:
+    media = iter(found := _media_columns(row, base_dir))
+    messages, placeholders = [], 0
+    if all(isinstance(message["content"], str) for message in row["messages"]):
+        turns = [(_role(message["role"]), message["content"]) for message in row["messages"]]
+        return _place_media(turns, found)
+    for message in row["messages"]:
+        content = message["content"]
+        parts = []
+        for given in [text_part(content)] if isinstance(content, str) else content:
+            part = {key: value for key, value in given.items() if value is not None}
+            if (kind := part.get("type")) in ("video", "image"):
+                source = next((part[key] for key in (kind, "path", "url", "frames") if key in part), None)
+                if source is None:
+                    placeholders += 1
+                    part = next(media, None) or {"type": kind}
+                else:
+                    window = {name: seconds(part.get(name), name) for name in ("start", "end")}
+                    part = media_part(kind, locate(source, base_dir), **window)
+            parts.append(part)
+        messages.append({"role": _role(message["role"]), "content": parts})
+    if placeholders != len(found):
+        raise ValueError(f"the messages have {placeholders} places for {len(found)} videos and images")
+    return messages
+
+
+def _conversations(row: Row, base_dir: str | None) -> list[Row]:
+    turns = [(_role(turn["from"]), turn["value"]) for turn in row["conversations"]]
+    return _place_media(turns, _media_columns(row, base_dir))
+
+
+def _video_chat_questions(row: Row, base_dir: str | None) -> list[Row]:
+    turns = []
+    for number, pair in enumerate(row["QA"]):
+        if number == 0 and pair.get("i"):
+            turns.append(("system", pair["i"]))
+        turns += [("user", pair.get("q") or ""), ("assistant", pair["a"])]
+    return _place_media(turns, _media_columns(row, base_dir))
+
+
+def _question(row: Row, base_dir: str | None) -> list[Row]:
+    text, options = row["question"], row.get("options") or []
+    if options and not all(option in text for option in options):
+        text += "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return _place_media([("user", text), ("assistant", row["answer"])], _media_columns(row, base_dir))
+
+
+def _caption(row: Row, base_dir: str | None) -> list[Row]:
+    return _place_media([("user", ""), ("assistant", row["caption"])], _media_columns(row, base_dir))
+
+
+FORMATS = (
+    RowFormat("chat messages", ("messages",), _chat_messages),
+    RowFormat("SceneWalk clips", ("conversations", "time_stamp", "url"), scenewalk_clip, clips=True),
+    RowFormat("SceneWalk videos", ("conversations", "scenes", "video"), scenewalk_video),
+    RowFormat("LLaVA conversations", ("conversations",), _conversations),
+    RowFormat("VideoChat2 questions", ("QA", "video"), _video_chat_questions),
+    RowFormat("questions", ("question", "answer"), _question),
+    RowFormat("captions of clips", ("video", "caption"), _caption, clips=True),
+    RowFormat("captions of images", ("image", "caption"), _caption),
+)
+
+
+def detect_format(columns: list[str], where: str) -> RowFormat:
+    """The form of a row with these columns.
+
+    Raises:
+        ValueError: it is none that is known; the message lists what was found and what is understood.
+    """
+    for form in FORMATS:
+        if set(form.needs) <= set(columns):
+            return form
+    known = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMATS)
+    raise ValueError(
+        f"{where}: the columns {', '.join(map(repr, columns)) or '(none)'} are of no known form. Understood: {known}"
+        "; with the columns video, videos, image or images where the messages do not name them. Rename yours"
+    )
+
+
+def check_answers(messages: list[Row]) -> None:
+    """See that there is something to learn.
+
+    Raises:
+        ValueError: no message, or not one answer with a text.
+    """
+    written = [part for m in messages if m["role"] == "assistant" for part in m["content"] if part["type"] == "text"]
+    if not any(part.get("text", "").strip() for part in written):
+        raise ValueError("there is no answer (or caption) to learn from")

@@ -1,0 +1,236 @@
+"""One row to the model's inputs: readers for its videos, token ids with labels, what to leave out if it is too long.
+
+Too long a sample loses frames first: all its videos are thinned evenly, down to `FEW_FRAMES` each. What is then still
+too long loses its last turns, whole; with one turn left, frames again, down to one. An answer is never cut.
+Shapes: F frames, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...processing.text_batches import IGNORED_LABEL
+from .canonical import drop_empty
+
+LABELS = ("answers", "captions")
+LEAST_DECODED = 0.5
+"""Share of a video's frames that must come out of the decoder: with fewer, what is asked may not be seen."""
+FEW_FRAMES = 8
+"""Frames of a video that are kept in preference to further turns about it."""
+
+# Stage 1 and 1.5: what is seen and what is said about it, in turn; no roles, no questions.
+CAPTION_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+{%- endif -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'video' -%}{{- video_token + frame_separator -}}
+{%- elif part['type'] == 'image' -%}{{- '<image>' + frame_separator -}}
+{%- elif message['role'] == 'assistant' -%}
+{%- generation -%}{{- part['text'] + eos_token -}}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """How rows become samples. `fps` and `num_frames` as for `open_video`, None taking the processor's; `max_frames`
+    bounds the frames of a whole sample, `max_length` its tokens."""
+
+    labels: str = "answers"
+    fps: float | None = None
+    num_frames: int | None = None
+    max_frames: int | None = None
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels not in LABELS:
+            raise ValueError(f"labels={self.labels!r}: use one of {', '.join(LABELS)}")
+        for name in ("max_frames", "max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+    @property
+    def chat_template(self) -> str | None:
+        return CAPTION_TEMPLATE if self.labels == "captions" else None
+
+
+@dataclass
+class Sample:
+    """A row as the model takes it.
+
+    `input_ids`, `labels` int64 `(S,)`; `pixels` uint8 `(F, 3, h, w)` or None; `frames`: frames of each video.
+    `wanted_frames`: what sampling asked for before `max_length`; `dropped_turns`: answers left out; `notes`: damage.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    pixels: torch.Tensor | None
+    frames: list[int]
+    wanted_frames: int
+    dropped_turns: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Layout:
+    """What a row will be, before anything is decoded: tokens with each video as one of them, and frames of each."""
+
+    tokens: list[int]
+    written: list[int]
+    frames: list[int]
+    wanted_frames: int
+    dropped_turns: int
+
+    def length(self, tokens_per_frame: int) -> int:
+        """Tokens of the whole sample."""
+        return len(self.tokens) - len(self.frames) + tokens_per_frame * sum(self.frames)
+
+
+def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chat of a canonical row, videos and images of other columns in the places left for them.
+
+    Raises:
+        ValueError: the row has a problem, or its places and videos differ in number.
+    """
+    if row.get("problem"):
+        raise ValueError(row["problem"])
+    messages = [m if isinstance(m["content"], str) else drop_empty(m) for m in row["messages"]]
+    for kind in ("video", "image"):
+        one, several = row.get(kind), row.get(f"{kind}s")
+        held = iter(([] if one is None else [one]) + list([] if several is None else several))
+        for part in (p for m in messages if not isinstance(m["content"], str) for p in m["content"]):
+            if part["type"] == kind and kind not in part:
+                part[kind] = next(held, None)
+                if part[kind] is None:
+                    raise ValueError(f"a place for a {kind} in the messages has no {kind}")
+        if next(held, None) is not None:
+            raise ValueError(f"there are more {kind}s than places for them in the messages")
+    return messages
+
+
+def media_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts that are videos or images, in the order of the text."""
+    return [p for m in messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] != "text"]
+
+
+def lay_out(processor: Any, messages: list[dict[str, Any]], frames: list[int], settings: EncodingSettings) -> Layout:
+    """Fit a sample into `max_frames` and `max_length`. `frames`: of each video as sampled, 1 for an image.
+
+    Raises:
+        ValueError: there is no answer, or the first answer does not fit even with one frame of each video.
+    """
+    tokens, written = processor.conversation_tokens(messages, settings.chat_template)
+    wanted = sum(frames)
+    limit = settings.max_length
+    if limit is None:
+        return Layout(tokens, written, thin(frames, settings.max_frames), wanted, 0)
+    dropped, few = 0, FEW_FRAMES
+    while len(tokens) - len(frames) + processor.tokens_per_frame * sum(min(n, few) for n in frames) > limit:
+        shorter = without_last_turn(messages)
+        if shorter is None and few > 1:
+            few = 1
+            continue
+        if shorter is None:
+            raise ValueError(
+                f"its first question and answer take {len(tokens)} tokens besides the frames, which does not fit into "
+                f"max_length={limit}; raise max_length"
+            )
+        messages, dropped = shorter, dropped + 1
+        tokens, written = processor.conversation_tokens(messages, settings.chat_template)
+        frames = frames[: len(media_of(messages))]
+    room = (limit - (len(tokens) - len(frames))) // processor.tokens_per_frame
+    return Layout(tokens, written, thin(frames, min(room, settings.max_frames or room)), wanted, dropped)
+
+
+def without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The conversation without its last answer and the question before it; None where only one answer is left."""
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-2] + 1] if len(answers) > 1 else None
+
+
+def thin(frames: list[int], limit: int | None) -> list[int]:
+    """Frame counts that add up to at most `limit` (or 1 each, where that is more), thinned in proportion."""
+    if limit is None or sum(frames) <= limit:
+        return list(frames)
+    room = max(limit - len(frames), 0)  # beyond the one frame that each keeps
+    spare = sum(frames) - len(frames)
+    shares = [(count - 1) * room / spare if spare else 0 for count in frames]
+    kept = [1 + int(share) for share in shares]
+    by_rest = sorted(range(len(frames)), key=lambda place: int(shares[place]) - shares[place])
+    for place in by_rest[: room - sum(int(share) for share in shares)]:
+        kept[place] += 1
+    return kept
+
+
+def open_media(processor: Any, messages: list[dict[str, Any]], settings: EncodingSettings) -> list[Any]:
+    """A reader for each video and image; parts of one file share what was found out about it."""
+    readers, opened = [], {}
+    for part in media_of(messages):
+        if part["type"] == "image":
+            readers.append(processor.video_processor.open(part["image"], num_frames=1))
+            continue
+        source, window = part["video"], {"start": part.get("start"), "end": part.get("end")}
+        key = source if isinstance(source, str) else id(source)
+        if key in opened:
+            reader = opened[key].resampled(**window)
+        else:
+            reader = processor.video_processor.open(source, fps=settings.fps, num_frames=settings.num_frames, **window)
+            opened[key] = reader
+        reader.duration  # noqa: B018  # scans the file
+        readers.append(reader)
+    return readers
+
+
+def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings) -> Sample:
+    """Read the videos of one row and make the model's inputs of it.
+
+    Raises:
+        ValueError, OSError: what is wrong with the row or a video of it.
+    """
+    messages = conversation_of(row)
+    readers = open_media(processor, messages, settings)
+    layout = lay_out(processor, messages, [reader.expected_frames for reader in readers], settings)
+    pixels, frames, notes = [], [], []
+    for reader, count in zip(readers, layout.frames, strict=False):
+        if count < reader.expected_frames:
+            reader = reader.resampled(num_frames=count)
+        with reader:
+            read = torch.from_numpy(reader.read().pixels).permute(0, 3, 1, 2)
+        if len(read) < LEAST_DECODED * count:
+            raise ValueError(f"{reader.name}: only {len(read)} of {count} frames could be decoded")
+        notes += reader.warnings
+        pixels.append(read)
+        frames.append(len(read))
+    return assemble(processor, layout, pixels, frames, notes)
+
+
+def assemble(
+    processor: Any, layout: Layout, pixels: list[torch.Tensor], frames: list[int], notes: list[str]
+) -> Sample:
+    """Repeat each placeholder for the frames that were read, and label what the assistant wrote."""
+    ids, written = torch.tensor(layout.tokens), torch.tensor(layout.written)
+    repeats = torch.ones_like(ids)
+    repeats[ids == processor.video_token_id] = torch.tensor(frames, dtype=torch.int64) * processor.tokens_per_frame
+    ids, written = ids.repeat_interleave(repeats), written.repeat_interleave(repeats)
+    learnt = (written == 1) & (ids != processor.video_token_id)
+    if not learnt.any():
+        raise ValueError("there is no answer (or caption) to learn from")
+    return Sample(
+        input_ids=ids,
+        labels=torch.where(learnt, ids, IGNORED_LABEL),
+        pixels=torch.cat(pixels).contiguous() if pixels else None,
+        frames=frames,
+        wanted_frames=layout.wanted_frames,
+        dropped_turns=layout.dropped_turns,
+        notes=notes,
+    )
