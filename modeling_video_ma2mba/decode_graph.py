@@ -58,7 +58,7 @@ class Decoder:
         self.identity = _identity(weights)
         self.settings = (graphs, slots, state_dtype)
         self.buffers = DecodeBuffers(weights, batch, slots, state_dtype)
-        self._prompts: dict[int, tuple[Tensor, Tensor, torch.cuda.CUDAGraph | None]] = {}
+        self._prompts: dict[int, tuple[Tensor, Tensor, torch.cuda.CUDAGraph | None] | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
         self._run = lambda: token_step(OPERATIONS, weights, self.buffers)
         self._step = self._captured(self._run) if graphs else None
@@ -82,13 +82,15 @@ class Decoder:
         else:
             self._step.replay()
 
-    def prepare_prompt(self, model: Any, tokens: int) -> int:
-        """Make what `read_prompt` needs for prompts of up to `tokens` tokens; returns for how many it is good.
+    def prepare_prompt(self, model: Any, tokens: int) -> bool:
+        """Make what `read_prompt` needs for prompts of up to `tokens` tokens; False where that fails.
 
         The buffers' state is lost: call this before they are loaded.
         """
-        size = max(16, 1 << (tokens - 1).bit_length())
-        if size not in self._prompts:
+        size = _padded(tokens)
+        if size in self._prompts:
+            return self._prompts[size] is not None
+        try:
             batch, device = len(self.buffers.tokens), self.buffers.tokens.device
             with torch.inference_mode(False):
                 ids = torch.zeros(batch, size, dtype=torch.long, device=device)
@@ -98,11 +100,14 @@ class Decoder:
                 language_model, head, buffers = model.model.language_model, model.lm_head.weight, self.buffers
                 graph = self._captured(lambda: prompt_step(language_model, head, buffers, ids, lengths))
             self._prompts[size] = ids, lengths, graph
-        return size
+        except RuntimeError as error:
+            self._prompts[size] = None
+            warnings.warn(f"reading a prompt could not be captured ({error}); it runs without", stacklevel=2)
+        return self._prompts[size] is not None
 
     def read_prompt(self, model: Any, ids: Tensor, lengths: Tensor) -> None:
         """Read (B, S) `ids`, of which each row's first `lengths` (B,) count, after `prepare_prompt` and `load`."""
-        own_ids, own_lengths, graph = self._prompts[max(16, 1 << (ids.shape[1] - 1).bit_length())]
+        own_ids, own_lengths, graph = self._prompts[_padded(ids.shape[1])]
         own_ids[:, : ids.shape[1]] = ids
         own_lengths.copy_(lengths)
         if graph is None:
@@ -175,6 +180,10 @@ def _decoder(kept: _Kept, model: Any, weights: DecodeWeights, batch: int, new_to
 def release_decoders(model: Any) -> None:
     """Free the buffers and graphs kept for `model`'s next answers."""
     _kept.pop(model, None)
+
+
+def _padded(tokens: int) -> int:
+    return max(16, 1 << (tokens - 1).bit_length())
 
 
 def _identity(weights: DecodeWeights) -> tuple[int, ...]:

@@ -23,7 +23,8 @@ try:  # this file is imported where Triton is; the guard keeps transformers from
 except ModuleNotFoundError as error:
     raise ImportError("decode_kernels needs triton, which comes with PyTorch's CUDA builds") from error
 
-_PRODUCT = {"BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4}
+_PRODUCT = {"BLOCK_N": 8, "BLOCK_K": 512, "num_warps": 4}
+_SCAN_WIDTHS = (16, 64)  # of a head, per program: for few rows, so that all of the GPU has work, and for many
 
 
 @functools.cache
@@ -260,7 +261,7 @@ def scan_step(
     """See `decode_reference.scan_step`."""
     batch, slots = xbc.shape[:2]
     width = triton.next_power_of_2(shape.head_dim)
-    block = min(width, 64) if batch * shape.num_heads >= 1024 else min(width, 16)  # enough programs for the GPU
+    block = min(width, _SCAN_WIDTHS[batch * shape.num_heads >= 1024])
     grid = (batch * shape.num_heads, triton.cdiv(shape.head_dim, block))
     low, high = shape.time_step_limit
     _scan_kernel[grid](

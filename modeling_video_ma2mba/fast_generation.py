@@ -114,7 +114,8 @@ class _Generation:
         if layout.host_lengths is not None and not min(layout.host_lengths):
             return 0
         lengths = torch.full((rows,), tokens) if layout.lengths is None else layout.lengths
-        self.decoder.prepare_prompt(self.model, tokens)
+        if not self.decoder.prepare_prompt(self.model, tokens):
+            return 0
         self.decoder.buffers.load(state)
         self.decoder.read_prompt(self.model, layout.arrange(ids.unsqueeze(-1)).squeeze(-1), lengths)
         return tokens
