@@ -7,6 +7,7 @@ out of the tensors they are views of. Tested with mamba-ssm 2.3 and causal-conv1
 """
 
 import functools
+import importlib
 import warnings
 from typing import Any
 
@@ -35,6 +36,13 @@ def kernels_available() -> bool:
         )
         return False
     return True
+
+
+def _kernels(module: str, *names: str) -> list[Any]:
+    """Functions of a kernel package. Not `from … import`: transformers refuses to load code from the Hub that imports,
+    in whatever function, a package that is not installed."""
+    loaded = importlib.import_module(module)
+    return [getattr(loaded, name) for name in names]
 
 
 def mixer_core_kernels(
@@ -92,8 +100,10 @@ class _MixerCore(torch.autograd.Function):
         lengths: Tensor | None,
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_fwd
-        from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_fwd
+        (_layer_norm_fwd,) = _kernels("mamba_ssm.ops.triton.layernorm_gated", "_layer_norm_fwd")
+        (_mamba_chunk_scan_combined_fwd,) = _kernels(
+            "mamba_ssm.ops.triton.ssd_combined", "_mamba_chunk_scan_combined_fwd"
+        )
 
         batch, tokens, _ = zxbcdt.shape
         z, xbc_raw, dt = zxbcdt.split([shape.inner, shape.conv_dim, shape.num_heads], dim=-1)
@@ -122,7 +132,7 @@ class _MixerCore(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dconv_out: Tensor | None, dssm_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_bwd
+        (_layer_norm_bwd,) = _kernels("mamba_ssm.ops.triton.layernorm_gated", "_layer_norm_bwd")
 
         shape: MixerShape = ctx.shape
         (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, scanned,
@@ -183,7 +193,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _conv_forward(xbc: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None) -> Tensor:
-    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
+    (causal_conv1d_fwd_function,) = _kernels("causal_conv1d.cpp_functions", "causal_conv1d_fwd_function")
 
     state = state.transpose(1, 2).contiguous().transpose(1, 2)
     if ids is None:
@@ -203,7 +213,7 @@ def _conv_backward(
     xbc: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None, dout: Tensor, dxbc: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Fills `dxbc` (B, S, C) and returns the gradients of weight, bias and state (B, C, W-1)."""
-    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+    (causal_conv1d_bwd_function,) = _kernels("causal_conv1d.cpp_functions", "causal_conv1d_bwd_function")
 
     state = state.transpose(1, 2).contiguous().transpose(1, 2)
     if ids is None:
@@ -278,19 +288,19 @@ def _scan_backward(
     of mamba-ssm's own backward; the differences are that it recomputes these three, and that here the gradients of
     the chunk states, and with them that of the starting state, stay in fp32.
     """
-    from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd
-    from mamba_ssm.ops.triton.ssd_chunk_scan import (
-        _chunk_scan_bwd_dC,
-        _chunk_scan_bwd_dcb,
-        _chunk_scan_bwd_ddAcs_stable,
-        _chunk_scan_bwd_dstates,
+    _bmm_chunk_bwd, _bmm_chunk_fwd = _kernels("mamba_ssm.ops.triton.ssd_bmm", "_bmm_chunk_bwd", "_bmm_chunk_fwd")
+    _chunk_scan_bwd_dC, _chunk_scan_bwd_dcb, _chunk_scan_bwd_ddAcs_stable, _chunk_scan_bwd_dstates = _kernels(
+        "mamba_ssm.ops.triton.ssd_chunk_scan",
+        "_chunk_scan_bwd_dC",
+        "_chunk_scan_bwd_dcb",
+        "_chunk_scan_bwd_ddAcs_stable",
+        "_chunk_scan_bwd_dstates",
     )
-    from mamba_ssm.ops.triton.ssd_chunk_state import (
-        _chunk_cumsum_bwd,
-        _chunk_state_bwd_db,
+    _chunk_cumsum_bwd, _chunk_state_bwd_db = _kernels(
+        "mamba_ssm.ops.triton.ssd_chunk_state", "_chunk_cumsum_bwd", "_chunk_state_bwd_db"
     )
-    from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx
-    from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd
+    (_chunk_scan_chunk_state_bwd_dx,) = _kernels("mamba_ssm.ops.triton.ssd_combined", "_chunk_scan_chunk_state_bwd_dx")
+    (_state_passing_bwd,) = _kernels("mamba_ssm.ops.triton.ssd_state_passing", "_state_passing_bwd")
 
     groups, size, chunk = shape.n_groups, shape.state_size, shape.chunk_size
     limit = shape.time_step_limit
@@ -330,7 +340,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        from mamba_ssm.ops.triton.layer_norm import _layer_norm_fwd
+        (_layer_norm_fwd,) = _kernels("mamba_ssm.ops.triton.layer_norm", "_layer_norm_fwd")
 
         size = residual.shape[-1]
         rows = residual.reshape(-1, size)
@@ -351,7 +361,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnormed: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        from mamba_ssm.ops.triton.layer_norm import _layer_norm_bwd
+        (_layer_norm_bwd,) = _kernels("mamba_ssm.ops.triton.layer_norm", "_layer_norm_bwd")
 
         total, weight, rstd = ctx.saved_tensors
         size = total.shape[-1]

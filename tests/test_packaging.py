@@ -50,6 +50,17 @@ def test_hub_files_need_only_the_usual_packages(path: Path):
             assert top in LOADABLE | sys.stdlib_module_names, f"{path.name} imports {module} at load time"
 
 
+@pytest.mark.bundled
+def test_loading_from_the_hub_asks_for_no_optional_package():
+    """From the Hub (unlike from a folder) transformers looks for every import in every file, inside functions as well,
+    and refuses to load where a package is missing; only imports inside `try` are left alone."""
+    from transformers.dynamic_module_utils import get_imports
+
+    for path in sorted((ROOT / "bundled").glob("*.py")):
+        wanted = set(get_imports(path)) - LOADABLE - sys.stdlib_module_names - {"av"}
+        assert wanted == set(), f"{path.name}: import {wanted} by importlib.import_module, or inside `try`"
+
+
 def test_hub_file_names_are_unique():
     """The two folders are flattened into one on the Hub (their `__init__.py` stay behind)."""
     names = [path.name for path in HUB_FILES if path.name != "__init__.py"]
