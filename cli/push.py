@@ -16,6 +16,9 @@ def push(
         typer.Argument(metavar="DIR", help="Saved model with its processor, or a LoRA adapter.", show_default=False),
     ],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.", show_default=False)],
+    space: Annotated[
+        bool, typer.Option("--space", help="Publish the demo page with this checkpoint in it, as a Space.")
+    ] = False,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write and try the exact folder, upload nothing; needs no network.")
@@ -47,6 +50,7 @@ def push(
     from video_ma2mba.hub_cards.checkpoint_facts import read_facts
     from video_ma2mba.hub_cards.hub_folder import write_hub_folder
     from video_ma2mba.hub_cards.preflight import ask_as_a_stranger, refuse_secrets, refuse_wrong_sizes
+    from video_ma2mba.hub_cards.space_folder import CHECKPOINT, write_space_folder
     from video_ma2mba.hub_cards.upload import check_login, check_repo_id, upload
 
     from .ask import size_text
@@ -57,31 +61,35 @@ def push(
         check_login(api)
     adapter = read_facts(folder).adapter
     with _new_folder((out or Path("hub", repo_id)) if dry_run else None) as target:
-        left_out = write_hub_folder(
-            folder,
-            target,
-            repo_id,
-            license=license_name,
-            base_model=base_model,
-            accuracy_csv=card_results,
-            measured_on=card_measured_on,
-        )
+        card = {
+            "license": license_name,
+            "base_model": base_model,
+            "accuracy_csv": card_results,
+            "measured_on": card_measured_on,
+        }
+        if space:
+            left_out, _ = write_space_folder(folder, target, **card)
+            model, tag = target / CHECKPOINT, None
+        else:
+            left_out, tag = write_hub_folder(folder, target, repo_id, **card)
+            model = target
         refuse_wrong_sizes(target)
         refuse_secrets(target)
         typer.echo("trying the folder in a process without this package …", err=True)
         # an adapter is tried on the base model that it was trained on, which may be a folder of this machine
-        answer = ask_as_a_stranger(target, adapter["base_model_name_or_path"] if adapter else None)
+        answer = ask_as_a_stranger(model, adapter["base_model_name_or_path"] if adapter else None)
         typer.echo(f"it answers: {answer!r}", err=True)
         if left_out:
             typer.echo(f"left out: {', '.join(left_out)}", err=True)
         if dry_run:
-            for path in sorted(target.iterdir()):
-                typer.echo(f"{size_text(path.stat().st_size):>10}  {path.name}")
+            for path in sorted(path for path in target.rglob("*") if path.is_file()):
+                typer.echo(f"{size_text(path.stat().st_size):>10}  {path.relative_to(target).as_posix()}")
             typer.echo(f"nothing was uploaded; the folder is {target}", err=True)
             return
-        commit = upload(target, repo_id, private=private, api=api)
+        commit = upload(target, repo_id, tag=tag, private=private, space=space, api=api)
     typer.echo(f"{commit.commit_url}")
-    typer.echo(f'pinned: pipeline(model="{repo_id}", revision="{commit.oid}", trust_remote_code=True)', err=True)
+    if tag is not None:
+        typer.echo(f'pinned: revision="{tag}", the tag on the card; or revision="{commit.oid}"', err=True)
 
 
 @contextmanager

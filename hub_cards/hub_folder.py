@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .accuracy_table import read_accuracy
 from .checkpoint_facts import read_facts, read_json, weight_files
@@ -37,6 +38,18 @@ _KEPT = (
 _NEEDED = ("processor_config.json", "tokenizer.json", "chat_template.jinja")
 
 
+class HubFolder(NamedTuple):
+    """What `write_hub_folder` tells.
+
+    Attributes:
+        left_out: names that stayed behind.
+        tag: names the content on the Hub, so that the card can say which revision to load.
+    """
+
+    left_out: list[str]
+    tag: str
+
+
 def write_hub_folder(
     source: Path,
     target: Path,
@@ -46,7 +59,8 @@ def write_hub_folder(
     base_model: str | None = None,
     accuracy_csv: Path | None = None,
     measured_on: str | None = None,
-) -> list[str]:
+    pin: bool = True,
+) -> HubFolder:
     """Copy what belongs on the Hub from `source` to `target`, with the package's code and a generated card.
 
     Args:
@@ -55,9 +69,10 @@ def write_hub_folder(
         license: identifier such as apache-2.0; None takes the one in the metadata of `source`'s README.md.
         base_model: Hub id that the checkpoint was made from; None takes the README's, or the adapter's.
         accuracy_csv: table of `eval/world_accuracy.py` for the card; measured_on: with what and when.
+        pin: let the card name the tag as the revision to load.
 
     Returns:
-        Names in `source` that were left out.
+        What was left out, and the tag that the card names.
 
     Raises:
         FileNotFoundError: something is missing. ValueError: something is foreign, unsafe or unknown, in one sentence.
@@ -79,19 +94,6 @@ def write_hub_folder(
         code = _code_for(source)
     else:
         base_model = base_model or _hub_id(facts.adapter.get("base_model_name_or_path"))
-    title, words = own_words(source / "README.md")
-    card = model_card(
-        facts,
-        repo_id,
-        license=license,
-        base_model=base_model,
-        metadata=earlier,
-        title=title,
-        words=words,
-        accuracy=read_accuracy(accuracy_csv) if accuracy_csv else None,
-        measured_on=measured_on,
-    )
-
     target.mkdir(parents=True, exist_ok=True)
     for name in sorted(names):
         shutil.copyfile(source / name, target / name)
@@ -101,8 +103,35 @@ def write_hub_folder(
         shutil.copyfile(path, target / name)
     if accuracy_csv:
         shutil.copyfile(accuracy_csv, target / "world_accuracy.csv")
+    tag = _content_tag(target)
+    title, words = own_words(source / "README.md")
+    card = model_card(
+        facts,
+        repo_id,
+        revision=tag if pin else None,
+        license=license,
+        base_model=base_model,
+        metadata=earlier,
+        title=title,
+        words=words,
+        accuracy=read_accuracy(accuracy_csv) if accuracy_csv else None,
+        measured_on=measured_on,
+    )
     (target / "README.md").write_text(card, encoding="utf-8")
-    return sorted(path.name for path in source.iterdir() if path.name not in {*names, *code, "README.md"})
+    known = {*names, *code, "README.md", "__pycache__"}
+    left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
+    return HubFolder(left_out, tag)
+
+
+def _content_tag(folder: Path) -> str:
+    """A name for what is in `folder`, known before any commit is made: the same content has the same name."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.name != "README.md"):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return f"checkpoint-{digest.hexdigest()[:12]}"
 
 
 def _refuse_links_outside(source: Path) -> None:

@@ -50,6 +50,7 @@ def model_card(
     repo_id: str,
     *,
     license: str,
+    revision: str | None = None,
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
     title: str | None = None,
@@ -60,6 +61,7 @@ def model_card(
     """Text of `README.md`.
 
     Args:
+        revision: tag or commit that the lines to copy pin; None pins nothing.
         base_model: Hub id of the model that this one was made from, if known; an adapter needs it.
         metadata: of an earlier card; entries that are not computed here (language, data sets …) are kept.
         title, words: the author's own; see `own_words`.
@@ -79,7 +81,8 @@ def model_card(
         "tokens, and a Mamba-2 language model folds them into a state of constant size. Made with `video-ma2mba`, "
         "an independent implementation of the method of [Video-Ma2mba](https://arxiv.org/abs/2411.19460).",
         "## At a glance\n\n" + _glance(facts, base_model),
-        "## Use\n\n" + (_use_model(repo_id) if facts.adapter is None else _use_adapter(repo_id, base_model)),
+        "## Use\n\n"
+        + (_use_model(repo_id, revision) if facts.adapter is None else _use_adapter(repo_id, base_model, revision)),
     ]
     if accuracy:
         where = f", measured on {measured_on}" if measured_on else ""
@@ -153,7 +156,7 @@ def _glance(facts: CheckpointFacts, base_model: str | None) -> str:
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def _use_model(repo_id: str) -> str:
+def _use_model(repo_id: str, revision: str | None) -> str:
     return f"""\
 ```bash
 pip install torch "transformers>=5.10" accelerate av jinja2 pillow
@@ -162,20 +165,20 @@ pip install torch "transformers>=5.10" accelerate av jinja2 pillow
 ```python
 from transformers import pipeline
 
-pipe = pipeline("video-question-answering", model="{repo_id}", trust_remote_code=True)
+pipe = pipeline("video-question-answering", model="{repo_id}"{_pinned(revision)}, trust_remote_code=True)
 state = pipe.read("video.mp4", fps=1)  # the video is read once ...
 print(pipe.ask(state, "What is shown?"))  # ... and asked about as often as you like
 ```
 
-`trust_remote_code=True` runs the code in this repository: read it, and pin what you have read with
-`revision="<commit>"`. Where `video-ma2mba` is installed, this does the same without running code from here:
+`trust_remote_code=True` runs the code in this repository: read it before. {_pinning(revision)} Where `video-ma2mba` is
+installed, this does the same without running code from here:
 
 ```bash
 video-ma2mba ask video.mp4 "What is shown?" --model {repo_id}
 ```"""
 
 
-def _use_adapter(repo_id: str, base_model: str | None) -> str:
+def _use_adapter(repo_id: str, base_model: str | None, revision: str | None) -> str:
     return f"""\
 ```bash
 pip install torch "transformers>=5.10" accelerate av jinja2 pillow peft
@@ -186,12 +189,24 @@ from peft import PeftModel
 from transformers import pipeline
 
 pipe = pipeline("video-question-answering", model="{base_model}", trust_remote_code=True)
-pipe.model = PeftModel.from_pretrained(pipe.model, "{repo_id}").merge_and_unload()
+pipe.model = PeftModel.from_pretrained(pipe.model, "{repo_id}"{_pinned(revision)}).merge_and_unload()
 print(pipe("video.mp4", "What is shown?"))
 ```
 
-`trust_remote_code=True` runs the code in the base model's repository: read it, and pin it with
-`revision="<commit>"`."""
+`trust_remote_code=True` runs the code in the base model's repository: read it, and pin it there with `revision=`, too.
+{_pinning(revision)}"""
+
+
+def _pinned(revision: str | None) -> str:
+    return f', revision="{revision}"' if revision else ""
+
+
+def _pinning(revision: str | None) -> str:
+    if revision is None:
+        return 'Pin what you have read with `revision="<commit>"`.'
+    return (
+        f"`{revision}` is a tag on the commit with exactly these files; the commit's own hash pins them more strictly."
+    )
 
 
 def _limits(accuracy: list[dict[str, str]] | None) -> str:

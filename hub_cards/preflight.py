@@ -50,7 +50,7 @@ def refuse_wrong_sizes(folder: Path) -> None:
     Raises:
         ValueError: an empty, damaged or too large file.
     """
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = path.stat().st_size
         if size == 0:
             raise ValueError(f"{path.name} is empty: save the checkpoint again")

@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .hub_folder import write_hub_folder
+from .hub_folder import HubFolder, write_hub_folder
 
 _SPACE = Path(__file__).parent / "space"
 _PAGE = ("app.py", "requirements.txt", "README.md")
+CHECKPOINT = "checkpoint"  # where `app.py` looks for the model
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "videos"
 
 
-def write_space_folder(source: Path, target: Path, repo_id: str, **card: Any) -> list[str]:
+def write_space_folder(source: Path, target: Path, **card: Any) -> HubFolder:
     """Copy the page and the checkpoint in `source` to `target`; see `write_hub_folder`, whose settings `card` takes.
 
     Example videos come along where this package lies in its repository: an installed package has none.
@@ -25,10 +26,10 @@ def write_space_folder(source: Path, target: Path, repo_id: str, **card: Any) ->
         raise ValueError(
             f"{source} is an adapter: merge it into its model (merge_and_unload) and save that for a Space"
         )
-    left_out = write_hub_folder(source, target / "checkpoint", repo_id, **card)
+    written = write_hub_folder(source, target / CHECKPOINT, CHECKPOINT, pin=False, **card)  # by its path in the Space
     for name in _PAGE:
         shutil.copyfile(_SPACE / name, target / name)
     shutil.copytree(_SPACE / "web", target / "web", ignore=shutil.ignore_patterns("__pycache__"))
     if EXAMPLES.is_dir():
         shutil.copytree(EXAMPLES, target / "examples")
-    return left_out
+    return written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,17 @@ def check_login(api: Any) -> None:
         api.whoami()
 
 
-def upload(folder: Path, repo_id: str, *, private: bool = False, api: Any) -> Any:
+def upload(
+    folder: Path, repo_id: str, *, tag: str | None = None, private: bool = False, space: bool = False, api: Any
+) -> Any:
     """Send all files of `folder` in one commit; the repository is created where it is new.
 
-    Repeated after an interruption, it sends only files whose content the Hub has not received yet.
+    Large files are sent before the commit, so an interruption leaves no half commit; repeated, the call sends only
+    what the Hub has not received yet. (`HfApi.upload_folder` would cut a long upload into several commits.)
 
     Args:
+        tag: name for the commit; left as it is where it exists already.
+        space: the repository is a Space, run by gradio.
         api: a `huggingface_hub.HfApi`.
 
     Returns:
@@ -51,18 +57,31 @@ def upload(folder: Path, repo_id: str, *, private: bool = False, api: Any) -> An
     Raises:
         ValueError: the Hub refuses, cannot be reached, or `private` is wanted and the repository exists in public.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    kind = "space" if space else "model"
     with _one_sentence():
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
+        sdk = {"space_sdk": "gradio"} if space else {}
+        api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, **sdk)
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
             raise ValueError(
                 f"{repo_id} exists and is public: make it private on the Hub first, or choose another name"
             )
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        there = api.list_repo_files(repo_id, repo_type=kind)
+        old = [name for name in there if name not in files and any(fnmatch(Path(name).name, p) for p in _REPLACED)]
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
+                *(CommitOperationDelete(name) for name in old),
+            ],
             commit_message="Upload checkpoint with its code and card",
-            delete_patterns=_REPLACED,
+            repo_type=kind,
         )
+        if tag is not None:
+            api.create_tag(repo_id, tag=tag, revision=commit.oid, repo_type=kind, exist_ok=True)
+        return commit
 
 
 @contextmanager
@@ -82,5 +101,8 @@ def _one_sentence() -> Iterator[None]:
         if status == 403:
             raise ValueError("the token may not write there: use one that may, or another owner") from None
         raise ValueError(f"the Hub refused: {error}") from None
+    except RuntimeError as error:  # how the client says that a large file did not arrive
+        said = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise ValueError(f"the upload did not finish: {said}; the same command goes on from there") from None
     except (OSError, *HfHubHTTPError.__bases__) as error:  # its base is the error of the HTTP library in use
         raise ValueError(f"the Hub cannot be reached ({error}): try again later, or use --dry-run") from None
