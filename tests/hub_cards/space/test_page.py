@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 gradio_client = pytest.importorskip("gradio_client")
-pytestmark = pytest.mark.bundled
+pytestmark = [pytest.mark.bundled, pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")]
 VIDEO = Path(__file__).resolve().parents[3] / "examples" / "videos" / "000000.mp4"
 QUESTIONS = {"Which sign did the card show?": "2", "How many squares are there?": "1"}  # with right answers
 
