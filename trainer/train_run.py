@@ -10,7 +10,8 @@ from .checkpoint_files import last_complete_checkpoint
 from .recipe import Recipe
 from .smoke_data import write_smoke_data
 from .training_config import VideoMa2mbaTrainingConfig
-from .video_trainer import VideoMa2mbaTrainer, load_for_training
+from .training_inputs import load_for_training
+from .video_trainer import VideoMa2mbaTrainer
 
 # Every projection of every Mamba-2 block; `lora_vision` adds the tower's linear layers.
 LORA_TARGETS = r".*language_model.*\.(in_proj|out_proj)"
@@ -57,10 +58,11 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         if value is None:
             raise ValueError(f"the recipe names no {name}: add {name}=...")
     with args.main_process_first(desc="reading the data"):
-        train = load_training_data(data, base_dir=recipe.base_dir, streaming=recipe.streaming)
+        options = {"base_dir": recipe.base_dir, "merge_by_video": recipe.merge_by_video}
+        train = load_training_data(data, streaming=recipe.streaming, **options)
         held_out = None
         if recipe.eval_data is not None:
-            held_out = load_training_data(recipe.eval_data, base_dir=recipe.base_dir)
+            held_out = load_training_data(recipe.eval_data, **options)
         elif recipe.eval_share:
             if recipe.streaming:
                 raise ValueError("eval_share needs a data set of known length: give eval_data when streaming")

@@ -24,6 +24,7 @@ from trl import SFTTrainer
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.plan_report import set_trainable
+from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import install_answer_scores
 from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
 from .length_groups import EpochLengthSampler
@@ -32,6 +33,7 @@ from .parameter_groups import decays, split_by_part
 from .throughput import Throughput, ThroughputBar
 from .training_card import write_training_card
 from .training_config import VideoMa2mbaTrainingConfig
+from .training_inputs import default_collator, load_for_training, on_host, sample_lengths
 
 _PIXELS = "pixel_values_videos"
 _TOTALS = "video_totals.json"
@@ -79,13 +81,13 @@ class VideoMa2mbaTrainer(SFTTrainer):
         if isinstance(model, str):
             model = load_for_training(model, args)
         if processing_class is None:
-            from transformers import AutoProcessor
-
-            processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+            processing_class = VideoMa2mbaProcessor.from_pretrained(model.config._name_or_path)
         if args.parts is not None:
             set_trainable(model, args.parts)
+        self._eval_collator = data_collator
         if data_collator is None:
-            data_collator = default_collator(processing_class, args)
+            data_collator = default_collator(processing_class, args, train_dataset)
+            self._eval_collator = default_collator(processing_class, args)
         callbacks = list(callbacks or [])
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
@@ -130,19 +132,21 @@ class VideoMa2mbaTrainer(SFTTrainer):
             ]
 
     def get_train_dataloader(self) -> DataLoader:
-        return _on_host(super().get_train_dataloader())
+        return on_host(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return _on_host(super().get_eval_dataloader(eval_dataset))
+        train_collator, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return on_host(super().get_eval_dataloader(eval_dataset))
+        finally:
+            self.data_collator = train_collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
         grouped = self.args.train_sampling_strategy == "group_by_length" and has_length(data)
         if not grouped or not isinstance(data, Dataset) or "messages" not in data.column_names:
             return super()._get_train_sampler(train_dataset)
-        from .data import estimated_lengths
-
-        lengths = estimated_lengths(data, self.processing_class, fps=self.args.fps, max_frames=self.args.max_frames)
+        lengths = sample_lengths(data, self.processing_class, self.args)
         together = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthSampler(lengths, together, seed)
@@ -195,7 +199,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
             logs |= self.throughput.peaks()
             if self.throughput.oom_retries:
                 logs["oom_retries"] = self.throughput.oom_retries
-            if broken := len(getattr(self.data_collator, "report", None) or ()):
+            if broken := getattr(getattr(self.data_collator, "report", None), "broken", 0):
                 logs["broken_samples"] = broken
             self.throughput.restart()
         super().log(logs, start_time)
@@ -265,32 +269,3 @@ class VideoMa2mbaTrainer(SFTTrainer):
             processes=self.accelerator.num_processes,
             tags=[*self._tag_names, *tags],
         )
-
-
-def load_for_training(source: str, args: VideoMa2mbaTrainingConfig) -> VideoMa2mbaForConditionalGeneration:
-    """Load a model from a directory or the Hub, in fp32 unless `args.model_init_kwargs` says otherwise."""
-    options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-    return VideoMa2mbaForConditionalGeneration.from_pretrained(source, **options)
-
-
-def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig) -> Any:
-    """The collator of chats about videos that `args` describe."""
-    from .data import BrokenSamples, VideoChatCollator
-
-    return VideoChatCollator(
-        processor,
-        labels=args.labels,
-        fps=args.fps,
-        max_frames=args.max_frames,
-        max_length=args.max_length,
-        on_broken="skip",
-        report=BrokenSamples(),
-    )
-
-
-def _on_host(loader: DataLoader) -> DataLoader:
-    """Keep batches on the host: `get_batch_samples` fetches all of an optimizer step before the first one is used,
-    and an hour of frames is a gigabyte."""
-    if hasattr(loader, "device"):
-        loader.device = None
-    return loader

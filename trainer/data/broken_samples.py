@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import get_worker_info
 
-MAX_WORKERS = 256
+_PLACES = 1 << 14  # counters of a process are found by its id: two that meet may lose a count, never a listing
 _COUNTS = ("seen", "broken", "damaged", "thinned", "shortened")
 KINDS = _COUNTS[1:]
 
@@ -31,8 +30,6 @@ class BrokenSamples:
         path: JSONL file, one object a line: `kind`, `id`, `source`, `error`. It is continued, not begun anew; a sample
             that is met again (in the next epoch) is listed once. None keeps no list: workers then only warn.
         limit_share, after: raise as soon as more than this share of at least `after` samples is broken.
-
-    Use one for each data loader; each of its workers counts in a place of its own.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, limit_share: float = 0.2, after: int = 50):
@@ -40,11 +37,14 @@ class BrokenSamples:
             raise ValueError(f"limit_share={limit_share} must be within 0..1 and after={after} at least 1")
         self.path = None if path is None else Path(path)
         self.limit_share, self.after = limit_share, after
-        self._counts = torch.zeros(MAX_WORKERS + 1, len(_COUNTS), dtype=torch.int64).share_memory_()
+        self._counts = torch.zeros(_PLACES, len(_COUNTS), dtype=torch.int64).share_memory_()
         self._listed: set[tuple[str, str]] = set()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._listed |= {(entry["kind"], entry["id"]) for entry in self.entries()}
+
+    def __len__(self) -> int:
+        return self.broken
 
     def _count(self, name: str) -> int:
         return int(self._counts[:, _COUNTS.index(name)].sum())
@@ -64,9 +64,7 @@ class BrokenSamples:
         return {name: self._count(name) for name in _COUNTS}
 
     def _add(self, name: str) -> None:
-        worker = get_worker_info()
-        place = MAX_WORKERS if worker is None else worker.id % MAX_WORKERS
-        self._counts[place, _COUNTS.index(name)] += 1
+        self._counts[os.getpid() % _PLACES, _COUNTS.index(name)] += 1
 
     def count_seen(self) -> None:
         self._add("seen")

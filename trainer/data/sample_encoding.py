@@ -104,6 +104,8 @@ def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """
     if row.get("problem"):
         raise ValueError(row["problem"])
+    if not row["messages"]:
+        raise ValueError("the row has no messages")
     messages = [m if isinstance(m["content"], str) else drop_empty(m) for m in row["messages"]]
     for kind in ("video", "image"):
         one, several = row.get(kind), row.get(f"{kind}s")
