@@ -56,7 +56,8 @@ def register_with_transformers() -> None:
 
 
 class _TransformersFinder(importlib.abc.MetaPathFinder):
-    """Finds transformers once, as the other finders would, and registers when its module has run.
+    """Finds transformers as the other finders would, and registers when its module has run. Others may only look
+    whether transformers is there (accelerate does): it stays in place until then.
 
     The top-level module of transformers imports nothing heavy and is complete by then, so registering there never
     meets a half-imported module of transformers.
@@ -65,13 +66,18 @@ class _TransformersFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         if fullname != "transformers":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        sys.meta_path.remove(self)  # or it would find itself
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return None
         run_module = spec.loader.exec_module
 
         def run_module_and_register(module) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             run_module(module)
             register()
 

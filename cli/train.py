@@ -18,7 +18,7 @@ def train(
     """Train a model as a recipe says; the same through `torchrun -m video_ma2mba train` and `accelerate launch -m`.
 
     Keys are the fields of VideoMa2mbaTrainingConfig (every setting of TRL's SFTConfig among them) and of a recipe:
-    model, train_data, eval_data, eval_share, lora_rank, resume and others. An interrupted run goes on with resume=true.
+    model, train_data, eval_data, eval_share, lora_rank and others. An interrupted run goes on with resume=true.
     """
     from video_ma2mba.trainer.recipe import read_recipe
     from video_ma2mba.trainer.train_run import run_recipe

@@ -80,6 +80,8 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
         # Samples differ in length: batches are never cut up and sent around between processes.
         self.accelerator_config.dispatch_batches = False
 

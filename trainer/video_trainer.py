@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from trl import SFTTrainer
@@ -150,6 +150,10 @@ class VideoMa2mbaTrainer(SFTTrainer):
         together = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthSampler(lengths, together, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        one_process = self.args.world_size <= 1 and has_length(eval_dataset)
+        return SequentialSampler(eval_dataset) if one_process else None  # never by length: nothing is to be gained
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """To the device, but for the frames, which the vision tower fetches chunk by chunk."""

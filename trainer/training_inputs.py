@@ -1,0 +1,64 @@
+"""What goes into the trainer where the caller gives no more than names: the model, the collator, sample lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import has_length
+
+from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from .training_config import VideoMa2mbaTrainingConfig
+
+BROKEN_SAMPLES = "broken_samples.jsonl"
+
+
+def load_for_training(source: str, args: VideoMa2mbaTrainingConfig) -> VideoMa2mbaForConditionalGeneration:
+    """Load a model from a directory or the Hub, in fp32 unless `args.model_init_kwargs` says otherwise."""
+    options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+    return VideoMa2mbaForConditionalGeneration.from_pretrained(source, **options)
+
+
+def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_dataset: Any = None) -> Any:
+    """The collator of chats about videos that `args` describe.
+
+    With the training data it lists broken samples in output_dir/broken_samples.jsonl and puts others in their places;
+    without (for evaluation) it only warns.
+    """
+    from .data import BrokenSamples, VideoChatCollator
+
+    return VideoChatCollator(
+        processor,
+        labels=args.labels,
+        fps=args.fps,
+        max_frames=args.max_frames,
+        max_length=args.max_length,
+        report=BrokenSamples(None if train_dataset is None else Path(args.output_dir, BROKEN_SAMPLES)),
+        replacements=train_dataset if has_length(train_dataset) else None,
+    )
+
+
+def sample_lengths(dataset: Any, processor: Any, args: VideoMa2mbaTrainingConfig) -> list[int]:
+    """Tokens of every sample, about, from the videos' headers; kept in output_dir for the next start."""
+    from .data import estimated_lengths
+
+    with args.main_process_first(desc="lengths"):
+        return estimated_lengths(
+            dataset,
+            processor,
+            labels=args.labels,
+            fps=args.fps,
+            max_frames=args.max_frames,
+            max_length=args.max_length,
+            cache=Path(args.output_dir, "video_lengths.jsonl"),
+        )
+
+
+def on_host(loader: DataLoader) -> DataLoader:
+    """Keep batches on the host: `get_batch_samples` fetches all of an optimizer step before the first one is used,
+    and an hour of frames is a gigabyte."""
+    if hasattr(loader, "device"):
+        loader.device = None
+    return loader
