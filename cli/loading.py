@@ -75,6 +75,20 @@ def pick_dtype(dtype: str, device):
     return getattr(torch, name)
 
 
+def pick_state_dtype(state_dtype: str):
+    """The `dtype` for `VideoState.save`: None for float32, which is as it is.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    import torch
+
+    name = _DTYPES.get(state_dtype, state_dtype)
+    if name not in _DTYPES.values():
+        raise ValueError(f"--state-dtype {state_dtype} is unknown: use float32, bfloat16 or float16")
+    return None if name == "float32" else getattr(torch, name)
+
+
 def load_pipeline(
     model: str | None = None, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> VideoQuestionAnsweringPipeline:

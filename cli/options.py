@@ -15,3 +15,6 @@ SaveEvery = Annotated[float, typer.Option(help="Seconds between saves of the unf
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")]
+StateDtype = Annotated[
+    str, typer.Option(help="Of the file: float32 is exact; bfloat16 or float16 halve it, rounded.", metavar="TYPE")
+]

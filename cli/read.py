@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from .ask import reading_progress, size_text
-from .loading import load_pipeline
-from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, TrustRemoteCode
+from .loading import load_pipeline, pick_state_dtype
+from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, StateDtype, TrustRemoteCode
 
 
 def read(
@@ -23,6 +23,7 @@ def read(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    state_dtype: StateDtype = "float32",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Read a video once and keep what the model remembers, in a file of constant size.
@@ -33,16 +34,18 @@ def read(
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {str(out.parent)!r}")
+    rounded = pick_state_dtype(state_dtype)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
-    read_into_file(pipe, video, out, save_seconds=save_every, **chosen)
+    read_into_file(pipe, video, out, rounded, save_seconds=save_every, **chosen)
 
 
-def read_into_file(pipe, video: str, out: Path, **settings) -> None:
+def read_into_file(pipe, video: str, out: Path, state_dtype=None, **settings) -> None:
     """Read a video and save the state; interrupted, the same call continues from OUT.partial.
 
     Args:
         pipe: the question-answering pipeline.
+        state_dtype: of the file, as in `VideoState.save`; an unfinished state is always saved as it is.
         settings: of `pipe.read`.
     """
     partial = Path(f"{os.fspath(out)}.partial")
@@ -55,7 +58,7 @@ def read_into_file(pipe, video: str, out: Path, **settings) -> None:
         if partial.exists():
             typer.echo(f"interrupted: the same command continues from {partial}", err=True)
         raise
-    state.save(out)
+    state.save(out, state_dtype)
     partial.unlink(missing_ok=True)
     seen = f"{state.metadata['frames']} frames of {float(state.metadata['seconds']):g} s"
     typer.echo(f"{out}: {seen}, {size_text(out.stat().st_size)}", err=True)

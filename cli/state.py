@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .loading import load_pipeline
-from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, TrustRemoteCode
+from .loading import load_pipeline, pick_state_dtype
+from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, StateDtype, TrustRemoteCode
 from .read import read_into_file
 
 app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -72,6 +72,7 @@ def append(
     save_every: SaveEvery = 30.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    state_dtype: StateDtype = "float32",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Read more video into a state, as if it had followed the first without a break.
@@ -80,7 +81,7 @@ def append(
     """
     from video_ma2mba import VideoState
 
-    found = VideoState.load(file)
+    rounded, found = pick_state_dtype(state_dtype), VideoState.load(file)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
-    read_into_file(pipe, video, out or file, state=found, save_seconds=save_every, **chosen)
+    read_into_file(pipe, video, out or file, rounded, state=found, save_seconds=save_every, **chosen)

@@ -192,7 +192,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
         vision_chunk_frames: int = 32,
-        prefill_segment_length: int = 4096,
+        prefill_segment_length: int = 8192,
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:

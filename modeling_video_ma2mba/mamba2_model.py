@@ -36,7 +36,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Ma2mbaBlock(config) for _ in range(config.num_hidden_layers))
         self.norm_f = Ma2mbaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.prefill_segment_length = 4096
+        self.prefill_segment_length = 8192
         self.engine = MultiAxisEngine()
         self.gradient_checkpointing = False
         self.post_init()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FORMAT_VERSION = 1
+_STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class VideoState:
@@ -108,16 +109,33 @@ class VideoState:
                 f"{expected_conv} and {expected_ssm}"
             )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file; complete or not at all. FileNotFoundError when its folder does not exist."""
+    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write one safetensors file, complete or not at all.
+
+        Args:
+            dtype: store the SSM states, nearly all of the file, in torch.bfloat16 or torch.float16 instead: half the
+                size, and rounded. The metadata of what is loaded then say so in "rounded_to". None stores every bit.
+
+        Raises:
+            FileNotFoundError: its folder does not exist.
+            ValueError: `dtype` is another type, or values are too large for float16.
+        """
         from safetensors.torch import save_file
 
         folder = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"there is no folder {folder!r} to save the state in")
-        tensors = {"conv": self.conv.detach().cpu().contiguous(), "ssm": self.ssm.detach().cpu().contiguous()}
+        conv, ssm, metadata = self.conv, self.ssm, self.metadata
+        if dtype not in (None, torch.bfloat16, torch.float16, ssm.dtype):
+            raise ValueError(f"a state is saved in bfloat16, float16 or as it is, not in {dtype}")
+        if dtype in (torch.bfloat16, torch.float16):
+            if not ssm.to(dtype).isfinite().all():
+                raise ValueError(f"the state holds values too large for {dtype}: save it in bfloat16")
+            ssm, conv = ssm.to(dtype), conv.to(dtype) if conv.element_size() > dtype.itemsize else conv
+            metadata = {**metadata, "rounded_to": str(dtype).removeprefix("torch.")}
+        tensors = {"conv": conv.detach().cpu().contiguous(), "ssm": ssm.detach().cpu().contiguous()}
         facts = {"format_version": str(FORMAT_VERSION), "seen_tokens": str(self.seen_tokens)}
-        facts["metadata"] = json.dumps(self.metadata)
+        facts["metadata"] = json.dumps(metadata)
         facts["checksum"] = _checksum(tensors, facts)
         temporary = f"{os.fspath(path)}.part"
         try:
@@ -140,7 +158,8 @@ class VideoState:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{os.fspath(path)!r} is not a readable state file: {error}") from error
-        if facts.get("format_version") != str(FORMAT_VERSION) or tensors.keys() != {"conv", "ssm"}:
+        known = all(tensor.dtype in _STORED for tensor in tensors.values())
+        if facts.get("format_version") != str(FORMAT_VERSION) or tensors.keys() != {"conv", "ssm"} or not known:
             raise ValueError(f"{os.fspath(path)!r} is not a video state of format version {FORMAT_VERSION}")
         try:
             seen, metadata = int(facts["seen_tokens"]), dict(json.loads(facts["metadata"]))
@@ -155,7 +174,8 @@ class VideoState:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{os.fspath(path)!r} holds values that are not finite in {name!r}")
-        return cls(tensors["conv"], tensors["ssm"], seen, metadata)
+        ssm = tensors["ssm"]
+        return cls(tensors["conv"], ssm.to(torch.promote_types(ssm.dtype, torch.float32)), seen, metadata)
 
 
 def is_state_file(path: str | os.PathLike) -> bool:
