@@ -1,12 +1,12 @@
 """`video-ma2mba niah`: needle in a haystack, one frame to be found in a video of many, depth against length."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .ask import reading_progress
+from .circumstances import circumstances, command_line, require_matplotlib
 from .loading import load_pipeline
 from .options import Device, Dtype, Model, TrustRemoteCode
 
@@ -37,7 +37,7 @@ def niah(
     lengths, places = parse_lengths(frames), parse_depths(depths)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
-    _require_matplotlib()
+    require_matplotlib("the heat map")
     from video_ma2mba.eval.needle_haystack import open_haystack
     from video_ma2mba.eval.needle_report import mean, write_report
     from video_ma2mba.eval.needle_search import NeedleGrid, measure
@@ -57,45 +57,12 @@ def niah(
     if haystack != "synthetic":
         given["--fps"] = fps
     given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
-    words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]
     about = {
-        "command": shlex.join(["video-ma2mba", "niah", *words]),
+        "command": command_line("niah", given),
         "model": model or "bundled checkpoint",
         "haystack": "rendered world" if haystack == "synthetic" else haystack,
         "needles": needles,
-        **_circumstances(pipe),
+        **circumstances(pipe.model),
     }
     write_report(out, cells, about)
     typer.echo(f"{mean(cells, 'greedy'):.1%} found (chance {mean(cells, 'chance'):.1%}): {out / 'summary.md'}")
-
-
-def _require_matplotlib() -> None:
-    """Before hours of measuring rather than behind them."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ImportError("the heat map needs matplotlib: pip install 'video-ma2mba[plot]'", name="matplotlib")
-
-
-def _circumstances(pipe) -> dict[str, str]:
-    """Date, device, data type and versions, as a report says them."""
-    import datetime
-
-    import torch
-    import transformers
-
-    from video_ma2mba import __version__
-
-    kind = pipe.model.device.type
-    name = (
-        torch.cuda.get_device_name(pipe.model.device)
-        if kind == "cuda"
-        else f"CPU (PyTorch threads: {torch.get_num_threads()})"
-    )
-    versions = f"video-ma2mba {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
-        "versions": versions,
-    }

@@ -26,8 +26,8 @@ class AnswerLog:
         if rank:
             self.path = path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file in [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]:
-            for entry in read_rows(file) if file.exists() else ():
+        for file in files_of(path):
+            for entry in read_rows(file):
                 self.answers[entry["key"]] = entry
         if self.path.exists():
             _drop_torn_line(self.path)
@@ -59,6 +59,13 @@ def _write(file: Any, line: bytes) -> None:
     file.write(line)
     file.flush()
     os.fsync(file.fileno())
+
+
+def files_of(path: Path) -> list[Path]:
+    """Files of answers that exist for a log: its own and those of further ranks; of a folder, all in it."""
+    if path.is_dir():
+        return sorted(path.glob("*.jsonl"))
+    return [file for file in (path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))) if file.is_file()]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

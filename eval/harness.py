@@ -87,17 +87,61 @@ def evaluate_tasks(
     from lmms_eval.evaluator import simple_evaluate
 
     told = argparse.Namespace(output_path=None if out is None else str(out), process_with_media=False)
-    return simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        predict_only=answers_only,
-        log_samples=True,
-        bootstrap_iters=0,
-        process_docs_parallel=threads,
-        cli_args=told,
-    )
+    try:
+        return simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            predict_only=answers_only,
+            log_samples=True,
+            bootstrap_iters=0,
+            process_docs_parallel=threads,
+            cli_args=told,
+        )
+    except SystemExit as error:  # how tasks end a run when a video is missing
+        raise FileNotFoundError(str(error)) from error
+    except Exception as error:
+        attempt = getattr(error, "last_attempt", None)  # tenacity hides what happened
+        if attempt is None:
+            raise
+        raise RuntimeError(f"lmms-eval fails to score {', '.join(tasks)}: {attempt.exception()!r}") from error
+
+
+def prepare_environment(data: Path | None = None) -> None:
+    """What the harness's tasks take from the environment when they are imported; call it before that.
+
+    Args:
+        data: folder with local copies: data sets under their Hub ids, videos in `hf_home`. It becomes the current one,
+            as `datasets` looks there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if data is not None:
+        if not data.is_dir():
+            raise FileNotFoundError(f"--data {data} is no folder")
+        os.chdir(data)
+        os.environ["HF_HOME"] = str(data.resolve() / "hf_home")
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    os.environ["HF_HOME"] = str(Path(home).expanduser().resolve())  # some tasks fail without it, some if relative
+    os.environ["API_TYPE"] = "openai"  # else judged tasks cannot even be imported
+
+
+def join_ranks(device: str = "auto") -> str:
+    """Meet the other processes of this run, if any; returns the device of this one.
+
+    To be called before anything of the harness makes an Accelerator: the first one decides, and without being told it
+    takes several processes on CPU for one each.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    import torch
+    from accelerate import Accelerator
+
+    on_cuda = torch.cuda.is_available() and device != "cpu"
+    accelerator = Accelerator(cpu=not on_cuda)
+    return str(accelerator.device) if on_cuda else "cpu"
 
 
 def quiet_harness(verbose: bool = False) -> None:

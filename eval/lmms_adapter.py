@@ -17,6 +17,7 @@ from loguru import logger
 
 from .answer_log import AnswerLog
 from .answering import Answerer
+from .harness import join_ranks
 from .lmms_ranks import answer_together
 from .lmms_requests import Job, is_padding, job_of
 from .lmms_rounds import answer_rounds
@@ -76,22 +77,21 @@ class VideoMa2mbaSimple(lmms):
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
         self.store = StateStore(self.pipe, reading, cache_states, folder, int(cache_gb * 1e9))
         self.log = AnswerLog(None if answers is None else Path(answers).expanduser(), self._rank)
+        self.summary = "nothing was asked"
         self.answerer = Answerer(self.pipe, self.store, self.log, stop_repeat_ngram, self.batch_size, broken == "skip")
 
     def _load(self, pretrained: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
-        import torch
-
         from ..cli.loading import load_pipeline
 
-        wanted = device or "auto"
-        if self._world_size > 1:
-            from accelerate import Accelerator
-
-            cuda = torch.cuda.is_available() and wanted != "cpu"
-            self.accelerator = Accelerator(cpu=not cuda)
-            wanted = str(self.accelerator.device) if cuda else "cpu"
+        wanted = join_ranks(device or "auto")
         source = None if pretrained == "bundled" else pretrained
         return load_pipeline(source, device=wanted, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides an answer: the model and how it looks at videos."""
+        identity = self.pipe.identity()
+        facts = {name: identity[name] for name in ("weights", "model_config", "processor", "dtype")}
+        return {**facts, **vars(self.store.reading), "stop_repeat_ngram": self.answerer.stop_ngram}
 
     @property
     def device(self) -> Any:
@@ -149,12 +149,13 @@ class VideoMa2mbaSimple(lmms):
         """What reading each video once has saved, to the log and into the harness's results."""
         tally = self.store.tally
         disk = f", {tally.from_disk} states being on disk" if tally.from_disk else ""
-        logger.info(
-            f"video_ma2mba: {self.answerer.answered} answers given, {self.answerer.reused} known from an earlier run; "
+        self.summary = (
+            f"{self.answerer.answered} answers given, {self.answerer.reused} known from an earlier run; "
             f"{tally.videos_read} videos read ({tally.frames_read} frames, {tally.seconds_reading:.1f} s); "
             f"{self.answerer.spared} answers needed no reading of their own{disk}, which saved "
             f"{self.answerer.seconds_saved:.1f} s"
         )
+        logger.info(f"video_ma2mba: {self.summary}")
         log_metrics(
             total_gen_tokens=self.answerer.output_tokens,
             total_elapsed_time=self.answerer.seconds_answering,

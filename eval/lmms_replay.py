@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lmms_eval.api.model import lmms
 
-from .answer_log import read_rows
+from .answer_log import files_of, read_rows
 from .lmms_requests import job_of
 
 
@@ -27,9 +27,8 @@ class ReplaySimple(lmms):
     def __init__(self, answers: str, batch_size: Any = 1, device: Any = None, max_batch_size: Any = None) -> None:
         super().__init__()
         self.device = torch.device("cpu")
-        path = Path(answers).expanduser()
-        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not files or not files[0].is_file():
+        files = files_of(Path(answers).expanduser())
+        if not files:
             raise FileNotFoundError(f"answers={answers}: there is no file of answers")
         self.known: dict[tuple[str, int], str] = {}
         for file in files:
@@ -39,11 +38,11 @@ class ReplaySimple(lmms):
                     raise ValueError(f"{file} holds a second answer to {place[0]}, document {place[1]}")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Raises KeyError for a question that has no recorded answer."""
+        """ValueError for questions that have no recorded answer."""
         jobs = [job_of(request) for request in requests]
         missing = [job for job in jobs if (job.task, job.doc_id) not in self.known]
         if missing:
-            raise KeyError(
+            raise ValueError(
                 f"{len(missing)} questions have no recorded answer, the first is {missing[0].task}, "
                 f"document {missing[0].doc_id}"
             )

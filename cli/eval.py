@@ -1,0 +1,167 @@
+"""`video-ma2mba eval`: benchmarks in lmms-eval, scored as the paper prints them, beside its numbers."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .circumstances import circumstances, command_line, require_matplotlib
+from .options import Device, Dtype, Fps, Model, NumFrames, TrustRemoteCode
+
+
+def evaluate(
+    tasks: Annotated[
+        str,
+        typer.Option(help="`paper`, `long`, or names separated by commas: videomme, mvbench, rendered_world, …"),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for answers and report; a run continues there.")],
+    model: Model = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    max_frames: Annotated[int | None, typer.Option(help="At most this many frames of a video.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Address of the judge of open answers, such as http://localhost:8000/v1.")
+    ] = None,
+    judge_model: Annotated[
+        str, typer.Option(help="The judge's name there. Its key is taken from OPENAI_API_KEY.")
+    ] = "gpt-3.5-turbo-0125",
+    no_judge: Annotated[bool, typer.Option("--no-judge", help="Collect open answers, score them later.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder with local copies of the data.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Score these recorded answers; no model is loaded.")] = None,
+    include: Annotated[list[Path] | None, typer.Option(help="Further folder with lmms-eval task files.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep states of videos in this folder.")] = None,
+    cache_gb: Annotated[float, typer.Option(help="Limit of that folder, in GB.")] = 10.0,
+    batch_size: Annotated[int, typer.Option(help="Questions about one video answered together.", min=1)] = 8,
+    stop_repeat_ngram: Annotated[
+        int, typer.Option(help="End an answer at a repeat of so many tokens, as the paper does; 0: never.", min=0)
+    ] = 5,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Go on past videos that cannot be decoded.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show lmms-eval's own log.")] = False,
+) -> None:
+    """Answer and score benchmarks with lmms-eval's own tasks, each video read once for all its questions.
+
+    Data and judge are looked at first. Every answer is written as it comes; interrupted, the same command continues.
+    Several processes (torchrun -m video_ma2mba eval …) share the videos. Writes report.md, report.json, chart.png and
+    model_index.yaml, for a model card, to --out.
+    """
+    given = {"--tasks": tasks, "--model": model, "--fps": fps, "--num-frames": num_frames, "--max-frames": max_frames}
+    given |= {"--limit": limit, "--judge": judge, "--judge-model": judge_model if judge else None}
+    given |= {"--no-judge": no_judge, "--data": data, "--replay": replay, "--skip-unreadable": skip_unreadable}
+    given |= {"--stop-repeat-ngram": None if stop_repeat_ngram == 5 else stop_repeat_ngram, "--out": out}
+    given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
+    _require_packages()
+    from video_ma2mba.eval.benchmarks import expand
+    from video_ma2mba.eval.harness import join_ranks, prepare_environment, quiet_harness
+    from video_ma2mba.eval.judge import Judge
+
+    if fps is not None and num_frames is not None:
+        raise ValueError("--fps and --num-frames exclude each other: give one")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    if replay is not None and not replay.exists():
+        raise FileNotFoundError(f"--replay {replay} does not exist")
+    names, out = expand(tasks), out.resolve()
+    answers = None if replay is None else replay.resolve()
+    further = [str(folder.resolve()) for folder in include or ()]
+    cache = None if cache_dir is None else str(cache_dir.resolve())
+    source = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
+    prepare_environment(data)
+    quiet_harness(verbose)
+    from video_ma2mba.eval.benchmark_run import ANSWERS, Evaluation, claim, collect_answers, leave_ranks, score_answers
+
+    asked = None
+    if judge is not None:
+        asked = Judge(judge, judge_model, os.environ.get("OPENAI_API_KEY", ""), out / "judge.jsonl")
+    evaluation = Evaluation(names, out, limit, None if no_judge else asked, further)
+    if evaluation.judged and asked is None and not no_judge:
+        raise ValueError(
+            f"{', '.join(evaluation.judged)}: a language model scores these answers. Name one with --judge and "
+            "--judge-model, or give --no-judge to collect the answers now and score them later"
+        )
+    join_ranks(device)
+    counts = evaluation.prepare()
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first:
+        typer.echo(f"{sum(counts.values()):,} questions of {len(counts)} tasks, all videos are there", err=True)
+    if answers is None:
+        from video_ma2mba.eval.lmms_adapter import VideoMa2mbaChat
+
+        adapter = VideoMa2mbaChat(
+            pretrained=source or "bundled",
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            fps=fps or 1.0,
+            num_frames=num_frames,
+            max_frames=max_frames,
+            stop_repeat_ngram=stop_repeat_ngram,
+            cache_dir=cache,
+            cache_gb=cache_gb,
+            answers=str(out / ANSWERS),
+            broken="skip" if skip_unreadable else "stop",
+            trust_remote_code=trust_remote_code,
+        )
+        if first:
+            claim(out, adapter.settings())
+        about = {"frames": adapter.store.reading.text, **circumstances(adapter.pipe.model)}
+        collect_answers(evaluation, adapter)
+        if not leave_ranks():
+            return
+        answers = out / ANSWERS
+        typer.echo(adapter.summary, err=True)
+    else:
+        about = _of_recorded_answers()
+    found = score_answers(evaluation, answers, _tell)
+    about |= {"command": command_line("eval", given), "limit": limit}
+    about["model"] = model or ("recorded answers" if replay else "bundled checkpoint")
+    _report(evaluation, found, answers, about | {"judge": judge_model if asked and evaluation.judged else None})
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    require_matplotlib("the chart")
+    for module in ("lmms_eval", "decord", "cv2"):
+        if find_spec(module) is None:
+            raise ImportError(f"evaluation needs {module}: pip install 'video-ma2mba[eval]'", name=module)
+
+
+def _of_recorded_answers() -> dict[str, str]:
+    import datetime
+
+    from video_ma2mba import __version__
+
+    date = datetime.date.today().isoformat()
+    versions = f"video-ma2mba {__version__}"
+    return {"frames": "recorded answers", "date": date, "device": "none", "dtype": "none", "versions": versions}
+
+
+def _tell(name: str, scores) -> None:
+    from video_ma2mba.eval.benchmark_report import title
+
+    if scores is None:
+        typer.echo(f"{title(name)}: answered, not scored (--no-judge)", err=True)
+        return
+    (headline,) = [row for row in scores.rows if row.category == scores.headline]
+    typer.echo(
+        f"{title(name)}: {headline.value:.2f} ({headline.category}, {headline.questions:,} questions)", err=True
+    )
+
+
+def _report(evaluation, found: dict, answers: Path, about: dict) -> None:
+    from importlib.metadata import version
+
+    from video_ma2mba.eval.benchmark_report import write_report
+    from video_ma2mba.eval.benchmark_run import reading_facts
+
+    about["versions"] += f", lmms-eval {version('lmms-eval')}, datasets {version('datasets')}"
+    facts = {name: reading_facts(answers, set(evaluation.loaded[name])) for name in evaluation.tasks}
+    write_report(evaluation.out, found, facts, about)
+    typer.echo(f"{evaluation.out / 'report.md'}")

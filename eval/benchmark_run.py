@@ -1,0 +1,180 @@
+"""An evaluation in two steps: every question is answered, then the harness's own tasks score the answers.
+
+Answers are written as they come, and scoring reads them from there, so neither a crash nor a judge that fails costs
+any; what is known already is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .answer_log import files_of, read_rows
+from .benchmark_checks import check_data
+from .benchmark_scores import Scores, score
+from .benchmarks import BENCHMARKS
+from .harness import evaluate_tasks, load_tasks, task_manager
+from .judge import Judge
+from .needle_search import write_json
+
+ANSWERS = "answers.jsonl"
+_JUDGING_THREADS = 8
+
+
+@dataclass
+class Evaluation:
+    """What is evaluated, and where results go.
+
+    Args:
+        tasks: names of benchmarks, or of any of lmms-eval's tasks.
+        out: folder. limit: so many documents of each task.
+        judge: for the benchmarks that need one; without, their answers are only collected.
+        include: further folders with task files.
+    """
+
+    tasks: Sequence[str]
+    out: Path
+    limit: int | None = None
+    judge: Judge | None = None
+    include: Sequence[str] = ()
+    manager: Any = field(init=False, default=None)
+    loaded: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+
+    @property
+    def judged(self) -> list[str]:
+        """Benchmarks among `tasks` that a judge scores."""
+        return [task for task in self.tasks if task in BENCHMARKS and BENCHMARKS[task].judge]
+
+    def prepare(self) -> dict[str, int]:
+        """Look at tasks, data and judge; returns the number of questions of each task.
+
+        Raises:
+            ValueError: an unknown task, data that are missing. ConnectionError: the judge gives no usable reply.
+        """
+        self.manager = task_manager(self.tasks, self.include)
+        if self.judge is not None and self.judged:
+            self.judge.check()
+        counts: dict[str, int] = {}
+        for name in self.tasks:
+            self.loaded[name] = load_tasks([name], self.manager)
+            counts |= check_data(self.loaded[name], self.limit)
+        return counts
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make a folder that of one model and one way of reading videos, or see that it is.
+
+    Raises:
+        ValueError: it holds answers of another; what differs is named.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "settings.json"
+    if not path.exists():
+        if (out / ANSWERS).exists():
+            raise ValueError(f"--out {out} holds answers, but no settings.json says whose: choose another folder")
+        write_json(path, dict(settings))
+        return
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    for name in {**settings, **kept}:
+        if kept.get(name) != settings.get(name):
+            raise ValueError(
+                f"--out {out} holds answers of another evaluation: its {name} is {kept.get(name)!s:.80}, now it is "
+                f"{settings.get(name)!s:.80}; choose another folder"
+            )
+
+
+def collect_answers(evaluation: Evaluation, model: Any) -> None:
+    """Have `model` (an adapter that writes to `out / ANSWERS`) answer everything that has no answer yet."""
+    evaluate_tasks(model, evaluation.tasks, evaluation.manager, limit=evaluation.limit, answers_only=True)
+
+
+def leave_ranks() -> bool:
+    """End the work with other ranks; whether this process goes on alone, which is the first one."""
+    import torch.distributed as dist
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    if dist.is_available() and dist.is_initialized():
+        from accelerate.state import AcceleratorState
+
+        dist.barrier()
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
+        os.environ.pop(name, None)
+    return first
+
+
+def score_answers(
+    evaluation: Evaluation, answers: Path, on_scores: Callable[[str, Scores | None], None] | None = None
+) -> dict[str, Scores]:
+    """Let the harness score recorded answers (a file, or a folder of files), benchmark by benchmark.
+
+    Returns:
+        Scores by benchmark; what a judge would have to score is left out without one.
+
+    Raises:
+        ConnectionError: the judge failed; the scores of the benchmarks before are in `out / "scores"`.
+    """
+    from .lmms_replay import ReplayChat
+
+    found: dict[str, Scores] = {}
+    for name in evaluation.tasks:
+        judged = name in evaluation.judged
+        if judged and evaluation.judge is None:
+            if on_scores is not None:
+                on_scores(name, None)
+            continue
+        model = ReplayChat(str(answers))
+        told = {"limit": evaluation.limit, "out": evaluation.out / "harness"}
+        if judged:
+            with evaluation.judge.serving():
+                results = evaluate_tasks(model, [name], evaluation.manager, threads=_JUDGING_THREADS, **told)
+        else:
+            results = evaluate_tasks(model, [name], evaluation.manager, **told)
+        if not results or not results.get("samples"):
+            raise RuntimeError(f"lmms-eval returned no samples of {name}: its own messages above say why")
+        found[name] = score(name, results["samples"], results["results"])
+        _keep(evaluation.out, name, results, found[name])
+        if on_scores is not None:
+            on_scores(name, found[name])
+    return found
+
+
+def _keep(out: Path, name: str, results: dict[str, Any], scores: Scores) -> None:
+    for folder in ("scores", "samples"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for task, rows in results["samples"].items():
+        lines = [json.dumps({**row, "arguments": None}, ensure_ascii=False, default=str) + "\n" for row in rows]
+        draft = out / "samples" / f".{task}.part"
+        draft.write_text("".join(lines), encoding="utf-8")
+        draft.replace(out / "samples" / f"{task}.jsonl")
+    write_json(out / "scores" / f"{name}.json", scores.as_dict())
+
+
+def reading_facts(answers: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Videos, frames and seconds behind the recorded answers of some tasks."""
+    rows = [row for file in files_of(answers) for row in read_rows(file) if row["task"] in tasks]
+    media = {(tuple(row.get("media", ())), row.get("frames")): row for row in rows if row.get("frames")}
+    frames = [row["frames"] for row in media.values()]
+    if not frames:
+        return {"questions": len(rows)}
+    reading = sum(row["read_seconds"] for row in media.values())
+    answering = sum(row["answer_seconds"] for row in rows)
+    return {
+        "questions": len(rows),
+        "videos": len(media),
+        "frames_per_video": {"mean": sum(frames) / len(frames), "least": min(frames), "most": max(frames)},
+        "seconds_per_video": (reading + answering) / len(media),
+        "reading_seconds_per_video": reading / len(media),
+        "answering_seconds_per_question": answering / len(rows),
+        "unreadable": sum("error" in row for row in rows),
+    }
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")

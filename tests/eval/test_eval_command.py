@@ -1,0 +1,181 @@
+"""`video-ma2mba eval`: bad input, a run that is killed, several processes, and the rendered world."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("lmms_eval")
+
+from video_ma2mba.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def rows(folder: Path) -> list[dict]:
+    return [
+        json.loads(line) for file in sorted(folder.glob("answers*.jsonl")) for line in file.read_text().splitlines()
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        return port.getsockname()[1]
+
+
+BAD_INPUT = {
+    "unknown task": (["--tasks", "videomee"], "--tasks videomee: neither"),
+    "no task": (["--tasks", " , "], "names no task"),
+    "no judge": (["--tasks", "activitynetqa"], "--no-judge"),
+    "judge that is not there": (["--tasks", "activitynetqa", "--judge", "http://127.0.0.1:9/v1"], "no usable reply"),
+    "judge without address": (["--tasks", "activitynetqa", "--judge", "gpt-4"], "--judge gpt-4"),
+    "both rates": (["--tasks", "videomme", "--fps", "1", "--num-frames", "8"], "exclude each other"),
+    "no frames": (["--tasks", "videomme", "--num-frames", "0"], "num_frames=0"),
+    "out is a file": (["--tasks", "videomme", "--out", "FILE"], "is a file"),
+    "data is no folder": (["--tasks", "videomme", "--data", "FILE"], "is no folder"),
+    "data set that is not there": (["--tasks", "lvbench"], "the data of task lvbench cannot be loaded"),
+    "unknown model": (["--tasks", "videomme", "--model", "no/such/model"], "no/such/model"),
+    "no recorded answers": (["--tasks", "videomme", "--replay", "none.jsonl"], "--replay none.jsonl"),
+    "recorded answers of another task": (["--tasks", "videomme", "--replay", "FILE"], "9 questions have no recorded"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT, ids=lambda case: case.replace(" ", "-"))
+def test_bad_input_is_one_line_and_code_2(
+    case: str, in_bench: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("video_ma2mba.eval.judge.Judge.__init__.__defaults__", ("", None, 2, 5.0, 0.01))
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)  # the harness tries to load data five times
+    (tmp_path / "file").write_text('{"task": "mvbench_state_change", "doc_id": 0, "answer": "A"}\n')
+    arguments, message = BAD_INPUT[case]
+    given = [str(tmp_path / "file") if word == "FILE" else word for word in arguments]
+    for option, value in (("--out", tmp_path / "out"), ("--data", in_bench), ("--model", tiny_checkpoint)):
+        if option not in given:
+            given += [option, str(value)]
+    result = run(*given, "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_missing_and_broken_videos_are_found(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path):
+    """Missing ones before the start, damaged ones with everything kept that came before."""
+    video = in_bench / "hf_home/videomme/data/vmm1.mp4"
+    content, out = video.read_bytes(), tmp_path / "out"
+    given = ["--tasks", "videomme", "--model", tiny_checkpoint, "--data", in_bench, "--out", out, "--device", "cpu"]
+    try:
+        video.unlink()
+        result = run(*given)
+        assert result.exit_code == 2 and "videomme lacks 3 media, the first is" in result.stderr
+        assert "vmm1.mp4" in result.stderr and not out.exists()
+        video.write_bytes(content[:200])
+        result = run(*given)
+        assert result.exit_code == 2 and "vmm1.mp4" in result.stderr and len(rows(out)) == 3
+        result = run(*given, "--skip-unreadable")
+        assert result.exit_code == 0, result.output
+        assert "3 questions are about videos that cannot be read" in (out / "report.md").read_text()
+    finally:
+        video.write_bytes(content)
+
+
+def test_another_way_of_reading_needs_another_folder(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path):
+    given = ["--tasks", "videomme", "--model", tiny_checkpoint, "--data", in_bench, "--out", tmp_path, "--limit", 2]
+    assert run(*given, "--num-frames", 2).exit_code == 0
+    result = run(*given, "--num-frames", 4)
+    assert result.exit_code == 2 and "its num_frames is 2, now it is 4" in result.stderr
+    result = run(*given, "--num-frames", 2)
+    assert result.exit_code == 0 and "0 answers given, 2 known from an earlier run; 0 videos read" in result.stderr
+    page = (tmp_path / "report.md").read_text()
+    assert "Frames: 2 frames." in page and "**Only the first 2 documents of each task.**" in page
+
+
+def start(arguments: list, **more) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path):
+    given = ["--tasks", "videomme,mvbench", "--model", tiny_checkpoint, "--data", in_bench, "--out", tmp_path]
+    given += ["--device", "cpu"]
+    process = start(["-m", "video_ma2mba", "eval", *given], cwd=ROOT.parent)
+    log = tmp_path / "answers.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 4):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = log.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    known = whole.count(b"\n")
+    assert 4 <= known < 49, "the run was over before it could be killed"
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert f"{49 - known} answers given, {known} known from an earlier run" in result.stderr
+    assert log.read_bytes().startswith(whole)
+    assert len({(row["task"], row["doc_id"]) for row in rows(tmp_path)}) == len(rows(tmp_path)) == 49
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_videos(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path):
+    """Each video is read by one of them, although the harness deals its questions to both; scores are as of one."""
+    given = ["--tasks", "videomme,mvbench", "--model", tiny_checkpoint, "--data", in_bench, "--device", "cpu"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "-m"]
+    together = start([*launch, "video_ma2mba", "eval", *given, "--out", tmp_path / "two"], cwd=ROOT.parent)
+    _, errors = together.communicate(timeout=200)
+    assert together.returncode == 0, errors.decode()
+    result = run(*given, "--out", tmp_path / "one")
+    assert result.exit_code == 0, result.output
+    found = {rank: file for rank, file in enumerate(sorted((tmp_path / "two").glob("answers*.jsonl")))}
+    assert len(found) == 2
+    media = [{tuple(json.loads(line)["media"]) for line in file.read_text().splitlines()} for file in found.values()]
+    assert media[0] and media[1] and not media[0] & media[1]
+    answers = [{(r["task"], r["doc_id"]): r["answer"] for r in rows(tmp_path / name)} for name in ("one", "two")]
+    assert len(answers[0]) == 49 and answers[0] == answers[1]
+    scores = [json.loads((tmp_path / name / "report.json").read_text())["benchmarks"] for name in ("one", "two")]
+    assert scores[0]["videomme"]["rows"] == scores[1]["videomme"]["rows"]
+    assert scores[0]["mvbench"]["rows"] == scores[1]["mvbench"]["rows"]
+
+
+@pytest.mark.slow
+def test_the_harness_alone(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path):
+    """`python -m lmms_eval --model video_ma2mba` finds the adapter and says what reading once has saved."""
+    settings = f"pretrained={tiny_checkpoint},num_frames=4,answers={tmp_path / 'answers.jsonl'}"
+    given = ["--model", "video_ma2mba", "--model_args", settings, "--tasks", "videomme", "--device", "cpu"]
+    given += ["--batch_size", 4, "--output_path", tmp_path, "--log_samples", "--verbosity", "DEBUG"]
+    process = start(["-m", "lmms_eval", *given, "--include_path", ROOT / "eval/lmms_tasks"], cwd=in_bench)
+    out, errors = (stream.decode() for stream in process.communicate(timeout=200))
+    assert process.returncode == 0, errors
+    (results,) = tmp_path.glob("**/*_results.json")
+    found = json.loads(results.read_text())
+    assert found["results"]["videomme"]["videomme_perception_score,none"] in [100 * n / 9 for n in range(10)]
+    assert "3 videos read" in out + errors and "6 answers needed no reading of their own" in out + errors
+    assert len(rows(tmp_path)) == 9
+
+
+@pytest.mark.bundled
+def test_the_rendered_world_needs_no_download(bench: Path, tmp_path: Path, monkeypatch):
+    """The bundled checkpoint knows the answers about short videos; the report says chance beside them."""
+    monkeypatch.chdir(tmp_path)
+    result = run("--tasks", "rendered_world", "--limit", 28, "--out", "out", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    report = json.loads(Path("out/report.json").read_text())
+    rows = {row["category"]: row for row in report["benchmarks"]["rendered_world"]["rows"]}
+    assert rows["16 frames"]["questions"] == rows["all"]["questions"] == 28 and rows["all"]["value"] > 90
+    assert report["benchmarks"]["rendered_world"]["harness"] == {
+        "rendered_world/world_accuracy,none": pytest.approx(rows["all"]["value"])
+    }
+    assert "Guessing blindly" in Path("out/report.md").read_text()

@@ -1,0 +1,131 @@
+"""The judge: what counts as a reply, and that neither silence nor nonsense costs an answer."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("requests")
+
+from fake_judge import fake_judge
+
+from video_ma2mba.eval.answer_log import read_rows
+from video_ma2mba.eval.judge import Judge, JudgeFailed, usable
+
+ASKED = {
+    "json": {"model": "m", "messages": [{"role": "user", "content": "as keys 'pred' and 'score'"}], "max_tokens": 9}
+}
+
+
+def post(**changed):
+    import requests
+
+    return requests.post("http://nowhere.invalid/v1/chat/completions", timeout=1, **(ASKED | changed)).json()
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict", "kept"),
+    [
+        ("{'pred': 'yes', 'score': 4}", True, "{'pred': 'yes', 'score': 4}"),
+        ("Sure! ```{'pred': 'No.', 'score': 4.8}``` Hope it helps.", True, "{'pred': 'no', 'score': 4.8}"),
+        ('{"score": "3"}', False, "{'score': 3.0}"),
+        ("The score is 4.", False, None),
+        ("{'score': 7}", False, None),
+        ("{'score': True}", False, None),
+        ("{'score': 'high'}", False, None),
+        ("{'score': 4}", True, None),
+        ("{'pred': 'yes or no', 'score': 4}", True, None),
+        ("{score: 4}", False, None),
+        ("", False, None),
+    ],
+)
+def test_what_a_usable_reply_is(said: str, verdict: bool, kept: str | None):
+    if kept is None:
+        with pytest.raises(ValueError, match=r"no dictionary|score|verdict|could not convert"):
+            usable(said, verdict)
+    else:
+        assert usable(said, verdict) == kept
+
+
+def test_replies_are_kept_and_not_asked_for_again(tmp_path: Path):
+    log = tmp_path / "judge.jsonl"
+    with fake_judge(lambda *_: "Well: {'pred': 'yes', 'score': 4}") as server:
+        judge = Judge(server.url, "gpt", log=log)
+        with judge.serving():
+            assert post()["choices"][0]["message"]["content"] == "{'pred': 'yes', 'score': 4}"
+            post()
+        with Judge(server.url, "gpt", log=log).serving():
+            post()
+        assert len(server.asked) == 1
+        with Judge(server.url, "another", log=log).serving():
+            post()
+        assert len(server.asked) == 2
+    first, second = read_rows(log)
+    assert (first["judge"], second["judge"]) == ("gpt", "another") and first["said"].startswith("Well")
+
+
+def test_nonsense_and_errors_are_asked_for_again():
+    replies = iter(["I cannot", 500, 429, "{'pred': 'no', 'score': 0}"])
+    with fake_judge(lambda *_: next(replies)) as server, Judge(server.url, "gpt", wait=0.01).serving():
+        assert post()["choices"][0]["message"]["content"] == "{'pred': 'no', 'score': 0}"
+        assert len(server.asked) == 4
+
+
+def as_a_task_does():
+    try:
+        post()
+    except Exception:
+        pytest.fail("a task would have gone on with a score of 0")
+
+
+FAILURES = {
+    "nonsense": (lambda *_: "I cannot tell.", 0.0, "no dictionary in 'I cannot tell.'", 3),
+    "timeout": (lambda *_: "{'pred': 'yes', 'score': 4}", 0.6, "imed out", 3),
+    "no access": (lambda *_: 401, 0.0, "401", 1),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_useless_judge_is_an_error(case: str):
+    """It goes through a task's `except Exception`, which would make a score of 0 of it."""
+    reply, delay, reason, times = FAILURES[case]
+    with fake_judge(reply, delay) as server:
+        judge = Judge(server.url, "gpt", tries=3, timeout=0.2, wait=0.01)
+        with pytest.raises(ConnectionError, match=f"gives no usable reply.*{reason}.*run the same"), judge.serving():
+            as_a_task_does()
+        assert len(server.asked) == times
+        with pytest.raises(ConnectionError, match=reason):
+            judge.check()
+
+
+def test_no_judge_there_and_no_address():
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        judge = Judge(f"http://127.0.0.1:{port.getsockname()[1]}/v1", "gpt", wait=0.01)
+        with pytest.raises(ConnectionError, match="no usable reply"):
+            judge.check()
+    with pytest.raises(ValueError, match="--judge localhost"):
+        Judge("localhost", "gpt")
+
+
+def test_a_full_disk_ends_judging_and_other_posts_pass(tmp_path: Path, monkeypatch):
+    def full(file, line):
+        raise OSError(28, "No space left on device")
+
+    with fake_judge() as server:
+        judge = Judge(server.url, "gpt", log=tmp_path / "judge.jsonl")
+        judge.check()
+        monkeypatch.setattr("video_ma2mba.eval.answer_log._write", full)
+        with pytest.raises(ConnectionError, match="No space left"), judge.serving():
+            post(
+                json={
+                    **ASKED["json"],
+                    "messages": [{"role": "user", "content": "Correct Answer: a\nPredicted Answer: a"}],
+                }
+            )
+        with judge.serving():
+            import requests
+
+            with pytest.raises(requests.exceptions.ConnectionError):
+                requests.post("http://nowhere.invalid", json={"text": "no question to a judge"}, timeout=1)
+    assert issubclass(JudgeFailed, BaseException) and not issubclass(JudgeFailed, Exception)
