@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,27 @@ def test_every_question_is_answered_and_judged(tiny_checkpoint: Path, folder: Pa
     assert "Which way?" in result.stdout
     assert result.stdout.count("(expected two, ") == 2
     assert "0 of 2 answers right." in result.stdout
+
+
+def test_the_web_page_is_served_on_this_machine_alone(tiny_checkpoint: Path, folder: Path, monkeypatch):
+    layout = pytest.importorskip("video_ma2mba.hub_cards.space.web.layout")
+    served = {}
+    monkeypatch.setattr(layout, "serve", lambda page, **settings: served.update(settings, title=page.title))
+    words = ["demo", str(folder), "--model", str(tiny_checkpoint), "--device", "cpu", "--web", "--port", "7999"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert served == {"title": "Ask a video", "server_name": "127.0.0.1", "server_port": 7999}
+    assert "answers right" not in result.stdout
+
+
+def test_the_web_page_without_gradio_names_the_remedy(tiny_checkpoint: Path, folder: Path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("video_ma2mba.hub_cards.space")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = CliRunner().invoke(app, ["demo", str(folder), "--model", str(tiny_checkpoint), "--web"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "error: the page needs gradio: pip install 'video-ma2mba[demo]'"
+    assert CliRunner().invoke(app, ["demo", str(folder), "--port", "7999"]).exit_code == 2
 
 
 def test_a_folder_without_questions_is_an_error(tmp_path: Path):

@@ -26,7 +26,8 @@ def load_examples(folder: Path) -> list[Example]:
     found = []
     for number, (video, asked) in enumerate(groupby(lines, key=lambda line: line["video"]), 1):
         asked = list(asked)
-        questions = [line["question"] for line in asked if not line["options"]] or [asked[0]["question"]]
-        label = f"Video {number} ({asked[0]['frames']} s)"
+        questions = [line["question"] for line in asked if not line.get("options")] or [asked[0]["question"]]
+        length = f" ({asked[0]['frames']} s)" if "frames" in asked[0] else ""
+        label = f"Video {number}{length}"
         found.append(Example(label, str(folder / video), tuple(questions[:5])))
     return found

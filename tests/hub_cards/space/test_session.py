@@ -1,0 +1,131 @@
+"""Reading and answering in the background: what is handed over, how it ends, what is kept."""
+
+import json
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from video_ma2mba.cli.loading import load_pipeline
+from video_ma2mba.hub_cards.space.web.background import Stopped, latest_reports
+from video_ma2mba.hub_cards.space.web.markup import note, problem, progress
+from video_ma2mba.hub_cards.space.web.session import Session
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint: Path):
+    return load_pipeline(str(tiny_checkpoint), device="cpu")
+
+
+def test_reports_arrive_and_the_last_one_always():
+    def work(report) -> str:
+        for number in range(1000):
+            report(number)
+        return "done"
+
+    seen = list(results := _Kept(latest_reports(work, every=0.001)))
+    assert results.value == "done"
+    assert seen == sorted(seen)
+    assert seen[-1] == 999
+
+
+class _Kept:
+    """Iterates over a generator and keeps what it returns."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        self.value = yield from self.generator
+
+
+def test_an_error_in_the_thread_is_raised_here():
+    def work(report) -> None:
+        report("first")
+        raise ValueError("a broken video")
+
+    reports = latest_reports(work, every=0.001)
+    with pytest.raises(ValueError, match="a broken video"):
+        list(reports)
+
+
+def test_work_ends_when_nobody_listens():
+    ended = threading.Event()
+
+    def work(report) -> None:
+        try:
+            while True:
+                report(1)
+        finally:
+            ended.set()
+
+    reports = latest_reports(work, every=0.001)
+    next(reports)
+    reports.close()
+    assert ended.is_set()
+
+
+def test_stopping_keeps_what_was_there_before(pipe, tiny_video: Path):
+    session = Session()
+    list(session.read(pipe, str(tiny_video), fps=1))
+    before = session.state
+
+    class Slow:
+        def read(self, video, *, fps, on_frames):
+            on_frames(1, 10)
+            while not session.stopped:
+                time.sleep(0.001)
+            on_frames(2, 10)
+            raise AssertionError("it was to stop")
+
+    reading = session.read(Slow(), "film.mp4", fps=1)
+    assert next(reading) == (1, 10)
+    session.stopped = True
+    with pytest.raises(Stopped):
+        next(reading)
+    assert session.state is before
+    assert session.video == str(tiny_video)
+
+
+def test_the_answer_grows(pipe, tiny_video: Path):
+    session = Session()
+    with pytest.raises(ValueError, match="read a video first"):
+        list(session.ask(pipe, "What?"))
+    list(session.read(pipe, str(tiny_video), fps=1))
+    answers = list(session.ask(pipe, " What is shown? "))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(answers))
+    assert session.messages[0] == {"role": "user", "content": "What is shown?"}
+    assert session.messages[1]["content"] == pipe.ask(session.state, "What is shown?", max_new_tokens=128)
+
+
+@pytest.mark.parametrize("chat", ["{", "[1]", '[{"role": "user", "content": "x"}]', '[{"role": "user"}]'])
+def test_damaged_conversations_are_refused(chat: str, pipe, tiny_video: Path, tmp_path: Path):
+    session = Session()
+    list(session.read(pipe, str(tiny_video), fps=1))
+    file = session.save(tmp_path)
+    assert file.parent.parent == tmp_path
+    session.state.metadata["chat"] = chat
+    session.state.save(file)
+    other = Session()
+    with pytest.raises(ValueError, match="conversation in the state file is damaged"):
+        other.open(pipe, file)
+    assert other.state is None
+
+
+def test_states_of_other_models_are_refused(pipe, make_model, tiny_video: Path, tmp_path: Path):
+    session = Session()
+    list(session.read(pipe, str(tiny_video), fps=1))
+    facts = json.loads(session.state.metadata["model_config"]) | {"spatial_pool_mode": "of another kind"}
+    session.state.metadata["model_config"] = json.dumps(facts)
+    with pytest.raises(ValueError, match="belongs to another model: spatial_pool_mode"):
+        Session().open(pipe, session.save(tmp_path))
+
+
+def test_nothing_foreign_is_shown_as_html():
+    evil = "<img src=x onerror=alert(1)>"
+    for shown in (note(evil), problem(ValueError(evil))):
+        assert "<img" not in shown
+    assert 'value="3" max="3"' in progress(5, 3)
+    assert "max" not in progress(5, None)
