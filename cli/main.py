@@ -10,6 +10,7 @@ import typer
 from .ask import ask
 from .batch import batch
 from .convert import convert
+from .data import app as data
 from .demo import demo
 from .errors import OneLineErrors
 from .eval import evaluate
@@ -43,6 +44,7 @@ app.command()(push)
 app.command()(read)
 app.command()(train)
 app.command()(watch)
+app.add_typer(data, name="data")
 app.add_typer(state, name="state")
 app.add_typer(world, name="world")
 

@@ -70,5 +70,5 @@ def chunked_causal_lm_loss(
     if num_items_in_batch is None:
         return total * weight / len(targets)
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total * weight / num_items_in_batch
+        return total * weight / num_items_in_batch.to(total.device).clamp(min=1)  # 0 where no rank has a label
+    return total * weight / max(num_items_in_batch, 1)

@@ -193,8 +193,8 @@ def open_media(processor: Any, messages: list[dict[str, Any]], settings: Encodin
     return readers
 
 
-def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings) -> Sample:
-    """Read the videos of one row and make the model's inputs of it.
+def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, keep_pixels: bool = True) -> Sample:
+    """Read the videos of one row and make the model's inputs of it; without `keep_pixels` frames are read and dropped.
 
     Raises:
         ValueError, OSError: what is wrong with the row or a video of it.
@@ -207,12 +207,14 @@ def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings) 
         if count < reader.expected_frames:
             reader = reader.resampled(num_frames=count)
         with reader:
-            read = torch.from_numpy(reader.read().pixels).permute(0, 3, 1, 2)
-        if len(read) < LEAST_DECODED * count:
-            raise ValueError(f"{reader.name}: only {len(read)} of {count} frames could be decoded")
-        notes += reader.warnings
-        pixels.append(read)
-        frames.append(len(read))
+            if keep_pixels:
+                pixels.append(torch.from_numpy(reader.read().pixels).permute(0, 3, 1, 2))
+                frames.append(len(pixels[-1]))
+            else:
+                frames.append(sum(len(chunk) for chunk in reader.chunks()))
+        if frames[-1] < LEAST_DECODED * count:
+            raise ValueError(f"{reader.name}: only {frames[-1]} of {count} frames could be decoded")
+        notes += [note for note in reader.warnings if note not in notes]
     return assemble(processor, layout, pixels, frames, notes)
 
 

@@ -1,0 +1,220 @@
+"""`video-ma2mba data check`: read training data as training would, before the GPU is paid for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Fps, Model, NumFrames
+
+app = typer.Typer(
+    help="Training data: what can be used, and what training on it will take.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_LISTED = 20  # entries of a list that are printed; --json has all
+
+
+@app.callback()
+def data() -> None:
+    """Training data: what can be used, and what training on it will take."""
+
+
+@app.command()
+def check(
+    path: Annotated[
+        str,
+        typer.Argument(help="A .jsonl, .json, .csv or .parquet file, a folder, or a Hub id.", show_default=False),
+    ],
+    model: Model = None,
+    base_dir: Annotated[
+        Path | None, typer.Option(help="Folder where the videos' paths begin.", show_default="the file's")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a folder or data set that has several.")] = "train",
+    labels: Annotated[str, typer.Option(help="What is learnt: answers or captions.")] = "answers",
+    merge_by_video: Annotated[
+        bool, typer.Option("--merge-by-video", help="Questions about one video as one sample, as in stage 2.")
+    ] = False,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    max_frames: Annotated[int | None, typer.Option(help="Frames of one sample.", show_default="no limit")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of one sample.", show_default="no limit")] = None,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU to plan for.")] = "80GB",
+    train: Annotated[str, typer.Option(help="Parts that train: lm, projector, vision.")] = "lm,projector,vision",
+    workers: Annotated[int, typer.Option(help="Processes that read; 0 reads in this one.", min=0)] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write everything found to this file; interrupted, go on from it.partial."),
+    ] = None,
+    show: Annotated[
+        int | None, typer.Option(help="Show this sample as it is learnt, counted from 0, instead.", min=0)
+    ] = None,
+) -> None:
+    """Read every sample: broken videos, lengths, answers that do not fit, duplicates, and the memory plan.
+
+    Ends with exit code 1 where a sample is broken or the longest one does not fit on the GPU.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import logging
+
+    from video_ma2mba.trainer.data import load_training_data
+    from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
+
+    from .loading import resolve_model
+
+    settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {out}: there is no folder {str(out.parent)!r}")
+    logging.disable_progress_bar()
+    source = resolve_model(model)
+    config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    if not hasattr(processor, "conversation_tokens"):
+        raise ValueError(f"--model {source} has no Video-Ma2mba processor")
+    rows = load_training_data(path, base_dir=base_dir, split=split, merge_by_video=merge_by_video)
+    if show is not None:
+        if show >= len(rows):
+            raise ValueError(f"--show {show}: there are {len(rows)} samples, counted from 0")
+        show_sample(processor, rows[show], settings)
+        return
+    report = run_check(rows, processor, settings, workers, out)
+    plans = memory_plans(report, config, gpu_memory, train)
+    print_report(report, plans, gpu_memory)
+    if out is not None:
+        out.write_text(json.dumps({**report.to_dict(), "plans": plans}, indent=1) + "\n", encoding="utf-8")
+        partial_file(out).unlink(missing_ok=True)
+        typer.echo(f"{out}", err=True)
+    if report.broken or any("error" in plan for plan in plans.values()):
+        raise typer.Exit(1)
+
+
+def partial_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def run_check(rows: Any, processor: Any, settings: Any, workers: int, out: Path | None) -> Any:
+    """Check all rows with a progress bar."""
+    from tqdm import tqdm
+
+    from video_ma2mba.trainer.data.check_report import CheckReport
+    from video_ma2mba.trainer.data.checking import check_rows
+
+    found: dict[int, Any] = {}
+    partial = None if out is None else partial_file(out)
+    try:
+        with tqdm(total=len(rows), desc="checking", unit="sample") as bar:
+            broken = 0
+            for place, sample in check_rows(rows, processor, settings, workers=workers, partial=partial):
+                found[place] = sample
+                broken += sample.error is not None
+                bar.set_postfix(broken=broken, refresh=False)
+                bar.update()
+    except KeyboardInterrupt:
+        if partial is not None:
+            typer.echo(f"interrupted: the same command continues from {partial}", err=True)
+        raise
+    return CheckReport([found[place] for place in sorted(found)])
+
+
+def memory_plans(report: Any, config: Any, gpu_memory: str, train: str) -> dict[str, dict[str, Any]]:
+    """The plan of a training step on the longest and on the median sample, or why there is none."""
+    from video_ma2mba import plan
+
+    parts = tuple(part.strip() for part in train.split(",") if part.strip())
+    plans = {}
+    for label in ("longest", "median"):
+        sample = report.of_length(label)
+        if sample is None:
+            continue
+        plans[label] = {"id": sample.id, "tokens": sample.tokens, "frames": sample.frames}
+        text = sample.tokens - sample.frames * config.tokens_per_frame
+        try:
+            found = plan(
+                config,
+                tokens=sample.tokens,
+                gpu_memory=gpu_memory,
+                train=parts,
+                text_tokens=text,
+                labels=sample.learnt,
+                dtype="mixed",
+            )
+            plans[label] |= {"plan": str(found.plan or "no checkpointing needed"), **found.to_dict()}
+        except ValueError as error:
+            plans[label]["error"] = str(error)
+    return plans
+
+
+def print_report(report: Any, plans: dict[str, dict[str, Any]], gpu_memory: str) -> None:
+    """The report for people."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    usable, broken = len(report.usable), len(report.broken)
+    console.print(f"[bold]{len(report.samples)} samples[/bold]: {usable} can be used, {broken} are broken")
+    table = Table("per sample", *(label for label in report.distribution("tokens")))
+    for name, attribute in (("tokens", "tokens"), ("of these learnt", "learnt"), ("frames", "frames")):
+        table.add_row(name, *(f"{value:,}" for value in report.distribution(attribute).values()))
+    if usable:
+        console.print(table)
+    lists = {
+        "broken, left out in training": [f"{s.id}: {s.error} -> {s.remedy}" for s in report.broken],
+        "damaged, used as far as they can be read": [f"{s.id}: {'; '.join(s.notes)}" for s in report.damaged],
+        "shortened, their last turns do not fit into --max-length": [
+            f"{s.id}: {s.dropped_turns} answers left out -> raise --max-length" for s in report.shortened
+        ],
+        "the same row more than once": [", ".join(ids) for ids in report.duplicates("row_key")],
+        "the same video under several names": [", ".join(names) for names in report.duplicates("video_key")],
+    }
+    for title, lines in lists.items():
+        if lines:
+            console.print(f"[bold]{title}: {len(lines)}[/bold]")
+            for line in lines[:_LISTED]:
+                console.print(f"  {escape(line)}")
+            if len(lines) > _LISTED:
+                console.print(f"  ... and {len(lines) - _LISTED} more (--json has all)")
+    if report.thinned:
+        console.print(f"looked at in fewer frames, to keep within the limits: {len(report.thinned)}")
+    for label, found in plans.items():
+        console.print(f"[bold]{label} sample[/bold]: {found['tokens']:,} tokens, on a GPU with {gpu_memory}:")
+        if "error" in found:
+            console.print(f"  does not fit: {escape(found['error'])}")
+        else:
+            peak, seconds = found["gpu_peak_bytes"] / 1e9, found["step_seconds"]
+            console.print(f"  {found['plan']}; {peak:.1f} GB, {seconds:.1f} s forward and backward (predicted)")
+
+
+def show_sample(processor: Any, row: dict[str, Any], settings: Any) -> None:
+    """Print one sample as the model reads it, what is learnt between « and »."""
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from video_ma2mba.trainer.data.sample_encoding import encode_row
+
+    sample = encode_row(processor, row, settings, keep_pixels=False)
+    frames = iter(sample.frames)
+    text = Text()
+    tokens = list(zip(sample.input_ids.tolist(), (sample.labels >= 0).tolist(), strict=True))
+    is_video = processor.video_token_id
+
+    for (learnt, video), run in groupby(tokens, key=lambda token: (token[1], token[0] == is_video)):
+        ids = [token for token, _ in run]
+        if video:  # videos that follow one another are one run
+            left = len(ids) // processor.tokens_per_frame
+            while left > 0:
+                count = next(frames)
+                text.append(f"[{count} frames, {count * processor.tokens_per_frame} tokens]", "dim")
+                left -= count
+        elif learnt:
+            text.append(f"«{processor.tokenizer.decode(ids)}»", "bold green")
+        else:
+            text.append(processor.tokenizer.decode(ids))
+    console = Console(soft_wrap=True)
+    console.print(text)
+    learnt = sum(learnt for _, learnt in tokens)
+    console.print(f"{row.get('id', '')}: {len(tokens):,} tokens, {learnt:,} of them learnt (between « and »)")

@@ -1,0 +1,162 @@
+"""Reads every sample as training would and keeps what was found out about each, so that a check can be continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from .broken_samples import source_of
+from .collator import describe
+from .sample_encoding import EncodingSettings, encode_row
+
+_EDGE = 1 << 16  # bytes at the beginning and end of a file by which its content is told
+
+
+@dataclass(frozen=True)
+class CheckedSample:
+    """What came of reading one row. `error`: why it cannot be used, with a `remedy`; `notes`: damage it can be used
+    with. `learnt`: labelled tokens. `row_key`, `video_key`: equal for rows, for video files, of the same content."""
+
+    id: str
+    source: str
+    tokens: int = 0
+    learnt: int = 0
+    frames: int = 0
+    wanted_frames: int = 0
+    dropped_turns: int = 0
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+    remedy: str | None = None
+    row_key: str = ""
+    video_key: str = ""
+
+
+def check_row(processor: Any, row: dict[str, Any], settings: EncodingSettings) -> CheckedSample:
+    """Read one row completely, its frames not kept."""
+    text = json.dumps(row.get("messages"), sort_keys=True, default=str)
+    found: dict[str, Any] = {
+        "id": str(row.get("id", "")),
+        "source": source_of(row),
+        "row_key": hashlib.sha256(text.encode()).hexdigest()[:16] if row.get("messages") else "",
+        "video_key": content_key(source_of(row)),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are in the notes
+        try:
+            sample = encode_row(processor, row, settings, keep_pixels=False)
+        except Exception as error:
+            return CheckedSample(**found, error=describe(error), remedy=remedy(error))
+    return CheckedSample(
+        **found,
+        tokens=len(sample.input_ids),
+        learnt=int((sample.labels >= 0).sum()),
+        frames=sum(sample.frames),
+        wanted_frames=sample.wanted_frames,
+        dropped_turns=sample.dropped_turns,
+        notes=tuple(sample.notes),
+    )
+
+
+def content_key(path: str) -> str:
+    """A digest of a file's size, beginning and end; empty where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(f"{size}|".encode() + file.read(_EDGE))
+            file.seek(max(size - _EDGE, 0))
+            digest.update(file.read(_EDGE))
+    except (OSError, ValueError):
+        return ""
+    return digest.hexdigest()[:16]
+
+
+def remedy(error: Exception) -> str:
+    """What to do about a broken sample."""
+    text = str(error)
+    if isinstance(error, FileNotFoundError) or "No such file" in text:
+        return "put the video there, or name the folder of the videos with --base-dir"
+    if isinstance(error, ConnectionError):
+        return "download the video and name the file"
+    if "max_length" in text:
+        return "raise --max-length"
+    if "beyond the end" in text or "must come before end" in text:
+        return "correct start and end of the row"
+    if any(word in text for word in ("header is damaged", "not one frame", "empty", "decoded", "no video in this")):
+        return "download the file again, or convert it: ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4"
+    return "correct the row"
+
+
+class _Checks(TorchDataset):
+    """Item i is the check of the i-th of `places`; for a data loader's workers."""
+
+    def __init__(self, rows: Any, places: list[int], processor: Any, settings: EncodingSettings):
+        self.rows, self.places, self.processor, self.settings = rows, places, processor, settings
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> tuple[int, dict[str, Any]]:
+        place = self.places[number]
+        return place, asdict(check_row(self.processor, self.rows[place], self.settings))
+
+
+def check_rows(
+    rows: Any, processor: Any, settings: EncodingSettings, *, workers: int = 0, partial: Path | None = None
+) -> Iterator[tuple[int, CheckedSample]]:
+    """Yield `(place, what was found)` of every row of a data set, those of an interrupted check first.
+
+    Args:
+        workers: processes that read; 0 reads here.
+        partial: file in which what was found is kept while the check runs, and from which it continues. One that was
+            begun with other rows or settings is begun anew.
+    """
+    done = _done_before(partial, _key(rows, processor, settings)) if partial is not None else {}
+    yield from done.items()
+    places = [place for place in range(len(rows)) if place not in done]
+    checks = _Checks(rows, places, processor, settings)
+    for place, found in DataLoader(checks, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
+        if partial is not None:
+            with partial.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([place, found]) + "\n")
+        yield place, _sample(found)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _sample(found: dict[str, Any]) -> CheckedSample:
+    return CheckedSample(**{**found, "notes": tuple(found["notes"])})
+
+
+def _key(rows: Any, processor: Any, settings: EncodingSettings) -> str:
+    sizes = [processor.tokens_per_frame, processor.video_processor.to_dict(), len(processor.tokenizer)]
+    text = json.dumps([getattr(rows, "_fingerprint", None), len(rows), asdict(settings), sizes], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _done_before(partial: Path, key: str) -> dict[int, CheckedSample]:
+    """What an interrupted check of the same rows with the same settings has found; else a new file is begun."""
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
+    if not lines or lines[0] != key:
+        partial.write_text(f"{key}\n", encoding="utf-8")
+        return {}
+    done, kept = {}, [key]
+    for line in lines[1:]:
+        try:
+            place, found = json.loads(line)
+            done[place] = _sample(found)
+        except (ValueError, TypeError, KeyError):
+            continue  # half a line, left by a crash
+        kept.append(line)
+    partial.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return done
