@@ -77,7 +77,7 @@ def open_reader(pipe, video: Path):
 
 def stages_alone(pipe, video: Path) -> dict[str, float]:
     """Seconds of each stage for the whole video while the others stand still."""
-    model, size = pipe.model, pipe.model.config.vision_chunk_frames
+    model, size = pipe.model, pipe.model.config.read_chunk_frames
     with open_reader(pipe, video) as reader:
         found = {"look for frames (scan)": seconds(lambda: reader.expected_frames)}
         found["digest of the file"] = seconds(reader.content_digest)
@@ -205,7 +205,8 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "model": f"CLIP-L + {arguments.preset}, random, bf16" if arguments.preset else "bundled, fp32",
             "video": describe(video),
-            "chunk frames": pipe.model.config.vision_chunk_frames,
+            "frames at once": pipe.model.config.read_chunk_frames,
+            "frames in the tower at once": pipe.model.config.vision_chunk_frames,
             "segment": pipe.model.config.prefill_segment_length,
             **measure(pipe, video, arguments.in_turns),
         }

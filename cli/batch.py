@@ -119,7 +119,7 @@ def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[d
     from video_ma2mba.modeling_video_ma2mba.video_questions import chunks_of_all, video_prefix
 
     model, processor = pipe.model, pipe.processor
-    prefix, size = video_prefix(processor), model.config.vision_chunk_frames
+    prefix, size = video_prefix(processor), model.config.read_chunk_frames
     states: dict[str, object] = {}
     readers: dict[str, object] = {}
     try:

@@ -249,6 +249,11 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         """Visual tokens one frame takes in the prompt (144 at 336 pixels)."""
         return math.ceil(self.patches_per_side / self.spatial_pool_stride) ** 2
 
+    @property
+    def read_chunk_frames(self) -> int:
+        """Frames that a video is read by: as many as fill one segment of the language model."""
+        return max(1, self.prefill_segment_length // self.tokens_per_frame)
+
 
 def _build_text_config(config: Ma2mbaTextConfig | dict | None) -> PreTrainedConfig:
     if config is None:

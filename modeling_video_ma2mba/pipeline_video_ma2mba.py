@@ -216,7 +216,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             return [self._read(request["prefix"], request["readers"], request["on_frames"]) for request in group]
         readers = [request["readers"][0] for request in group]
         try:
-            found = self.model.read_together(first, chunks_of_all(readers, self.model.config.vision_chunk_frames))
+            found = self.model.read_together(first, chunks_of_all(readers, self.model.config.read_chunk_frames))
         finally:
             for request in group:
                 _close(request["readers"])
@@ -238,7 +238,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             return VideoState.zeros(model.config.text_config, 1, device, dtype)
 
         try:
-            chunks = [reader.chunks(model.config.vision_chunk_frames) for reader in readers]
+            chunks = [reader.chunks(model.config.read_chunk_frames) for reader in readers]
             return model.read(prefix, chunks, None, report_frames(readers, on_frames))
         finally:
             _close(readers)

@@ -82,7 +82,7 @@ def read_prompt(
         start = place + 1
         read_before = frames_read
         for chunk in video:
-            for pixels in _small_pieces(frames_of(chunk), model.config.vision_chunk_frames):
+            for pixels in _small_pieces(frames_of(chunk), model.config.read_chunk_frames):
                 advance("inputs_embeds", model.get_video_features(pixels).unsqueeze(0))
                 frames_read += len(pixels)
             timestamps = getattr(chunk, "timestamps", None)

@@ -18,7 +18,7 @@ from .video_state import VideoState
 def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -> list[VideoState | Exception]:
     """Read videos of any lengths, all after the same text, into a state each; as `read_prompt` does one by one.
 
-    No more frames are in memory than for one video (`config.vision_chunk_frames`, but at least one of each video) and
+    No more frames are in memory than for one video (`config.read_chunk_frames`, but at least one of each video) and
     what the iterables hold themselves. A video that has ended takes no further part.
 
     Args:
@@ -45,7 +45,7 @@ def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -
         going, pieces = [], []
         for place, row in enumerate(rows):
             try:
-                piece = sources[row].take(max(1, model.config.vision_chunk_frames // len(rows)))
+                piece = sources[row].take(max(1, model.config.read_chunk_frames // len(rows)))
             except Exception as error:
                 found[row] = error
                 continue

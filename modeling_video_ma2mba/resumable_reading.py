@@ -26,7 +26,7 @@ def read_resumably(
     """Read one video, saving the state reached to `partial` every `save_seconds`, and beginning there if it exists.
 
     The result has the same bits however often the reading was interrupted: it is cut between chunks of
-    `config.vision_chunk_frames` frames, where an uninterrupted reading hands over a state as well.
+    `config.read_chunk_frames` frames, where an uninterrupted reading hands over a state as well.
 
     Args:
         model: a `VideoMa2mbaForConditionalGeneration`.
@@ -41,8 +41,9 @@ def read_resumably(
     Raises:
         ValueError: `partial` is damaged or belongs to another reading; names what differs.
     """
-    size = model.config.vision_chunk_frames
-    request = {**request, "number of frames at once": size, "state to continue": _mark(state)}
+    size = model.config.read_chunk_frames
+    at_once = [size, model.config.vision_chunk_frames]
+    request = {**request, "number of frames at once": at_once, "state to continue": _mark(state)}
     done = 0
     if os.path.exists(partial):
         state = VideoState.load(partial)

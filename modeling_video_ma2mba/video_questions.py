@@ -90,7 +90,7 @@ class VideoQuestionsMixin:
         report = report_frames([reader], on_frames)
         try:
             if partial is None:
-                found = self.read(prefix, [reader.chunks(self.config.vision_chunk_frames)], state, report)
+                found = self.read(prefix, [reader.chunks(self.config.read_chunk_frames)], state, report)
             else:
                 request = {name: value for name, value in source.items() if name not in ("name", "sha256")}
                 request |= {"video": source["sha256"] or source["name"]}
