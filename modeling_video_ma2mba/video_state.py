@@ -163,11 +163,11 @@ class VideoState:
             raise ValueError(f"{os.fspath(path)!r} is not a video state of format version {FORMAT_VERSION}")
         try:
             seen, metadata = int(facts["seen_tokens"]), dict(json.loads(facts["metadata"]))
-            if seen < 0:
+            if not 0 <= seen < 2**63:
                 raise ValueError(f"seen_tokens={seen}")
-            if not all(isinstance(value, str) for value in metadata.values()):
+            if not all(isinstance(text, str) for entry in metadata.items() for text in entry):
                 raise ValueError("its metadata are not all text")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
         if facts.get("checksum") != _checksum(tensors, facts):
             raise ValueError(f"{os.fspath(path)!r} is damaged: its checksum does not match what it holds")
@@ -175,7 +175,10 @@ class VideoState:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{os.fspath(path)!r} holds values that are not finite in {name!r}")
         ssm = tensors["ssm"]
-        return cls(tensors["conv"], ssm.to(torch.promote_types(ssm.dtype, torch.float32)), seen, metadata)
+        try:
+            return cls(tensors["conv"], ssm.to(torch.promote_types(ssm.dtype, torch.float32)), seen, metadata)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a video state: {error}") from error
 
 
 def is_state_file(path: str | os.PathLike) -> bool:
