@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from .accuracy_table import read_accuracy
 from .checkpoint_facts import read_facts, read_json, weight_files
+from .measured_cost import measured_cost
 from .model_card import model_card, own_words, read_metadata
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +117,7 @@ def write_hub_folder(
         words=words,
         accuracy=read_accuracy(accuracy_csv) if accuracy_csv else None,
         measured_on=measured_on,
+        cost=measured_cost(facts.config) if facts.config is not None else None,
     )
     (target / "README.md").write_text(card, encoding="utf-8")
     known = {*names, *code, "README.md", "__pycache__"}

@@ -57,6 +57,7 @@ def model_card(
     words: str | None = None,
     accuracy: list[dict[str, str]] | None = None,
     measured_on: str | None = None,
+    cost: str | None = None,
 ) -> str:
     """Text of `README.md`.
 
@@ -66,6 +67,7 @@ def model_card(
         metadata: of an earlier card; entries that are not computed here (language, data sets …) are kept.
         title, words: the author's own; see `own_words`.
         accuracy: rows of `read_accuracy`. measured_on: hardware, data type and date of that measurement.
+        cost: Markdown of `measured_cost`.
 
     Raises:
         ValueError: an adapter without `base_model`.
@@ -84,6 +86,8 @@ def model_card(
         "## Use\n\n"
         + (_use_model(repo_id, revision) if facts.adapter is None else _use_adapter(repo_id, base_model, revision)),
     ]
+    if cost:
+        blocks.append(f"## Memory and speed\n\n{cost}")
     if accuracy:
         where = f", measured on {measured_on}" if measured_on else ""
         blocks.append(
