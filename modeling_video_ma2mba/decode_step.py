@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba2_blocks import run_blocks
 from .ssd_scan import MixerShape
 from .video_state import VideoState
 
@@ -100,14 +99,14 @@ def prompt_step(
 
     Everything goes through the model's own blocks; the buffers must have been loaded, and not stepped since.
     """
-    x = language_model.embeddings(ids).to(language_model.stream_dtype)
-    x, delta, conv, ssm = run_blocks(language_model.layers, x, list(buffers.conv), list(buffers.base), lengths)
+    x, delta = language_model.embeddings(ids).to(language_model.stream_dtype), None
+    for block, conv, ssm in zip(language_model.layers, buffers.conv, buffers.base, strict=True):
+        x, delta, new_conv, new_ssm = block(x, delta, conv, ssm, lengths)
+        conv.copy_(new_conv)  # at once: all layers' new states together would be as large as the buffers
+        ssm.copy_(new_ssm)
     last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
     hidden = language_model.norm_f(x.gather(1, last), delta.gather(1, last), head.dtype)[0][:, 0]
     torch.mm(hidden, head.T, out=buffers.logits)
-    for layer, (conv_state, ssm_state) in enumerate(zip(conv, ssm, strict=True)):
-        buffers.conv[layer].copy_(conv_state)
-        buffers.base[layer].copy_(ssm_state)
     buffers.tokens.copy_(buffers.logits.argmax(-1))
 
 

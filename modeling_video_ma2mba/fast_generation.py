@@ -75,6 +75,9 @@ class _Generation:
             self.decoder.buffers.load(outputs.past_key_values)
             self.decoder.buffers.logits.copy_(outputs.logits[:, -1])
             self.decoder.buffers.tokens.copy_(outputs.logits[:, -1].argmax(-1))
+        own = getattr(state, "made_by_generate", False)
+        if own:  # nobody else has it: do not keep what was read twice, a large batch's states are large
+            state.conv, state.ssm = self.decoder.buffers.conv, self.decoder.buffers.base
         simple = not self.config.do_sample and not len(self.processors) and self._known_ends() is not None
         wants = self.config.return_dict_in_generate and (self.config.output_scores or self.config.output_logits)
         if simple and not wants:
@@ -83,7 +86,8 @@ class _Generation:
             self._step_by_step()
         if self.streamer is not None:
             self.streamer.end()
-        state.update(*self.decoder.buffers.export(), read + self.steps)
+        if self.config.return_dict_in_generate or not own:
+            state.update(*self.decoder.buffers.export(), read + self.steps)
         if not self.config.return_dict_in_generate:
             return self.ids
         return GenerateDecoderOnlyOutput(

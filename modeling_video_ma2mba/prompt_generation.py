@@ -40,6 +40,7 @@ class PromptGenerationMixin:
         if state is None:
             device, dtype = execution_device(language_model.norm_f), language_model.norm_f.weight.dtype
             state = VideoState.zeros(language_model.config, batch_size * copies, device, dtype)
+            state.made_by_generate = True
         elif state.batch_size == batch_size and copies > 1:
             state = state.fork()
             state.batch_repeat_interleave(copies)
