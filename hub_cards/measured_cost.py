@@ -63,10 +63,10 @@ def _whole_steps(results: Path, name: str) -> str:
     if not rows:
         return ""
     longest = max(rows, key=lambda row: int(row["frames"]))
+    cost = f"{longest['seconds']} s, {longest['gpu_peak_gb']} GB of GPU memory and {longest['host_checkpoints_gb']} GB"
     return (
         f"Longest video trained on, all parts trainable: **{_length(longest['frames'])}** on one "
-        f"{longest['hardware']} ({longest['date']}): one step in {longest['seconds']} s and {longest['gpu_peak_gb']} GB "
-        f"of GPU memory, {longest['host_checkpoints_gb']} GB of host memory ({longest['plan']})."
+        f"{longest['hardware']} ({longest['date']}): one step in {cost} of host memory ({longest['plan']})."
     )
 
 
