@@ -255,8 +255,6 @@ def _require(condition: bool, message: str) -> None:
 
 def _model_and_config(given: Any, train: Sequence[str] | None) -> tuple[nn.Module, Any]:
     """A model (on the meta device for a configuration) with `requires_grad` set, and its configuration."""
-    for part in train or ():
-        _require(part in PARTS, f"train names {part!r}: use some of {', '.join(PARTS)}")
     if isinstance(given, nn.Module):
         model, config = given, getattr(given, "config", None)
         while hasattr(model, "get_base_model"):  # PEFT
@@ -287,6 +285,8 @@ def _model_and_config(given: Any, train: Sequence[str] | None) -> tuple[nn.Modul
 
 def set_trainable(model: nn.Module, parts: Sequence[str]) -> None:
     """Let exactly these of `PARTS` train; the head belongs to the language model, unused layers stay frozen."""
+    for part in parts:
+        _require(part in PARTS, f"train names {part!r}: use some of {', '.join(PARTS)}")
     base = getattr(model, "model", model)
     model.requires_grad_("lm" in parts)
     if hasattr(base, "vision_tower"):

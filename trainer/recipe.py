@@ -28,7 +28,6 @@ class Recipe:
         train_data: what `load_training_data` takes: a file, a folder, a Hub id, or a list of these; likewise
             eval_data. base_dir: folder of the videos where it is another than the data's.
         eval_share: of the training rows, put aside for evaluation where there is no eval_data.
-        merge_by_video: make all questions about one video one chat of many turns.
         merge_by_video: all questions about one video make one chat (clips of one video always make one sample).
         streaming: read rows as they are needed (set max_steps).
         lora_rank: train adapters of this rank beside the frozen model; None trains the model itself.
@@ -43,7 +42,6 @@ class Recipe:
     eval_data: Any = None
     base_dir: str | None = None
     eval_share: float = 0.0
-    merge_by_video: bool = False
     merge_by_video: bool = False
     streaming: bool = False
     lora_rank: int | None = None
