@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .options import TrustRemoteCode
+
 
 def push(
     folder: Annotated[
@@ -38,6 +40,7 @@ def push(
     card_measured_on: Annotated[
         str | None, typer.Option(help='What measured it, such as "H200, bf16, 2026-11-21".', show_default=False)
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Publish a checkpoint in one commit: weights, configuration, processor, code, and a card made from its data.
 
@@ -48,7 +51,7 @@ def push(
     from huggingface_hub import HfApi
 
     from video_ma2mba.hub_cards.checkpoint_facts import read_facts
-    from video_ma2mba.hub_cards.hub_folder import write_hub_folder
+    from video_ma2mba.hub_cards.hub_folder import holds_only_our_code, write_hub_folder
     from video_ma2mba.hub_cards.preflight import ask_as_a_stranger, refuse_secrets, refuse_wrong_sizes
     from video_ma2mba.hub_cards.space_folder import CHECKPOINT, write_space_folder
     from video_ma2mba.hub_cards.upload import check_login, check_repo_id, upload
@@ -60,6 +63,9 @@ def push(
     if not dry_run:
         check_login(api)
     adapter = read_facts(folder).adapter
+    base = adapter["base_model_name_or_path"] if adapter else None
+    if base and not trust_remote_code and not holds_only_our_code(Path(base)):
+        raise ValueError(f"trying the adapter runs the code of {base}: read it, then add --trust-remote-code")
     with _new_folder((out or Path("hub", repo_id)) if dry_run else None) as target:
         card = {
             "license": license_name,
@@ -77,7 +83,7 @@ def push(
         refuse_secrets(target)
         typer.echo("trying the folder in a process without this package …", err=True)
         # an adapter is tried on the base model that it was trained on, which may be a folder of this machine
-        answer = ask_as_a_stranger(model, adapter["base_model_name_or_path"] if adapter else None)
+        answer = ask_as_a_stranger(model, base)
         typer.echo(f"it answers: {answer!r}", err=True)
         if left_out:
             typer.echo(f"left out: {', '.join(left_out)}", err=True)

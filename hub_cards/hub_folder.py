@@ -171,6 +171,16 @@ def _code_for(source: Path) -> dict[str, Path]:
     return found
 
 
+def holds_only_our_code(folder: Path) -> bool:
+    """Whether a folder's own code, which `trust_remote_code` would run, is this package's, byte for byte."""
+    ours = {path.name: path for part in _CODE_FOLDERS for path in (_ROOT / part).glob("*.py")}
+    found = list(folder.rglob("*.py"))
+    return folder.is_dir() and all(
+        path.parent == folder and path.name in ours and path.read_bytes() == ours[path.name].read_bytes()
+        for path in found
+    )
+
+
 def _hub_id(name: Any) -> str | None:
     """`name` if it is `owner/name` on the Hub and no path of this machine."""
     if isinstance(name, list):

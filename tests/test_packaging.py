@@ -96,6 +96,26 @@ def test_tree_names_no_machine():
     assert found == []
 
 
+def test_pickles_are_loaded_as_plain_tensors_only():
+    """`torch.load` runs whatever a file says, unless `weights_only` is set; nothing else here reads pickles."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    calls = 0
+    for name in listed.splitlines():
+        path = ROOT / name
+        if name.startswith("tests/") or not path.is_file():
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in {"pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load"}, name
+            if called == "torch.load":
+                calls += 1
+                settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert settings.get("weights_only") == "True", f"{name}, line {node.lineno}"
+    assert calls > 0
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

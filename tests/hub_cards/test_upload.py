@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
+from video_ma2mba.hub_cards.hub_folder import holds_only_our_code
 from video_ma2mba.hub_cards.upload import upload
 
 
@@ -68,6 +69,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from huggingface_hub import HfApi
+from video_ma2mba.hub_cards.hub_folder import holds_only_our_code
 from video_ma2mba.hub_cards.upload import upload
 upload(Path(sys.argv[1]), "me/tiny", tag="first", api=HfApi(endpoint=sys.argv[2], token="hf_test"))
 """
@@ -133,14 +135,37 @@ def test_a_refused_file_is_one_sentence(checkpoint: Path, hub):
         upload(checkpoint, "me/tiny", api=huggingface_hub.HfApi())
 
 
-def test_adapter_with_its_base(tiny_checkpoint: Path, tmp_path: Path, hub):
+def save_adapter(base: Path, folder: Path) -> Path:
     peft = pytest.importorskip("peft")
     from video_ma2mba import VideoMa2mbaForConditionalGeneration
 
-    model = VideoMa2mbaForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(base)
     config = peft.LoraConfig(r=2, target_modules=r".*language_model\.layers\.\d+\.mixer\.(in_proj|out_proj)")
-    adapter = tmp_path / "adapter"
-    peft.get_peft_model(model, config).save_pretrained(adapter)
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def test_no_code_of_others_runs_without_the_flag(checkpoint: Path, tmp_path: Path):
+    """An adapter is tried on its base model, by the code that comes with that."""
+    harm = f"open({str(tmp_path / 'harm')!r}, 'w')\n"
+    for name in ("modeling_video_ma2mba.py", "ssd_scan.py"):
+        code = checkpoint / name
+        code.write_text(harm + code.read_text())
+    adapter = save_adapter(checkpoint, tmp_path / "adapter")
+    words = ["push", str(adapter), "me/lora", "--license", "mit", "--base-model", "me/tiny", "--dry-run"]
+    refused = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert refused.exit_code == 2
+    assert "read it, then add --trust-remote-code" in refused.stderr
+    assert not (tmp_path / "harm").exists()
+    for name in ("modeling_video_ma2mba.py", "ssd_scan.py"):
+        code = checkpoint / name
+        code.write_text(code.read_text().removeprefix(harm))
+    assert holds_only_our_code(checkpoint)
+    assert not holds_only_our_code(Path("me/tiny"))  # of the Hub
+
+
+def test_adapter_with_its_base(tiny_checkpoint: Path, tmp_path: Path, hub):
+    adapter = save_adapter(tiny_checkpoint, tmp_path / "adapter")
     refused = CliRunner().invoke(app, ["push", str(adapter), "me/lora", "--license", "mit"])
     assert refused.exit_code == 2
     assert "--base-model" in refused.stderr
