@@ -47,18 +47,20 @@ def measure(pipe, seconds: int, remember: float | None, every: int = 600, questi
     """Watch `seconds` of video; one row for every `every` of them.
 
     Returns:
-        Dicts: seconds of video, frames read, resident memory, milliseconds per frame since the last row without the
-        answering, and of the questions about what is remembered: asked, right, right by chance (expected).
+        Dicts: seconds of video, frames read, resident memory; milliseconds per frame since the last row without the
+        answering, by the clock and of this process on the processor (other programs slow the former down only); and of
+        the questions about what is remembered: asked, right, right by chance (expected).
     """
     world, process, rows = EndlessWorld(seed), psutil.Process(), []
     command = [sys.executable, __file__, "--send", str(seconds), "--seed", str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as sender:
         source = LiveSource("a rendered day", "pipe", sender.stdout.fileno())
         with VideoSession(pipe.model, pipe.processor, policy="queue", waiting=128, remember=remember) as session:
-            mark = [time.perf_counter(), 0]
+            mark = [time.perf_counter(), time.process_time(), 0]
 
             def look(session: VideoSession) -> None:
-                spent, frames = time.perf_counter() - mark[0], session.report.frames_read - mark[1]
+                spent, worked = time.perf_counter() - mark[0], time.process_time() - mark[1]
+                frames = session.report.frames_read - mark[2]
                 now = int(session.seen.until) + 1
                 # A state that never forgets is asked about the last minute as well.
                 since = max(int(session.seen.since), now - 64)
@@ -72,6 +74,7 @@ def measure(pipe, seconds: int, remember: float | None, every: int = 600, questi
                         "frames": session.report.frames_read,
                         "rss_mb": round(process.memory_info().rss / 1e6, 1),
                         "ms_per_frame": round(1e3 * spent / frames, 3),
+                        "cpu_ms_per_frame": round(1e3 * worked / frames, 3),
                         "answer_ms": round(1e3 * (time.perf_counter() - began) / max(len(asked), 1), 1),
                         "asked": len(asked),
                         "right": sum(answer == question.answer for answer, question in zip(given, asked, strict=True)),
@@ -79,7 +82,7 @@ def measure(pipe, seconds: int, remember: float | None, every: int = 600, questi
                     }
                 )
                 print(rows[-1], file=sys.stderr, flush=True)
-                mark[:] = time.perf_counter(), session.report.frames_read
+                mark[:] = time.perf_counter(), time.process_time(), session.report.frames_read
 
             session.every(every, look)
             session.attach(source)
@@ -103,12 +106,14 @@ def plot(rows: list[dict], path: Path) -> None:
         hours = [row["seconds"] / 3600 for row in part]
         label = "one state for all" if name == "all" else f"remembers {name}"
         axes[0].plot(hours, [row["rss_mb"] for row in part], label=label)
-        axes[1].plot(hours, [row["ms_per_frame"] for row in part], label=label)
+        axes[1].plot(hours, [row["cpu_ms_per_frame"] for row in part], label=label)
         last = [part[max(0, i - 5) : i + 1] for i in range(len(part))]  # an hour of questions
         axes[2].plot(hours, [100 * sum(r["right"] for r in p) / sum(r["asked"] for r in p) for p in last], label=label)
     chance = 100 * sum(row["by_chance"] for row in rows) / sum(row["asked"] for row in rows)
     axes[2].axhline(chance, color="grey", linestyle=":", label="chance")
-    for axis, text in zip(axes, ("resident memory, MB", "ms per frame", "right answers, % (last hour)"), strict=True):
+    for axis, text in zip(
+        axes, ("resident memory, MB", "CPU ms per frame", "right answers, % (last hour)"), strict=True
+    ):
         axis.set_ylabel(text)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -176,7 +176,8 @@ class VideoSession:
             raise ValueError("no frame has been read yet: wait for the first one")
         with self._turn():
             answer = self.model.answer(seen.state, question, self.processor, **settings)
-        self.report.questions += 1
+        several = isinstance(question, list | tuple) and not (question and isinstance(question[0], dict))
+        self.report.questions += len(question) if several else 1
         return answer
 
     def fork(self) -> VideoState:
@@ -243,7 +244,7 @@ class VideoSession:
     def _read_all(self) -> None:
         """Of the reader's thread."""
         try:
-            while frames := self._queue.take(self.model.config.vision_chunk_frames):
+            while frames := self._queue.take(self.model.config.read_chunk_frames):
                 for chunk in self._cut(frames):
                     with self._turn():
                         self._memory.read(np.stack([f for f, _ in chunk]), np.array([s for _, s in chunk]))
