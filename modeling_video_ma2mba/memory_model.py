@@ -209,9 +209,8 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
 
     parameters = layers * work.layer_parameters
     wide = max(4, work.weight_bytes)
-    # Sums over segments in fp32. The previous segment's own gradients are counted beside them, as they were when this
-    # was compared with measurements; the engine lets them go earlier now, so this is an upper bound.
-    sums_before = {1: 0, 2: work.weight_bytes}.get(segments, wide + work.weight_bytes) * parameters
+    # The sum over the segments so far: the first segment's own gradients, in fp32 from the second sum on.
+    sums_before = {1: 0, 2: work.weight_bytes}.get(segments, wide) * parameters
     sums_after = (work.weight_bytes if segments == 1 else wide + 2 * work.weight_bytes) * parameters
     saved = rows * saved_per_token(shape, work.projections_train)
     # What the last projection reads is let go before its mixer's backward, the worst moment.
