@@ -52,8 +52,8 @@ def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr
                 video = gr.Video(label="or upload your own", sources=["upload"], include_audio=True, height=260)
                 fps = gr.Slider(0.1, 8, value=1, step=0.1, label="Frames read per second of video")
                 with gr.Row():
-                    read = gr.Button("Read the video", variant="primary", min_width=120)
-                    stop_reading = gr.Button("Stop reading", interactive=False, min_width=80)
+                    read = gr.Button("Read the video", size="md", variant="primary", min_width=120)
+                    stop_reading = gr.Button("Stop", size="md", interactive=False, min_width=80)
                 reading = gr.HTML(elem_classes="notes")
             with gr.Column(min_width=280):
                 gr.Markdown("## 2. Questions")
@@ -61,13 +61,13 @@ def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr
                 tries = gr.Dataset(components=["textbox"], samples=[[""]], label="Questions to try", visible=False)
                 question = gr.Textbox(label="Your question", placeholder="What is shown?", max_lines=3)
                 with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", min_width=80)
-                    stop_answer = gr.Button("Stop", interactive=False, min_width=80)
-                    forget = gr.Button("Start over", min_width=120)
+                    ask = gr.Button("Ask", size="md", variant="primary", min_width=80)
+                    stop_answer = gr.Button("Stop", size="md", interactive=False, min_width=80)
+                    forget = gr.Button("Start over", size="md", min_width=120)
                 answering = gr.HTML(elem_classes="notes")
         with gr.Accordion("State file: keep what was read, or go on from it", open=False):
             with gr.Row():
-                save = gr.Button("Download the state", min_width=200)
+                save = gr.Button("Download the state", size="md", min_width=200)
                 link = gr.DownloadButton("state", visible="hidden", elem_id="state_link")
                 opened = gr.File(label="Open a state file", height=120)
             filed = gr.HTML(elem_classes="notes")
