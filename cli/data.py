@@ -57,6 +57,7 @@ def check(
 
     Ends with exit code 1 where a sample is broken or the longest one does not fit on the GPU.
     """
+    import datasets
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging
 
@@ -69,6 +70,7 @@ def check(
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {out}: there is no folder {str(out.parent)!r}")
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     source = resolve_model(model)
     config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "conversation_tokens"):

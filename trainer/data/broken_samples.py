@@ -69,13 +69,14 @@ class BrokenSamples:
     def count_seen(self) -> None:
         self._add("seen")
 
-    def add(self, kind: str, row: dict[str, Any], error: str) -> None:
-        """Count and list one sample.
+    def add(self, kind: str, row: dict[str, Any], error: str, counts: bool = True) -> None:
+        """List one sample, and count it unless it was no draw of its own.
 
         Raises:
             TooManyBrokenError: more than `limit_share` of the samples are broken by now.
         """
-        self._add(kind)
+        if counts:
+            self._add(kind)
         name = str(row.get("id", ""))
         if (kind, name) not in self._listed:
             self._listed.add((kind, name))
@@ -86,7 +87,7 @@ class BrokenSamples:
             if kind in ("broken", "damaged"):
                 fate = "left out" if kind == "broken" else "damaged"
                 warnings.warn(f"sample {name!r} is {fate}: {error}", stacklevel=2)
-        if kind == "broken":
+        if kind == "broken" and counts:
             self._check_share()
 
     def _check_share(self) -> None:

@@ -79,16 +79,20 @@ class VideoChatCollator:
         samples = [sample for row in rows if (sample := self._encode(row)) is not None]
         return self._batch(samples or [self._replacement(rows)])
 
-    def _encode(self, row: dict[str, Any]) -> Sample | None:
-        self.report.count_seen()
+    def _encode(self, row: dict[str, Any], drawn: bool = True) -> Sample | None:
+        """A sample, or None for a broken row; rows that were not drawn but stand in for others are not counted."""
+        if drawn:
+            self.report.count_seen()
         try:
             sample = encode_row(self.processor, row, self.settings)
         except Exception as error:  # of any kind: files can be damaged in ways that nobody has thought of
             if self.on_broken == "raise" or isinstance(error, TooManyBrokenError):
                 raise
-            self.report.add("broken", row, describe(error))
+            self.report.add("broken", row, describe(error), counts=drawn)
             return None
         self._last_good = row
+        if not drawn:
+            return sample
         if sample.notes:
             self.report.add("damaged", row, "; ".join(sample.notes))
         if sample.dropped_turns:
@@ -103,9 +107,9 @@ class VideoChatCollator:
         last_good = self._last_good
         for attempt in range(_TRIES if self.replacements is not None and len(self.replacements) else 0):
             row = self.replacements[(seed + attempt * 7919) % len(self.replacements)]
-            if (sample := self._encode(row)) is not None:
+            if (sample := self._encode(row, drawn=False)) is not None:
                 return sample
-        if last_good is not None and (sample := self._encode(last_good)) is not None:
+        if last_good is not None and (sample := self._encode(last_good, drawn=False)) is not None:
             return sample
         ids = self.processor.tokenizer(self.processor.tokenizer.eos_token * 2, add_special_tokens=False)["input_ids"]
         return Sample(torch.tensor(ids), torch.full((len(ids),), IGNORED_LABEL), None, [], 0)

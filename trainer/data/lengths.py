@@ -15,47 +15,51 @@ from ...processing.video_decoding import open_stream
 from .sample_encoding import EncodingSettings, conversation_of, lay_out, media_of
 
 _DEFAULT_SECONDS = 60.0  # of a video that does not say how long it is
-_RATE = 30.0  # frames per second that are assumed of every video: sampling looks at times only
+_RATE = 30.0  # frames per second of a video that does not say
+_RATES = (0.01, 1000.0)
+Timing = tuple[float, float]
+"""Seconds that a video lasts, and its frames per second."""
 
 
-class DurationCache:
-    """Seconds that videos last, as their headers say, kept in a JSONL file by path, size and time of change."""
+class TimingCache:
+    """Durations and rates of videos, as their headers say, kept in a JSONL file by path, size and time of change."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None):
         self.path = None if path is None else Path(path)
-        self._known: dict[str, float] = {}
+        self._known: dict[str, Timing | None] = {}
         if self.path is not None and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     key, value = json.loads(line)
-                    self._known[key] = float(value)
-                except (ValueError, TypeError):
+                    self._known[key] = value and (float(value[0]), float(value[1]))
+                except (ValueError, TypeError, IndexError):
                     continue  # half a line, left by a crash
 
-    def seconds(self, source: str) -> float | None:
-        """Duration of a file; None where it cannot be opened (reading it will say why)."""
+    def timing(self, source: str) -> Timing | None:
+        """Timing of a file; None where it cannot be opened (reading it will say why)."""
         try:
             status = os.stat(source)
         except OSError:
             return None
         key = f"{source}|{status.st_size}|{status.st_mtime_ns}"
         if key not in self._known:
-            found = header_seconds(source)
-            self._known[key] = -1.0 if found is None else found
+            self._known[key] = header_timing(source)
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("ab", buffering=0) as file:
                     file.write((json.dumps([key, self._known[key]]) + "\n").encode())
-        return None if self._known[key] < 0 else self._known[key]
+        return self._known[key]
 
 
-def header_seconds(source: str) -> float | None:
-    """Duration as the container's header says; None where it says nothing or cannot be read."""
+def header_timing(source: str) -> Timing | None:
+    """Duration and rate as the container's header says; None where it cannot be read."""
     try:
         with open_stream(Path(source), source) as (container, stream):
+            rate = float(stream.average_rate or 0)
+            rate = rate if _RATES[0] <= rate <= _RATES[1] else _RATE
             if stream.duration and stream.time_base:
-                return float(stream.duration * stream.time_base)
-            return container.duration / 1e6 if container.duration else _DEFAULT_SECONDS
+                return float(stream.duration * stream.time_base), rate
+            return (container.duration / 1e6 if container.duration else _DEFAULT_SECONDS), rate
     except (ValueError, OSError):
         return None
 
@@ -83,23 +87,23 @@ def estimated_lengths(
     if not hasattr(dataset, "__len__"):
         raise TypeError("a data set that streams has no lengths to group by: load it with streaming=False")
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
-    durations = DurationCache(cache)
+    timings = TimingCache(cache)
     return [
-        _length(processor, row, settings, durations)
+        _length(processor, row, settings, timings)
         for row in tqdm(dataset, desc="lengths", unit="sample", disable=not progress)
     ]
 
 
-def _length(processor: Any, row: dict[str, Any], settings: EncodingSettings, durations: DurationCache) -> int:
+def _length(processor: Any, row: dict[str, Any], settings: EncodingSettings, timings: TimingCache) -> int:
     try:
         messages = conversation_of(row)
-        frames = [_frames(processor, part, settings, durations) for part in media_of(messages)]
+        frames = [_frames(processor, part, settings, timings) for part in media_of(messages)]
         return lay_out(processor, messages, frames, settings).length(processor.tokens_per_frame)
     except (ValueError, OSError):
         return 1
 
 
-def _frames(processor: Any, part: dict[str, Any], settings: EncodingSettings, durations: DurationCache) -> int:
+def _frames(processor: Any, part: dict[str, Any], settings: EncodingSettings, timings: TimingCache) -> int:
     if part["type"] == "image":
         return 1
     source = part["video"]
@@ -107,8 +111,9 @@ def _frames(processor: Any, part: dict[str, Any], settings: EncodingSettings, du
     if not isinstance(source, str) or not os.path.isfile(source):  # frames in memory, folders: counted as they are
         options = {"fps": settings.fps, "num_frames": settings.num_frames}
         return processor.video_processor.open(source, **options, **window).expected_frames
-    duration = durations.seconds(source)
-    if duration is None:
+    timing = timings.timing(source)
+    if timing is None:
         raise ValueError(f"{source} cannot be opened")
+    duration, rate = timing
     sampling = processor.video_processor.sampling(fps=settings.fps, num_frames=settings.num_frames, **window)
-    return len(sampling.choose(np.arange(max(1, round(duration * _RATE))) / _RATE, duration, source))
+    return len(sampling.choose(np.arange(max(1, round(duration * rate))) / rate, duration, source))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from .canonical import MEDIA_COLUMNS, canonical_row, features, merge_neighbours, merged, strip
@@ -188,7 +189,9 @@ def _from_dataset(
         [texts.remove_columns(["group", "start"]), rows.select_columns(list(held))], axis=1
     )
     arrays = [column for column in held if isinstance(types[column], _ARRAYS)]
-    return found.with_format("numpy", columns=arrays, output_all_columns=True) if arrays else found
+    if not arrays:
+        return found
+    return found.with_format("numpy", columns=arrays, output_all_columns=True, dtype=np.dtype(types[arrays[0]].dtype))
 
 
 def _list_lengths(rows: Dataset, column: str) -> list[int]:

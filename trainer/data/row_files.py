@@ -32,8 +32,9 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
             found = json.loads(file.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: this is not JSON ({error}); for one object a line, name it .jsonl") from error
-        if isinstance(found, dict):
-            found = next((value for value in found.values() if isinstance(value, list)), found)
+        if isinstance(found, dict):  # {"data": [...]}
+            lists = (value for value in found.values() if isinstance(value, list) and value)
+            found = next((value for value in lists if isinstance(value[0], dict)), found)
         if not isinstance(found, list):
             raise ValueError(f"{path}: a .json file must hold a list; with an object on each line it is a .jsonl")
         for number, row in enumerate(found):
