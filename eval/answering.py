@@ -130,6 +130,7 @@ class Answerer:
         text = text.strip()
         count = len(self.pipe.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
         row = {"key": key, "task": job.task, "split": job.split, "doc_id": job.doc_id, "question": question(prompt)}
+        row |= {} if job.round is None else {"round": job.round}
         row |= {"media": [medium.name for medium in prompt.media], "answer": text, **facts}
         row |= {"answer_seconds": round(seconds, 4), "input_tokens": input_tokens, "output_tokens": count}
         self.log.add(row)

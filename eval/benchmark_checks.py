@@ -20,7 +20,7 @@ def check_data(tasks: Mapping[str, Any], limit: int | None = None) -> dict[str, 
         docs = task.eval_docs
         total = len(docs) if limit is None else min(limit, len(docs))
         missing: list[str] = []
-        for number in range(total):
+        for number in range(total if task.config.doc_to_visual is not None else 0):
             found = _missing(task, docs[number])
             if found is None:
                 break

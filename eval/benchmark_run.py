@@ -57,7 +57,7 @@ class Evaluation:
             ValueError: an unknown task, data that are missing. ConnectionError: the judge gives no usable reply.
         """
         self.manager = task_manager(self.tasks, self.include)
-        if self.judge is not None and self.judged:
+        if self.judge is not None and self.judged and int(os.environ.get("RANK", 0)) == 0:
             self.judge.check()
         counts: dict[str, int] = {}
         for name in self.tasks:

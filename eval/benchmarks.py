@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark. `name` is also how `--tasks` calls it.
+    """One benchmark. `name` is that of its task, or group of tasks, in lmms-eval, and how `--tasks` calls it.
 
     Args:
-        tasks: of lmms-eval; more than one where a benchmark is a group.
-        folder: of these tasks, below lmms-eval's (`own`: below ours).
+        folder: of its tasks, below lmms-eval's (`own`: below ours).
         judge: whether a language model scores the answers.
         unit: what its scores are, "%" or "0-5".
     """
@@ -22,11 +21,6 @@ class Benchmark:
     folder: str
     judge: bool = False
     unit: str = "%"
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """What the harness is asked for."""
-        return (self.name,)
 
 
 BENCHMARKS = {
@@ -63,8 +57,6 @@ def expand(text: str) -> list[str]:
     return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
 
 
-def folders_of(tasks: Sequence[str]) -> list[str] | None:
-    """Folders of these tasks below lmms-eval's, or None where one of them is not known here."""
-    if any(task not in BENCHMARKS for task in tasks):
-        return None
-    return sorted({BENCHMARKS[task].folder for task in tasks} - {"own"})
+def folders_of(tasks: Sequence[str]) -> list[str]:
+    """Folders of those tasks that are known here, below lmms-eval's."""
+    return sorted({BENCHMARKS[task].folder for task in tasks if task in BENCHMARKS} - {"own"})

@@ -15,8 +15,8 @@ OWN_TASKS = Path(__file__).parent / "lmms_tasks"
 
 
 def task_manager(tasks: Sequence[str], include: Sequence[str] = ()) -> Any:
-    """lmms-eval's index of tasks. Where all `tasks` are known here, only their folders are looked through, which takes
-    a moment instead of the seconds that two thousand task files take.
+    """lmms-eval's index of tasks. Where only those that are known here and those of `include` are wanted, only their
+    folders are looked through, which takes a moment instead of the seconds that two thousand task files take.
 
     Args:
         include: further folders with task files.
@@ -28,13 +28,10 @@ def task_manager(tasks: Sequence[str], include: Sequence[str] = ()) -> Any:
     from lmms_eval.tasks import TaskManager
 
     root = Path(lmms_eval.tasks.__file__).parent
-    folders = folders_of(tasks)
-    own = [str(OWN_TASKS), *include]
-    if folders is None:
-        manager = TaskManager(include_path=own, model_name="video_ma2mba")
-    else:
-        paths = [*own, *(str(root / folder) for folder in folders)]
-        manager = TaskManager(include_path=paths, include_defaults=False, model_name="video_ma2mba")
+    paths = [str(OWN_TASKS), *include, *(str(root / folder) for folder in folders_of(tasks))]
+    manager = TaskManager(include_path=paths, include_defaults=False, model_name="video_ma2mba")
+    if any(task not in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=[str(OWN_TASKS), *include], model_name="video_ma2mba")
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
@@ -67,6 +64,15 @@ def load_tasks(tasks: Sequence[str], manager: Any, kind: str = "chat") -> dict[s
     return found
 
 
+class _Answered(BaseException):
+    """All is answered. The harness has no mode that ends there: to predict only, it scores with another metric, and
+    fails at tasks of several rounds. It calls `clean()` of the model between answering and scoring."""
+
+
+def _stop() -> None:
+    raise _Answered
+
+
 def evaluate_tasks(
     model: Any,
     tasks: Sequence[str],
@@ -77,7 +83,7 @@ def evaluate_tasks(
     threads: int = 1,
     out: Path | None = None,
 ) -> dict[str, Any] | None:
-    """`simple_evaluate`: what it raises arrives here. None on ranks other than the first.
+    """`simple_evaluate`: what it raises arrives here. None on ranks other than the first, and without scores.
 
     Args:
         model: an adapter. answers_only: score nothing. limit: documents of each task.
@@ -86,6 +92,8 @@ def evaluate_tasks(
     """
     from lmms_eval.evaluator import simple_evaluate
 
+    if answers_only:
+        model.clean = _stop
     told = argparse.Namespace(output_path=None if out is None else str(out), process_with_media=False)
     try:
         return simple_evaluate(
@@ -93,12 +101,15 @@ def evaluate_tasks(
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
-            predict_only=answers_only,
             log_samples=True,
             bootstrap_iters=0,
             process_docs_parallel=threads,
             cli_args=told,
         )
+    except _Answered:
+        del model.clean
+        model.clean()
+        return None
     except SystemExit as error:  # how tasks end a run when a video is missing
         raise FileNotFoundError(str(error)) from error
     except Exception as error:

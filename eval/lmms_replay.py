@@ -5,6 +5,7 @@ python -m lmms_eval --model video_ma2mba_replay --model_args answers=answers.jso
 
 from __future__ import annotations
 
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,34 @@ class ReplaySimple(lmms):
         files = files_of(Path(answers).expanduser())
         if not files:
             raise FileNotFoundError(f"answers={answers}: there is no file of answers")
-        self.known: dict[tuple[str, int], str] = {}
+        self.known: dict[tuple[str, int, int], str] = {}
         for file in files:
             for row in read_rows(file):
-                place = (row["task"], int(row["doc_id"]))
+                place = (row["task"], int(row["doc_id"]), row.get("round", 0))
                 if self.known.setdefault(place, row["answer"]) != row["answer"]:
                     raise ValueError(f"{file} holds a second answer to {place[0]}, document {place[1]}")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """ValueError for questions that have no recorded answer."""
+        return [rounds[0] for rounds in self._rounds(requests)]
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
+        """As many rounds as were recorded. ValueError for questions that have no recorded answer."""
+        return self._rounds(requests)
+
+    def _rounds(self, requests: list[Any]) -> list[list[str]]:
         jobs = [job_of(request) for request in requests]
-        missing = [job for job in jobs if (job.task, job.doc_id) not in self.known]
+        missing = [job for job in jobs if (job.task, job.doc_id, 0) not in self.known]
         if missing:
             raise ValueError(
                 f"{len(missing)} questions have no recorded answer, the first is {missing[0].task}, "
                 f"document {missing[0].doc_id}"
             )
-        return [self.known[job.task, job.doc_id] for job in jobs]
-
-    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("recorded answers are of single rounds")
+        found = []
+        for job in jobs:
+            rounds = takewhile(lambda n, job=job: (job.task, job.doc_id, n) in self.known, count())
+            found.append([self.known[job.task, job.doc_id, n] for n in rounds])
+        return found
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         raise NotImplementedError("recorded answers hold no likelihoods")

@@ -42,6 +42,7 @@ class Job:
     is_chat: bool
     rounds: Callable[..., Any] | None = None  # simple multi-round: the task's text of each round
     repeat: int = 0  # which of several answers to the same question, when answers are drawn
+    round: int | None = None  # of a request of several rounds
     generation: dict[str, Any] = field(init=False)
     until: list[str] = field(init=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .answering import Answerer
@@ -21,7 +22,7 @@ def answer_rounds(answerer: Answerer, job: Job, document: Callable[[Job], Any]) 
         if key in answerer.log.answers:
             answerer.reused += 1
         else:
-            answerer.answer([(key, job, prompt)])
+            answerer.answer([(key, replace(job, round=len(outputs)), prompt)])
         outputs.append(answerer.log.answers[key]["answer"])
         prompt, told = _next(job, doc, outputs, told)
     return outputs

@@ -166,6 +166,58 @@ def test_the_harness_alone(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path
     assert len(rows(tmp_path)) == 9
 
 
+ROUNDS_YAML = """
+task: rounds
+dataset_path: json
+dataset_kwargs: {data_files: {test: docs.jsonl}}
+test_split: test
+output_type: generate_until_multi_round
+doc_to_visual: !function utils.visuals
+doc_to_text: !function utils.text
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 4, do_sample: false}
+process_results: !function utils.results
+metric_list:
+  - {metric: rounds, aggregation: !function utils.mean, higher_is_better: true}
+"""
+ROUNDS_PY = """
+def visuals(doc, lmms_eval_specific_kwargs=None):
+    return [doc["video"]]
+
+def text(doc, lmms_eval_specific_kwargs=None, previous_output=None, round_idx=None, previous_round_info=None):
+    if round_idx is None:
+        return "First?"
+    return [doc["video"]], f"After {previous_output[-1]!r}?", round_idx == doc["rounds"], previous_output, None
+
+def results(doc, results):
+    (given,) = results if isinstance(results[0], list) else [results]
+    return {"rounds": len(given) == doc["rounds"]}
+
+def mean(values):
+    return sum(values) / len(values)
+"""
+
+
+def test_a_task_of_ones_own_with_rounds(
+    bench: Path, tiny_checkpoint: Path, tiny_video: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "tasks" / "rounds"
+    folder.mkdir(parents=True)
+    (folder / "rounds.yaml").write_text(ROUNDS_YAML)
+    (folder / "utils.py").write_text(ROUNDS_PY)
+    docs = [{"video": str(tiny_video), "rounds": n, "answer": ""} for n in (1, 3, 2)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    given = ["--tasks", "rounds", "--include", folder, "--model", tiny_checkpoint, "--out", "out", "--device", "cpu"]
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert "rounds rounds | **1.0**" in Path("out/report.md").read_text()
+    asked = [(row["doc_id"], row["round"], row["question"]) for row in rows(Path("out"))]
+    assert len(asked) == 6 and asked[0] == (0, 0, "First?") and asked[2][2].startswith("After ")
+    result = run(*given)
+    assert result.exit_code == 0 and "0 answers given, 6 known" in result.stderr
+
+
 @pytest.mark.bundled
 def test_the_rendered_world_needs_no_download(bench: Path, tmp_path: Path, monkeypatch):
     """The bundled checkpoint knows the answers about short videos; the report says chance beside them."""

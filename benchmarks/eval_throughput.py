@@ -1,0 +1,117 @@
+"""Videos per hour in lmms-eval: each video read once for all its questions, against reading it for every question.
+
+    python benchmarks/eval_throughput.py --out benchmarks/results/eval_throughput.csv
+
+Both adapters answer the same questions about the same rendered videos with the bundled checkpoint, in one process and
+in turn; the answers are compared. ActivityNet-QA has 10 questions a video, Video-MME 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from video_ma2mba.cli.loading import load_pipeline
+from video_ma2mba.eval.answer_log import AnswerLog
+from video_ma2mba.eval.answering import Answerer
+from video_ma2mba.eval.harness import OWN_TASKS, evaluate_tasks, prepare_environment, quiet_harness
+from video_ma2mba.eval.lmms_adapter import VideoMa2mbaChat
+from video_ma2mba.eval.lmms_requests import job_of
+from video_ma2mba.eval.state_store import StateStore
+
+FIELDS = ("adapter", "questions_per_video", "videos", "frames_per_video", "questions", "seconds", "videos_per_hour")
+FIELDS += ("same_answers", "hardware", "threads", "date")
+
+
+class PlainAdapter(VideoMa2mbaChat):
+    """Reads the video of every question, one question at a time, as adapters in the harness do."""
+
+    def generate_until(self, requests: list) -> list[str]:
+        answers = []
+        for request in requests:
+            job = job_of(request)
+            store = StateStore(self.pipe, self.store.reading, keep=1)
+            answerer = Answerer(self.pipe, store, AnswerLog(None), batch=1)
+            answerer.answer([("only", job, job.prompt(self._document(job)))])
+            answers.append(answerer.log.answers["only"]["answer"])
+        return answers
+
+
+def task_folder(root: Path, frames: int, videos: int, questions: int) -> Path:
+    """A copy of the task `rendered_world` with another plan."""
+    folder = root / f"{frames}_{videos}_{questions}"
+    shutil.copytree(OWN_TASKS / "rendered_world", folder)
+    plan = {"frames": frames, "videos": videos, "questions": questions, "seed": 0}
+    (folder / "plan.jsonl").write_text(json.dumps(plan) + "\n")
+    return folder
+
+
+def measure(adapter: VideoMa2mbaChat, folder: Path) -> tuple[float, list[str]]:
+    """Seconds for reading and answering (not for loading tasks and models), and the answers."""
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False, model_name="video_ma2mba")
+    spent = []
+    answer = adapter.generate_until
+
+    def timed(requests: list) -> list:
+        for request in requests:
+            request.args[1](adapter.task_dict[request.args[4]][request.args[5]][request.args[3]])  # renders the video
+        began = time.perf_counter()
+        found = answer(requests)
+        spent.append(time.perf_counter() - began)
+        return found
+
+    adapter.generate_until = timed
+    results = evaluate_tasks(adapter, ["rendered_world"], manager)
+    return sum(spent), [sample["filtered_resps"][0] for sample in results["samples"]["rendered_world"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eval_throughput.csv"))
+    parser.add_argument("--frames", type=int, default=128)
+    parser.add_argument("--videos", type=int, default=6)
+    parser.add_argument("--questions", type=int, nargs="+", default=[1, 3, 10])
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare_environment()
+        quiet_harness()
+        for count in given.questions:
+            folder = task_folder(Path(scratch), given.frames, given.videos, count)
+            answers = {}
+            for name, kind in (("read once", VideoMa2mbaChat), ("read for every question", PlainAdapter)):
+                pipe = load_pipeline(None, device="cpu")
+                pipe.ask(pipe.read(torch.zeros(32, 64, 64, 3, dtype=torch.uint8)), "What?", max_new_tokens=2)  # warm
+                seconds, answers[name] = measure(kind(pipe=pipe), folder)
+                facts = (name, count, given.videos, given.frames, len(answers[name]), round(seconds, 2))
+                rows.append(dict(zip(FIELDS, (*facts, round(3600 * given.videos / seconds, 1)), strict=False)))
+                print(rows[-1], flush=True)
+            same = answers["read once"] == answers["read for every question"]
+            for row in rows[-2:]:
+                row |= {
+                    "same_answers": same,
+                    "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+                    "date": datetime.date.today(),
+                }
+                row |= {"threads": torch.get_num_threads()}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with given.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
