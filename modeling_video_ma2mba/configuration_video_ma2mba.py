@@ -45,6 +45,7 @@ class Ma2mbaTextConfig(PreTrainedConfig):
     """
 
     model_type = "video_ma2mba_text"
+    base_model_fsdp_plan = {}  # not transformers' default, a unit for each layer: see `VideoMa2mbaConfig`
     base_config_key = "text_config"
 
     def __init__(
@@ -177,6 +178,9 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     """
 
     model_type = "video_ma2mba"
+    # Multi-axis checkpointing needs all layers in one FSDP unit, the root. transformers refuses to do without any other
+    # unit, so it gets a layer norm that never runs.
+    base_model_fsdp_plan = {"vision_tower.post_layernorm": "keep_full_weight"}
     sub_configs = {"text_config": Ma2mbaTextConfig, "vision_config": AutoConfig}
     has_no_defaults_at_init = False
 

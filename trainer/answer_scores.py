@@ -59,7 +59,8 @@ def score_answers(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[
         with torch.no_grad():
             table = fill_rows(job, hidden)
     table = table * 0 if empty else table
-    return table[:, 0], table[:, 1].detach(), table[:, 2].detach()
+    log_probs, entropy, is_top1 = table.unbind(1)
+    return log_probs.clone(), entropy.detach().clone(), is_top1.detach().clone()  # FSDP dislikes views
 
 
 def install_answer_scores(model: nn.Module) -> None:

@@ -1,0 +1,99 @@
+"""Recipes: what the shipped ones say, how they are overridden, and that each of them runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from video_ma2mba.cli.main import app
+from video_ma2mba.trainer.recipe import FOLDER, Recipe, read_recipe, shipped_recipes
+from video_ma2mba.trainer.smoke_data import write_smoke_data
+
+SHORT = ["use_cpu=true", "disable_tqdm=true", "report_to=none"]
+
+
+def train(*arguments: str):
+    return CliRunner().invoke(app, ["train", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("name", "rates", "batch", "parts"),
+    [
+        ("stage1", (1e-3, None, None), 512, ("projector",)),
+        ("stage1_5", (4e-5, 4e-6, 4e-5), 32, ("lm", "projector", "vision")),
+        ("stage2", (4e-5, 4e-6, 4e-5), 32, ("lm", "projector", "vision")),
+    ],
+)
+def test_stages_have_the_papers_settings(name, rates, batch, parts):
+    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    assert content["deepspeed"]["zero_optimization"]["stage"] == 1
+    _, args = read_recipe(name, ["use_cpu=true"])
+    assert (args.learning_rate, args.vision_learning_rate, args.projector_learning_rate) == rates
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == batch
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.95, 0.05, 1.0)
+    assert (args.warmup_steps, args.lr_scheduler_type, args.num_train_epochs) == (0.1, "cosine", 2)
+    assert args.parts == parts and args.fps == 1.0 and args.deepspeed is None, "one process needs no ZeRO"
+
+
+def test_overrides_lie_over_the_recipe(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("model: here\nlearning_rate: 2e-5\noutput_dir: runs/mine\nsmoke: {max_steps: 3}\n")
+    recipe, args = read_recipe(own, ["learning_rate=1e-6", "max_frames=12", "train_data=[a.csv, b.csv]"], smoke=True)
+    assert (args.learning_rate, args.max_frames, args.max_steps) == (1e-6, 12, 3)
+    assert (recipe.model, recipe.train_data) == ("here", ["a.csv", "b.csv"])
+
+
+def test_mistakes_are_said_in_one_sentence(tmp_path):
+    for overrides, message in (
+        (["learning_rat=1"], "'learning_rat' is no setting: do you mean 'learning_rate'?"),
+        (["fps"], "'fps' is no override: write key=value"),
+        (["eval_share=2"], "eval_share=2 is not valid"),
+        (["global_batch_size=9"], "global_batch_size=9 is no multiple of 8 samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_recipe("stage1", overrides)
+    with pytest.raises(FileNotFoundError, match="there is no recipe stage9: name a YAML file or one of lora, stage1"):
+        read_recipe("stage9")
+    with pytest.raises(ValueError, match="smoke_data='x' is unknown"):
+        write_smoke_data(tmp_path, "x")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="must hold settings"):
+        read_recipe(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        read_recipe(tmp_path / "bad.yaml")
+    result = train("--config", "stage2", f"output_dir={tmp_path}", *SHORT)
+    assert result.exit_code == 2 and "error: the recipe names no model: add model=..." in result.output
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_runs_on_a_cpu(name, tiny_checkpoint, tmp_path):
+    out = tmp_path / "run"
+    steps = [] if name == "lora" else ["max_steps=2"]
+    epochs = ["num_train_epochs=1"] if name == "lora" else []
+    result = train(
+        "--config", name, "--smoke", f"output_dir={out}", f"model={tiny_checkpoint}", *SHORT, *steps, *epochs
+    )
+    assert result.exit_code == 0, result.output + str(result.exception)
+    folder = Path(result.stdout.strip().splitlines()[-1])
+    assert folder == (out / "merged" if name == "lora" else out)
+    from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
+
+    VideoMa2mbaForConditionalGeneration.from_pretrained(folder)
+    VideoMa2mbaProcessor.from_pretrained(folder)
+    card = (out / "README.md").read_text()
+    assert "| optimizer steps | " in card and "| data | " in card
+
+    if name == "stage2":
+        again = train("--config", name, "--smoke", f"output_dir={out}", f"model={tiny_checkpoint}", *SHORT)
+        assert again.exit_code == 2 and "add resume=true, or another output_dir" in again.output
+        options = ["max_steps=3", "resume=true", f"model={tiny_checkpoint}", *SHORT]
+        again = train("--config", name, "--smoke", f"output_dir={out}", *options)
+        assert again.exit_code == 0, again.output
+        assert (out / "checkpoint-3").is_dir()
+
+
+def test_recipe_fields_are_documented():
+    described = Recipe.__doc__.split("Attributes:")[1]
+    assert [name for name in Recipe.__dataclass_fields__ if name not in described] == []

@@ -1,0 +1,59 @@
+"""Two gloo processes learn what one process learns from twice the batch, under DDP, FSDP2 and ZeRO-1."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensor_chats import CELLS, losses, make_trainer, weights
+from transformers import PreTrainedConfig
+
+SCENARIOS = ["ddp"]
+if hasattr(PreTrainedConfig, "base_model_fsdp_plan"):  # newer transformers shard while loading
+    SCENARIOS.append("fsdp2")
+if importlib.util.find_spec("deepspeed") is not None:
+    SCENARIOS.append("zero_1")
+
+pytestmark = [
+    pytest.mark.timeout(280),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Folder with what rank 0 of each scenario saved, and the words of all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("training_ranks.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(folder), *SCENARIOS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=260)
+    return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Losses and weights of one process that sees both ranks' samples in every step."""
+    out = tmp_path_factory.mktemp("one")
+    trainer = make_trainer(out, max_steps=4, per_device_train_batch_size=2, gradient_checkpointing_kwargs=CELLS)
+    trainer.train()
+    return losses(trainer), weights(trainer.model)
+
+
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "zero_1"])
+def test_two_processes_equal_one_with_twice_the_batch(ranks, one_process, scenario):
+    if scenario not in SCENARIOS:
+        pytest.skip(f"{scenario} is not installed")
+    folder, words = ranks
+    assert (folder / f"{scenario}.pt").is_file(), words[-6000:]
+    found = torch.load(folder / f"{scenario}.pt")
+    assert found["losses"] == pytest.approx(one_process[0], rel=1e-5)
+    assert found["losses"][-1] != found["losses"][0]
+    assert found["weights"].keys() == one_process[1].keys()
+    for name, value in one_process[1].items():
+        torch.testing.assert_close(
+            found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

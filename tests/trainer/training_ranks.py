@@ -1,0 +1,100 @@
+"""Two processes train together: python training_ranks.py FOLDER SCENARIO...
+
+Ranks are forked from this process, which pays for the imports once. Rank 0 leaves FOLDER/SCENARIO.pt behind: its
+logged losses and the weights after training.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+from tensor_chats import CELLS, losses, make_trainer, tiny_model  # noqa: E402
+
+STEPS = {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_checkpointing_kwargs": CELLS}
+ZERO_1 = {
+    "zero_optimization": {"stage": 1, "overlap_comm": False},
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+}
+
+
+def fsdp2(folder: Path):
+    """One FSDP unit for the whole model, as transformers makes it while loading."""
+    from transformers.distributed import DistributedConfig
+
+    torch.distributed.init_process_group("gloo")
+    source = folder / "model"
+    if os.environ["RANK"] == "0":
+        tiny_model().save_pretrained(source)
+    torch.distributed.barrier()
+    model = type(tiny_model()).from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
+    units = [name for name, module in model.named_modules() if "FSDP" in type(module).__name__]
+    assert units == ["", "model.vision_tower.post_layernorm"], f"units: {units}"
+    return make_trainer(folder, model=model, ddp_backend="gloo", **STEPS)
+
+
+def zero_1(folder: Path):
+    import deepspeed
+
+    # Its shared-memory all-reduce would be compiled for a minute on first use; gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return make_trainer(folder, deepspeed=ZERO_1, ddp_backend="gloo", **STEPS)
+
+
+SCENARIOS = {
+    "ddp": lambda folder: make_trainer(folder, ddp_backend="gloo", **STEPS),
+    "fsdp2": fsdp2,
+    "zero_1": zero_1,
+}
+
+
+def rank_main(folder: Path, scenario: str) -> None:
+    faulthandler.dump_traceback_later(90, exit=True)  # says where it hangs
+    trainer = SCENARIOS[scenario](folder)
+    trainer.train()
+    full = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # noqa: E731
+    found = {name: full(parameter.detach()).clone() for name, parameter in trainer.model.named_parameters()}
+    if os.environ["RANK"] == "0":
+        torch.save({"losses": losses(trainer), "weights": found}, folder.with_suffix(".pt"))
+    torch.distributed.barrier()
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(folder: Path, scenario: str) -> None:
+    folder.mkdir()
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    together |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "LOCAL_SIZE": "2"}
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            try:
+                rank_main(folder, scenario)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)  # the other rank's deadline ends it
+            os._exit(0)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(scenario, codes, flush=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        launch(Path(sys.argv[1], name), name)
