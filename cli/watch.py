@@ -122,15 +122,14 @@ def _answering(questions: list[str], as_json: bool, max_new_tokens: int) -> Call
 def _until_the_end(session: Any, seconds: float | None, save: Path | None, save_every: float) -> None:
     """Wait for the end of the stream, or of the time given; say meanwhile what happens, and save now and then."""
     began = saved = time.monotonic()
-    last = None
+    told = 0
     while True:
         left = 1.0 if seconds is None else min(1.0, began + seconds - time.monotonic())
         ended = left <= 0 or session.wait(left)
-        marks = list(session.report.timeline)
-        for mark in marks[marks.index(last) + 1 if last in marks else 0 :]:
+        fresh, told = session.report.marks - told, session.report.marks
+        for mark in list(session.report.timeline)[-fresh:] if fresh else ():
             if mark.event != "dropped frames":  # thousands of them say no more than their counter
                 typer.echo(f"{clock_text(mark.seconds)}  {mark.event}: {mark.detail}".rstrip(": "), err=True)
-        last = marks[-1] if marks else None
         if ended:
             return
         if save is not None and time.monotonic() - saved >= save_every:

@@ -1,5 +1,6 @@
 """Frames of a source as they come: decoded one after the other, the connection made again when it breaks off."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -37,8 +38,9 @@ class Patience:
 class LiveFrames:
     """Iterates over the chosen frames of a source: `(picture, seconds)`, `picture()` being its pixels.
 
-    Seconds count from the first frame. After a break, an address of known length (a recording) goes on behind the last
-    frame; anything else is live, and what was missed is a gap as long as the clock says.
+    Seconds count from the first frame. After a break, an address of known length (a recording) is read again from its
+    beginning, and frames come from behind the last one on; anything else is live, and what was missed is a gap as long
+    as the clock says.
 
     Args:
         source: from `find_source`.
@@ -67,6 +69,7 @@ class LiveFrames:
         self._first_raw: float | None = None  # time stamp of the source at `_offset` seconds
         self._offset = self._last_raw = 0.0
         self._step = 1 / clock.fps
+        self._lasts: float | None = None  # seconds the last frame is shown, where it says so
         self._recording_until: float | None = None
 
     @property
@@ -91,15 +94,20 @@ class LiveFrames:
             progress = self.report.frames_seen > seen
             if self.stop.is_set() or not self.source.may_drop or self._is_complete(progress, problems):
                 break
+            if self._recording_until is None:  # a picture is not shown on over a gap
+                yield from self.clock.finish(self._lasts)
             if progress:
                 attempt = 0
                 self.report.breaks += 1
-                self.report.mark("broke off", "; ".join(problems) or "the stream ended")
+                silent = "Immediate exit requested" in "".join(problems)  # FFmpeg's words for our own timeout
+                why = "; ".join(problems) or "the stream ended"
+                self.report.mark("broke off", f"no data for {self.patience.data:g} s" if silent else why)
             attempt += 1
             if attempt > self.patience.retries:
                 self.report.mark("given up", f"{self.patience.retries} attempts to connect again failed")
                 break
             self.stop.wait(min(self.patience.first_pause * 2 ** (attempt - 1), LONGEST_PAUSE))
+        yield from self.clock.finish(self._lasts)
         self.report.mark("ended")
 
     def _given_frames(self) -> Iterator[tuple[Any, float]]:
@@ -130,11 +138,12 @@ class LiveFrames:
         settings = {"file_format": source.file_format, "options": source.options}
         timeout = patience.connect, patience.data
         with open_stream(target, source.name, timeout=timeout, **settings) as (container, stream):
-            duration = container.duration if source.kind == "address" else None
+            # What has a length, in seconds or at least in bytes, is a recording.
+            duration = (container.duration or 0) / 1e6 or (math.inf if container.size > 0 else None)
             rate = float(stream.guessed_rate or stream.average_rate or 0)
             self._step = 1 / rate if PLAUSIBLE_RATES[0] <= rate <= PLAUSIBLE_RATES[1] else self._step
             tick = float(stream.time_base or 0) or self._step
-            lasts, first = None, True
+            first = True
             for packet in packets_of(container, stream, problems):
                 if self.stop.is_set():
                     return
@@ -147,15 +156,14 @@ class LiveFrames:
                     self.report.frames_damaged += frame.is_corrupt
                     raw = self._last_raw + self._step if frame.pts is None else frame.pts * tick
                     if first:
-                        if duration and self._first_raw is None:
-                            self._recording_until = raw + duration / 1e6
+                        if duration and self._first_raw is None and source.kind == "address":
+                            self._recording_until = raw + duration
                         self._connected(raw)
                         first = False
                     if self._recording_until is not None and self.report.frames_seen and raw <= self._last_raw:
                         continue  # of a recording that is read again from its beginning
                     yield from self._take(frame, raw)
-                    lasts = frame.duration * tick or None
-            yield from self.clock.finish(lasts)
+                    self._lasts = frame.duration * tick or None
 
     def _connected(self, raw: float) -> None:
         """The first frame of a connection is there."""

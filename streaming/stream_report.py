@@ -1,7 +1,7 @@
 """What happened to a stream: counters, and a timeline of everything out of the ordinary."""
 
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 LONGEST_TIMELINE = 1000
@@ -31,7 +31,7 @@ class StreamReport:
         waited_seconds: time the source had to wait for the reading.
         questions: answered.
         seconds: how far the stream has come; seconds_read: how far it was read.
-        timeline: the latest `LONGEST_TIMELINE` marks.
+        marks: made so far; timeline: the latest `LONGEST_TIMELINE` of them.
     """
 
     frames_seen: int = 0
@@ -46,10 +46,12 @@ class StreamReport:
     questions: int = 0
     seconds: float = 0.0
     seconds_read: float = 0.0
+    marks: int = 0
     timeline: deque[Mark] = field(default_factory=lambda: deque(maxlen=LONGEST_TIMELINE))
 
     def mark(self, event: str, detail: str = "") -> None:
         """Note something at the place that the stream has come to."""
+        self.marks += 1
         self.timeline.append(Mark(round(self.seconds, 3), event, detail))
 
     def mark_dropped(self, frames: int) -> None:
@@ -62,5 +64,5 @@ class StreamReport:
 
     def counters(self) -> dict[str, Any]:
         """All but the timeline, as plain numbers; seconds to the millisecond."""
-        values = {name: value for name, value in asdict(self).items() if name != "timeline"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "timeline"}
         return {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}

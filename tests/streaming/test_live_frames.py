@@ -124,6 +124,13 @@ def test_a_recording_that_breaks_off_goes_on_behind_the_last_frame(grey_video, s
     assert events(report)[:2] == ["broke off", "connected again"] and events(report)[-1] == "ended"
 
 
+def test_a_recording_without_times_in_its_header(grey_video, serve):
+    """A transport stream says only how many bytes it has: read again to see that nothing follows, not as new."""
+    data = grey_video("a.ts").read_bytes()
+    numbers, _, report = watch(serve(lambda handler, n: reply(handler, data[: len(data) * (n + 1) // 2], len(data))))
+    assert numbers == list(range(0, 20, 2)) and report.frames_seen == 20 and report.gap_seconds == 0
+
+
 def test_a_live_stream_that_breaks_off_has_a_gap(grey_video, serve):
     parts = [grey_video("a.ts", frames=8).read_bytes(), grey_video("a.ts", frames=6, first=20).read_bytes()]
 
