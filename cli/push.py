@@ -35,10 +35,13 @@ def push(
         str | None, typer.Option(help="Hub id this was made from.", show_default="that of DIR/README.md")
     ] = None,
     card_results: Annotated[
-        Path | None, typer.Option(help="Table of eval.world_accuracy (CSV) for the card.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            help="For the card: folder of `eval`, or CSV of eval.world_accuracy; may be repeated.", show_default=False
+        ),
     ] = None,
     card_measured_on: Annotated[
-        str | None, typer.Option(help='What measured it, such as "H200, bf16, 2026-11-21".', show_default=False)
+        str | None, typer.Option(help='What measured the CSV, such as "H200, bf16, 2026-11-21".', show_default=False)
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -70,7 +73,7 @@ def push(
         card = {
             "license": license_name,
             "base_model": base_model,
-            "accuracy_csv": card_results,
+            "results": card_results or (),
             "measured_on": card_measured_on,
         }
         if space:

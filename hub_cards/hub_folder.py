@@ -6,11 +6,12 @@ import fnmatch
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .accuracy_table import read_accuracy
 from .checkpoint_facts import read_facts, read_json, weight_files
+from .evaluations import read_evaluation
 from .measured_cost import measured_cost
 from .model_card import model_card, own_words, read_metadata
 
@@ -58,7 +59,7 @@ def write_hub_folder(
     *,
     license: str | None = None,
     base_model: str | None = None,
-    accuracy_csv: Path | None = None,
+    results: Sequence[Path] = (),
     measured_on: str | None = None,
     pin: bool = True,
 ) -> HubFolder:
@@ -69,7 +70,7 @@ def write_hub_folder(
         target: an empty or new folder; what is in it stays.
         license: identifier such as apache-2.0; None takes the one in the metadata of `source`'s README.md.
         base_model: Hub id that the checkpoint was made from; None takes the README's, or the adapter's.
-        accuracy_csv: table of `eval/world_accuracy.py` for the card; measured_on: with what and when.
+        results: what was measured, for `read_evaluation`; measured_on: with what and when, for the tables among it.
         pin: let the card name the tag as the revision to load.
 
     Returns:
@@ -85,6 +86,7 @@ def write_hub_folder(
     if not license or license == "unknown":
         raise ValueError(f"{source} names no licence: give one, such as --license apache-2.0")
     base_model = base_model or _hub_id(earlier.get("base_model"))
+    evaluations = [read_evaluation(path, measured_on) for path in results]
     names = {path.name for path in weight_files(source)}
     names |= {path.name for path in source.iterdir() if any(fnmatch.fnmatch(path.name, kept) for kept in _KEPT)}
     code: dict[str, Path] = {}
@@ -102,8 +104,9 @@ def write_hub_folder(
         _write_json(target / "adapter_config.json", facts.adapter | {"base_model_name_or_path": base_model})
     for name, path in code.items():
         shutil.copyfile(path, target / name)
-    if accuracy_csv:
-        shutil.copyfile(accuracy_csv, target / "world_accuracy.csv")
+    for evaluation in evaluations:
+        for name, path in evaluation.files.items():
+            shutil.copyfile(path, target / name)
     tag = _content_tag(target)
     title, words = own_words(source / "README.md")
     card = model_card(
@@ -115,8 +118,7 @@ def write_hub_folder(
         metadata=earlier,
         title=title,
         words=words,
-        accuracy=read_accuracy(accuracy_csv) if accuracy_csv else None,
-        measured_on=measured_on,
+        evaluations=evaluations,
         cost=measured_cost(facts.config) if facts.config is not None else None,
     )
     (target / "README.md").write_text(card, encoding="utf-8")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .accuracy_table import accuracy_command, accuracy_markdown, evaluation_metadata
 from .checkpoint_facts import CheckpointFacts
+from .evaluations import Evaluation
 
 OWN_WORDS_BEGIN, OWN_WORDS_END = "<!-- own words -->", "<!-- end of own words -->"
 _OWN_WORDS = re.compile(re.escape(OWN_WORDS_BEGIN) + r"\n(.*?)\n" + re.escape(OWN_WORDS_END), re.S)
@@ -55,8 +56,7 @@ def model_card(
     metadata: dict[str, Any] | None = None,
     title: str | None = None,
     words: str | None = None,
-    accuracy: list[dict[str, str]] | None = None,
-    measured_on: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
     cost: str | None = None,
 ) -> str:
     """Text of `README.md`.
@@ -66,7 +66,7 @@ def model_card(
         base_model: Hub id of the model that this one was made from, if known; an adapter needs it.
         metadata: of an earlier card; entries that are not computed here (language, data sets …) are kept.
         title, words: the author's own; see `own_words`.
-        accuracy: rows of `read_accuracy`. measured_on: hardware, data type and date of that measurement.
+        evaluations: what was measured, of `read_evaluation`.
         cost: Markdown of `measured_cost`.
 
     Raises:
@@ -74,7 +74,7 @@ def model_card(
     """
     if facts.adapter is not None and base_model is None:
         raise ValueError("an adapter's card must name the model it belongs to: give --base-model owner/name")
-    header = _metadata(facts, repo_id, license, base_model, metadata or {}, accuracy)
+    header = _metadata(facts, repo_id, license, base_model, metadata or {}, evaluations)
     blocks = [
         f"---\n{header}\n---",
         f"# {title or repo_id.split('/')[-1]}",
@@ -88,15 +88,12 @@ def model_card(
     ]
     if cost:
         blocks.append(f"## Memory and speed\n\n{cost}")
-    if accuracy:
-        where = f", measured on {measured_on}" if measured_on else ""
-        blocks.append(
-            "## Evaluation\n\nAccuracy on unseen videos of the rendered world, open and multiple-choice questions "
-            f"together{where}. In brackets: chance; number of questions.\n\n{accuracy_markdown(accuracy)}\n\n"
-            "With `video-ma2mba` installed, in a copy of this repository:\n\n"
-            f"```bash\n{accuracy_command(accuracy)}\n```"
-        )
-    blocks += ["## Limits\n\n" + _limits(accuracy), "## Citation\n\nThe method is described in:\n\n" + CITATION]
+    if evaluations:
+        blocks.append("## Evaluation\n\n" + "\n\n".join(found.markdown for found in evaluations))
+    blocks += [
+        "## Limits\n\n" + _limits(bool(evaluations)),
+        "## Citation\n\nThe method is described in:\n\n" + CITATION,
+    ]
     return "\n\n".join(blocks)
 
 
@@ -106,7 +103,7 @@ def _metadata(
     license: str,
     base_model: str | None,
     earlier: dict[str, Any],
-    accuracy: list[dict[str, str]] | None,
+    evaluations: Sequence[Evaluation],
 ) -> str:
     from huggingface_hub import ModelCardData
 
@@ -122,8 +119,8 @@ def _metadata(
         pipeline_tag="video-text-to-text",
         base_model=base_model,
         tags=list(dict.fromkeys([*_TAGS, *(["lora"] if is_adapter else []), *tags])),
-        model_name=repo_id.split("/")[-1] if accuracy else None,
-        eval_results=evaluation_metadata(accuracy) if accuracy else None,
+        model_name=repo_id.split("/")[-1] if evaluations else None,
+        eval_results=[entry for found in evaluations for entry in found.entries] or None,
         **kept,
     )
     return data.to_yaml().strip()
@@ -213,15 +210,15 @@ def _pinning(revision: str | None) -> str:
     )
 
 
-def _limits(accuracy: list[dict[str, str]] | None) -> str:
+def _limits(evaluated: bool) -> str:
     lines = [
         "- A state of constant size forgets: what was shown once, long ago, may be gone.",
         "- Sound is not read.",
         "- Answers can be wrong and sound sure. Do not let them decide anything about people, and do not use the "
         "model to identify or watch them.",
     ]
-    if accuracy:
-        lines.insert(0, "- Nothing beyond the lengths and the kinds of question in the table was measured here.")
+    if evaluated:
+        lines.insert(0, "- Nothing beyond the lengths and the kinds of question in the tables was measured here.")
     else:
         lines.insert(0, "- No accuracy was measured for this card.")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from video_ma2mba.hub_cards.accuracy_table import accuracy_command, accuracy_markdown, read_accuracy
 from video_ma2mba.hub_cards.checkpoint_facts import read_facts
+from video_ma2mba.hub_cards.evaluations import read_evaluation
 from video_ma2mba.hub_cards.model_card import OWN_WORDS_BEGIN, OWN_WORDS_END, model_card, own_words, read_metadata
 
 HEADER = "frames,kind,form,questions,right,accuracy,chance\n"
@@ -56,14 +57,13 @@ def test_card_without_measurements_shows_none(tiny_checkpoint: Path):
     assert "| frames | 16×16 pixels, 4 tokens each |" in text
 
 
-def test_card_with_measurements(tiny_checkpoint: Path, accuracy):
+def test_card_with_measurements(tiny_checkpoint: Path, accuracy, tmp_path: Path):
     text = model_card(
         read_facts(tiny_checkpoint),
         "me/tiny",
         license="mit",
         base_model="you/large",
-        accuracy=accuracy,
-        measured_on="a CPU, fp32",
+        evaluations=[read_evaluation(tmp_path / "accuracy.csv", "a CPU, fp32")],
     )
     card = ModelCard(text)
     assert card.data.base_model == "you/large"
@@ -72,6 +72,34 @@ def test_card_with_measurements(tiny_checkpoint: Path, accuracy):
     assert "| all | 75.0 % (25.0 %; 200) | 40.0 % (25.0 %; 50) |" in text
     assert "measured on a CPU, fp32" in text
     assert "--frames 8..64 256 --out" in text
+
+
+def test_card_with_benchmarks(tiny_checkpoint: Path, tmp_path: Path):
+    """The folder that `video-ma2mba eval` writes: its tables, its command, its numbers."""
+    from video_ma2mba.eval.benchmark_report import write_report
+    from video_ma2mba.eval.benchmark_scores import Score, Scores
+
+    rows = [Score("short", 60.0, 10), Score("overall", 48.3, 30)]
+    about = {"command": "video-ma2mba eval --tasks videomme", "model": "mine", "frames": "1 a second", "judge": None}
+    about |= {"limit": 30, "date": "2030-01-02", "device": "A GPU", "dtype": "bfloat16", "versions": "lmms-eval 9"}
+    facts = {"videomme": {"questions": 30}}
+    write_report(tmp_path, {"videomme": Scores(rows, "overall")}, facts, about)
+    found = read_evaluation(tmp_path)
+    text = model_card(read_facts(tiny_checkpoint), "me/tiny", license="mit", evaluations=[found])
+    assert "```bash\nvideo-ma2mba eval --tasks videomme\n```" in text
+    assert "### Video-MME" in text
+    assert "| overall | **48.3** | 30 |" in text
+    assert "chart.png" not in text
+    assert text.count("\n# ") == 1
+    results = {result.dataset_config: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert results["overall"] == 48.3
+    assert found.files.keys() == {"report.md", "report.json"}
+    (tmp_path / "model_index.yaml").write_text("")
+    with pytest.raises(ValueError, match="holds no scores"):
+        read_evaluation(tmp_path)
+    (tmp_path / "report.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks report\.json"):
+        read_evaluation(tmp_path)
 
 
 def test_the_command_is_one_that_the_program_takes(accuracy):
