@@ -4,8 +4,8 @@
 
 A second process renders an endless world (one frame a second, 64x64 pixels), encodes it and sends it through a pipe;
 the session decodes and reads it on the CPU. Every ten minutes of video, questions about what the session remembers are
-asked and compared with the truth. For comparison, one hour is read into one state that never begins anew. Writes
-`results/day_long_stream.csv` and `.png`.
+asked and compared with the truth. For comparison, half an hour is read before, into one state that never begins anew.
+Writes `results/day_long_stream.csv` and `.png`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -43,8 +44,16 @@ def send(seconds: int, seed: int) -> None:
         container.mux(stream.encode())
 
 
-def measure(pipe, seconds: int, remember: float | None, every: int = 600, questions: int = 8, seed: int = 0) -> list:
-    """Watch `seconds` of video; one row for every `every` of them.
+def measure(
+    pipe,
+    seconds: int,
+    remember: float | None,
+    every: int = 600,
+    questions: int = 8,
+    seed: int = 0,
+    on_row: Callable[[dict], None] = lambda row: None,
+) -> list[dict]:
+    """Watch `seconds` of video; one row for every `every` of them, also given to `on_row` as soon as it is there.
 
     Returns:
         Dicts: seconds of video, frames read, resident memory; milliseconds per frame since the last row without the
@@ -81,7 +90,7 @@ def measure(pipe, seconds: int, remember: float | None, every: int = 600, questi
                         "by_chance": round(sum(1 / question.choices for question in asked), 2),
                     }
                 )
-                print(rows[-1], file=sys.stderr, flush=True)
+                on_row(rows[-1])
                 mark[:] = time.perf_counter(), time.process_time(), session.report.frames_read
 
             session.every(every, look)
@@ -127,26 +136,32 @@ def main() -> None:
     parser.add_argument("--model", help="model directory (default: the bundled checkpoint)")
     parser.add_argument("--seconds", type=int, default=86_400)
     parser.add_argument("--remember", type=float, default=30, help="seconds that answers reach back at least")
-    parser.add_argument("--plain-seconds", type=int, default=3600, help="length read into one state, for comparison")
+    parser.add_argument("--plain-seconds", type=int, default=1800, help="length read into one state, for comparison")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--send", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.send:
         return send(arguments.send, arguments.seed)
     pipe = load_pipeline(arguments.model, device="cpu")
-    rows = measure(pipe, arguments.seconds, arguments.remember, seed=arguments.seed)
-    rows += measure(pipe, arguments.plain_seconds, None, seed=arguments.seed)
     setting = {
         "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+    rows: list[dict] = []
+
+    def keep(row: dict) -> None:
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+        with OUT.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*row, *setting])
+            writer.writeheader()
+            writer.writerows({**row, **setting} for row in rows)
+
     OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *setting])
-        writer.writeheader()
-        writer.writerows({**row, **setting} for row in rows)
+    measure(pipe, arguments.plain_seconds, None, every=150, seed=arguments.seed, on_row=keep)
+    measure(pipe, arguments.seconds, arguments.remember, seed=arguments.seed, on_row=keep)
     plot(rows, OUT.with_suffix(".png"))
 
 
