@@ -151,6 +151,7 @@ class Interval(TrainerCallback):
             self.watching, throughput = False, self.trainer.throughput
             self.results = {"seconds": time.perf_counter() - self.begun, "waited": self.trainer.waited}
             self.results |= {"tokens": throughput.tokens, "frames": throughput.frames, **self.trainer.clock.seconds()}
+            self.results |= throughput.peaks()
             self.results["decoding_cpu"] = float(self.trainer.data_collator.seconds.sum())
             if self.trace is not None and torch.cuda.is_available():
                 self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
@@ -314,7 +315,8 @@ def main() -> None:
         "optimizer": round(found["optimizer"] / seconds, 4),
         "decoding_cpu_seconds_per_second": round(found["decoding_cpu"] / seconds, 3),
         "gpu_use_nvml": round(sum(interval.busy) / len(interval.busy) / 100, 3) if interval.busy else "",
-        "gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else "",
+        "predicted_peak_gb": round(found.get("predicted_peak_gb", 0), 2),
+        "gpu_peak_gb": round(found.get("gpu_peak_gb", 0), 2),
         "plans": "; ".join(sorted(trainer.plans)),
     }
     if interval.profiler is not None:

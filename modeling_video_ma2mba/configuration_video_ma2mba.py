@@ -178,8 +178,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     """
 
     model_type = "video_ma2mba"
-    # Multi-axis checkpointing needs all layers in one FSDP unit, the root. transformers refuses to do without any other
-    # unit, so it gets a layer norm that never runs.
+    # Multi-axis checkpointing needs all layers in one FSDP unit, the root. transformers refuses to do without any
+    # other unit, so it gets a layer norm that never runs.
     base_model_fsdp_plan = {"vision_tower.post_layernorm": "keep_full_weight"}
     sub_configs = {"text_config": Ma2mbaTextConfig, "vision_config": AutoConfig}
     has_no_defaults_at_init = False

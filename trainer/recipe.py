@@ -24,7 +24,7 @@ class Recipe:
     """What a recipe says beside the trainer's settings.
 
     Attributes:
-        model: directory or Hub id to start from.
+        model: directory or Hub id to start from; `bundled` is the checkpoint that comes with the package.
         train_data: what `load_training_data` takes: a file, a folder, a Hub id, or a list of these; likewise
             eval_data. base_dir: folder of the videos where it is another than the data's.
         eval_share: of the training rows, put aside for evaluation where there is no eval_data.

@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .. import BUNDLED_CHECKPOINT
 from .checkpoint_files import last_complete_checkpoint
 from .recipe import Recipe
 from .smoke_data import write_smoke_data
 from .training_config import VideoMa2mbaTrainingConfig
 from .training_inputs import load_for_training
 from .video_trainer import VideoMa2mbaTrainer
+
+BUNDLED = "bundled"
+"""As `model`: the checkpoint that comes with the package."""
 
 # Every projection of every Mamba-2 block; `lora_vision` adds the tower's linear layers.
 LORA_TARGETS = r".*language_model.*\.(in_proj|out_proj)"
@@ -46,14 +50,12 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data is read in forked workers
     source, data = recipe.model, recipe.train_data
-    if smoke:
-        from .. import BUNDLED_CHECKPOINT
-
-        source = source or str(BUNDLED_CHECKPOINT)
-        if data is None:
-            folder = Path(args.output_dir, "smoke_data")
-            with args.main_process_first(desc="rendering"):
-                data = str(write_smoke_data(folder, recipe.smoke_data or "questions"))
+    if source == BUNDLED or (smoke and source is None):
+        source = str(BUNDLED_CHECKPOINT)
+    if smoke and data is None:
+        folder = Path(args.output_dir, "smoke_data")
+        with args.main_process_first(desc="rendering"):
+            data = str(write_smoke_data(folder, recipe.smoke_data or "questions"))
     for name, value in (("model", source), ("train_data", data)):
         if value is None:
             raise ValueError(f"the recipe names no {name}: add {name}=...")
