@@ -144,7 +144,7 @@ def _of_recorded_answers() -> dict[str, str]:
 
 
 def _tell(name: str, scores) -> None:
-    from video_ma2mba.eval.benchmark_report import title
+    from video_ma2mba.eval.benchmarks import title
 
     if scores is None:
         typer.echo(f"{title(name)}: answered, not scored (--no-judge)", err=True)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .benchmark_chart import draw_chart
 from .benchmark_scores import Scores
-from .benchmarks import BENCHMARKS
+from .benchmarks import BENCHMARKS, is_of_five, title, unit
 from .needle_search import write_json
-from .paper_numbers import JUDGE, PAPER_NUMBERS, SIZES
+from .paper_numbers import JUDGE, PAPER_NUMBERS, paper_columns
 
 _TASK = ("video-text-to-text", "Video question answering")
 
@@ -26,23 +27,15 @@ def write_report(
     """
     out.mkdir(parents=True, exist_ok=True)
     found = {
-        name: {**table.as_dict(), "paper": PAPER_NUMBERS.get(name, {}), "reading": facts[name]}
+        name: {**table.as_dict(), **_paper(name, about["frames"]), "reading": facts[name]}
         for name, table in scores.items()
     }
-    write_json(out / "report.json", {**about, "paper_sizes": SIZES, "benchmarks": found})
+    write_json(out / "report.json", {**about, "benchmarks": found})
     draw = bool(scores)
     (out / "report.md").write_text(_markdown(scores, facts, about, draw), encoding="utf-8")
     (out / "model_index.yaml").write_text(model_index(scores, about), encoding="utf-8")
     if draw:
-        draw_chart(scores, out / "chart.png", f"{about['model']}, {about['frames']}")
-
-
-def title(name: str) -> str:
-    return BENCHMARKS[name].title if name in BENCHMARKS else name
-
-
-def unit(name: str) -> str:
-    return BENCHMARKS[name].unit if name in BENCHMARKS else ""
+        draw_chart(scores, out / "chart.png", about["model"], about["frames"])
 
 
 def _markdown(scores: Mapping[str, Scores], facts: Mapping[str, Any], about: Mapping[str, Any], chart: bool) -> str:
@@ -60,11 +53,13 @@ def _markdown(scores: Mapping[str, Scores], facts: Mapping[str, Any], about: Map
     for name in facts:
         lines += ["", f"## {title(name)}", ""]
         if name in scores:
-            lines += _table(name, scores[name])
+            lines += _table(name, scores[name], about["frames"])
         else:
             lines += ["Answered, but not scored: that takes a judge (`--judge`); run the same command again with one."]
         lines += ["", _reading(facts[name])]
-        notes = scores[name].notes if name in scores else []
+        notes = list(scores[name].notes) if name in scores else []
+        if about["frames"] != "1 fps" and paper_columns(name, about["frames"])[1] is PAPER_NUMBERS.get(name):
+            notes.append("The paper read 1 frame a second.")
         if name in PAPER_NUMBERS and BENCHMARKS[name].judge:
             notes = [*notes, f"The paper's judge was {JUDGE}."]
         if name == "longvideobench_val_v":
@@ -75,24 +70,24 @@ def _markdown(scores: Mapping[str, Scores], facts: Mapping[str, Any], about: Map
     return "\n".join([*lines, ""])
 
 
-def _table(name: str, table: Scores) -> list[str]:
-    paper = PAPER_NUMBERS.get(name, {})
+def _paper(name: str, frames: str) -> dict[str, Any]:
+    headings, values = paper_columns(name, frames)
+    return {"paper_columns": headings, "paper": values}
+
+
+def _table(name: str, table: Scores, frames: str) -> list[str]:
+    headings, paper = paper_columns(name, frames)
     header = ["", f"here ({unit(name)})" if unit(name) else "here", "questions"]
-    header += [f"paper {size}" for size in SIZES] if paper else []
+    header += headings
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for row in table.rows:
-        digits = 2 if _is_judged_score(name, row.category) else 1
+        digits = 2 if is_of_five(name, row.category) else 1
         value = f"{row.value:.{digits}f}"
         cells = [row.category, f"**{value}**" if row.category == table.headline else value, f"{row.questions:,}"]
         if paper:
-            cells += [f"{number:g}" for number in paper.get(row.category, ())] or [""] * len(SIZES)
+            cells += [f"{number:g}" for number in paper.get(row.category, ())] or [""] * len(headings)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _is_judged_score(name: str, category: str) -> bool:
-    """Of a scale of 0 to 5 rather than of percentages."""
-    return unit(name) == "0-5" or category == "score"
 
 
 def _reading(facts: Mapping[str, Any]) -> str:
@@ -127,7 +122,7 @@ def model_index(scores: Mapping[str, Scores], about: Mapping[str, Any]) -> str:
                         dataset_type=name,
                         dataset_name=title(name),
                         dataset_config=row.category,
-                        metric_type="score" if _is_judged_score(name, row.category) else "accuracy",
+                        metric_type="score" if is_of_five(name, row.category) else "accuracy",
                         metric_name=f"{row.category} ({how}" + (f"; judge {about['judge']})" if judged else ")"),
                         metric_value=round(row.value, 4),
                     )
@@ -135,44 +130,3 @@ def model_index(scores: Mapping[str, Scores], about: Mapping[str, Any]) -> str:
     if not entries:
         return ""
     return ModelCardData(model_name=about["model"], eval_results=entries).to_yaml().strip() + "\n"
-
-
-def draw_chart(scores: Mapping[str, Scores], path: Path, subject: str) -> None:
-    """One panel for each benchmark: a bar for each category, the paper's sizes as marks beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    heights = [max(1.2, 0.28 * len(table.rows) + 0.7) for table in scores.values()]
-    figure, axes = plt.subplots(
-        len(scores), 1, figsize=(8, sum(heights) + 0.6), dpi=110, height_ratios=heights, squeeze=False
-    )
-    for ax, (name, table) in zip(axes[:, 0], scores.items(), strict=True):
-        paper, places = PAPER_NUMBERS.get(name, {}), range(len(table.rows))
-        full = {row.category: 5 if _is_judged_score(name, row.category) else 100 for row in table.rows}
-        shares = [row.value / full[row.category] for row in table.rows]
-        colours = ["#2b6cb0" if row.category == table.headline else "#90b4d8" for row in table.rows]
-        ax.barh(places, shares, color=colours)
-        for place, row in enumerate(table.rows):
-            digits = 2 if full[row.category] == 5 else 1
-            ax.text(shares[place] + 0.01, place, f"{row.value:.{digits}f}", va="center", fontsize=8)
-            for marker, number in zip("^sD", paper.get(row.category, ()), strict=False):
-                ax.plot(number / full[row.category], place, marker, color="#c05621", markersize=5, clip_on=False)
-        ax.set_yticks(places, [row.category for row in table.rows], fontsize=8)
-        ax.invert_yaxis()
-        ax.set_xlim(0, 1.08)
-        ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        ax.tick_params(axis="x", labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_title(title(name), fontsize=10, loc="left")
-    if any(name in PAPER_NUMBERS for name in scores):
-        marks = [
-            plt.Line2D([], [], marker=m, color="#c05621", linestyle="", label=f"paper {s}")
-            for m, s in zip("^sD", SIZES, strict=True)
-        ]
-        figure.legend(handles=marks, loc="lower right", ncols=3, fontsize=8, frameon=False)
-    figure.suptitle(subject, fontsize=10)
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
-    figure.savefig(path)
-    plt.close(figure)

@@ -60,3 +60,18 @@ def expand(text: str) -> list[str]:
 def folders_of(tasks: Sequence[str]) -> list[str]:
     """Folders of those tasks that are known here, below lmms-eval's."""
     return sorted({BENCHMARKS[task].folder for task in tasks if task in BENCHMARKS} - {"own"})
+
+
+def title(name: str) -> str:
+    """Of a benchmark; the name itself where it is not known here."""
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def unit(name: str) -> str:
+    """Of a benchmark's scores; empty where it is not known here."""
+    return BENCHMARKS[name].unit if name in BENCHMARKS else ""
+
+
+def is_of_five(name: str, category: str) -> bool:
+    """Whether a score is on a scale of 0 to 5 rather than a percentage."""
+    return unit(name) == "0-5" or (name == "activitynetqa" and category == "score")

@@ -25,3 +25,18 @@ PAPER_NUMBERS: dict[str, dict[str, tuple[float, float, float]]] = {
     "videochatgpt": {"all": (2.69, 2.76, 3.03)},
 }
 """Benchmark -> category -> the value for each of `SIZES`."""
+
+FRAMES_ABLATION: dict[str, dict[str, tuple[float]]] = {
+    "8 frames": {"short": (53.3,), "medium": (39.3,), "long": (32.2,), "all": (41.6,)},
+    "16 frames": {"short": (55.9,), "medium": (41.3,), "long": (33.9,), "all": (43.7,)},
+    "32 frames": {"short": (57.9,), "medium": (41.9,), "long": (33.9,), "all": (44.6,)},
+}
+"""Table 4: the 3.1B model on Video-MME by frames at inference (trained at 1 fps, with stage 1.5)."""
+
+
+def paper_columns(benchmark: str, frames: str) -> tuple[tuple[str, ...], dict[str, tuple[float, ...]]]:
+    """Headings, and values by category, that belong beside a result; `frames` as `Reading.text` has it."""
+    if benchmark == "videomme" and frames in FRAMES_ABLATION:
+        return (f"paper 3.1B, {frames}",), FRAMES_ABLATION[frames]
+    values = PAPER_NUMBERS.get(benchmark, {})
+    return tuple(f"paper {size}" for size in SIZES) if values else (), values

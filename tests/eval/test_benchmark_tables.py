@@ -119,6 +119,29 @@ def _check_model_index(path: Path) -> None:
     assert "judge gpt-3.5-turbo-0125" in next(e.metric_name for e in entries if e.dataset_type == "videochatgpt")
 
 
+@pytest.mark.parametrize(
+    ("frames", "line"),
+    [
+        ("1 fps", "| all | **50.0** | 2 | 33.1 | 40.3 | 45.2 |"),
+        ("8 frames", "| all | **50.0** | 2 | 41.6 |"),
+        ("16 frames", "| all | **50.0** | 2 | 43.7 |"),
+        ("32 frames", "| all | **50.0** | 2 | 44.6 |"),
+        ("64 frames", "| all | **50.0** | 2 | 33.1 | 40.3 | 45.2 |"),
+    ],
+)
+def test_the_papers_numbers_for_as_many_frames(frames: str, line: str, tmp_path: Path):
+    """Table 4's where there are any; else those at 1 fps, and the page says so."""
+    from video_ma2mba.eval.benchmark_report import write_report
+    from video_ma2mba.eval.benchmark_scores import Score, Scores
+
+    about = {name: "x" for name in ("command", "model", "judge", "date", "device", "dtype", "versions")}
+    scores = {"videomme": Scores([Score("short", 0, 1), Score("all", 50, 2)])}
+    write_report(tmp_path, scores, {"videomme": {"questions": 2}}, {**about, "frames": frames, "limit": None})
+    page = (tmp_path / "report.md").read_text()
+    assert line in page
+    assert ("The paper read 1 frame a second." in page) == (frames == "64 frames")
+
+
 def test_a_judge_that_dies_costs_nothing(in_bench: Path, answers: Path, tmp_path: Path, monkeypatch):
     """What it said is kept, as are the scores before; the next run asks only for the rest."""
     monkeypatch.setattr("video_ma2mba.eval.judge.Judge.__init__.__defaults__", ("", None, 2, 5.0, 0.01))
