@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
+from .mp4_index import refuse_endless_index
 
 FALLBACK_RATE = 25.0  # FFmpeg's own assumption for streams without any timing
 PLAUSIBLE_RATES = (0.1, 1000.0)
@@ -143,6 +144,7 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
         ValueError: there is not one video packet; and what `open_stream` raises.
     """
     problems: list[str] = []
+    refuse_endless_index(target, name)
     with open_stream(target, name) as (container, stream):
         time_base = float(stream.time_base or 0) or 1 / FALLBACK_RATE
         rate = float(stream.guessed_rate or stream.average_rate or 0)

@@ -1,0 +1,1 @@
+../processing/mp4_index.py
