@@ -85,7 +85,8 @@ def _table(name: str, table: Scores, frames: str) -> list[str]:
         value = f"{row.value:.{digits}f}"
         cells = [row.category, f"**{value}**" if row.category == table.headline else value, f"{row.questions:,}"]
         if paper:
-            cells += [f"{number:g}" for number in paper.get(row.category, ())] or [""] * len(headings)
+            told = [f"{number:g}" if digits == 2 else f"{number:.1f}" for number in paper.get(row.category, ())]
+            cells += told or [""] * len(headings)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -119,7 +120,7 @@ def model_index(scores: Mapping[str, Scores], about: Mapping[str, Any]) -> str:
                     EvalResult(
                         task_type=_TASK[0],
                         task_name=_TASK[1],
-                        dataset_type=name,
+                        dataset_type=BENCHMARKS[name].dataset if name in BENCHMARKS else name,
                         dataset_name=title(name),
                         dataset_config=row.category,
                         metric_type="score" if is_of_five(name, row.category) else "accuracy",

@@ -12,6 +12,7 @@ class Benchmark:
 
     Args:
         folder: of its tasks, below lmms-eval's (`own`: below ours).
+        dataset: its data set on the Hub.
         judge: whether a language model scores the answers.
         unit: what its scores are, "%" or "0-5".
     """
@@ -19,6 +20,7 @@ class Benchmark:
     name: str
     title: str
     folder: str
+    dataset: str
     judge: bool = False
     unit: str = "%"
 
@@ -26,18 +28,27 @@ class Benchmark:
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("videomme", "Video-MME", "videomme"),
-        Benchmark("videomme_w_subtitle", "Video-MME with subtitles", "videomme"),
-        Benchmark("longvideobench_val_v", "LongVideoBench, validation", "longvideobench"),
-        Benchmark("longvideobench_val_i", "LongVideoBench, validation, frames and subtitles", "longvideobench"),
-        Benchmark("mvbench", "MVBench", "mvbench"),
-        Benchmark("activitynetqa", "ActivityNet-QA", "activitynetqa", judge=True),
-        Benchmark("videochatgpt", "Video-ChatGPT (VCG)", "videochatgpt", judge=True, unit="0-5"),
-        Benchmark("lvbench", "LVBench", "lvbench"),
-        Benchmark("mlvu_dev", "MLVU, dev", "mlvu"),
-        Benchmark("longtimescope", "LongTimeScope", "longtimescope"),
-        Benchmark("videomme_v2", "Video-MME-v2", "videomme_v2"),
-        Benchmark("rendered_world", "Rendered world", "own"),
+        Benchmark("videomme", "Video-MME", "videomme", "lmms-eval/Video-MME"),
+        Benchmark("videomme_w_subtitle", "Video-MME with subtitles", "videomme", "lmms-eval/Video-MME"),
+        Benchmark(
+            "longvideobench_val_v", "LongVideoBench, validation", "longvideobench", "longvideobench/LongVideoBench"
+        ),
+        Benchmark(
+            "longvideobench_val_i",
+            "LongVideoBench, validation, frames and subtitles",
+            "longvideobench",
+            "longvideobench/LongVideoBench",
+        ),
+        Benchmark("mvbench", "MVBench", "mvbench", "OpenGVLab/MVBench"),
+        Benchmark("activitynetqa", "ActivityNet-QA", "activitynetqa", "lmms-eval/ActivityNetQA", judge=True),
+        Benchmark(
+            "videochatgpt", "Video-ChatGPT (VCG)", "videochatgpt", "lmms-eval/VideoChatGPT", judge=True, unit="0-5"
+        ),
+        Benchmark("lvbench", "LVBench", "lvbench", "lmms-eval/LVBench"),
+        Benchmark("mlvu_dev", "MLVU, dev", "mlvu", "sy1998/MLVU_dev"),
+        Benchmark("longtimescope", "LongTimeScope", "longtimescope", "Apollo-LMMs/LongTimeScope2"),
+        Benchmark("videomme_v2", "Video-MME-v2", "videomme_v2", "MME-Benchmarks/Video-MME-v2"),
+        Benchmark("rendered_world", "Rendered world", "own", "video-ma2mba-world"),
     )
 }
 PAPER = ("videomme", "longvideobench_val_v", "mvbench", "activitynetqa", "videochatgpt")

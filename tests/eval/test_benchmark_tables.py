@@ -92,7 +92,7 @@ def test_the_papers_tables(in_bench: Path, answers: Path, tmp_path: Path):
         "| 900-3600 s | 0.0 | 1 | 28.5 | 34.1 | 38.5 |",
         "| moving_count | 50.0 | 2 |  |  |  |",
         "| all | **95.0** | 40 | 41.1 | 44.4 | 48.3 |",
-        "| accuracy | **75.0** | 4 | 43.8 | 50 | 51.7 |",
+        "| accuracy | **75.0** | 4 | 43.8 | 50.0 | 51.7 |",
         "| score | 4.00 | 4 | 3.2 | 3.1 | 3.4 |",
         "| consistency | 2.33 | 3 |  |  |  |",
         "| all | **3.27** | 15 | 2.69 | 2.76 | 3.03 |",
@@ -114,9 +114,11 @@ def _check_model_index(path: Path) -> None:
     _, entries = model_index_to_eval_results(yaml.safe_load(path.read_text())["model-index"])
     assert data.eval_results is not None and len(entries) == sum(map(len, EXPECTED.values()))
     found = {(entry.dataset_type, entry.dataset_config): (entry.metric_type, entry.metric_value) for entry in entries}
-    assert found["videomme", "all"] == ("accuracy", 88.8889)
-    assert found["activitynetqa", "score"] == ("score", 4.0)
-    assert "judge gpt-3.5-turbo-0125" in next(e.metric_name for e in entries if e.dataset_type == "videochatgpt")
+    assert found["lmms-eval/Video-MME", "all"] == ("accuracy", 88.8889)
+    assert found["lmms-eval/ActivityNetQA", "score"] == ("score", 4.0)
+    assert "judge gpt-3.5-turbo-0125" in next(
+        e.metric_name for e in entries if e.dataset_type == "lmms-eval/VideoChatGPT"
+    )
 
 
 @pytest.mark.parametrize(
