@@ -1,9 +1,12 @@
 """Sources: files, pipes, growing files, addresses that break off, are silent, or are gone."""
 
 import os
+import socket
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,40 @@ def test_a_live_stream_that_breaks_off_has_a_gap(grey_video, serve):
     assert report.gap_seconds == pytest.approx(seconds[4] - 3.5, abs=1e-6) and report.reconnects == 1
     assert events(report) == ["broke off", "connected again", "broke off", "given up", "ended"]
     assert report.breaks == 2
+
+
+SEND_RTSP = """
+import sys, time, av, numpy as np
+for attempt in range(100):
+    try:
+        with av.open(sys.argv[1], "w", format="rtsp", options={"rtsp_transport": "tcp"}) as container:
+            stream = container.add_stream("libx264", rate=10, options={"g": "1", "bf": "0", "tune": "zerolatency"})
+            stream.width = stream.height = 64
+            for number in range(15):
+                picture = np.full((64, 64, 3), number * 8, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                time.sleep(0.1)
+        break
+    except ConnectionRefusedError:  # nobody listens yet
+        time.sleep(0.1)
+"""
+
+
+def test_a_camera_that_speaks_rtsp():
+    """The camera calls here, which FFmpeg calls listening; from then on it is RTSP as anywhere."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"rtsp://127.0.0.1:{free.getsockname()[1]}/live"
+    found = find_source(address)
+    source = replace(found, options={**found.options, "rtsp_flags": "listen", "listen_timeout": "20"})
+    with subprocess.Popen([sys.executable, "-c", SEND_RTSP, address]) as camera:
+        try:
+            numbers, seconds, report = watch(source, 2.0, Patience(connect=20, data=1, retries=0))
+        finally:
+            camera.kill()
+    assert 12 <= report.frames_seen <= 15 and len(numbers) >= 2
+    assert np.allclose(np.diff(numbers), 5, atol=1) and np.allclose(np.diff(seconds), 0.5, atol=0.1)
+    assert events(report) == ["broke off", "given up", "ended"]
 
 
 def test_silence_is_a_break(grey_video, serve):
