@@ -51,8 +51,10 @@ class MemoryRetry:
             loss = self._attempt(model, inputs, num_items, self._choose(inputs))
         except torch.OutOfMemoryError as error:
             message = str(error)
-            if not (self.alone and self.planner is not None and self.trainer.args.oom_retry):
+            if self.planner is None or not self.trainer.args.oom_retry:
                 raise
+            if not self.alone:
+                raise torch.OutOfMemoryError(self._advice(inputs, message)) from error
         else:
             self._done.append(inputs)
             return loss
@@ -91,6 +93,15 @@ class MemoryRetry:
         self._random = (torch.get_rng_state(), gpu)
         self._metrics = {name: len(values) for name, values in self.trainer._metrics["train"].items()}
         self._tokens = self.trainer._total_train_tokens
+
+    def _advice(self, inputs: dict[str, Any], message: str) -> str:
+        smaller = self.planner.smaller(inputs)
+        then = (
+            f"the next smaller plan, {smaller}, takes {smaller.step_bytes / 1e9:.1f} GB"
+            if smaller
+            else "none is smaller"
+        )
+        return f"with several processes a step is not repeated; {then}: set memory_budget below that. {message}"
 
     def _again(self, model: nn.Module, inputs: dict[str, Any], num_items: Any, message: str) -> Tensor:
         failed = self.planner.last

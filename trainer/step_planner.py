@@ -6,6 +6,7 @@ vision tower counted in. Shapes: B batch, S tokens, F frames.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,7 +66,7 @@ class StepPlanner:
         self.model, self.base, self.settings = model, model.model, settings
         self.stack = self.base.language_model
         self.last: StepPlan | None = None
-        self._share = 1.0  # of the GPU's limit that may be planned with
+        self._ceiling = math.inf  # bytes that no step may be planned to take, since one ran out of memory
         self._known: dict[Any, StepPlan] = {}
         self._vision = self._vision_facts()
         before_stack = (self.base.get_input_embeddings(), *self._vision_parts())
@@ -108,7 +109,7 @@ class StepPlanner:
         """What the step may take now."""
         device = self.stack.norm_f.weight.device
         limits = step_limits(self.settings, self.model, device, self.stack.engine.last_host_bytes)
-        return replace(limits, gpu=limits.gpu * self._share)
+        return replace(limits, gpu=min(limits.gpu, self._ceiling))
 
     def choose(self, inputs: Mapping[str, Any]) -> StepPlan | None:
         """The way to run this batch; None leaves it to the engine (which says what would fit where nothing does)."""
@@ -151,13 +152,13 @@ class StepPlanner:
     def smaller(self, inputs: Mapping[str, Any]) -> StepPlan | None:
         """After a step that ran out of memory: the fastest way that takes clearly less; None if there is none.
 
-        Later steps are planned with a smaller share of the memory, too: the predictions are too low here.
+        Later steps keep below that, too.
         """
         if self.last is None or self.settings.fixed_plan(len(self.stack.layers), inputs["input_ids"].shape[1]):
             return None
-        limits = replace(self.limits(), gpu=_SMALLER * self.last.step_bytes, allocated=0)
-        self._share *= _SMALLER
+        self._ceiling = _SMALLER * self.last.step_bytes
         self._known.clear()
+        limits = replace(self.limits(), allocated=0)
         job = self.describe(inputs)
         self.last = self._without_recomputation(job, limits) or self._with_recomputation(job, limits)
         return self.last

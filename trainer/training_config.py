@@ -56,6 +56,8 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
     license: str | None = _option(None, "Licence of the result, for the model card, such as apache-2.0.")
 
     def __post_init__(self) -> None:
+        if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            self.use_cpu = True  # or processes that torchrun started would not find together
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
         for name, remedy in _OTHER_DEFAULTS.items():
