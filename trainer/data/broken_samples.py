@@ -24,7 +24,8 @@ class BrokenSamples:
     """What was wrong with samples: counted in memory that worker processes share, listed in a file they append to.
 
     Kinds: "broken" (left out), "damaged" (used, but parts of a video could not be read), "thinned" (fewer frames than
-    asked for, to keep within `max_length`), "shortened" (last turns left out, for the same reason).
+    asked for, to keep within `max_frames` or `max_length`; only counted), "shortened" (last turns left out, for
+    `max_length`).
 
     Args:
         path: JSONL file, one object a line: `kind`, `id`, `source`, `error`. It is continued, not begun anew; a sample
@@ -63,11 +64,9 @@ class BrokenSamples:
         """How often each kind came up, in all workers; the same sample counts again in the next epoch."""
         return {name: self._count(name) for name in _COUNTS}
 
-    def _add(self, name: str) -> None:
+    def count(self, name: str) -> None:
+        """Count a sample that was met ("seen") or that is of some kind, without listing it."""
         self._counts[os.getpid() % _PLACES, _COUNTS.index(name)] += 1
-
-    def count_seen(self) -> None:
-        self._add("seen")
 
     def add(self, kind: str, row: dict[str, Any], error: str, counts: bool = True) -> None:
         """List one sample, and count it unless it was no draw of its own.
@@ -76,7 +75,7 @@ class BrokenSamples:
             TooManyBrokenError: more than `limit_share` of the samples are broken by now.
         """
         if counts:
-            self._add(kind)
+            self.count(kind)
         name = str(row.get("id", ""))
         if (kind, name) not in self._listed:
             self._listed.add((kind, name))

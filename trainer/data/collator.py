@@ -82,7 +82,7 @@ class VideoChatCollator:
     def _encode(self, row: dict[str, Any], drawn: bool = True) -> Sample | None:
         """A sample, or None for a broken row; rows that were not drawn but stand in for others are not counted."""
         if drawn:
-            self.report.count_seen()
+            self.report.count("seen")
         try:
             sample = encode_row(self.processor, row, self.settings)
         except Exception as error:  # of any kind: files can be damaged in ways that nobody has thought of
@@ -98,7 +98,7 @@ class VideoChatCollator:
         if sample.dropped_turns:
             self.report.add("shortened", row, f"max_length: its last {sample.dropped_turns} turns are left out")
         elif sum(sample.frames) < sample.wanted_frames and not sample.notes:
-            self.report.add("thinned", row, f"{sum(sample.frames)} of {sample.wanted_frames} frames are looked at")
+            self.report.count("thinned")
         return sample
 
     def _replacement(self, rows: Sequence[dict[str, Any]]) -> Sample:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ...processing.video_decoding import open_stream
 from .sample_encoding import EncodingSettings, conversation_of, lay_out, media_of
 
-_DEFAULT_SECONDS = 60.0  # of a video that does not say how long it is
+_DEFAULT_SECONDS = 60.0  # of a video that does not say how long it is, or is an address
 _RATE = 30.0  # frames per second of a video that does not say
 _RATES = (0.01, 1000.0)
 Timing = tuple[float, float]
@@ -108,12 +108,18 @@ def _frames(processor: Any, part: dict[str, Any], settings: EncodingSettings, ti
         return 1
     source = part["video"]
     window = {"start": part.get("start"), "end": part.get("end")}
+    if isinstance(source, str) and "://" in source:
+        return _of_timing(processor, (_DEFAULT_SECONDS, _RATE), window, settings)
     if not isinstance(source, str) or not os.path.isfile(source):  # frames in memory, folders: counted as they are
         options = {"fps": settings.fps, "num_frames": settings.num_frames}
         return processor.video_processor.open(source, **options, **window).expected_frames
     timing = timings.timing(source)
     if timing is None:
         raise ValueError(f"{source} cannot be opened")
+    return _of_timing(processor, timing, window, settings)
+
+
+def _of_timing(processor: Any, timing: Timing, window: dict[str, Any], settings: EncodingSettings) -> int:
     duration, rate = timing
     sampling = processor.video_processor.sampling(fps=settings.fps, num_frames=settings.num_frames, **window)
-    return len(sampling.choose(np.arange(max(1, round(duration * rate))) / rate, duration, source))
+    return len(sampling.choose(np.arange(max(1, round(duration * rate))) / rate, duration, "the video"))

@@ -202,24 +202,29 @@ def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, 
     messages = conversation_of(row)
     readers = open_media(processor, messages, settings)
     layout = lay_out(processor, messages, [reader.expected_frames for reader in readers], settings)
-    pixels, frames, notes = [], [], []
+    pixels, place = None, 0
+    if keep_pixels and layout.frames:  # an hour is a gigabyte: frames go where they belong, and are never copied
+        size = processor.video_processor.size
+        pixels = torch.empty(sum(layout.frames), 3, size["height"], size["width"], dtype=torch.uint8)
+    frames, notes = [], []
     for reader, count in zip(readers, layout.frames, strict=False):
         if count < reader.expected_frames:
             reader = reader.resampled(num_frames=count)
+        before = place
         with reader:
-            if keep_pixels:
-                pixels.append(torch.from_numpy(reader.read().pixels).permute(0, 3, 1, 2))
-                frames.append(len(pixels[-1]))
-            else:
-                frames.append(sum(len(chunk) for chunk in reader.chunks()))
+            for chunk in reader.chunks():
+                if pixels is not None:
+                    pixels[place : place + len(chunk)] = torch.from_numpy(chunk.pixels).permute(0, 3, 1, 2)
+                place += len(chunk)
+        frames.append(place - before)
         if frames[-1] < LEAST_DECODED * count:
             raise ValueError(f"{reader.name}: only {frames[-1]} of {count} frames could be decoded")
         notes += [note for note in reader.warnings if note not in notes]
-    return assemble(processor, layout, pixels, frames, notes)
+    return assemble(processor, layout, None if pixels is None else pixels[:place], frames, notes)
 
 
 def assemble(
-    processor: Any, layout: Layout, pixels: list[torch.Tensor], frames: list[int], notes: list[str]
+    processor: Any, layout: Layout, pixels: torch.Tensor | None, frames: list[int], notes: list[str]
 ) -> Sample:
     """Repeat each placeholder for the frames that were read, and label what the assistant wrote."""
     ids, written = torch.tensor(layout.tokens), torch.tensor(layout.written)
@@ -232,7 +237,7 @@ def assemble(
     return Sample(
         input_ids=ids,
         labels=torch.where(learnt, ids, IGNORED_LABEL),
-        pixels=torch.cat(pixels).contiguous() if pixels else None,
+        pixels=pixels,
         frames=frames,
         wanted_frames=layout.wanted_frames,
         dropped_turns=layout.dropped_turns,
