@@ -184,3 +184,14 @@ def test_wheel_holds_the_package(wheel_names: set[str]):
 def test_wheel_leaves_the_repository_out(wheel_names: set[str]):
     folders = {name.split("/")[1] for name in wheel_names if name.startswith("video_ma2mba/")}
     assert not folders & {"tests", "benchmarks", "docs", "examples", "Makefile", ".ci"}
+
+
+def test_registration_waits_for_transformers_itself():
+    """Other packages only look whether transformers is there (accelerate does, from TRL): that must not use it up."""
+    code = (
+        "import video_ma2mba, importlib.util\n"
+        "assert importlib.util.find_spec('transformers') is not None\n"
+        "import transformers\n"
+        "assert 'video_ma2mba' in transformers.CONFIG_MAPPING"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
