@@ -60,7 +60,7 @@ def score(benchmark: str, samples: Samples, results: Mapping[str, Mapping[str, A
     table = _TABLES.get(benchmark, _any_task)(samples, results)
     table.empty = sum(not answer_of(sample) for rows in samples.values() for sample in rows)
     if table.empty:
-        table.notes.append(f"{table.empty} answers are empty and count as wrong.")
+        table.notes.append(f"Empty answers, which count as wrong: {table.empty}.")
     table.harness = {f"{task}/{name}": value for task, name, value in _metrics(results)}
     return table
 
@@ -98,7 +98,7 @@ def _longvideobench(samples: Samples, results: Any) -> Scores:
         said = parse_multi_choice_response(answer_of(sample), ["?"], {})  # "?" is what it would draw at random
         unclear += said == "?"
         pairs.append((_LVB_GROUPS.get(int(row["duration_group"]), str(row["duration_group"])), said == row["answer"]))
-    notes = _unclear(unclear, "; lmms-eval draws an option at random for them")
+    notes = _unclear(unclear, " (lmms-eval draws an option for them)")
     return Scores(_shares(pairs, tuple(_LVB_GROUPS.values())), notes=notes)
 
 
@@ -215,4 +215,4 @@ def _metrics(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, f
 
 
 def _unclear(count: int, more: str = "") -> list[str]:
-    return [f"{count} answers name no option and count as wrong{more}."] if count else []
+    return [f"Answers that name no option and count as wrong: {count}{more}."] if count else []

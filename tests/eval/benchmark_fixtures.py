@@ -63,6 +63,7 @@ def build(root: Path) -> Path:
     _mvbench(root)
     _activitynet(root)
     _videochatgpt(root)
+    _newer(root)
     return root
 
 
@@ -193,3 +194,25 @@ def _videochatgpt(root: Path) -> None:
     for kind in ("Generic", "Temporal", "Consistency"):
         configs.append(f"- config_name: {kind}\n  data_files:\n  - split: test\n    path: {kind}/*.parquet\n")
     (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+
+
+def _newer(root: Path) -> None:
+    """LVBench, MLVU, LongTimeScope and Video-MME-v2: four questions each, answered A, B, C and D, about two videos."""
+    tables: dict[str, list[dict[str, Any]]] = {"lvbench": [], "mlvu": [], "longtimescope": [], "videomme_v2": []}
+    for number, letter in enumerate("ABCD"):
+        name, asked = f"long{number // 2}.mp4", f"newer question {number}?"
+        tables["lvbench"].append({"video_path": name, "question": asked, "answer": letter})
+        kind = ("ego", "ego", "ego", "needle")[number]
+        tables["mlvu"].append({"video_name": name, "question": asked, "answer": letter, "task_type": kind})
+        row = {"id": f"{number}", "type": "QA", "length": 60 if number < 2 else 600, "video": name, "input": asked}
+        tables["longtimescope"].append({**row, "answer": letter})
+        row = {"video_id": "long0", "question_id": f"001-{number + 1}", "question": asked, "answer": letter}
+        row |= {"options": "A. a\nB. b\nC. c\nD. d", "group_type": "relevance", "group_structure": "", "level": 1}
+        tables["videomme_v2"].append({**row, "second_head": "x", "third_head": "y"})
+    places = {"lvbench": ("lmms-eval/LVBench", "train"), "mlvu": ("sy1998/MLVU_dev", "test")}
+    places |= {"longtimescope": ("Apollo-LMMs/LongTimeScope2", "test")}
+    places |= {"videomme_v2": ("MME-Benchmarks/Video-MME-v2", "test")}
+    for home, (dataset, split) in places.items():
+        parquet(root / dataset / f"data/{split}-00000-of-00001.parquet", tables[home])
+        for place in range(2):
+            video(root / f"hf_home/{home}/long{place}.mp4", 4, place)

@@ -98,8 +98,8 @@ def test_the_papers_tables(in_bench: Path, answers: Path, tmp_path: Path):
         "| all | **3.27** | 15 | 2.69 | 2.76 | 3.03 |",
     ):
         assert line in page, line
-    assert "1 answers name no option and count as wrong; lmms-eval draws an option at random for them." in page
-    assert "1 answers are empty and count as wrong." in page
+    assert "Answers that name no option and count as wrong: 1 (lmms-eval draws an option for them)." in page
+    assert "Empty answers, which count as wrong: 1." in page
     assert (out / "chart.png").stat().st_size > 20_000
     _check_model_index(out / "model_index.yaml")
 
@@ -174,40 +174,18 @@ def test_without_a_judge_answers_are_collected_only(in_bench: Path, answers: Pat
     assert (out / "model_index.yaml").read_text() == ""
 
 
-def test_newer_long_video_tasks_are_scored(tmp_path: Path):
-    """Tables of the tasks whose data are not copied here, from samples as their own functions make them."""
-    from lmms_eval.tasks.longtimescope.utils import timescope_process_results
-    from lmms_eval.tasks.lvbench.utils import lvbench_process_results
-    from lmms_eval.tasks.mlvu.utils import mlvu_process_results
-    from lmms_eval.tasks.videomme_v2 import utils as v2
-
-    from video_ma2mba.eval.benchmark_scores import score
-
-    def samples(task, process, docs, said):
-        rows = [{"filtered_resps": [text], **process(doc, [text])} for doc, text in zip(docs, said, strict=True)]
-        return {task: rows}
-
-    def rows(benchmark, found, results=None):
-        return {row.category: row.value for row in score(benchmark, found, results or {}).rows}
-
-    docs = [{"answer": letter} for letter in "ABCD"]
-    assert rows("lvbench", samples("lvbench", lvbench_process_results, docs, ["A", "(B)", "A", ""])) == {"all": 50}
-    docs = [{"answer": "A", "question": "?", "task_type": kind} for kind in ("ego", "ego", "needle")]
-    found = rows("mlvu_dev", samples("mlvu_dev", mlvu_process_results, docs, ["A", "B", "A"]))
-    assert found == {"ego": 50, "needle": 100, "all": 75}
-    docs = [
-        {"id": n, "type": "QA", "length": length, "video": "v", "answer": "C"} for n, length in enumerate((600, 60))
-    ]
-    found = rows("longtimescope", samples("longtimescope", timescope_process_results, docs, ["C", "D"]))
-    assert list(found.items()) == [("60 s", 0), ("600 s", 100), ("all", 50)]
-    docs = [
-        {"video_id": "v", "question_id": f"v-{n}", "group_type": "relevance", "group_structure": "[1,2,3,4]"}
-        | {"level": 1, "answer": "H", "options": "A. a\nH. h"}
-        for n in range(1, 5)
-    ]
-    found = samples("videomme_v2", v2.videomme_v2_process_results, docs, ["H", "H", "A", "H"])
-    values = [row["videomme_v2_overall_score"] for row in found["videomme_v2"]]
-    metrics = {"videomme_v2_overall_score,none": v2.videomme_v2_aggregate_overall_score(values)}
-    metrics["videomme_v2_overall_acc,none"] = v2.videomme_v2_aggregate_overall_acc(values)
-    table = rows("videomme_v2", found, {"videomme_v2": metrics})
-    assert table["overall acc"] == pytest.approx(75) and table["overall score"] == pytest.approx(100 * (3 / 4) ** 2)
+def test_newer_tasks_of_long_videos(in_bench: Path, tmp_path: Path):
+    """Right are A, B and D; the third of four questions is answered with D instead of C."""
+    said = ["A", "(B)", "D", "D"]
+    tasks = ("lvbench", "mlvu_dev", "longtimescope", "videomme_v2")
+    path, out = tmp_path / "recorded.jsonl", tmp_path / "out"
+    lines = [{"task": task, "doc_id": n, "answer": text} for task in tasks for n, text in enumerate(said)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run("--tasks", "long", "--replay", path, "--data", in_bench, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert table(out, "lvbench") == {"all": 75}
+    assert table(out, "mlvu_dev") == pytest.approx({"ego": 200 / 3, "needle": 100, "all": (200 / 3 + 100) / 2})
+    assert list(table(out, "longtimescope").items()) == [("60 s", 100), ("600 s", 50), ("all", 75)]
+    newest = table(out, "videomme_v2")
+    assert newest["overall acc"] == newest["level 1 acc"] == 75
+    assert newest["overall score"] == newest["relevance score"] == pytest.approx(100 * (3 / 4) ** 2)

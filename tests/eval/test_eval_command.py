@@ -45,7 +45,10 @@ BAD_INPUT = {
     "no frames": (["--tasks", "videomme", "--num-frames", "0"], "num_frames=0"),
     "out is a file": (["--tasks", "videomme", "--out", "FILE"], "is a file"),
     "data is no folder": (["--tasks", "videomme", "--data", "FILE"], "is no folder"),
-    "data set that is not there": (["--tasks", "lvbench"], "the data of task lvbench cannot be loaded"),
+    "data set that is not there": (
+        ["--tasks", "gone", "--include", "TASKS"],
+        "the data of task gone cannot be loaded",
+    ),
     "unknown model": (["--tasks", "videomme", "--model", "no/such/model"], "no/such/model"),
     "no recorded answers": (["--tasks", "videomme", "--replay", "none.jsonl"], "--replay none.jsonl"),
     "recorded answers of another task": (["--tasks", "videomme", "--replay", "FILE"], "9 questions have no recorded"),
@@ -60,7 +63,10 @@ def test_bad_input_is_one_line_and_code_2(
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)  # the harness tries to load data five times
     (tmp_path / "file").write_text('{"task": "mvbench_state_change", "doc_id": 0, "answer": "A"}\n')
     arguments, message = BAD_INPUT[case]
-    given = [str(tmp_path / "file") if word == "FILE" else word for word in arguments]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/gone.yaml").write_text("task: gone\ndataset_path: no/such-data\ntest_split: test\n")
+    places = {"FILE": str(tmp_path / "file"), "TASKS": str(tmp_path / "tasks")}
+    given = [places.get(word, word) for word in arguments]
     for option, value in (("--out", tmp_path / "out"), ("--data", in_bench), ("--model", tiny_checkpoint)):
         if option not in given:
             given += [option, str(value)]
