@@ -93,9 +93,10 @@ def serve_page(folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | N
         if error.name != "gradio":
             raise
         raise ImportError("the page needs gradio: pip install 'video-ma2mba[demo]'", name="gradio") from None
+    from video_ma2mba.hub_cards.relevance_strip import relevance_strip
     from video_ma2mba.hub_cards.space.web.about import about_model
     from video_ma2mba.hub_cards.space.web.examples import load_examples
 
     about = f"{about_model(Path(pipe.model.name_or_path))} It runs on this machine; nothing leaves it."
-    page = build_page(pipe, load_examples(folder), "Ask a video", about)
+    page = build_page(pipe, load_examples(folder), "Ask a video", about, relevance_strip)
     serve(page, server_name="127.0.0.1", server_port=port)

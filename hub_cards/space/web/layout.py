@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ _DOWNLOAD = "() => setTimeout(() => document.querySelector('#state_link')?.click
 _log = logging.getLogger(__name__)
 
 
-def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr.Blocks:
+def build_page(
+    pipe: Any, examples: list[Example], title: str, about: str, strip: Callable[..., list[Any]] | None = None
+) -> gr.Blocks:
     """The page over a question-answering pipeline; `launch(css=STYLE, theme=THEME)` serves it.
 
     Args:
         pipe: of `pipeline("video-question-answering")`, by this package or by a checkpoint's own code.
         examples: videos to pick, with questions to try.
         title: heading. about: Markdown below it.
+        strip: `strip(pipe, video, question, answer, fps, report)` gives the frames of a filmstrip of relevance (for
+            `markup.filmstrip`) and calls `report(sentence)` as it goes on; None: the page has no such button.
     """
     scratch = tempfile.mkdtemp(prefix="video_states_")
     by_label = {example.label: example for example in examples}
@@ -64,7 +68,9 @@ def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr
                     ask = gr.Button("Ask", size="md", variant="primary", min_width=80)
                     stop_answer = gr.Button("Stop", size="md", interactive=False, min_width=80)
                     forget = gr.Button("Start over", size="md", min_width=120)
+                where = gr.Button("Where in the video is that?", size="md", visible=strip is not None)
                 answering = gr.HTML(elem_classes="notes")
+                shown = gr.HTML()
         with gr.Accordion("State file: keep what was read, or go on from it", open=False):
             with gr.Row():
                 save = gr.Button("Download the state", size="md", min_width=200)
@@ -84,7 +90,7 @@ def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr
                 reports = now.read(pipe, path, per_second)
                 for seen, expected in reports:
                     yield {reading: markup.progress(seen, expected)}
-                yield {reading: markup.note(markup.what_was_read(now)), chat: [], answering: ""}
+                yield {reading: markup.note(markup.what_was_read(now)), chat: [], answering: "", shown: ""}
             except Exception as error:
                 yield {reading: _said(error)}
             yield {stop_reading: gr.Button(interactive=False), session: now}
@@ -106,6 +112,16 @@ def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr
                 yield {chat: now.messages, answering: _said(error)}
             yield {stop_answer: gr.Button(interactive=False), session: now}
 
+        def on_where(now: Session) -> Iterator[dict[Any, Any]]:
+            yield {shown: "", answering: markup.note("Looking …"), stop_answer: gr.Button(interactive=True)}
+            try:
+                for said in now.explain(pipe, strip):
+                    yield {answering: markup.note(said)}
+                yield {shown: markup.filmstrip(now.strip, *now.last_answer()), answering: ""}
+            except Exception as error:
+                yield {answering: _said(error)}
+            yield {stop_answer: gr.Button(interactive=False), session: now}
+
         def on_save(now: Session) -> dict[Any, Any]:
             try:
                 file = now.save(scratch)
@@ -118,26 +134,30 @@ def build_page(pipe: Any, examples: list[Example], title: str, about: str) -> gr
                 now.open(pipe, path)
             except Exception as error:
                 return {filed: _said(error)}
-            return {filed: markup.note(markup.what_was_read(now)), chat: now.messages, session: now}
+            return {filed: markup.note(markup.what_was_read(now)), chat: now.messages, shown: "", session: now}
 
         def on_forget(now: Session) -> dict[Any, Any]:
             now.messages = []
-            return {chat: [], answering: "", session: now}
+            return {chat: [], answering: "", shown: "", session: now}
 
         def on_stop(now: Session) -> None:
             now.stopped = True
 
         picked.input(on_pick, picked, [video, tries, reading], api_name="pick")
-        reports = [reading, chat, answering, stop_reading, session]
+        reports = [reading, chat, answering, shown, stop_reading, session]
         read.click(on_read, [session, video, fps], reports, api_name="read", **_ONE_AT_A_TIME)
-        asking = [chat, question, answering, stop_answer, session]
+        asking = [chat, question, answering, shown, stop_answer, session]
         gr.on([ask.click, question.submit], on_ask, [session, question], asking, api_name="ask", **_ONE_AT_A_TIME)
         tries.click(lambda sample: sample[0], tries, question, api_name=False).then(
             on_ask, [session, question], asking, api_name=False, **_ONE_AT_A_TIME
         )
+        if strip is not None:
+            where.click(
+                on_where, session, [shown, answering, stop_answer, session], api_name="where", **_ONE_AT_A_TIME
+            )
         save.click(on_save, session, [filed, link], api_name="save").success(None, js=_DOWNLOAD)
-        opened.upload(on_open, [session, opened], [filed, chat, session], api_name="open")
-        gr.on([forget.click, chat.clear], on_forget, session, [chat, answering, session], api_name="forget")
+        opened.upload(on_open, [session, opened], [filed, chat, shown, session], api_name="open")
+        gr.on([forget.click, chat.clear], on_forget, session, [chat, answering, shown, session], api_name="forget")
         for button in (stop_reading, stop_answer):
             button.click(on_stop, session, queue=False, api_name=False)
     return page

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -31,6 +34,33 @@ def what_was_read(session: Any) -> str:
     took = f" in {session.seconds:.1f} s" if session.video else ""
     of = f" of {float(seen['seconds']):g} s of video" if "seconds" in seen else ""
     return f"{int(seen.get('frames', 0)):,} frames{of} read{took}; kept in {size(session.state.nbytes)}. Now ask."
+
+
+def filmstrip(frames: Sequence[Any], question: str, answer: str) -> str:
+    """Pictures in the order of the video, each over a bar for its part of it.
+
+    Args:
+        frames: with `second`, `value` and `picture` (a PIL image) each.
+    """
+    largest = max((abs(frame.value) for frame in frames), default=0.0) or 1.0
+    best = max(frames, key=lambda frame: frame.value)
+    items = []
+    for frame in frames:
+        raw = io.BytesIO()
+        frame.picture.convert("RGB").save(raw, "JPEG", quality=80)
+        source = base64.b64encode(raw.getvalue()).decode()
+        kind = ' class="best"' if frame is best and frame.value > 0 else ""
+        side, share = ("for" if frame.value >= 0 else "against"), round(100 * abs(frame.value) / largest)
+        items.append(
+            f'<li{kind}><img src="data:image/jpeg;base64,{source}" '
+            f'alt="Second {frame.second:.0f}: {share} % of the strongest, {side} the answer">'
+            f'<span class="bar {side}" style="width: {share}%"></span>{frame.second:.0f} s</li>'
+        )
+    return (
+        f'<figure class="filmstrip"><figcaption>What speaks for “{html.escape(answer)}” as the answer to '
+        f"“{html.escape(question)}” (integrated gradients of its log-probability; grey: against it)</figcaption>"
+        f"<ol>{''.join(items)}</ol></figure>"
+    )
 
 
 def size(nbytes: int) -> str:

@@ -24,7 +24,8 @@ class Session:
         state: the `VideoState`; None before a video is read.
         messages: questions and answers since then, as chat messages.
         video: path of the video on this machine while it is known (not after opening a state file).
-        seconds: that reading it took.
+        fps: frames read per second of it. seconds: that reading it took.
+        strip: frames of the last filmstrip.
         stopped: set to end a reading or an answer that is under way.
     """
 
@@ -32,7 +33,9 @@ class Session:
         self.state: Any = None
         self.messages: list[dict[str, str]] = []
         self.video: str | None = None
+        self.fps = 1.0
         self.seconds = 0.0
+        self.strip: list[Any] = []
         self.stopped = False
 
     def read(self, pipe: Any, video: str, fps: float) -> Iterator[tuple[int, int | None]]:
@@ -50,7 +53,7 @@ class Session:
             lambda report: pipe.read(video, fps=fps, on_frames=lambda seen, expected=None: report((seen, expected))),
             lambda: self.stopped,
         )
-        self.state, self.messages, self.video = state, [], video
+        self.state, self.messages, self.video, self.fps = state, [], video, fps
         self.seconds = time.perf_counter() - began
 
     def ask(self, pipe: Any, question: str) -> Iterator[str]:
@@ -75,6 +78,38 @@ class Session:
 
         answer = yield from latest_reports(work, lambda: self.stopped)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def last_answer(self) -> tuple[str, str]:
+        """The last question and its answer.
+
+        Raises:
+            ValueError: nothing was asked yet.
+        """
+        if not self.messages:
+            raise ValueError("ask a question first")
+        question, answer = (message["content"] for message in self.messages[-2:])
+        return question, answer
+
+    def explain(self, pipe: Any, strip: Any) -> Iterator[str]:
+        """Put into `self.strip` what speaks for the last answer, to its question asked on its own.
+
+        Args:
+            strip: `strip(pipe, video, question, answer, fps, report)`, see `build_page`.
+
+        Yields:
+            How far it is.
+
+        Raises:
+            ValueError: there is no answer yet, or no video beside the state.
+        """
+        question, answer = self.last_answer()
+        if self.video is None:
+            raise ValueError("a state file holds no pictures: read the video to see where the answer comes from")
+        self.stopped = False
+        video, fps = self.video, self.fps
+        self.strip = yield from latest_reports(
+            lambda report: strip(pipe, video, question, answer, fps, report), lambda: self.stopped
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write state and conversation into a new folder inside `folder`, as `video-ma2mba ask` writes and reads them.

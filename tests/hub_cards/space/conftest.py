@@ -18,6 +18,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     pytest.importorskip("gradio")
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("uploads"))
     from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.hub_cards.relevance_strip import relevance_strip
     from video_ma2mba.hub_cards.space.web.examples import load_examples
     from video_ma2mba.hub_cards.space.web.layout import build_page, serve
 
@@ -29,7 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         return read(video, **settings)
 
     pipe.read = counted
-    page = build_page(pipe, load_examples(EXAMPLES), "Ask a video", "Tested.")
+    page = build_page(pipe, load_examples(EXAMPLES), "Ask a video", "Tested.", relevance_strip)
     serve(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     yield SimpleNamespace(url=page.local_url, readings=readings)
     page.close()

@@ -1,5 +1,6 @@
 """The page's calls, as a program makes them: reading, asking, the state file, and what goes wrong."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def read(client, video: Path = VIDEO, fps: float = 1.0) -> list[str]:
     job = client.submit(gradio_client.handle_file(str(video)), fps, api_name="/read")
     job.result(timeout=60)
     return [output[0] for output in job.outputs() if isinstance(output[0], str)]  # the others change something else
+
+
+def where(client) -> tuple[str, str]:
+    """The filmstrip, and what the page says."""
+    job = client.submit(api_name="/where")
+    job.result(timeout=120)
+    strips = [strip for strip, *_ in job.outputs() if isinstance(strip, str)]
+    said = [said for _, said, *_ in job.outputs() if isinstance(said, str)]
+    return strips[-1], said[-1]
 
 
 def ask(client, question: str) -> tuple[list[str], str]:
@@ -93,3 +103,23 @@ def test_a_failed_reading_keeps_what_was_read_before(client, tmp_path: Path):
     assert ask(client, question)[0] == [question, answer] * 2
     client.predict(api_name="/forget")
     assert ask(client, question)[0] == [question, answer]
+
+
+def test_the_filmstrip_marks_the_second_that_the_answer_rests_on(client, monkeypatch):
+    monkeypatch.setattr("video_ma2mba.hub_cards.relevance_strip._STEPS", 2)
+    read(client, VIDEO.with_name("000001.mp4"))
+    assert "ask a question first" in alert(where(client)[1]).lower()
+    ask(client, "Which sign did the card show?")
+    strip, said = where(client)
+    assert said == ""
+    assert strip.count("<img") == 8
+    (best,) = re.findall(r'<li class="best">.*? alt="([^"]+)"', strip)
+    assert best == "Second 5: 100 % of the strongest, for the answer"  # when the card is held up
+
+
+def test_a_state_file_has_no_filmstrip(client):
+    read(client)
+    ask(client, "Which sign did the card show?")
+    _, file = client.predict(api_name="/save")
+    client.predict(gradio_client.handle_file(file), api_name="/open")
+    assert "a state file holds no pictures" in alert(where(client)[1]).lower()
