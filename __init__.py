@@ -26,8 +26,11 @@ _MODULE_OF = {
     "convert_checkpoint": "conversion.convert_checkpoint",
     "plan": "modeling_video_ma2mba.plan_report",
     "open_video": "processing.video_reader",
+    "VideoMa2mbaTrainer": "trainer.video_trainer",
+    "VideoMa2mbaTrainingConfig": "trainer.training_config",
 }
-__all__ = ["BUNDLED_CHECKPOINT", "__version__", *sorted(_MODULE_OF)]
+# The trainer needs the extra [train], which `from video_ma2mba import *` must not ask for.
+__all__ = ["BUNDLED_CHECKPOINT", "__version__", *sorted(n for n in _MODULE_OF if "Train" not in n)]
 
 
 def __getattr__(name: str):
