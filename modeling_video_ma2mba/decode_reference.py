@@ -26,17 +26,18 @@ def add_norm(residual: Tensor, delta: Tensor | None, scale: Tensor, eps: float, 
     out.copy_(_normed(residual, scale, eps))
 
 
-def norm_linear(x: Tensor, scale: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    """out (1, M) = weight (M, D) times the RMS norm of x (1, D)."""
-    out.copy_(F.linear(_normed(x, scale, eps), weight.float()))
+def norm_linear(scaled: Tensor, squares: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """out (1, M) = weight (M, D) times an RMS norm, given as `scaled` (1, D), the vector times the norm's weight, and
+    `squares` (any number), which add up to the vector's square."""
+    out.copy_(_product(scaled, squares, weight, eps))
 
 
 def norm_linear_conv(
-    x: Tensor, scale: Tensor, weight: Tensor, eps: float, out: Tensor, conv_state: Tensor, conv_weight: Tensor,
-    conv_bias: Tensor | None, xbc: Tensor, slot: Tensor, shape: MixerShape,
+    scaled: Tensor, squares: Tensor, weight: Tensor, eps: float, out: Tensor, conv_state: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor | None, xbc: Tensor, slot: Tensor, shape: MixerShape,
 ) -> None:  # fmt: skip
     """`norm_linear` into out (1, 2E + 2GN + H), and `conv_step` with it."""
-    norm_linear(x, scale, weight, eps, out)
+    norm_linear(scaled, squares, weight, eps, out)
     conv_step(out, conv_state, conv_weight, conv_bias, xbc, slot, shape)
 
 
@@ -61,14 +62,15 @@ def conv_step(
 
 def scan_step(
     proj: Tensor, xbc: Tensor, base: Tensor, steps: Tensor, totals: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
-    slot: Tensor, gated: Tensor, shape: MixerShape,
+    slot: Tensor, gated: Tensor, shape: MixerShape, scale: Tensor | None = None, squares: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One token of the recurrence, and the gate.
 
     Args:
         proj: (B, 2E + 2GN + H) with gate and step size. xbc: (B, K, C), this token's in row `slot`.
-        base: (B, H, P, N), changed in the last slot only. steps, totals: (B, K, H) fp32, of this history.
-        gated: (B, E) fp32, gets y * silu(z) before its norm.
+        base: (B, H, P, N), changed here for K = 1 only. steps, totals: (B, K, H) fp32, of this history.
+        gated: (B, E), gets y * silu(z) before its norm. scale, squares: for a batch of one, the norm's weight, which
+            `gated` is multiplied by, and the place for parts of its square; see `norm_linear`.
     """
     slots = xbc.shape[1]
     heads, groups = shape.num_heads, shape.n_groups
@@ -89,20 +91,60 @@ def scan_step(
     b = torch.where((past | now[:, None])[..., None], b, 0.0)
     y = torch.exp(total)[..., None] * torch.einsum("bhpn,bhn->bhp", base.float(), c)
     y = y + torch.einsum("bkh,bkhp->bhp", weights * torch.einsum("bkhn,bhn->bkh", b, c), x)
-    folded = torch.exp(total)[..., None, None] * base.float() + torch.einsum("bkh,bkhp,bkhn->bhpn", weights, x, b)
-    base.copy_(torch.where(at == slots - 1, folded.to(base.dtype), base))
+    if slots == 1:
+        base.copy_(torch.exp(total)[..., None, None] * base + torch.einsum("bkh,bkhp,bkhn->bhpn", weights, x, b))
     y = y + D.float()[:, None] * x.index_select(1, at)[:, 0]
-    gated.copy_(y.flatten(1).to(proj.dtype).float() * F.silu(proj[:, : shape.inner].float()))
+    out = y.flatten(1).to(proj.dtype).float() * F.silu(proj[:, : shape.inner].float())
+    if scale is not None:
+        _put_square(out, squares)
+        out = out * scale.float()
+    gated.copy_(out)
 
 
-def gated_linear_add(gated: Tensor, scale: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
-    """residual (1, D) += weight (D, E) times the RMS norm of gated (1, E), the product rounded to weight's dtype."""
-    residual += F.linear(_normed(gated, scale, eps), weight.float()).to(weight.dtype).to(residual.dtype)
+def fold_history(xbc: Tensor, base: Tensor, steps: Tensor, totals: Tensor, slot: Tensor, shape: MixerShape) -> None:
+    """In the last slot, make the history part of `base`. All with a leading layer axis: (L, B, K, C), …"""
+    groups, heads = shape.n_groups, shape.num_heads
+    full = slot == xbc.shape[2] - 1
+    for layer in range(len(base)):
+        x, b, _ = xbc[layer].float().split([shape.inner, groups * shape.state_size, groups * shape.state_size], -1)
+        b = b.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2)
+        total = totals[layer, :, -1]  # (B, H)
+        weights = steps[layer] * torch.exp(total.unsqueeze(1) - totals[layer])
+        folded = torch.exp(total)[..., None, None] * base[layer]
+        folded = folded + torch.einsum("bkh,bkhp,bkhn->bhpn", weights, x.unflatten(-1, (heads, -1)), b)
+        base[layer].copy_(torch.where(full, folded.to(base.dtype), base[layer]))
+
+
+def gated_linear_add(
+    gated: Tensor, squares: Tensor, weight: Tensor, eps: float, residual: Tensor, scale: Tensor, scaled: Tensor,
+    out_squares: Tensor,
+) -> None:  # fmt: skip
+    """residual (1, D) += weight (D, E) times the RMS norm given by `gated` and `squares`, rounded to weight's dtype.
+
+    `scaled` (1, D) and `out_squares` get the new residual as the next norm, of weight `scale`, wants it.
+    """
+    residual += _product(gated, squares, weight, eps).to(weight.dtype).to(residual.dtype)
+    scale_residual(residual, scale, scaled, out_squares)
+
+
+def scale_residual(residual: Tensor, scale: Tensor, scaled: Tensor, squares: Tensor) -> None:
+    """residual (1, D) as `norm_linear` wants it: times the norm's weight, and its square."""
+    _put_square(residual.float(), squares)
+    scaled.copy_(residual.float() * scale.float())
 
 
 def group_norm(gated: Tensor, scale: Tensor, eps: float, groups: int, out: Tensor) -> None:
     """out (B, E) = RMS norm of gated (B, E) within each group of channels."""
     out.copy_((_normed(gated.unflatten(-1, (groups, -1)), scale.view(groups, -1), eps)).flatten(-2))
+
+
+def _product(scaled: Tensor, squares: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.linear(scaled.float(), weight.float()) * torch.rsqrt(squares.sum() / scaled.shape[-1] + eps)
+
+
+def _put_square(x: Tensor, squares: Tensor) -> None:
+    squares.zero_()
+    squares[0] = x.pow(2).sum()
 
 
 def _normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -116,6 +158,7 @@ OPERATIONS = SimpleNamespace(
     norm_linear_conv=norm_linear_conv,
     conv_step=conv_step,
     scan_step=scan_step,
+    fold_history=fold_history,
     gated_linear_add=gated_linear_add,
     group_norm=group_norm,
 )

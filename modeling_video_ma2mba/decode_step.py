@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decode_reference import scale_residual
 from .ssd_scan import MixerShape
 from .video_state import VideoState
 
@@ -137,6 +138,9 @@ class DecodeBuffers:
         self.projected = torch.zeros(batch, shape.inner + shape.conv_dim + shape.num_heads, **model)
         self.gated = torch.zeros(batch, shape.inner, **full)
         self.inner = torch.zeros(batch, shape.inner, **model)
+        # Parts of squared norms, one per program of the kernels; what no program writes stays zero.
+        self.squares = torch.zeros(-(-width // 4), **full)
+        self.gated_squares = torch.zeros(shape.num_heads * -(-shape.head_dim // 16), **full)
         self.logits = torch.zeros(batch, weights.head.shape[0], **model)
         self.conv = torch.zeros(layers, batch, shape.conv_dim, shape.conv_kernel - 1, **model)
         sizes = (layers, batch, shape.num_heads, shape.head_dim, shape.state_size)
@@ -175,30 +179,39 @@ def token_step(ops: SimpleNamespace, weights: DecodeWeights, buffers: DecodeBuff
         ops: `OPERATIONS` of `decode_kernels` or `decode_reference`.
     """
     shape, eps, b = weights.shape, weights.shape.eps, buffers
-    single = len(b.tokens) == 1
     b.residual.copy_(F.embedding(b.tokens, weights.embeddings))
-    delta = None
-    for i, layer in enumerate(weights.layers):
-        convolution = (b.conv[i], layer.conv, layer.conv_bias, b.xbc[i], b.slot, shape)
-        if single:
-            ops.norm_linear_conv(b.residual, layer.norm, layer.in_proj, eps, b.projected, *convolution)
-        else:
+    if len(b.tokens) == 1 and shape.n_groups == 1:
+        _single_row_layers(ops, weights, b)
+        ops.norm_linear(b.normed, b.squares, weights.head, eps, b.logits)
+    else:
+        delta = None
+        for i, layer in enumerate(weights.layers):
             ops.add_norm(b.residual, delta, layer.norm, eps, b.normed)
             torch.mm(b.normed, layer.in_proj.T, out=b.projected)
-            ops.conv_step(b.projected, *convolution)
-        history = (b.xbc[i], b.base[i], b.steps[i], b.totals[i])
-        ops.scan_step(b.projected, *history, layer.A_log, layer.D, layer.dt_bias, b.slot, b.gated, shape)
-        if single and shape.n_groups == 1:
-            ops.gated_linear_add(b.gated, layer.gated_norm, layer.out_proj, eps, b.residual)
-            continue
-        ops.group_norm(b.gated, layer.gated_norm, eps, shape.n_groups, b.inner)
-        delta = b.inner @ layer.out_proj.T
-        if single:
-            b.residual += delta
-    if single:
-        ops.norm_linear(b.residual, weights.norm_f, weights.head, eps, b.logits)
-    else:
+            ops.conv_step(b.projected, b.conv[i], layer.conv, layer.conv_bias, b.xbc[i], b.slot, shape)
+            history = (b.xbc[i], b.base[i], b.steps[i], b.totals[i])
+            ops.scan_step(b.projected, *history, layer.A_log, layer.D, layer.dt_bias, b.slot, b.gated, shape)
+            ops.group_norm(b.gated, layer.gated_norm, eps, shape.n_groups, b.inner)
+            delta = b.inner @ layer.out_proj.T
         ops.add_norm(b.residual, delta, weights.norm_f, eps, b.normed)
         torch.mm(b.normed, weights.head.T, out=b.logits)
-    b.slot.add_(1).remainder_(b.xbc.shape[2])
+    if b.xbc.shape[2] > 1:
+        ops.fold_history(b.xbc, b.base, b.steps, b.totals, b.slot, shape)
+        b.slot.add_(1).remainder_(b.xbc.shape[2])
     b.tokens.copy_(b.logits.argmax(-1))
+
+
+def _single_row_layers(ops: SimpleNamespace, weights: DecodeWeights, b: DecodeBuffers) -> None:
+    """Three operations a layer. A norm's input goes from one to the next as its product with the norm's weight and
+    parts of its square: nobody has to wait for the whole of it to be normalised."""
+    shape, eps = weights.shape, weights.shape.eps
+    scales = [*(layer.norm for layer in weights.layers), weights.norm_f]
+    scale_residual(b.residual, scales[0], b.normed, b.squares)
+    for i, layer in enumerate(weights.layers):
+        convolution = (b.conv[i], layer.conv, layer.conv_bias, b.xbc[i], b.slot, shape)
+        ops.norm_linear_conv(b.normed, b.squares, layer.in_proj, eps, b.projected, *convolution)
+        history = (b.xbc[i], b.base[i], b.steps[i], b.totals[i], layer.A_log, layer.D, layer.dt_bias, b.slot)
+        ops.scan_step(b.projected, *history, b.inner, shape, layer.gated_norm, b.gated_squares)
+        ops.gated_linear_add(
+            b.inner, b.gated_squares, layer.out_proj, eps, b.residual, scales[i + 1], b.normed, b.squares
+        )
