@@ -182,7 +182,7 @@ def peers(size: str, batches: list[int], write: Callable[[dict], None]) -> None:
     for batch in batches:
         ids = torch.randint(10, 50000, (batch, PROMPT), device="cuda")
         row = rate(
-            lambda n, i=ids: model.generate(i, max_new_tokens=n, do_sample=False, pad_token_id=0), batch, 2, SHORT + 24
+            lambda n, i=ids: model.generate(i, max_new_tokens=n, do_sample=False, pad_token_id=0), batch, 3, SHORT + 24
         )
         write(row | {"implementation": "transformers", "batch": batch, "way": "eager"})
 
