@@ -98,7 +98,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
-            fps=fps or 1.0,
+            fps=1.0 if fps is None else fps,
             num_frames=num_frames,
             max_frames=max_frames,
             stop_repeat_ngram=stop_repeat_ngram,
@@ -118,10 +118,14 @@ def evaluate(
         typer.echo(adapter.summary, err=True)
     else:
         about = _of_recorded_answers()
-    found = score_answers(evaluation, answers, _tell)
     about |= {"command": command_line("eval", given), "limit": limit}
     about["model"] = model or ("recorded answers" if replay else "bundled checkpoint")
-    _report(evaluation, found, answers, about | {"judge": judge_model if asked and evaluation.judged else None})
+    about["judge"] = judge_model if asked and evaluation.judged else None
+    try:
+        score_answers(evaluation, answers, _tell)
+    finally:  # a judge that fails does not take the other scores along
+        _report(evaluation, answers, about)
+    typer.echo(f"{out / 'report.md'}")
 
 
 def _require_packages() -> None:
@@ -155,7 +159,7 @@ def _tell(name: str, scores) -> None:
     )
 
 
-def _report(evaluation, found: dict, answers: Path, about: dict) -> None:
+def _report(evaluation, answers: Path, about: dict) -> None:
     from importlib.metadata import version
 
     from video_ma2mba.eval.benchmark_report import write_report
@@ -163,5 +167,4 @@ def _report(evaluation, found: dict, answers: Path, about: dict) -> None:
 
     about["versions"] += f", lmms-eval {version('lmms-eval')}, datasets {version('datasets')}"
     facts = {name: reading_facts(answers, set(evaluation.loaded[name])) for name in evaluation.tasks}
-    write_report(evaluation.out, found, facts, about)
-    typer.echo(f"{evaluation.out / 'report.md'}")
+    write_report(evaluation.out, evaluation.scores, facts, about)

@@ -55,7 +55,7 @@ def _markdown(scores: Mapping[str, Scores], facts: Mapping[str, Any], about: Map
         if name in scores:
             lines += _table(name, scores[name], about["frames"])
         else:
-            lines += ["Answered, but not scored: that takes a judge (`--judge`); run the same command again with one."]
+            lines += ["Answered, but not scored yet: run the same command again, with a judge if it needs one."]
         lines += ["", _reading(facts[name])]
         notes = list(scores[name].notes) if name in scores else []
         if about["frames"] != "1 fps" and paper_columns(name, about["frames"])[1] is PAPER_NUMBERS.get(name):

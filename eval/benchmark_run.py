@@ -44,6 +44,7 @@ class Evaluation:
     include: Sequence[str] = ()
     manager: Any = field(init=False, default=None)
     loaded: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+    scores: dict[str, Scores] = field(init=False, default_factory=dict)  # of the benchmarks that are scored so far
 
     @property
     def judged(self) -> list[str]:
@@ -111,18 +112,15 @@ def leave_ranks() -> bool:
 
 def score_answers(
     evaluation: Evaluation, answers: Path, on_scores: Callable[[str, Scores | None], None] | None = None
-) -> dict[str, Scores]:
-    """Let the harness score recorded answers (a file, or a folder of files), benchmark by benchmark.
-
-    Returns:
-        Scores by benchmark; what a judge would have to score is left out without one.
+) -> None:
+    """Let the harness score recorded answers (a file, or a folder of files), benchmark by benchmark, into
+    `evaluation.scores` and files; what a judge would have to score is left out without one.
 
     Raises:
-        ConnectionError: the judge failed; the scores of the benchmarks before are in `out / "scores"`.
+        ConnectionError: the judge failed; the scores of the benchmarks before are kept.
     """
     from .lmms_replay import ReplayChat
 
-    found: dict[str, Scores] = {}
     for name in evaluation.tasks:
         judged = name in evaluation.judged
         if judged and evaluation.judge is None:
@@ -138,11 +136,10 @@ def score_answers(
             results = evaluate_tasks(model, [name], evaluation.manager, **told)
         if not results or not results.get("samples"):
             raise RuntimeError(f"lmms-eval returned no samples of {name}: its own messages above say why")
-        found[name] = score(name, results["samples"], results["results"])
-        _keep(evaluation.out, name, results, found[name])
+        scores = evaluation.scores[name] = score(name, results["samples"], results["results"])
+        _keep(evaluation.out, name, results, scores)
         if on_scores is not None:
-            on_scores(name, found[name])
-    return found
+            on_scores(name, scores)
 
 
 def _keep(out: Path, name: str, results: dict[str, Any], scores: Scores) -> None:

@@ -156,6 +156,8 @@ def test_a_judge_that_dies_costs_nothing(in_bench: Path, answers: Path, tmp_path
         assert "3 replies of the judge are kept: run the same command again" in result.stderr
         assert table(out, "videomme") == pytest.approx(EXPECTED["videomme"])
         assert not (out / "scores/activitynetqa.json").exists()
+        page = (out / "report.md").read_text()
+        assert "| all | **88.9** | 9 |" in page and "Answered, but not scored yet" in page
     with fake_judge() as judge:
         result = run(*given, "--judge", judge.url)
         assert result.exit_code == 0, result.output
@@ -170,7 +172,7 @@ def test_without_a_judge_answers_are_collected_only(in_bench: Path, answers: Pat
     assert result.exit_code == 2 and "--judge" in result.stderr and "--no-judge" in result.stderr
     result = run(*given, "--no-judge")
     assert result.exit_code == 0, result.output
-    assert "not scored: that takes a judge" in (out / "report.md").read_text()
+    assert "not scored yet" in (out / "report.md").read_text()
     assert (out / "model_index.yaml").read_text() == ""
 
 

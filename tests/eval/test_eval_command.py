@@ -42,6 +42,7 @@ BAD_INPUT = {
     "judge that is not there": (["--tasks", "activitynetqa", "--judge", "http://127.0.0.1:9/v1"], "no usable reply"),
     "judge without address": (["--tasks", "activitynetqa", "--judge", "gpt-4"], "--judge gpt-4"),
     "both rates": (["--tasks", "videomme", "--fps", "1", "--num-frames", "8"], "exclude each other"),
+    "no rate": (["--tasks", "videomme", "--fps", "0"], "fps=0"),
     "no frames": (["--tasks", "videomme", "--num-frames", "0"], "num_frames=0"),
     "out is a file": (["--tasks", "videomme", "--out", "FILE"], "is a file"),
     "data is no folder": (["--tasks", "videomme", "--data", "FILE"], "is no folder"),
