@@ -31,7 +31,8 @@ from fuzzing import Outcome, mutate, watched
 
 OUT = Path(__file__).parent / "results" / "fuzz_files.csv"
 LIMIT_SECONDS, LIMIT_MB = 20.0, 1500.0
-SCRATCH = Path(os.environ.setdefault("FUZZ_FILES_SCRATCH", tempfile.mkdtemp(prefix="fuzz_files_")))
+SCRATCH = Path(os.environ.get("FUZZ_FILES_SCRATCH") or tempfile.mkdtemp(prefix="fuzz_files_"))
+os.environ["FUZZ_FILES_SCRATCH"] = str(SCRATCH)
 """One folder for this process and those it starts; the first of them removes it."""
 
 CODINGS = {
