@@ -22,6 +22,7 @@ from .read import read
 from .state import app as state
 from .train import train
 from .watch import watch
+from .where import where
 from .world import app as world
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command()(push)
 app.command()(read)
 app.command()(train)
 app.command()(watch)
+app.command()(where)
 app.add_typer(data, name="data")
 app.add_typer(state, name="state")
 app.add_typer(world, name="world")

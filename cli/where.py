@@ -1,0 +1,86 @@
+"""`video-ma2mba where`: which seconds of a video an answer rests on, as a picture and as numbers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .ask import reading_progress
+from .circumstances import require_matplotlib
+from .loading import load_pipeline
+from .options import Device, Dtype, End, Fps, Model, NumFrames, Start, TrustRemoteCode
+
+
+def where(
+    video: Annotated[str, typer.Argument(help="Video file, image, directory of images, or URL.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What is asked about it.", show_default=False)],
+    answer: Annotated[str | None, typer.Option(help="Explain this answer.", show_default="the model's own")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG: frames that matter most, and curves.", show_default=False)
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file: all curves with times.", show_default=False)
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="CSV file: one line a second.", show_default=False)
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Add the decay of every layer to the JSON file.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps of integrated gradients; 0: gradient x input only.", min=0)] = 8,
+    strip: Annotated[int, typer.Option(help="Frames in the picture.", min=1, max=12)] = 6,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for recomputation.", show_default="what a GPU has free; 2GB on a CPU")
+    ] = None,
+    model: Model = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show where in a video an answer comes from: attribution of the answer to frames, and decay of the state.
+
+    Prints the answer, the second that speaks most for it, and, where the answer names a time, whether the two agree.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty: ask something about the video")
+    if layers and json_file is None:
+        raise ValueError("--layers adds to the JSON file: name one with --json")
+    files = {"--out": out, "--json": json_file, "--csv": csv_file}
+    for option, path in files.items():  # before minutes of computing rather than behind them
+        if path is not None and not path.resolve().parent.is_dir():
+            raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{option} {path} is a folder: name a file")
+    if out is not None:
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"--out {out}: the picture is a PNG, name a file that ends in .png")
+        require_matplotlib("the picture")
+    from video_ma2mba.modeling_video_ma2mba.video_state import is_state_file
+
+    if is_state_file(video):
+        raise ValueError(f"{video} is a state file, which holds no frames to look at: name the video itself")
+    from video_ma2mba.explain import check_time, relevance
+
+    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    settings = {"steps": steps, "memory": memory, "max_new_tokens": max_new_tokens, **chosen}
+    with reading_progress("frames, then passes") as report:
+        found = relevance(
+            pipe.model, pipe.processor, video, question, answer, on_frames=report, on_step=report, **settings
+        )
+    typer.echo(found.answer)
+    typer.echo(f"peak of {found.method.replace('_', ' ')}: {found.peak:.1f} s", err=True)
+    if (check := check_time(found)) is not None:
+        typer.echo(str(check), err=True)
+    if json_file is not None:
+        found.save_json(json_file, layers)
+    if csv_file is not None:
+        found.save_csv(csv_file)
+    if out is not None:
+        from video_ma2mba.explain.filmstrip import save_filmstrip
+
+        save_filmstrip(found, video, out, strip, pipe.processor.video_processor.sampling(**chosen))
