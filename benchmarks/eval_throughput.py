@@ -30,7 +30,7 @@ from video_ma2mba.eval.lmms_requests import job_of
 from video_ma2mba.eval.state_store import StateStore
 
 FIELDS = ("adapter", "questions_per_video", "videos", "frames_per_video", "questions", "seconds", "videos_per_hour")
-FIELDS += ("same_answers", "hardware", "threads", "date")
+FIELDS += ("cpu_seconds", "same_answers", "hardware", "threads", "date")
 
 
 class PlainAdapter(VideoMa2mbaChat):
@@ -56,8 +56,8 @@ def task_folder(root: Path, frames: int, videos: int, questions: int) -> Path:
     return folder
 
 
-def measure(adapter: VideoMa2mbaChat, folder: Path) -> tuple[float, list[str]]:
-    """Seconds for reading and answering (not for loading tasks and models), and the answers."""
+def measure(adapter: VideoMa2mbaChat, folder: Path) -> tuple[float, float, list[str]]:
+    """Seconds and CPU seconds of reading and answering (not of loading tasks and models), and the answers."""
     from lmms_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False, model_name="video_ma2mba")
@@ -67,14 +67,15 @@ def measure(adapter: VideoMa2mbaChat, folder: Path) -> tuple[float, list[str]]:
     def timed(requests: list) -> list:
         for request in requests:
             request.args[1](adapter.task_dict[request.args[4]][request.args[5]][request.args[3]])  # renders the video
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         found = answer(requests)
-        spent.append(time.perf_counter() - began)
+        spent.append((time.perf_counter() - began, time.process_time() - cpu))
         return found
 
     adapter.generate_until = timed
     results = evaluate_tasks(adapter, ["rendered_world"], manager)
-    return sum(spent), [sample["filtered_resps"][0] for sample in results["samples"]["rendered_world"]]
+    ((seconds, cpu_seconds),) = spent
+    return seconds, cpu_seconds, [sample["filtered_resps"][0] for sample in results["samples"]["rendered_world"]]
 
 
 def main() -> None:
@@ -94,9 +95,10 @@ def main() -> None:
             for name, kind in (("read once", VideoMa2mbaChat), ("read for every question", PlainAdapter)):
                 pipe = load_pipeline(None, device="cpu")
                 pipe.ask(pipe.read(torch.zeros(32, 64, 64, 3, dtype=torch.uint8)), "What?", max_new_tokens=2)  # warm
-                seconds, answers[name] = measure(kind(pipe=pipe), folder)
+                seconds, cpu, answers[name] = measure(kind(pipe=pipe), folder)
                 facts = (name, count, given.videos, given.frames, len(answers[name]), round(seconds, 2))
-                rows.append(dict(zip(FIELDS, (*facts, round(3600 * given.videos / seconds, 1)), strict=False)))
+                facts += (round(3600 * given.videos / seconds, 1), round(cpu, 2))
+                rows.append(dict(zip(FIELDS, facts, strict=False)))
                 print(rows[-1], flush=True)
             same = answers["read once"] == answers["read for every question"]
             for row in rows[-2:]:
