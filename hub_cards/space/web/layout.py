@@ -70,7 +70,7 @@ def build_page(
                     forget = gr.Button("Start over", size="md", min_width=120)
                 where = gr.Button("Where in the video is that?", size="md", visible=strip is not None)
                 answering = gr.HTML(elem_classes="notes")
-                shown = gr.HTML()
+        shown = gr.HTML()
         with gr.Accordion("State file: keep what was read, or go on from it", open=False):
             with gr.Row():
                 save = gr.Button("Download the state", size="md", min_width=200)
