@@ -15,7 +15,7 @@ import yaml
 from .training_config import VideoMa2mbaTrainingConfig
 
 FOLDER = Path(__file__).with_name("recipes")
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 4e-5, which YAML 1.1 reads as a text
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 SMOKE = "smoke"  # the section of a recipe that makes it a run of a minute on a CPU
 
 
@@ -101,7 +101,7 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
         if not any(key in names for names in known):
             close = difflib.get_close_matches(key, set.union(*known), 1)
             raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
-    content = {key: _number(value) for key, value in content.items()}
+    content = {key: _as_meant(key, value) for key, value in content.items()}
     if content.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         content["deepspeed"] = None  # one process has nothing to share its optimizer state with
     recipe, config = (
@@ -129,5 +129,8 @@ def _read_yaml(source: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+def _as_meant(key: str, value: Any) -> Any:
+    """YAML 1.1 takes 4e-5 for a text and no for False."""
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return "no" if value is False and key.endswith("_strategy") else value

@@ -93,7 +93,7 @@ class StepPlanner:
         job = describe_batch(self.stack, torch.empty(rows, tokens, 0, device="meta"), None)
         work = replace(
             job.work,
-            kept=None if labels is None else int((labels != -100).sum()),
+            kept=None if labels is None else _round_up(int((labels != -100).sum())),
             input_on_gpu=True,
             input_gradient=self._input_trains,
         )
@@ -179,3 +179,8 @@ class StepPlanner:
                 offload=plan.offload,
                 memory_budget=None,  # was heeded here
             )
+
+
+def _round_up(labels: int, step: int = 256) -> int:
+    """Batches that differ in a few labels are planned alike, and once."""
+    return -(-labels // step) * step

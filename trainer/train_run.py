@@ -11,7 +11,6 @@ from .checkpoint_files import last_complete_checkpoint
 from .recipe import Recipe
 from .smoke_data import write_smoke_data
 from .training_config import VideoMa2mbaTrainingConfig
-from .training_inputs import load_for_training
 from .video_trainer import VideoMa2mbaTrainer
 
 BUNDLED = "bundled"
@@ -72,7 +71,7 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
             train, held_out = parts["train"], parts["test"]
     name = ", ".join(Path(str(part)).name for part in (data if isinstance(data, list) else [data]))
     return VideoMa2mbaTrainer(
-        load_for_training(source, args),
+        source,
         args,
         train_dataset=train,
         eval_dataset=held_out,

@@ -80,6 +80,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
             raise ValueError("this data set has no length: set max_steps")
         if isinstance(model, str):
             model = load_for_training(model, args)
+            args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
         if processing_class is None:
             processing_class = VideoMa2mbaProcessor.from_pretrained(model.config._name_or_path)
         if args.parts is not None:

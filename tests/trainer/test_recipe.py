@@ -39,7 +39,10 @@ def test_stages_have_the_papers_settings(name, rates, batch, parts):
 def test_overrides_lie_over_the_recipe(tmp_path):
     own = tmp_path / "mine.yaml"
     own.write_text("model: here\nlearning_rate: 2e-5\noutput_dir: runs/mine\nsmoke: {max_steps: 3}\n")
-    recipe, args = read_recipe(own, ["learning_rate=1e-6", "max_frames=12", "train_data=[a.csv, b.csv]"], smoke=True)
+    recipe, args = read_recipe(
+        own, ["learning_rate=1e-6", "max_frames=12", "train_data=[a.csv, b.csv]", "save_strategy=no"], smoke=True
+    )
+    assert args.save_strategy == "no"
     assert (args.learning_rate, args.max_frames, args.max_steps) == (1e-6, 12, 3)
     assert (recipe.model, recipe.train_data) == ("here", ["a.csv", "b.csv"])
 
