@@ -49,12 +49,12 @@ def canonical_row(row: Row, name: str, base_dir: str | None, merge: bool, held: 
         row |= {column: _places(row[column], column) for column in held if column in row}
         messages = form.convert(row, base_dir)
         check_answers(messages)
+        group, start = _group(messages, form.clips, merge)
+        messages = [{**m, "content": [_plain(part) for part in m["content"]]} for m in messages]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         return _broken(label, f"{name}: the row is malformed ({type(error).__name__}: {error})")
     except (ValueError, OSError) as error:
         return _broken(label, f"{name}: {error}")
-    group, start = _group(messages, form.clips, merge)
-    messages = [{**m, "content": [_plain(part) for part in m["content"]]} for m in messages]
     return {"messages": messages, "id": label, "problem": None, "group": group, "start": start}
 
 
@@ -75,7 +75,10 @@ def _plain(part: Row) -> Row:
     part = {key: None if value is _HELD else value for key, value in part.items()}
     for key in ("video", "image"):
         if part.get(key) is not None and not isinstance(part[key], str):
-            part[key] = str(part[key])
+            raise ValueError(
+                f"a {key} in the messages must be a path or an address, not {type(part[key]).__name__}: put what it "
+                f"holds into a column {key}s and leave its place in the messages empty"
+            )
     return {key: part.get(key) for key in ("type", "text", "video", "image", "frames", "start", "end")}
 
 

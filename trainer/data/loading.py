@@ -161,18 +161,16 @@ def _from_dataset(
         return rows  # canonical already
     form = detect_format(columns, name)
     types = rows.features or {}
+    if not types:  # rows that stream from a generator: the first one tells
+        first = next(iter(rows))
+        held = tuple(column for column in MEDIA_COLUMNS if not _is_path(first.get(column)))
     for column in MEDIA_COLUMNS:
         if column in types and (undecoded := _undecoded(types[column])) is not None:
             rows = rows.cast_column(column, undecoded)
-    held = tuple(column for column in MEDIA_COLUMNS if column in types and _holds_data(types[column]))
+    if types:
+        held = tuple(column for column in MEDIA_COLUMNS if column in types and _holds_data(types[column]))
     if isinstance(rows, IterableDataset):
-        kept = features() | {column: rows.features[column] for column in held}
-        return rows.map(
-            lambda row, number: strip(canonical_row(row, f"{name}[{number}]", base, merge, held)),
-            with_indices=True,
-            remove_columns=[column for column in columns if column not in (*held, "messages", "id", "problem")],
-            features=datasets.Features(kept),
-        )
+        return _streamed(rows, columns, held, base, merge, name)
     texts = rows.select_columns([column for column in columns if column not in held])
     lengths = {column: _list_lengths(rows, column) for column in held if column.endswith("s")}
 
@@ -194,6 +192,31 @@ def _from_dataset(
     return found.with_format("numpy", columns=arrays, output_all_columns=True, dtype=np.dtype(types[arrays[0]].dtype))
 
 
+def _streamed(
+    rows: IterableDataset, columns: list[str], held: tuple[str, ...], base: str | None, merge: bool, name: str
+) -> IterableDataset:
+    """Canonical rows of a data set that streams; each of its shards stays one."""
+    if not held:
+        shards = [(rows.shard(rows.num_shards, number), f"{name}/{number}") for number in range(rows.num_shards)]
+        arguments = {"shards": shards, "base": base, "merge": merge}
+        return IterableDataset.from_generator(_rows_of_shards, features=features(), gen_kwargs=arguments)
+    types = None
+    if rows.features:
+        types = datasets.Features(features() | {column: rows.features[column] for column in held})
+    return rows.map(
+        lambda row, number: strip(canonical_row(row, f"{name}[{number}]", base, merge, held)),
+        with_indices=True,
+        remove_columns=[column for column in columns if column not in (*held, "messages", "id", "problem")],
+        features=types,
+    )
+
+
+def _rows_of_shards(shards: Sequence[tuple[IterableDataset, str]], base: str | None, merge: bool) -> Iterator[Row]:
+    for rows, name in shards:
+        numbered = (canonical_row(row, f"{name}[{number}]", base, merge) for number, row in enumerate(rows))
+        yield from merge_neighbours(numbered)
+
+
 def _list_lengths(rows: Dataset, column: str) -> list[int]:
     """How many entries the lists of a column have, without reading them."""
     import pyarrow.compute as pc
@@ -211,6 +234,10 @@ def _undecoded(kind: Any) -> Any:
     if isinstance(kind, datasets.List) and (inner := _undecoded(kind.feature)) is not None:
         return datasets.List(inner)
     return None
+
+
+def _is_path(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_path, value)))
 
 
 def _holds_data(kind: Any) -> bool:

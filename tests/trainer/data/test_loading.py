@@ -290,6 +290,37 @@ def test_a_changed_file_is_read_again(write_jsonl):
         assert chats(load_training_data(path)) == [chat("Q", answer)]
 
 
+def test_data_sets_that_stream_merge_what_follows_one_another(write_jsonl, tmp_path: Path):
+    clips = [
+        {"video": f"{v}.mp4", "start": 2 * n, "end": 2 * n + 2, "caption": f"{v}{n}"} for v in "ab" for n in range(3)
+    ]
+    whole = load_training_data(datasets.Dataset.from_list(clips))
+    streamed = load_training_data(datasets.Dataset.from_list(clips).to_iterable_dataset(num_shards=2))
+    assert streamed.num_shards == 2  # one for each of two workers
+    assert chats(streamed) == chats(whole)
+    assert [len(row["messages"]) for row in whole] == [6, 6]
+
+
+def test_a_stream_of_unknown_types_is_known_by_its_first_row(video_folder: Path):
+    frames = np.zeros((3, 8, 8, 3), np.uint8)
+
+    def rows():
+        yield {"video": frames, "question": "Q", "answer": "A"}
+
+    (found,) = load_training_data(datasets.IterableDataset.from_generator(rows))
+    assert drop_empty(found["messages"][0])["content"][0] == {"type": "video"}
+    assert np.asarray(found["video"]).shape == frames.shape
+
+
+def test_bytes_belong_into_columns(write_jsonl):
+    part = {"type": "video", "video": {"bytes": b"123", "path": None}, "text": None}
+    said = [{"role": "user", "content": [part]}, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}]
+    for message in said:
+        message["content"] = [{"type": None, "text": None, "video": None} | part for part in message["content"]]
+    (found,) = load_training_data(datasets.Dataset.from_list([{"messages": said}]))
+    assert "put what it holds into a column videos" in found["problem"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_videos_that_a_data_set_holds_stay_where_they_are(video_folder: Path, streaming: bool):
     data = (video_folder / "b.mp4").read_bytes()
