@@ -20,7 +20,8 @@ from torch import Tensor
 from .decode_step import DecodeBuffers, DecodeWeights, prompt_step, token_step
 
 _KEPT = 2
-"""Batch sizes whose buffers and graphs stay for the next answer, per model."""
+"""Batch sizes whose buffers and graphs stay for the next answer, per model; less where they take too much memory."""
+_KEPT_SHARE = 0.1
 LONGEST_PROMPT = 256
 """Prompts up to this many tokens, padded to a power of two, are read by a graph as well."""
 _forced: str | None = None
@@ -144,10 +145,14 @@ def borrow_decoder(model: Any, batch: int, new_tokens: int) -> Iterator[Decoder 
     if kept.failed or not kept.lock.acquire(blocking=False):  # another thread is generating: it has the buffers
         yield None
         return
+    device = weights.embeddings.device
     try:
-        device = weights.embeddings.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             yield _decoder(kept, model, weights, batch, new_tokens)
+        if device.type == "cuda":
+            room = _KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
+            while sum(decoder.buffers.nbytes for decoder in kept.decoders.values()) > room:
+                kept.decoders.popitem(last=False)
     finally:
         kept.lock.release()
 

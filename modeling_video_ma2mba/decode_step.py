@@ -149,6 +149,11 @@ class DecodeBuffers:
         self.steps = torch.zeros(layers, batch, slots, shape.num_heads, **full)
         self.totals = torch.zeros(layers, batch, slots, shape.num_heads, **full)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, nearly all of them the state's."""
+        return sum(value.nbytes for value in vars(self).values())
+
     def load(self, state: VideoState) -> None:
         """Begin from `state`, which stays as it is."""
         self.conv.copy_(state.conv)

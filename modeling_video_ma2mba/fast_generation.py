@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .decode_graph import LONGEST_PROMPT, Decoder, borrow_decoder
+from .decode_graph import LONGEST_PROMPT, Decoder, borrow_decoder, release_decoders
 from .token_layout import TokenLayout
 from .video_state import VideoState
 
@@ -25,6 +25,10 @@ class FastGenerationMixin:
     fast_decoding = True
     decode_slots: int | None = None
     decode_state_dtype = torch.float32
+
+    def release_decoders(self) -> None:
+        """Free the buffers and graphs kept for the next answers."""
+        release_decoders(self)
 
     def _sample(
         self,

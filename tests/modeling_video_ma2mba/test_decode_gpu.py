@@ -149,6 +149,16 @@ def test_default_on_cuda_is_graphs(cuda_model, monkeypatch):
     assert len(runs) == 2
 
 
+def test_large_buffers_are_not_kept(cuda_model, monkeypatch):
+    model = cuda_model(torch.bfloat16)
+    model.generate(text(2, 5), max_new_tokens=8)
+    model.generate(text(1, 5), max_new_tokens=8)
+    assert list(decode_graph._kept[model].decoders) == [2, 1]
+    monkeypatch.setattr(decode_graph, "_KEPT_SHARE", 0.0)
+    model.generate(text(1, 5), max_new_tokens=8)
+    assert not decode_graph._kept[model].decoders
+
+
 def test_a_failed_capture_is_announced_once(cuda_model, monkeypatch):
     model = cuda_model(torch.bfloat16)
     with force_decoding("eager"):

@@ -5,7 +5,7 @@ import torch
 from transformers import TextStreamer
 
 from video_ma2mba.modeling_video_ma2mba import decode_graph, fast_generation
-from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding, release_decoders
+from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 
 VIDEO, PER_FRAME, NEW = 2, 4, 7
 
@@ -205,7 +205,7 @@ def test_few_decoders_are_kept(model):
         for rows in (1, 2, 3, 1):
             model.generate(text(4).repeat(rows, 1), max_new_tokens=NEW)
         assert list(decode_graph._kept[model].decoders) == [3, 1]
-    release_decoders(model)
+    model.release_decoders()
     assert model not in decode_graph._kept
 
 
