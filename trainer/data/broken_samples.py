@@ -39,10 +39,10 @@ class BrokenSamples:
         self.path = None if path is None else Path(path)
         self.limit_share, self.after = limit_share, after
         self._counts = torch.zeros(_PLACES, len(_COUNTS), dtype=torch.int64).share_memory_()
-        self._listed: set[tuple[str, str]] = set()
+        self._listed: set[tuple[str, ...]] = set()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._listed |= {(entry["kind"], entry["id"]) for entry in self.entries()}
+            self._listed |= {(entry["kind"], entry["id"], entry["source"]) for entry in self.entries()}
 
     def __len__(self) -> int:
         return self.broken
@@ -76,10 +76,10 @@ class BrokenSamples:
         """
         if counts:
             self.count(kind)
-        name = str(row.get("id", ""))
-        if (kind, name) not in self._listed:
-            self._listed.add((kind, name))
-            entry = {"kind": kind, "id": name, "source": source_of(row), "error": error}
+        name, source = str(row.get("id", "")), source_of(row)
+        if (kind, name, source) not in self._listed:
+            self._listed.add((kind, name, source))
+            entry = {"kind": kind, "id": name, "source": source, "error": error}
             if self.path is not None:  # one write of one line: lines of several processes do not mix
                 with self.path.open("ab", buffering=0) as file:
                     file.write((json.dumps(entry) + "\n").encode())

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets import Dataset, IterableDataset
 
-from .canonical import MEDIA_COLUMNS, canonical_row, features, merge_neighbours, merged, strip
+from .canonical import canonical_row, features, merge_neighbours
+from .dataset_rows import from_dataset, merge_groups
 from .row_files import DATA_SUFFIXES, TEXT_SUFFIXES, files_in, read_rows
 from .row_formats import Row, detect_format
 
 Source = str | PathLike[str] | Dataset | IterableDataset
-_ARRAYS = (datasets.Array3D, datasets.Array4D, datasets.Array5D)
 _VERSION = 1  # of what a row becomes; a new one sets aside what `datasets` has cached
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
@@ -38,7 +37,7 @@ def load_training_data(
             that is loaded already; or a list of these, one after the other.
         base_dir: where relative paths of videos and images begin; by default the folder of the file.
         streaming: read rows when they are asked for; clips and questions are then merged only where those of one
-            video follow one another.
+            video follow one another (in data sets that stream: within a thousand rows).
         split: of folders and data sets that have several.
         merge_by_video: make all questions about one video one conversation (stage 2). Clips of one video always are.
 
@@ -64,11 +63,11 @@ def load_training_data(
 
 def _load(source: Source, base: str | None, streaming: bool, split: str, merge: bool) -> Dataset | IterableDataset:
     if isinstance(source, Dataset | IterableDataset):
-        return _from_dataset(source, base, merge, "the data set")
+        return from_dataset(source, base, merge, "the data set")
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         if any((path / mark).exists() for mark in ("dataset_info.json", "state.json", "dataset_dict.json")):
-            return _from_dataset(_saved(path, split, streaming), base or str(path), merge, name)
+            return from_dataset(_saved(path, split, streaming), base or str(path), merge, name)
         files = files_in(path, split)
     elif path.is_file():
         if path.suffix not in DATA_SUFFIXES:
@@ -79,10 +78,10 @@ def _load(source: Source, base: str | None, streaming: bool, split: str, merge: 
         if match is None or name.startswith(".") or path.suffix in DATA_SUFFIXES:
             raise FileNotFoundError(f"{name}: no such file or folder (and it is no data set id such as owner/name)")
         found = datasets.load_dataset(match[1], match[2], split=split, streaming=streaming)
-        return _from_dataset(found, base, merge, name)
+        return from_dataset(found, base, merge, name)
     if all(file.suffix == ".parquet" for file in files):
         found = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=streaming)
-        return _from_dataset(found, base or str(path if path.is_dir() else path.parent), merge, name)
+        return from_dataset(found, base or str(path if path.is_dir() else path.parent), merge, name)
     files = [file for file in files if file.suffix in TEXT_SUFFIXES]
     return _from_files(files, base, streaming, merge)
 
@@ -113,7 +112,7 @@ def _from_files(files: list[Path], base: str | None, streaming: bool, merge: boo
         features=features(grouped=True),
         gen_kwargs={"files": tuple(shards), "merge": merge, "stamps": stamps, "version": _VERSION},
     )
-    return _merge(rows)
+    return merge_groups(rows)
 
 
 def _canonical_rows(files: Sequence[tuple[str, str]], merge: bool, **_: Any) -> Iterator[Row]:
@@ -127,120 +126,3 @@ def _canonical_rows(files: Sequence[tuple[str, str]], merge: bool, **_: Any) -> 
 
 def _merged_rows(files: Sequence[tuple[str, str]], merge: bool) -> Iterator[Row]:
     return merge_neighbours(_canonical_rows(files, merge))
-
-
-def _merge(rows: Dataset) -> Dataset:
-    """Rows of one group as one sample, in the order in which the groups first appear."""
-    groups: dict[str, list[int]] = {}
-    order: list[list[int]] = []
-    for place, group in enumerate(rows["group"]):
-        if group is None:
-            order.append([place])
-        elif group in groups:
-            groups[group].append(place)
-        else:
-            groups[group] = [place]
-            order.append(groups[group])
-    if all(len(places) == 1 for places in order):
-        return rows.remove_columns(["group", "start"])
-    arguments = {"rows": rows, "order": tuple(map(tuple, order))}
-    return Dataset.from_generator(_groups, features=features(), gen_kwargs=arguments)
-
-
-def _groups(rows: Dataset, order: tuple[tuple[int, ...], ...]) -> Iterator[Row]:
-    for places in order:
-        yield merged([rows[place] for place in places])
-
-
-def _from_dataset(
-    rows: Dataset | IterableDataset, base: str | None, merge: bool, name: str
-) -> Dataset | IterableDataset:
-    """Canonical rows of a data set of `datasets`; what it holds of videos and images is neither decoded nor copied."""
-    columns = rows.column_names or list(next(iter(rows), {}))
-    if set(columns) >= {"messages", "id", "problem"}:
-        return rows  # canonical already
-    form = detect_format(columns, name)
-    types = rows.features or {}
-    if not types:  # rows that stream from a generator: the first one tells
-        first = next(iter(rows))
-        held = tuple(column for column in MEDIA_COLUMNS if not _is_path(first.get(column)))
-    for column in MEDIA_COLUMNS:
-        if column in types and (undecoded := _undecoded(types[column])) is not None:
-            rows = rows.cast_column(column, undecoded)
-    if types:
-        held = tuple(column for column in MEDIA_COLUMNS if column in types and _holds_data(types[column]))
-    if isinstance(rows, IterableDataset):
-        return _streamed(rows, columns, held, base, merge, name)
-    texts = rows.select_columns([column for column in columns if column not in held])
-    lengths = {column: _list_lengths(rows, column) for column in held if column.endswith("s")}
-
-    def convert(row: Row, number: int) -> Row:
-        places = {column: [None] * lengths[column][number] if column in lengths else True for column in held}
-        return canonical_row({**row, **places}, f"{name}[{number}]", base, merge, held)
-
-    texts = texts.map(
-        convert, with_indices=True, remove_columns=texts.column_names, features=features(grouped=True), desc=form.name
-    )
-    if not held:
-        return _merge(texts)
-    found = datasets.concatenate_datasets(
-        [texts.remove_columns(["group", "start"]), rows.select_columns(list(held))], axis=1
-    )
-    arrays = [column for column in held if isinstance(types[column], _ARRAYS)]
-    if not arrays:
-        return found
-    return found.with_format("numpy", columns=arrays, output_all_columns=True, dtype=np.dtype(types[arrays[0]].dtype))
-
-
-def _streamed(
-    rows: IterableDataset, columns: list[str], held: tuple[str, ...], base: str | None, merge: bool, name: str
-) -> IterableDataset:
-    """Canonical rows of a data set that streams; each of its shards stays one."""
-    if not held:
-        shards = [(rows.shard(rows.num_shards, number), f"{name}/{number}") for number in range(rows.num_shards)]
-        arguments = {"shards": shards, "base": base, "merge": merge}
-        return IterableDataset.from_generator(_rows_of_shards, features=features(), gen_kwargs=arguments)
-    types = None
-    if rows.features:
-        types = datasets.Features(features() | {column: rows.features[column] for column in held})
-    return rows.map(
-        lambda row, number: strip(canonical_row(row, f"{name}[{number}]", base, merge, held)),
-        with_indices=True,
-        remove_columns=[column for column in columns if column not in (*held, "messages", "id", "problem")],
-        features=types,
-    )
-
-
-def _rows_of_shards(shards: Sequence[tuple[IterableDataset, str]], base: str | None, merge: bool) -> Iterator[Row]:
-    for rows, name in shards:
-        numbered = (canonical_row(row, f"{name}[{number}]", base, merge) for number, row in enumerate(rows))
-        yield from merge_neighbours(numbered)
-
-
-def _list_lengths(rows: Dataset, column: str) -> list[int]:
-    """How many entries the lists of a column have, without reading them."""
-    import pyarrow.compute as pc
-
-    lists = rows.select_columns([column]).with_format("arrow")
-    return [found or 0 for batch in lists.iter(1000) for found in pc.list_value_length(batch[column]).to_pylist()]
-
-
-def _undecoded(kind: Any) -> Any:
-    """The type that leaves a column of videos or images as path and bytes; None for other columns."""
-    if isinstance(kind, datasets.Image):
-        return datasets.Image(decode=False)
-    if hasattr(datasets, "Video") and isinstance(kind, datasets.Video):
-        return datasets.Video(decode=False)
-    if isinstance(kind, datasets.List) and (inner := _undecoded(kind.feature)) is not None:
-        return datasets.List(inner)
-    return None
-
-
-def _is_path(value: Any) -> bool:
-    return value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_path, value)))
-
-
-def _holds_data(kind: Any) -> bool:
-    """Whether a column holds more than paths."""
-    inner = kind.feature if isinstance(kind, datasets.List) else kind
-    return not (isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string", "null"))
