@@ -183,3 +183,28 @@ def test_adapter_with_its_base(tiny_checkpoint: Path, tmp_path: Path, hub):
     assert "base_model:adapter" in (adapter / "README.md").read_text()  # PEFT's own card names the local path
     for name, content in commit.items():
         assert str(tiny_checkpoint).encode() not in content, name
+
+
+PUSH_TO_HUB = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+import video_ma2mba
+AutoModelForImageTextToText.from_pretrained(sys.argv[1]).push_to_hub("me/plain", token="hf_test")
+AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("me/plain", token="hf_test")
+"""
+
+
+def test_push_to_hub_of_model_and_processor(checkpoint: Path, hub, tmp_path: Path):
+    """transformers' own way: two commits, no card of ours, but all that loading takes, the code included."""
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment["HF_HOME"] = str(tmp_path / "home")
+    done = subprocess.run([sys.executable, "-c", PUSH_TO_HUB, str(checkpoint)], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    repo = hub.repos["models/me/plain"]
+    content = repo.commits[repo.head]
+    assert {path.name for path in checkpoint.iterdir()} - {"README.md"} <= content.keys()
+    assert content["modeling_video_ma2mba.py"] == (checkpoint / "modeling_video_ma2mba.py").read_bytes()
+    assert (
+        json.loads(content["config.json"])["auto_map"]
+        == json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    )
