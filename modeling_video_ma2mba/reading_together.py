@@ -1,6 +1,7 @@
 """Reading several videos at once: their frames share passes through tower and language model, each has its own state.
 
 Short videos alone leave a GPU waiting for work; together they are one batch, and all are decoded at the same time.
+A step is as long as the shortest of what is left, so nothing is padded and nothing computed for nothing.
 Legend: A videos that are still being read, F frames of a step, T tokens a frame, D model width.
 """
 
@@ -42,23 +43,23 @@ def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -
     state, rows = start.fork(), list(range(len(sources)))
     state.batch_repeat_interleave(len(rows))
     while rows:
-        going, pieces = [], []
+        going, lengths = [], []
         for place, row in enumerate(rows):
             try:
-                piece = sources[row].take(max(1, model.config.read_chunk_frames // len(rows)))
+                left = sources[row].fetch(max(1, model.config.read_chunk_frames // len(rows)))
             except Exception as error:
                 found[row] = error
                 continue
-            if piece is None:
+            if left == 0:
                 found[row] = _finished(model, start, state, place, sources[row], row)
             else:
                 going.append(place)
-                pieces.append(piece)
+                lengths.append(left)
         if len(going) < len(rows):
             state.batch_select_indices(torch.tensor(going, dtype=torch.long))
             rows = [rows[place] for place in going]
         if rows:
-            _advance(model, state, pieces)
+            _advance(model, state, [sources[row].take(min(lengths)) for row in rows])
     return found
 
 
@@ -67,44 +68,35 @@ class _Frames:
 
     def __init__(self, chunks: Iterable[Any]):
         self._chunks: Iterator[Any] = iter(chunks)
-        self._left: Tensor | None = None
+        self._left: list[Tensor] = []
         self.count, self.seconds = 0, None
 
-    def take(self, most: int) -> Tensor | None:
-        """`most` frames (n, 3, h, w), at the end fewer, then None."""
-        parts = [] if self._left is None else [self._left]
-        while sum(map(len, parts)) < most and (chunk := next(self._chunks, None)) is not None:
-            parts.append(frames_of(chunk))
+    def fetch(self, most: int) -> int:
+        """Frames that can be taken now: `most`, at the end fewer, then none."""
+        while (left := sum(map(len, self._left))) < most and (chunk := next(self._chunks, None)) is not None:
+            self._left.append(frames_of(chunk))
             times = getattr(chunk, "timestamps", None)
             self.seconds = float(times[-1]) if times is not None and len(times) else self.seconds
-        pixels = torch.cat(parts) if parts else None
-        if pixels is None or len(pixels) == 0:
-            return None
-        self._left = pixels[most:] if len(pixels) > most else None
-        self.count += min(len(pixels), most)
-        return pixels[:most]
+        return min(left, most)
+
+    def take(self, count: int) -> Tensor:
+        """(count, 3, h, w), of those fetched."""
+        pixels = torch.cat(self._left) if len(self._left) > 1 else self._left[0]
+        self._left = [pixels[count:]] if len(pixels) > count else []
+        self.count += count
+        return pixels[:count]
 
 
 def _advance(model: Any, state: VideoState, pieces: list[Tensor]) -> None:
-    """Every row of the state reads its piece (F, 3, h, w)."""
-    per_frame, counts = model.config.tokens_per_frame, [len(piece) for piece in pieces]
-    if len({(piece.dtype, piece.shape[1:]) for piece in pieces}) == 1:
+    """Every row of the state reads its piece (F, 3, h, w), all of the same number of frames."""
+    if len({(piece.dtype, piece.shape) for piece in pieces}) == 1:
         features = model.get_video_features(torch.cat(pieces))
     else:
         features = torch.cat([model.get_video_features(piece) for piece in pieces])
-    parts = features.split([count * per_frame for count in counts])
-    tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # (A, max F * T, D), padded on the right
-    lengths = torch.tensor([len(part) for part in parts])[:, None]
-    mask = (torch.arange(tokens.shape[1]) < lengths).to(tokens.device, torch.long)
-    wanted = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    wanted[:, 0] = True  # nobody wants hidden states here, but one row keeps every kernel's input non-empty
-    model.language_model(
-        inputs_embeds=tokens,
-        attention_mask=None if min(counts) == max(counts) else mask,
-        past_key_values=state,
-        use_cache=True,
-        output_positions=wanted,
-    )
+    rows = features.view(len(pieces), -1, features.shape[-1])  # (A, F * T, D)
+    wanted = torch.zeros(rows.shape[:2], dtype=torch.bool)
+    wanted[:, -1] = True  # as in `read_prompt`
+    model.language_model(inputs_embeds=rows, past_key_values=state, use_cache=True, output_positions=wanted)
 
 
 def _finished(
