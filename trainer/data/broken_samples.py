@@ -40,9 +40,9 @@ class BrokenSamples:
         self.limit_share, self.after = limit_share, after
         self._counts = torch.zeros(_PLACES, len(_COUNTS), dtype=torch.int64).share_memory_()
         self._listed: set[tuple[str, ...]] = set()
+        self._process: int | None = None  # whose listing `_listed` is
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._listed |= {(entry["kind"], entry["id"], entry["source"]) for entry in self.entries()}
 
     def __len__(self) -> int:
         return self.broken
@@ -76,6 +76,9 @@ class BrokenSamples:
         """
         if counts:
             self.count(kind)
+        if self._process != os.getpid():  # a new worker, of the next epoch perhaps: others may have listed samples
+            self._process = os.getpid()
+            self._listed |= {(entry["kind"], entry["id"], entry["source"]) for entry in self.entries()}
         name, source = str(row.get("id", "")), source_of(row)
         if (kind, name, source) not in self._listed:
             self._listed.add((kind, name, source))
