@@ -109,9 +109,7 @@ def _draw_curve(axes: Any, found: Relevance) -> None:
         axes.stairs(np.clip(values * sign, 0, None) * sign, steps, fill=True, color=colour, alpha=0.85, linewidth=0)
     axes.axhline(0, color=_GREY, linewidth=0.6)
     axes.set_ylabel("evidence (nats)", fontsize=9, color=_INK)
-    axes.set_title(
-        f"attribution by {_NAMES[found.method]}: above 0 speaks for the answer", fontsize=9, color=_INK, loc="left"
-    )
+    _title(axes, f"attribution by {_NAMES[found.method]}: above 0 speaks for the answer")
     axes.margins(y=0.08)
     axes.tick_params(labelbottom=False)
     _plain(axes)
@@ -125,17 +123,22 @@ def _draw_decay(axes: Any, found: Relevance) -> None:
     axes.set_ylim(0, 1.05)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylabel("share left", fontsize=9, color=_INK)
-    axes.set_title("decay of the state: what is left of each frame when the answer begins (not what was used)", fontsize=9,
-                   color=_INK, loc="left")  # fmt: skip
+    _title(axes, "decay of the state: what is left of each frame when the answer begins (not what was used)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, steps=[1, 1.5, 2, 3, 5, 6, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: clock(max(value, 0))))
     _plain(axes)
+
+
+def _title(axes: Any, text: str) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # over the lines from the pictures
+    axes.set_title(text, fontsize=9, color=_INK, loc="left", bbox=box)
 
 
 def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#cbd2d9")
     axes.tick_params(labelsize=8, color="#cbd2d9", labelcolor=_GREY)
+    axes.patch.set_visible(False)
     axes.grid(True, axis="y", linewidth=0.4, alpha=0.5)
 
 
@@ -145,8 +148,18 @@ def _connect(figure: Any, shown: Any, curve: Any, found: Relevance, index: int, 
 
     edges = _edges(found.times)
     place = ((edges[index] + edges[index + 1]) / 2, max(float(found.attribution[index]), 0.0))
-    line = ConnectionPatch((0.5, 0), place, "axes fraction", "data", axesA=shown, axesB=curve, color=colour, linewidth=0.9,
-                           linestyle=(0, (3, 2)), zorder=5)  # fmt: skip
+    line = ConnectionPatch(
+        (0.5, 0),
+        place,
+        "axes fraction",
+        "data",
+        axesA=shown,
+        axesB=curve,
+        color=colour,
+        linewidth=0.9,
+        linestyle=(0, (3, 2)),
+        zorder=-1,
+    )
     figure.add_artist(line)
 
 
