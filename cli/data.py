@@ -47,7 +47,7 @@ def check(
     workers: Annotated[int, typer.Option(help="Processes that read; 0 reads in this one.", min=0)] = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--json", help="Write everything found to this file; interrupted, go on from it.partial."),
+        typer.Option("--json", help="Write everything found to this FILE; interrupted, go on from FILE.partial."),
     ] = None,
     show: Annotated[
         int | None, typer.Option(help="Show this sample as it is learnt, counted from 0, instead.", min=0)
