@@ -31,3 +31,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as server:
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint=server.endpoint, token="hf_test"))
         yield server
+
+
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pushes without the trial in a process of its own, for tests whose own process shows the same."""
+    monkeypatch.setattr("video_ma2mba.hub_cards.preflight.ask_as_a_stranger", lambda *_: "not asked")

@@ -25,7 +25,7 @@ runpy.run_path("app.py", run_name="__main__")
 """
 
 
-def test_push_a_space(checkpoint: Path, hub):
+def test_push_a_space(checkpoint: Path, hub, untried):
     result = CliRunner().invoke(app, ["push", str(checkpoint), "me/demo", "--space"])
     assert result.exit_code == 0, result.output
     repo = hub.repos["spaces/me/demo"]

@@ -24,7 +24,7 @@ def push(*words) -> str:
     return result.stdout.strip()
 
 
-def test_one_commit_whose_card_runs_as_it_stands(checkpoint: Path, hub, tiny_video: Path, tmp_path: Path):
+def test_one_commit_whose_card_runs_as_it_stands(checkpoint: Path, hub, untried, tiny_video: Path, tmp_path: Path):
     (checkpoint / "optimizer.pt").write_bytes(b"not for others")
     (checkpoint / "foreign.py").write_text("print('hello')\n")
     page = push(checkpoint, "me/tiny", "--private")
