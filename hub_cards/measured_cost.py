@@ -22,14 +22,13 @@ def measured_cost(config: Any, results: Path = RESULTS) -> str | None:
 
     Args:
         config: of the checkpoint.
-        results: folder with `whole_model_step.csv`, `ma_gc.csv` and `long_video_memory.csv`, or some of them.
+        results: folder with `whole_model_step.csv`, `ma_gc.csv`, `read_overlap.csv`, `long_video_memory.csv`, or some of them.
     """
     name = size_name(config)
     if name is None:
         return None
-    blocks = [_whole_steps(results, name), _language_steps(results, name)]
-    if name == "bundled":
-        blocks.insert(0, _readings(results))
+    reading = _readings(results) if name == "bundled" else _reading_on_gpu(results, name)
+    blocks = [reading, _whole_steps(results, name), _language_steps(results, name)]
     blocks = [block for block in blocks if block]
     if not blocks:
         return None
@@ -56,6 +55,20 @@ def _readings(results: Path) -> str:
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def _reading_on_gpu(results: Path, name: str) -> str:
+    rows = [
+        row for row in _rows(results / "read_overlap.csv") if f"+ {name}," in row["model"] and row["GPU peak (GB)"]
+    ]
+    if not rows:
+        return ""
+    longest = max(rows, key=lambda row: (int(row["frames"]), -float(row["file to first answer (s)"])))
+    return (
+        f"Longest video read: **{_length(longest['frames'])}** ({longest['video']}) on one {longest['hardware']} "
+        f"({longest['date']}): from the file to the first answer {longest['file to first answer (s)']} s, within "
+        f"{longest['GPU peak (GB)']} GB of GPU memory."
+    )
 
 
 def _whole_steps(results: Path, name: str) -> str:

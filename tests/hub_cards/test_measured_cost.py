@@ -22,6 +22,15 @@ A GPU,2030-01-02,370m,1440000,multi_axis,l=1 s=4096 gpu,90000,1.0,0.0
 """
 
 
+READINGS = """\
+date,hardware,model,video,frames,file to first answer (s),GPU peak (GB)
+2030-01-02,A GPU,"CLIP-L + 2.7b, random, bf16",an hour of film,3600,30.5,6.8
+2030-01-02,A GPU,"CLIP-L + 2.7b, random, bf16",an hour of film,3600,25.5,8.3
+2030-01-02,A GPU,"CLIP-L + 2.7b, random, bf16",a minute,60,1.5,5.3
+2030-01-02,A CPU,"bundled, fp32",an hour of film,3600,99.5,
+"""
+
+
 @pytest.fixture(scope="module", params=PRESETS)
 def preset(request, tmp_path_factory) -> tuple[str, VideoMa2mbaConfig]:
     folder = tmp_path_factory.mktemp("preset")
@@ -54,6 +63,17 @@ def test_only_rows_of_the_same_size(preset, tmp_path: Path):
             "| 65,536 (455) | 2 layers × 4,096 tokens a cell, checkpoints in host memory | 19,000 | 4.5 GB | 9.0 GB |",
         ]
         assert "1,024" not in text
+
+
+def test_reading_on_a_gpu(preset, tmp_path: Path):
+    name, config = preset
+    (tmp_path / "read_overlap.csv").write_text(READINGS)
+    text = measured_cost(config, tmp_path)
+    if name != "2.7b":
+        assert text is None
+        return
+    assert "**3,600 frames, 1:00:00 at one frame a second** (an hour of film) on one A GPU (2030-01-02)" in text
+    assert "first answer 25.5 s, within 8.3 GB" in text
 
 
 @pytest.mark.bundled
