@@ -27,6 +27,7 @@ from video_ma2mba.streaming.live_sources import LiveSource
 from video_ma2mba.streaming.session import VideoSession
 from video_ma2mba.synthetic.endless import EndlessWorld
 
+TEXT = {"remember", "date", "hardware", "torch"}
 OUT = Path(__file__).parent / "results" / "day_long_stream.csv"
 
 
@@ -116,14 +117,15 @@ def plot(rows: list[dict], path: Path) -> None:
         label = "one state for all" if name == "all" else f"remembers {name}"
         axes[0].plot(hours, [row["rss_mb"] for row in part], label=label)
         axes[1].plot(hours, [row["cpu_ms_per_frame"] for row in part], label=label)
-        last = [part[max(0, i - 5) : i + 1] for i in range(len(part))]  # an hour of questions
+        last = [part[max(0, i - 2) : i + 1] for i in range(len(part))]  # 24 questions
         axes[2].plot(hours, [100 * sum(r["right"] for r in p) / sum(r["asked"] for r in p) for p in last], label=label)
     chance = 100 * sum(row["by_chance"] for row in rows) / sum(row["asked"] for row in rows)
     axes[2].axhline(chance, color="grey", linestyle=":", label="chance")
     for axis, text in zip(
-        axes, ("resident memory, MB", "CPU ms per frame", "right answers, % (last hour)"), strict=True
+        axes, ("resident memory, MB", "CPU ms per frame", "right answers, % (last 24)"), strict=True
     ):
         axis.set_ylabel(text)
+        axis.margins(y=0.15)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[2].legend()
@@ -138,10 +140,15 @@ def main() -> None:
     parser.add_argument("--remember", type=float, default=30, help="seconds that answers reach back at least")
     parser.add_argument("--plain-seconds", type=int, default=1800, help="length read into one state, for comparison")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", action="store_true", help="only draw what the CSV file holds")
     parser.add_argument("--send", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.send:
         return send(arguments.send, arguments.seed)
+    if arguments.plot:
+        with OUT.open(newline="") as file:
+            found = [{k: v if k in TEXT else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return plot(found, OUT.with_suffix(".png"))
     pipe = load_pipeline(arguments.model, device="cpu")
     setting = {
         "date": datetime.date.today().isoformat(),
