@@ -22,7 +22,8 @@ def measured_cost(config: Any, results: Path = RESULTS) -> str | None:
 
     Args:
         config: of the checkpoint.
-        results: folder with `whole_model_step.csv`, `ma_gc.csv`, `read_overlap.csv`, `long_video_memory.csv`, or some of them.
+        results: folder with `whole_model_step.csv`, `ma_gc.csv`, `read_overlap.csv` and `long_video_memory.csv`, or
+            some of them.
     """
     name = size_name(config)
     if name is None:
