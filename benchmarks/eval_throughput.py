@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/eval_throughput.py --out benchmarks/results/eval_throughput.csv
 
 Both adapters answer the same questions about the same rendered videos with the bundled checkpoint, in one process and
-in turn; the answers are compared. CPU seconds hold on a busy machine, too (the results' one was). ActivityNet-QA has 10 questions a video, Video-MME 3.
+in turn; the answers are compared. CPU seconds hold on a busy machine, too (that of the results was). ActivityNet-QA
+has 10 questions a video, Video-MME 3.
 """
 
 from __future__ import annotations
