@@ -28,7 +28,7 @@ from ..trainer.world_batches import ChatTokens
 from .world_scoring import generate_answers, score_forced
 
 FIELDS = ("frames", "kind", "form", "questions", "right", "accuracy", "chance")
-_BLOCK = 64  # videos between two saves
+_BLOCK, _BLOCK_FRAMES = 64, 32768  # between two saves: videos, fewer where they have more frames than this together
 
 
 @dataclasses.dataclass
@@ -128,11 +128,11 @@ def _ask(model: Any, tokens: ChatTokens, settings: WorldAccuracy, frames: str, a
     data = WorldDataset("test", 10**9, frames=parse_frames(frames), questions=len(KINDS), seed=settings.seed)
     asked = Counter(row["kind"] for row in answers.rows if row["frames"] == frames)
     with tqdm(total=settings.per_kind, desc=f"{frames} frames", unit="question", leave=False) as bar:
-        block = 0
+        block, videos = 0, max(min(_BLOCK, _BLOCK_FRAMES // parse_frames(frames)[1]), 1)
         while min(asked[kind] for kind in KINDS) < settings.per_kind:
             if (frames, block) not in answers.blocks:
                 rows = []
-                for indices in _batches(data, range(block * _BLOCK, (block + 1) * _BLOCK), settings.frames_at_once):
+                for indices in _batches(data, range(block * videos, (block + 1) * videos), settings.frames_at_once):
                     for question, given in _answer(model, tokens, data, indices, settings.method):
                         rows.append(_row(frames, question, given))
                 answers.add(frames, block, rows)

@@ -118,11 +118,11 @@ def through_a_file(frames: np.ndarray, noise_seed: int) -> np.ndarray:
     return np.clip(light[..., None] + colour + noise[..., None], 0, 255).astype(np.uint8)
 
 
-def longest_at(progress: float, longest: int, ramp: float) -> int:
-    """The curriculum: frames of the longest video at `progress` 0..1 of training, from 2 (with `longest` 64) in
-    doublings at a steady pace up to `longest`, which is reached at `ramp`."""
-    doublings = math.log2(max(longest, 1)) * min(0.17 + 0.83 * progress / ramp, 1.0)
-    return min(max(round(2**doublings), 1), longest)
+def longest_at(progress: float, longest: int, ramp: float, begin: int = 2) -> int:
+    """The curriculum: frames of the longest video at `progress` 0..1 of training, from `begin` in doublings at a
+    steady pace up to `longest`, which is reached at `ramp`."""
+    begin = min(begin, longest)
+    return min(round(begin * (longest / begin) ** min(progress / ramp, 1.0)), longest)
 
 
 def draw_length(rng: random.Random, top: int, shortest: int) -> int:
@@ -171,9 +171,11 @@ class WorldBatches(IterableDataset):
         weights: torch.Tensor,
         first_batch: int = 0,
         ramp: float = 0.5,
+        ramp_from: int = 2,
     ):
         self.dataset, self.chat_tokens, self.tokens_per_batch = dataset, chat_tokens, tokens_per_batch
-        self.progress, self.weights, self.first_batch, self.ramp = progress, weights, first_batch, ramp
+        self.progress, self.weights, self.first_batch = progress, weights, first_batch
+        self.ramp, self.ramp_from = ramp, ramp_from
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         torch.set_num_threads(1)
@@ -183,12 +185,15 @@ class WorldBatches(IterableDataset):
         shortest, longest = self.dataset.frames
         while True:
             rng = random.Random(f"{self.dataset.seed} {number}")
-            frames = draw_length(rng, longest_at(float(self.progress), longest, self.ramp), shortest)
+            frames = draw_length(rng, self._longest(longest), shortest)
             length = frames * self.chat_tokens.tokens_per_frame + (self.turns(frames) + 3) * _TURN_TOKENS
             videos = max(self.tokens_per_batch // length, 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
             yield self.batch(indices, frames, files=0.5)
             number += workers
+
+    def _longest(self, longest: int) -> int:
+        return longest_at(float(self.progress), longest, self.ramp, self.ramp_from)
 
     def turns(self, frames: int) -> int:
         """Questions about a video of `frames`: more where reading the video costs more."""

@@ -1,7 +1,8 @@
-"""Train the small model on the rendered world with the Hugging Face `Trainer`.
+"""Train the small model on the rendered world with `VideoMa2mbaTrainer`.
 
     python -m video_ma2mba.trainer.world_sft --out DIR --max-seconds 900        # a GPU
     python -m video_ma2mba.trainer.world_sft --out DIR --steps 20 --size tiny --frames 8..8   # a CPU, to see it run
+    python -m video_ma2mba.trainer.world_sft --out LONG --start-from DIR/model --frames 64..2048 …   # then longer videos
 
 `--out` holds checkpoints while it trains, `training_log.csv`, `validation.csv`, and at the end `model/`, which
 `from_pretrained` loads. The same command with `--resume` goes on after an interruption.
@@ -19,13 +20,16 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.plan_report import set_trainable
 from ..modeling_video_ma2mba.vision_features import encode_frames
 from ..synthetic import KINDS, WorldDataset, parse_frames
 from ..synthetic.questions import check_kinds
+from .training_config import VideoMa2mbaTrainingConfig
+from .video_trainer import VideoMa2mbaTrainer
 from .world_batches import ChatTokens, WorldBatches, first
 from .world_clock import ClockCallback, WorldClock
 from .world_model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
@@ -47,12 +51,16 @@ class WorldTraining:
 
     out: str = dataclasses.field(metadata={"help": "folder of the run"})
     size: str = _option("bundled", f"one of {', '.join(SIZES)}")
+    start_from: str | None = _option(None, "folder of a trained model to go on from: no first stage, its size")
+    train_parts: str | None = _option(None, "parts that train, of lm, projector, vision; unset: all of them")
+    memory_budget: str | None = _option(None, "GPU memory of a step above weights, such as 4GB; unset: what is free")
     steps: int | None = _option(None, "length of training in optimizer steps")
     max_seconds: float | None = _option(None, "length of training by the clock, over all resumed parts")
     stop_after: float | None = _option(None, "seconds after which this part saves and stops, to be resumed")
     resume: bool = _option(False, "go on from the last checkpoint in --out, if there is one")
     frames: str = _option("8..64", "shortest..longest video")
-    ramp: float = _option(0.5, "share of training during which videos grow from one frame to their full length")
+    ramp: float = _option(0.5, "share of training during which videos grow to their full length")
+    ramp_from: int = _option(2, "frames of the longest videos when training begins")
     decay_from: float = _option(0.65, "share of training after which the learning rate falls")
     tower_seconds: float = _option(75.0, "length of the first stage, in which the vision tower learns to see")
     tower_steps: int | None = _option(None, "the same in optimizer steps")
@@ -113,16 +121,18 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     torch.backends.cuda.matmul.allow_tf32 = True
 
     tokenizer = build_world_tokenizer()
-    config = world_config(SIZES[training.size], tokenizer)
+    model = _model(training, tokenizer).to("cuda" if cuda else "cpu")
+    config = model.config
     exported_chunk = config.vision_chunk_frames
-    config.vision_chunk_frames = training.tokens_per_batch  # the whole batch goes through the small tower at once
-    model = VideoMa2mbaForConditionalGeneration(config).to("cuda" if cuda else "cpu")
-    start_for_recall_(model)
-    if not checkpoint:
+    config.vision_chunk_frames = 2048  # the small tower takes many frames at once
+    if not checkpoint and not training.start_from:
         see(model, training)
     tokens = ChatTokens(tokenizer, config.tokens_per_frame)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
 
+    arguments = _arguments(training, cuda)
+    if arguments.parts is not None:
+        set_trainable(model, arguments.parts)
     clock = WorldClock(training.steps, training.max_seconds, training.warmup_steps, training.decay_from)
     optimizer = build_optimizer(model, training)
     progress, weights = torch.zeros(1).share_memory_(), torch.ones(len(KINDS)).share_memory_()
@@ -142,6 +152,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         weights,
         first_batch=done * 2,  # past everything that was drawn ahead before the interruption
         ramp=training.ramp,
+        ramp_from=training.ramp_from,
     )
     validation = WorldDataset(
         "validation",
@@ -152,11 +163,13 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         seed=training.seed,
     )
     report = WorldReport(out, clock, tokens, validation, weights, training.eval_seconds, cuda)
-    trainer = Trainer(
+    trainer = VideoMa2mbaTrainer(
         model=model,
-        args=_arguments(training, cuda),
+        args=arguments,
         train_dataset=batches,
         data_collator=first,
+        processing_class=world_processor(config, tokenizer),
+        data_name="the rendered world",
         optimizers=(optimizer, LambdaLR(optimizer, clock)),
         callbacks=[ClockCallback(clock, progress, training.save_seconds, training.stop_after), report],
     )
@@ -182,9 +195,25 @@ def see(model: Any, training: WorldTraining) -> None:
         fit_projector_(model, encode_frames(model.model.vision_tower, model.config, batch))
 
 
-def _arguments(training: WorldTraining, cuda: bool) -> TrainingArguments:
-    return TrainingArguments(
+def _model(training: WorldTraining, tokenizer: Any) -> VideoMa2mbaForConditionalGeneration:
+    """A new model of the size asked for, or the trained one to go on from, in fp32."""
+    if training.start_from is None:
+        model = VideoMa2mbaForConditionalGeneration(world_config(SIZES[training.size], tokenizer))
+        start_for_recall_(model)
+        return model
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(training.start_from, dtype=torch.float32)
+    rows = model.get_input_embeddings().num_embeddings
+    if not len(tokenizer) <= rows < len(tokenizer) + 16:
+        raise ValueError(f"{training.start_from} has {rows} tokens, the rendered world has {len(tokenizer)}.")
+    return model
+
+
+def _arguments(training: WorldTraining, cuda: bool) -> VideoMa2mbaTrainingConfig:
+    return VideoMa2mbaTrainingConfig(
         output_dir=training.out,
+        train_parts=training.train_parts,
+        gradient_checkpointing=True,  # chosen per batch: none where it is not needed
+        gradient_checkpointing_kwargs={"method": "multi_axis", "memory_budget": training.memory_budget},
         per_device_train_batch_size=1,  # an item of the data set is a batch
         max_steps=training.steps or _ENDLESS,
         bf16=cuda,
