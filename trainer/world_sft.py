@@ -2,7 +2,7 @@
 
     python -m video_ma2mba.trainer.world_sft --out DIR --max-seconds 900        # a GPU
     python -m video_ma2mba.trainer.world_sft --out DIR --steps 20 --size tiny --frames 8..8   # a CPU, to see it run
-    python -m video_ma2mba.trainer.world_sft --out LONG --start-from DIR/model --frames 64..2048 …   # then longer videos
+    python -m video_ma2mba.trainer.world_sft --out LONG --start-from DIR/model --frames 64..2048   # longer videos
 
 `--out` holds checkpoints while it trains, `training_log.csv`, `validation.csv`, and at the end `model/`, which
 `from_pretrained` loads. The same command with `--resume` goes on after an interruption.
