@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from tensor_chats import CELLS, losses, make_trainer, weights
-from transformers import PreTrainedConfig
+from transformers import Trainer
 
 SCENARIOS = ["ddp"]
-if hasattr(PreTrainedConfig, "base_model_fsdp_plan"):  # newer transformers shard while loading
+if hasattr(Trainer, "_defer_fsdp_gradient_reduction"):  # older ones wrap sharded models in DDP, too
     SCENARIOS.append("fsdp2")
 if importlib.util.find_spec("deepspeed") is not None:
     SCENARIOS.append("zero_1")
