@@ -66,7 +66,7 @@ def test_realtime_and_a_time_limit(run, tiny_video):
     began = time.monotonic()
     *answers, end = lines(run(tiny_video, "--ask", ASKED, "--every", 1, "--json", "--realtime", "--for", 2.5))
     assert time.monotonic() - began > 2
-    assert 2 <= len(answers) <= 4 and end["counters"]["frames_read"] < 6
+    assert 1 <= len(answers) <= 4 and end["counters"]["frames_read"] < 6
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
