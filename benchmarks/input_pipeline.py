@@ -3,7 +3,8 @@
     python benchmarks/input_pipeline.py [--out benchmarks/results/input_pipeline.csv]
 
 Samples are minutes of 720p at 30 frames a second (see hour_of_video.py), looked at once a second at 336 x 336. Two
-measurements for each number of worker processes: samples per second when nothing else is done, and the share of time
+measurements for each number of worker processes: samples per second (and processor seconds per sample, starting the
+workers included) when nothing else is done, and the share of time
 that is spent waiting for data when each step takes `--step` seconds in which the processor is idle, as when a GPU
 computes. The wait for the first sample, when nothing is there yet, is given apart.
 """
@@ -14,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import tempfile
 import time
 import warnings
@@ -46,6 +48,12 @@ def measure(rows, collator, workers: int, step: float) -> tuple[float, float, fl
         frames += int(batch["num_frames"].sum())
 
 
+def processor_seconds() -> float:
+    """Processor time of this process and of the workers that have ended; other programs do not matter to it."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "input_pipeline.csv")
@@ -65,13 +73,16 @@ def main() -> None:
         rows = load_training_data(Path(folder, "rows.jsonl"))
         for workers in arguments.workers:
             collator = VideoChatCollator(processor, on_broken="raise")
+            before = processor_seconds()
             _, _, seconds, frames = measure(rows, collator, workers, 0.0)
+            spent = processor_seconds() - before
             first, waited, stepping, _ = measure(rows, collator, workers, arguments.step)
             results.append(
                 {
                     "workers": workers,
                     "samples_per_s": round((arguments.samples - 1) / seconds, 2),
                     "frames_per_s": round(frames / seconds, 1),
+                    "processor_s_per_sample": round(spent / arguments.samples, 2),
                     "first_sample_s": round(first, 2),
                     "step_s": arguments.step,
                     "waiting_percent": round(100 * waited / stepping, 1),
