@@ -4,9 +4,9 @@
 
 Samples are minutes of 720p at 30 frames a second (see hour_of_video.py), looked at once a second at 336 x 336. Two
 measurements for each number of worker processes: samples per second (and processor seconds per sample, starting the
-workers included) when nothing else is done, and the share of time
-that is spent waiting for data when each step takes `--step` seconds in which the processor is idle, as when a GPU
-computes. The wait for the first sample, when nothing is there yet, is given apart.
+workers included) when nothing else is done, and the share of time that is spent waiting for data when each step takes
+`--step` seconds in which the processor is idle, as when a GPU computes. The wait for the first sample, when nothing is
+there yet, is given apart.
 """
 
 import argparse
