@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not run by the tests: (?P<reason>[^>]+) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S
 )
-BUNDLED = re.compile(r"BUNDLED_CHECKPOINT|load_pipeline\(\)|video-ma2mba (?:ask|demo|eval|niah)")
+BUNDLED = re.compile(r"BUNDLED_CHECKPOINT|load_pipeline\(\)|video-ma2mba (?:ask|demo|eval|niah|where)")
 
 
 def blocks() -> list:
