@@ -21,6 +21,7 @@ class VideoQuestion:
     """What comes before an answer.
 
     Attributes:
+        name: the video's, for people.
         opening: int64 (P,) token ids in front of the frames.
         features: (F, T, D) projected features of the frames, in host memory (16-bit models: 2.65 GB for an hour at one
             frame a second, 144 tokens of width 2560).
@@ -29,6 +30,7 @@ class VideoQuestion:
         asked: int64 (Q,) token ids behind the frames, up to where the answer begins.
     """
 
+    name: str
     opening: Tensor
     features: Tensor
     times: np.ndarray
@@ -70,4 +72,4 @@ def read_features(
     if not pieces:
         raise ValueError(f"{reader.name}: the video has no frames")
     features = torch.cat(pieces).unflatten(0, (-1, model.config.tokens_per_frame))
-    return VideoQuestion(opening[0, :-1], features, np.concatenate(times), duration, asked[0])
+    return VideoQuestion(reader.name, opening[0, :-1], features, np.concatenate(times), duration, asked[0])

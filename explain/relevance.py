@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,13 +157,13 @@ def relevance(
         total = scores.detach().sum().item()
         del reading, scores
         tell(1, steps + 1)
-        integrated = None
-        for done, share in enumerate(_shares(model, prompt, ids, steps, memory), start=2):
-            integrated = share if integrated is None else integrated + share
+        integrated = torch.zeros(frames, dtype=torch.float64) if steps else None
+        for done, share in enumerate(integrated_gradients(model, prompt, ids, steps, memory), start=2):
+            integrated += share
             tell(done, steps + 1)
     weights = recorder.weights()
     return Relevance(
-        video=str(getattr(video, "name", video)) if isinstance(video, str | Path) or hasattr(video, "name") else "",
+        video=prompt.name,
         question=question,
         answer=text,
         log_probability=total,
@@ -174,10 +174,6 @@ def relevance(
         decay=weights.mean(dim=(0, 1)).numpy(),
         decay_by_layer=weights.mean(dim=1).numpy(),
     )
-
-
-def _shares(model: Any, prompt: VideoQuestion, ids: Tensor, steps: int, memory: str | None) -> Iterator[Tensor]:
-    return integrated_gradients(model, prompt, ids, steps, memory) if steps else iter(())
 
 
 def _places_of_frames(prompt: VideoQuestion) -> Tensor:

@@ -103,3 +103,20 @@ def test_the_model_is_left_as_it_was(parts, clip):
     finally:
         model.eval()
         model.model.multi_modal_projector.linear_1.weight.requires_grad_(True)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same(tiny_checkpoint, clip):
+    from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
+
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    processor = VideoMa2mbaProcessor.from_pretrained(tiny_checkpoint)
+    expected = relevance(model, processor, clip(9), "What is it?", "ab", steps=2)
+    found = relevance(model.to("cuda"), processor, clip(9), "What is it?", "ab", steps=2)
+    for name in ("gradient_x_input", "integrated_gradients", "decay"):
+        one, two = torch.from_numpy(getattr(found, name)), torch.from_numpy(getattr(expected, name))
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    assert relevance(model, processor, clip(9), "What is it?", steps=0, max_new_tokens=4).answer
+    prompt = read_features(model, processor, clip(9), "What is it?")
+    on_gpu = occlusion(model, prompt, ANSWER, 2, 3)
+    torch.testing.assert_close(on_gpu, occlusion(model.to("cpu"), prompt, ANSWER, 2, 3), rtol=1e-3, atol=1e-5)
