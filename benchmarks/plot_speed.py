@@ -46,6 +46,9 @@ def draw_decoding(path: Path) -> None:
 def draw_reading(path: Path) -> None:
     """Speed and memory against length."""
     found = [row for row in rows("prefill_speed.csv") if row["implementation"] != "ours" or row["way"] == "stream"]
+    if not found:
+        print(f"{path.name}: prefill_speed.csv holds no readings by length yet")
+        return
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), dpi=120)
     for name, colour in COLOURS.items():
         points = sorted((int(row["tokens"]), row) for row in found if row["implementation"] == name)

@@ -12,7 +12,8 @@ from .ssd_scan import MixerShape
 
 SCAN_SMALL = {"BLOCK_P": 16, "HEADS": 1, "num_warps": 4}
 """Of one program, where there are few rows: all of the GPU should have work."""
-SCAN_LARGE = {"BLOCK_P": 64, "HEADS": 10, "num_warps": 8}
+SCAN_LARGE = {"BLOCK_P": 32, "HEADS": 20, "num_warps": 4}
+"""Of one program in a large batch: heads one after the other share what they have in common."""
 
 
 @triton.jit

@@ -74,6 +74,16 @@ def test_kernels_equal_their_twins(cuda_model, dtype, batch, slots, sizes):
                 assert relative(one, other) < (1e-5 if exact else 2e-2)
 
 
+@pytest.mark.parametrize("slots", [1, 4])
+def test_several_heads_of_a_program_equal_their_twins(cuda_model, monkeypatch, slots):
+    """What large batches take, on a small one."""
+    from video_ma2mba.modeling_video_ma2mba import decode_scan_kernels
+
+    monkeypatch.setattr(decode_scan_kernels, "SCAN_SMALL", decode_scan_kernels.SCAN_LARGE)
+    test_kernels_equal_their_twins(cuda_model, torch.float32, 3, slots, {"hidden_size": 320, "num_hidden_layers": 1})
+    test_kernels_equal_their_twins(cuda_model, torch.float32, 2, slots, {"hidden_size": 256, "n_groups": 2})
+
+
 def answers(model, way: str, **settings):
     with force_decoding(way):
         return model.generate(
