@@ -1,6 +1,6 @@
 """Seconds and peak memory of `video-ma2mba where` on videos of one minute to one hour, on the CPU.
 
-    python benchmarks/relevance_memory.py [--seconds 60 600 3600] [--memory 500MB]
+    python benchmarks/relevance_memory.py [--seconds 60 600 3600] [--memory 2GB]
 
 Gradient x input and decay weights (`--steps 0`) with the bundled checkpoint, each video in a process of its own; n
 steps of integrated gradients take n times as long again, in the same memory. Writes `results/relevance_memory.csv`.
@@ -29,7 +29,7 @@ OUT = Path(__file__).parent / "results" / "relevance_memory.csv"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, nargs="+", default=[60, 600, 3600])
-    parser.add_argument("--memory", default="500MB", help="what the recomputed cells may take")
+    parser.add_argument("--memory", default="2GB", help="what the recomputed cells may take")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
