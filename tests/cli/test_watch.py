@@ -74,6 +74,8 @@ def test_ctrl_c_saves_and_counts(tiny_checkpoint, tiny_video, tmp_path, sent):
     file = tmp_path / "seen.state"
     arguments = ["--realtime", "--every", "1", "--ask", ASKED, "--save", file, "--model", tiny_checkpoint, "--json"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A suite started in the background passes on that Ctrl-C is ignored; a user's terminal does not.
+    pipe["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([COMMAND, "watch", tiny_video, *arguments], **pipe) as process:
         try:
             first = json.loads(process.stdout.readline())
