@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_video(make_video):
     few, low = peak(make_video("short.mp4", frames=300, gop=30))
     many, high = peak(make_video("long.mp4", frames=900, gop=30))
     assert (few, many) == (300, 900)
-    # Times and wanted frames: some numbers a frame, and pixels (3072 bytes a frame) of what threads happen to have ready.
+    # Times and wanted frames: some numbers a frame, and pixels (3072 bytes a frame) of what threads have ready.
     assert high < low + 128 * 600 + 64 * 3072
 
 
