@@ -27,7 +27,7 @@ IGNORED = -100
 _TURN_TOKENS = 20  # of one question with its answer, on average
 _NAMED_OPTIONS = 2  # turns of a chat that say which option is right and ask for its letter, at most
 _LIST_ALONE, _LIST_LAST = 0.3, 0.5  # shares of chats that only list the things, and that end with the list, at first
-_SHORTER = 0.15  # share of batches below the shortest length asked for, once training is past that length
+SHORTER = 0.15  # share of batches below the shortest length asked for, once training is past that length
 # Later turns could be answered from the words of earlier ones ("the red star" gives away a colour and a shape), so
 # kinds that give away little come first.
 _TURNS = ("needle", "count", "colour", "shape", "direction", "order", "time", "list")
@@ -125,11 +125,12 @@ def longest_at(progress: float, longest: int, ramp: float, begin: int = 2) -> in
     return min(round(begin * (longest / begin) ** min(progress / ramp, 1.0)), longest)
 
 
-def draw_length(rng: random.Random, top: int, shortest: int) -> int:
-    """Frames of one batch: up to `shortest` while the curriculum has not got beyond it, then mostly from there up."""
+def draw_length(rng: random.Random, top: int, shortest: int, shorter: float = SHORTER) -> int:
+    """Frames of one batch: up to `shortest` while the curriculum has not got beyond it, then from there up, but for a
+    share `shorter` of the batches."""
     if top <= shortest:
         return whole(rng, max(top // 2, 1), top)
-    if rng.random() < _SHORTER:
+    if rng.random() < shorter:
         return whole(rng, 1, shortest)
     return whole(rng, shortest, top)
 
@@ -172,10 +173,11 @@ class WorldBatches(IterableDataset):
         first_batch: int = 0,
         ramp: float = 0.5,
         ramp_from: int = 2,
+        shorter: float = SHORTER,
     ):
         self.dataset, self.chat_tokens, self.tokens_per_batch = dataset, chat_tokens, tokens_per_batch
         self.progress, self.weights, self.first_batch = progress, weights, first_batch
-        self.ramp, self.ramp_from = ramp, ramp_from
+        self.ramp, self.ramp_from, self.shorter = ramp, ramp_from, shorter
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         torch.set_num_threads(1)
@@ -185,7 +187,7 @@ class WorldBatches(IterableDataset):
         shortest, longest = self.dataset.frames
         while True:
             rng = random.Random(f"{self.dataset.seed} {number}")
-            frames = draw_length(rng, self._longest(longest), shortest)
+            frames = draw_length(rng, self._longest(longest), shortest, self.shorter)
             length = frames * self.chat_tokens.tokens_per_frame + (self.turns(frames) + 3) * _TURN_TOKENS
             videos = max(self.tokens_per_batch // length, 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]

@@ -30,7 +30,7 @@ from ..synthetic import KINDS, WorldDataset, parse_frames
 from ..synthetic.questions import check_kinds
 from .training_config import VideoMa2mbaTrainingConfig
 from .video_trainer import VideoMa2mbaTrainer
-from .world_batches import ChatTokens, WorldBatches, first
+from .world_batches import SHORTER, ChatTokens, WorldBatches, first
 from .world_clock import ClockCallback, WorldClock
 from .world_model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
 from .world_report import WorldReport
@@ -61,6 +61,7 @@ class WorldTraining:
     frames: str = _option("8..64", "shortest..longest video")
     ramp: float = _option(0.5, "share of training during which videos grow to their full length")
     ramp_from: int = _option(2, "frames of the longest videos when training begins")
+    shorter: float = _option(SHORTER, "share of batches with videos below the shortest, so that they are not unlearned")
     decay_from: float = _option(0.65, "share of training after which the learning rate falls")
     tower_seconds: float = _option(75.0, "length of the first stage, in which the vision tower learns to see")
     tower_steps: int | None = _option(None, "the same in optimizer steps")
@@ -83,6 +84,8 @@ class WorldTraining:
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r}: must be one of {', '.join(SIZES)}.")
         self.frame_range = parse_frames(self.frames)
+        if not 0 <= self.shorter <= 1:
+            raise ValueError(f"shorter={self.shorter}: must be a share from 0 to 1.")
         self.kind_names = check_kinds(self.kinds.split(","))
 
 
@@ -153,6 +156,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         first_batch=done * 2,  # past everything that was drawn ahead before the interruption
         ramp=training.ramp,
         ramp_from=training.ramp_from,
+        shorter=training.shorter,
     )
     validation = WorldDataset(
         "validation",

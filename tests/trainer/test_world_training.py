@@ -102,6 +102,8 @@ def test_lengths_stay_in_range_and_pictures_stay_in_the_mixture():
     assert (min(drawn), max(drawn)) == (1, 64)
     assert 0.05 < sum(length < 8 for length in drawn) / 2000 < 0.2
     assert {draw_length(rng, 4, 8) for _ in range(50)} == {2, 3, 4}
+    often = [draw_length(rng, 64, 8, shorter=0.5) for _ in range(2000)]
+    assert 0.4 < sum(length < 8 for length in often) / 2000 < 0.5  # half of them up to 8, of which an eighth is 8
 
 
 def test_questions_are_drawn_by_the_weights_of_their_kinds():
