@@ -38,30 +38,43 @@ class Videos(torch.utils.data.Dataset):
 
 
 class Card(VideoMa2mbaTrainer):
-    """Writes down every step."""
+    """Writes down every step as it ends, but for the first."""
 
-    rows: list[dict]
+    about: dict
+    table: Path
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         torch.cuda.synchronize()
-        self.rows.append(
-            {
-                "frames": len(inputs["pixel_values_videos"]),
-                "tokens": inputs["input_ids"].shape[1],
-                "plan": str(self._retry.planner.last),
-                "seconds": round(time.perf_counter() - start, 1),
-                "gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-                "predicted_peak_gb": round(self.throughput.predicted_peak / 1e9, 2),
-                "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
-                "oom_retries": self.throughput.oom_retries,
-                "loss": round(loss.item(), 3),
-            }
-        )
+        row = self.about | {
+            "frames": len(inputs["pixel_values_videos"]),
+            "tokens": inputs["input_ids"].shape[1],
+            "plan": str(self._retry.planner.last),
+            "seconds": round(time.perf_counter() - start, 1),
+            "gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            "predicted_peak_gb": round(self.throughput.predicted_peak / 1e9, 2),
+            "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+            "host_checkpoints_gb": round(self.video_model.model.language_model.engine.last_host_bytes / 1e9, 2),
+            "oom_retries": self.throughput.oom_retries,
+            "loss": round(loss.item(), 3),
+        }
+        print(row, flush=True)
+        if self.state.global_step:
+            append(self.table, row)
         self.throughput.restart()
         return loss
+
+
+def append(table: Path, row: dict) -> None:
+    table.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not table.exists()
+    with table.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def main() -> None:
@@ -96,22 +109,10 @@ def main() -> None:
         processing_class=processor,
         peft_config=lora_config(recipe),
     )
-    trainer.rows = []
-    try:
-        trainer.train()
-    finally:
-        about = {"hardware": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
-        about |= {"model": options.preset, "card_gb": options.card_gb, "answer_tokens": ANSWER}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not options.out.exists()
-        with options.out.open("a", newline="") as file:
-            for row in trainer.rows[1:]:
-                writer = csv.DictWriter(file, list(about | row))
-                if fresh:
-                    writer.writeheader()
-                fresh = False
-                writer.writerow(about | row)
-                print(about | row, flush=True)
+    trainer.table = options.out
+    trainer.about = {"hardware": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
+    trainer.about |= {"model": options.preset, "card_gb": options.card_gb, "answer_tokens": ANSWER}
+    trainer.train()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The trainer on a GPU: predicted and reached peak, and a step that really runs out of memory."""
 
+import gc
+
 import pytest
 import torch
 from tensor_chats import VIDEO, losses, settings, tiny_processor
@@ -29,7 +31,7 @@ class LongChats(torch.utils.data.Dataset):
 def run(out) -> VideoMa2mbaTrainer:
     vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "projection_dim": 16}
-    text = {"vocab_size": 512, "hidden_size": 512, "num_hidden_layers": 12, "pad_token_id": 1}
+    text = {"vocab_size": 512, "hidden_size": 1024, "num_hidden_layers": 6, "pad_token_id": 1}
     torch.manual_seed(0)
     model = VideoMa2mbaForConditionalGeneration(
         VideoMa2mbaConfig(text_config=text, vision_config=vision, video_token_id=VIDEO)
@@ -52,11 +54,10 @@ def test_a_real_shortage_of_memory_is_survived_with_the_same_losses(tmp_path):
     assert free._retry.planner.last.plan is None, "without a limit nothing is recomputed"
     logs = [entry for entry in free.state.log_history if "gpu_peak_gb" in entry]
     assert len(logs) == 2
-    for entry in logs:
-        assert entry["predicted_peak_gb"] == pytest.approx(entry["gpu_peak_gb"], rel=0.15), entry
-    needed = logs[-1]["gpu_peak_gb"] * 1e9
+    needed = logs[0]["gpu_peak_gb"] * 1e9
     expected = losses(free)
     del free
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((before + 0.92 * needed) / total)
@@ -67,3 +68,5 @@ def test_a_real_shortage_of_memory_is_survived_with_the_same_losses(tmp_path):
     assert tight.throughput.oom_retries == 1, "the second step is planned within what the first one learned"
     assert tight._retry.planner.last.plan is not None
     assert losses(tight) == pytest.approx(expected, rel=0.01)
+    for entry in logs:
+        assert entry["predicted_peak_gb"] == pytest.approx(entry["gpu_peak_gb"], rel=0.15), entry
