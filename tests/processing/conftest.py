@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -43,49 +44,58 @@ def picture_of() -> Callable[..., np.ndarray]:
     return numbered_picture
 
 
+def write_video(
+    path: Path,
+    frames: int = 90,
+    gop: int = 12,
+    b_frames: int = 0,
+    codec: str = "libx264",
+    height: int = 48,
+    width: int = BITS * BAR,
+    pix_fmt: str = "yuv420p",
+    times_ms: Iterable[int] | None = None,
+    container_options: dict[str, str] | None = None,
+    file_format: str | None = None,
+    noisy: bool = False,
+    **codec_options: str,
+) -> None:
+    """Write a numbered video: 30 frames a second unless `times_ms` gives the time of every frame."""
+    options = {"g": str(gop), "bf": str(b_frames), "sc_threshold": "0", **codec_options}
+    if codec == "libx265":
+        settings = f"keyint={gop}:bframes={b_frames}:log-level=none:pools=none:frame-threads=1"
+        options = {"x265-params": settings, **codec_options}
+    times = list(times_ms) if times_ms is not None else None
+    with av.open(str(path), "w", format=file_format, options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.thread_count = 1  # by default one a core: the file must not depend on the machine
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(frames):
+            picture = numbered_picture(number, height, width)
+            if noisy:  # below the bars; makes the frames, not the index, the bulk of the file
+                noise = np.random.default_rng(number).integers(0, 256, (height - 32, width, 3))
+                picture[32:] = noise
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
 @pytest.fixture(scope="session")
 def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes a numbered video: 30 frames a second unless `times_ms` gives the time of every frame."""
-    folder = tmp_path_factory.mktemp("videos")
+    """`make_video(name, ...)` is the path of a video that `write_video` wrote, once for the same arguments."""
+    written: dict[str, Path] = {}
 
-    def make(
-        name: str,
-        frames: int = 90,
-        gop: int = 12,
-        b_frames: int = 0,
-        codec: str = "libx264",
-        height: int = 48,
-        width: int = BITS * BAR,
-        pix_fmt: str = "yuv420p",
-        times_ms: Iterable[int] | None = None,
-        container_options: dict[str, str] | None = None,
-        file_format: str | None = None,
-        noisy: bool = False,
-        **codec_options: str,
-    ) -> Path:
-        path = folder / name
-        if path.exists():
-            return path
-        options = {"g": str(gop), "bf": str(b_frames), "sc_threshold": "0", **codec_options}
-        if codec == "libx265":
-            options = {"x265-params": f"keyint={gop}:bframes={b_frames}:log-level=none", **codec_options}
-        times = list(times_ms) if times_ms is not None else None
-        with av.open(str(path), "w", format=file_format, options=container_options or {}) as container:
-            stream = container.add_stream(codec, rate=30, options=options)
-            stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-            if times is not None:
-                stream.codec_context.time_base = Fraction(1, 1000)
-            for number in range(frames):
-                picture = numbered_picture(number, height, width)
-                if noisy:  # below the bars; makes the frames, not the index, the bulk of the file
-                    noise = np.random.default_rng(number).integers(0, 256, (height - 32, width, 3))
-                    picture[32:] = noise
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                if times is not None:
-                    frame.pts, frame.time_base = times[number], Fraction(1, 1000)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        return path
+    def make(name: str, **settings: Any) -> Path:
+        # By everything: a test that gives a name to another video must not change what the next test gets.
+        key = repr((name, sorted(settings.items())))
+        if key not in written:
+            path = tmp_path_factory.mktemp("video") / name
+            write_video(path, **settings)
+            written[key] = path
+        return written[key]
 
     return make
 

@@ -114,7 +114,7 @@ def test_parts_side_by_side_give_the_same_frames(make_video, read_numbers, small
 def test_damage_is_met_the_same_by_any_number_of_threads(make_video, small_parts):
     intact = make_video("flips.mp4", b_frames=2, noisy=True).read_bytes()
     differing = 0
-    for seed in range(10):
+    for seed in range(20):
         random = np.random.default_rng(seed)
         data = bytearray(intact)
         for place in random.integers(len(data) // 8, len(data) * 7 // 8, 30):
@@ -129,7 +129,7 @@ def test_damage_is_met_the_same_by_any_number_of_threads(make_video, small_parts
             outcomes.append(([number for _, number in frames], sorted(set(problems))))
         assert outcomes[0] == outcomes[1] == outcomes[2]
         differing += bool(outcomes[0][1])
-    assert differing > 0  # damage that nobody met would prove nothing
+    assert differing > 2  # damage that nobody met would prove nothing
 
 
 def test_reading_stopped_early_leaves_no_thread(make_video, small_parts, monkeypatch):

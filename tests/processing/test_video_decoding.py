@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 
 import numpy as np
@@ -59,9 +60,9 @@ def test_any_part_at_any_rate(make_video, read_numbers, name, start, length, fps
     assert all(len(part) == chunk for part in chunks[:-1])
     assert len(numbers) == reader.expected_frames
     assert moments[-1] < min(end, 3.0) and moments[-1] + 1 / fps >= min(end, 3.0) - 1.1e-3
-    for number, moment, time in zip(numbers, moments, times, strict=True):
+    for number, moment, stamp in zip(numbers, moments, times, strict=True):
         assert number / 30 <= moment + 1.1e-3 and moment < (number + 1) / 30 + 1e-4
-        assert time == pytest.approx(number / 30, abs=1e-4)
+        assert stamp == pytest.approx(number / 30, abs=1e-4)
 
 
 def test_variable_frame_rate_with_a_gap(make_video, read_numbers):
@@ -95,7 +96,7 @@ def test_rotation_is_honoured(make_video, tmp_path, degrees, quarters):
     data[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, -b, a, 0, 0, 0, 1 << 30)
     path = tmp_path / "turned.mp4"
     path.write_bytes(data)
-    upright = open_video(make_video("b_frames.mp4"), num_frames=3).read().pixels
+    upright = open_video(make_video("b_frames.mp4", **CODINGS["b_frames.mp4"]), num_frames=3).read().pixels
     turned = open_video(path, num_frames=3).read().pixels
     np.testing.assert_array_equal(turned, np.rot90(upright, quarters, axes=(1, 2)))
 
@@ -178,11 +179,23 @@ def test_files_are_closed(make_video):
 def test_memory_does_not_grow_with_the_video(make_video):
     """Python memory (numpy's included) while streaming every frame: three times the frames, the same peak."""
 
+    def settle():
+        """Wait until as much is decoded ahead as there is room for; how much that is by itself is a matter of luck."""
+        before = -1
+        while (now := tracemalloc.get_traced_memory()[0]) != before:
+            before = now
+            time.sleep(0.1)
+
     def peak(path):
         reader = open_video(path, fps=30, size=(32, 32))
         list(zip(range(2), reader.chunks(4), strict=False))  # warm up imports and caches
+        reader.close()
         tracemalloc.start()
-        count = sum(len(chunk) for chunk in open_video(path, fps=30, size=(32, 32)).chunks(4))
+        count = 0
+        for number, chunk in enumerate(open_video(path, fps=30, size=(32, 32)).chunks(4, threads=1)):
+            count += len(chunk)
+            if number % 25 == 5:
+                settle()
         top = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return count, top
@@ -190,8 +203,7 @@ def test_memory_does_not_grow_with_the_video(make_video):
     few, low = peak(make_video("short.mp4", frames=300, gop=30))
     many, high = peak(make_video("long.mp4", frames=900, gop=30))
     assert (few, many) == (300, 900)
-    # Times and wanted frames: some numbers a frame, and pixels (3072 bytes a frame) of what threads have ready.
-    assert high < low + 128 * 600 + 64 * 3072
+    assert high < low + 128 * 600  # times and wanted frames: some numbers a frame, never pixels (3072 bytes a frame)
 
 
 def test_pixels_are_those_of_pillow_bicubic(make_video):
