@@ -174,7 +174,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         projector_hidden_act: activation between the projector's two layers.
         image_mean, image_std: normalisation of pixels scaled to 0..1; None takes CLIP's or SigLIP's values.
         vision_chunk_frames: frames that run through the tower together; bounds the memory of vision.
-        prefill_segment_length: tokens that run through the language model together outside of training.
+        prefill_segment_length: tokens that run through the language model together outside of training (on a CPU at
+            most 512).
     """
 
     model_type = "video_ma2mba"

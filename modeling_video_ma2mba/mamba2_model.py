@@ -20,6 +20,9 @@ from .multi_axis_checkpointing import MultiAxisEngine
 from .token_layout import TokenLayout, kept_rows, original_order
 from .video_state import VideoState
 
+CPU_SEGMENT = 512
+"""Most tokens of a row at a time on a CPU: longer segments leave its caches, which is slower and takes more memory."""
+
 
 class Ma2mbaTextModel(PreTrainedModel):
     """Embedding, L Mamba-2 blocks and the final norm, from state to state."""
@@ -167,8 +170,9 @@ class Ma2mbaTextModel(PreTrainedModel):
         conv = [None] * layers if state is None else list(state.conv)
         ssm = [None] * layers if state is None else list(state.ssm)
         pieces, rows = [], []
-        for start in range(0, tokens, self.prefill_segment_length):
-            stop = min(start + self.prefill_segment_length, tokens)
+        length = self.prefill_segment_length if device.type != "cpu" else min(self.prefill_segment_length, CPU_SEGMENT)
+        for start in range(0, tokens, length):
+            stop = min(start + length, tokens)
             lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
             segment = x[:, start:stop].to(device, self.stream_dtype)
             segment, delta, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2 import modeling_mamba2
 
+from video_ma2mba.modeling_video_ma2mba import mamba2_model
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
 from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.video_state import VideoState
@@ -258,6 +259,18 @@ def test_prefill_segments_change_nothing(kind, segment):
     again = read(model, x, start, [21], **extra)
     for name, expected in whole.items():
         assert_close(again[name], expected, name=name)
+
+
+def test_segments_on_a_cpu_are_short_and_change_nothing(monkeypatch):
+    model, x, lengths = make_model(layers=1), random_tokens(1, 1100), []
+    start = random_state(model, 1)
+    model.layers[0].mixer.in_proj.register_forward_hook(lambda _, given, __: lengths.append(given[0].shape[1]))
+    short = read(model, x, start, [1100])
+    monkeypatch.setattr(mamba2_model, "CPU_SEGMENT", 2000)
+    whole = read(model, x, start, [1100])
+    assert lengths == [512, 512, 76, 1100]
+    for name, expected in whole.items():
+        assert_close(short[name], expected, name=name)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 256])
