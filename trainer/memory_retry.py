@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from .rank_agreement import OtherProcessShortage, RankAgreement
 from .step_planner import StepPlan, StepPlanner
 
 if TYPE_CHECKING:
@@ -23,15 +25,19 @@ class MemoryRetry:
     """Plans, runs and, out of memory, repeats the micro-batches of one optimizer step after the other.
 
     Gradients of a failed backward pass are partly there, and summed with those of earlier micro-batches; so the whole
-    optimizer step begins anew, with the random numbers that it began with.
+    optimizer step begins anew, with the random numbers that it began with. Of several processes (DDP) that share a
+    step, all begin anew, and only the one that ran out of memory under a smaller plan.
     """
 
-    def __init__(self, trainer: VideoMa2mbaTrainer, step: Callable[..., Tensor]) -> None:
+    def __init__(self, trainer: VideoMa2mbaTrainer, step: Callable[..., Tensor], model: nn.Module) -> None:
         self.trainer, self.step = trainer, step
         settings = trainer.video_model.model.language_model.engine.settings
         adaptive = settings is not None and trainer.args.adaptive_plan
         self.planner = StepPlanner(trainer.video_model, settings) if adaptive else None
         self.alone = trainer.accelerator.distributed_type == DistributedType.NO
+        self.ranks: RankAgreement | None = None
+        if self.planner is not None and trainer.args.oom_retry and isinstance(model, DistributedDataParallel):
+            self.ranks = RankAgreement(trainer.accelerator)
         self.device = trainer.accelerator.device
         self._done: list[dict[str, Any]] = []  # micro-batches of this optimizer step
         self._step = -1
@@ -43,22 +49,29 @@ class MemoryRetry:
         """Forward and backward of one micro-batch; the loss.
 
         Raises:
-            torch.OutOfMemoryError: out of memory, and no smaller plan, or several processes; says what to do.
+            torch.OutOfMemoryError: out of memory, and no smaller plan, or processes that cannot begin anew; says what
+                to do.
         """
         if self._step != self.trainer.state.global_step:
             self._begin()
+        failed_here = False
         try:
             loss = self._attempt(model, inputs, num_items, self._choose(inputs))
         except torch.OutOfMemoryError as error:
-            message = str(error)
+            message, failed_here = str(error), not isinstance(error, OtherProcessShortage)
             if self.planner is None or not self.trainer.args.oom_retry:
                 raise
-            if not self.alone:
+            if not self.alone and self.ranks is None:
                 raise torch.OutOfMemoryError(self._advice(inputs, message)) from error
         else:
-            self._done.append(inputs)
-            return loss
-        return self._again(model, inputs, num_items, message)  # the failed attempt's frames are gone by now
+            return self._finish(model, inputs, loss)
+        return self._again(model, inputs, num_items, message, failed_here)  # the failed attempt's frames are gone
+
+    def _finish(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor) -> Tensor:
+        self._done.append(inputs)
+        if self.ranks is not None and self.trainer.accelerator.sync_gradients:  # the last micro-batch of the step
+            self.ranks.average_gradients(model)
+        return loss
 
     def _choose(self, inputs: dict[str, Any]) -> StepPlan | None:
         if self.planner is None:
@@ -75,7 +88,10 @@ class MemoryRetry:
             predicted = plan.step_bytes + (self._resident() if cuda else 0)
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        loss = self.step(model, inputs, num_items)
+        if self.ranks is None:
+            loss = self.step(model, inputs, num_items)
+        else:
+            loss = self.ranks.run(lambda: self.step(model.module, inputs, num_items))
         self.trainer.throughput.peak(predicted, self.device)
         return loss
 
@@ -101,17 +117,27 @@ class MemoryRetry:
             if smaller
             else "none is smaller"
         )
-        return f"with several processes a step is not repeated; {then}: set memory_budget below that. {message}"
+        where = "where processes share parameters a step is not repeated"
+        return f"{where}; {then}: set memory_budget below that. {message}"
 
-    def _again(self, model: nn.Module, inputs: dict[str, Any], num_items: Any, message: str) -> Tensor:
-        failed = self.planner.last
-        with self.trainer.accelerator.autocast():
-            smaller = self.planner.smaller(inputs)
-        if smaller is None:
-            raise torch.OutOfMemoryError(f"no smaller plan exists: give it fewer frames. {message}")
-        _log.warning(
-            "step %d ran out of memory (%s): once more with the next smaller plan, %s", self._step + 1, failed, smaller
-        )
+    def _again(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Any, message: str, failed_here: bool
+    ) -> Tensor:
+        failed = plan = self.planner.last
+        if failed_here:
+            with self.trainer.accelerator.autocast():
+                plan = self.planner.smaller(inputs)
+        possible = not failed_here or plan is not None
+        if not (possible if self.ranks is None else self.ranks.all(possible)):
+            where = "no" if not possible else "for another process no"
+            raise torch.OutOfMemoryError(f"{where} smaller plan exists: give it fewer frames. {message}")
+        if failed_here:
+            _log.warning(
+                "step %d ran out of memory (%s): once more with the next smaller plan, %s",
+                self._step + 1,
+                failed,
+                plan,
+            )
         self.trainer.throughput.oom_retries += 1
         model.zero_grad()
         gc.collect()
@@ -124,7 +150,5 @@ class MemoryRetry:
         self.trainer._total_train_tokens = self._tokens
         for earlier in self._done:
             self._attempt(model, earlier, num_items, self._choose(earlier))
-        self.planner.last = smaller
-        loss = self._attempt(model, inputs, num_items, smaller)
-        self._done.append(inputs)
-        return loss
+        self.planner.last = plan
+        return self._finish(model, inputs, self._attempt(model, inputs, num_items, plan))

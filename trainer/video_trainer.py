@@ -168,10 +168,10 @@ class VideoMa2mbaTrainer(SFTTrainer):
     # ---------------------------------------------------------------------------------------------- steps
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch under a plan of its own; out of memory, the whole optimizer step once more under a smaller
-        one (on a single process: others would wait for ever for the gradients of the first attempt)."""
+        one (alone or under DDP: where parameters are spread over processes, others would wait for ever)."""
         self.throughput.count(inputs)
         if self._retry is None:
-            self._retry = MemoryRetry(self, super().training_step)
+            self._retry = MemoryRetry(self, super().training_step, model)
         return self._retry.run(model, inputs, num_items_in_batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from video_ma2mba.trainer.training_config import VideoMa2mbaTrainingConfig
 from video_ma2mba.trainer.video_trainer import VideoMa2mbaTrainer
 
 VIDEO, PER_FRAME, WORDS = 2, 4, (6, 40)
+ACCUMULATED = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
 CELLS = {"segment_length": 5, "layers_per_block": 1, "offload": False}  # multi-axis checkpointing, whatever fits
 
 
@@ -133,3 +134,28 @@ def losses(trainer: Any) -> list[float]:
 def weights(model: Any) -> dict[str, torch.Tensor]:
     """A copy of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+class FullMemory:
+    """Raises OutOfMemoryError where an accelerator would: in one micro-batch, in forward or backward."""
+
+    def __init__(self, model, call: int, backward: bool, times: int = 1) -> None:
+        self.call, self.backward, self.times, self.calls = call, backward, times, 0
+        self.raised = []
+        model.model.register_forward_pre_hook(self.count)
+        model.model.multi_modal_projector.register_forward_hook(self)
+
+    def count(self, *_):
+        self.calls += 1
+
+    def fail(self, *_):
+        if len(self.raised) < self.times:
+            self.raised.append(self.calls)
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+
+    def __call__(self, module, arguments, output):
+        if self.calls >= self.call:
+            if not self.backward:
+                self.fail()
+            elif output.requires_grad:
+                output.register_hook(self.fail)

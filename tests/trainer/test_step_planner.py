@@ -4,7 +4,17 @@ import logging
 
 import pytest
 import torch
-from tensor_chats import PER_FRAME, VIDEO, collate, losses, make_trainer, tiny_model, weights
+from tensor_chats import (
+    ACCUMULATED,
+    PER_FRAME,
+    VIDEO,
+    FullMemory,
+    collate,
+    losses,
+    make_trainer,
+    tiny_model,
+    weights,
+)
 
 from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointSettings
 from video_ma2mba.trainer.step_planner import StepPlanner
@@ -81,38 +91,12 @@ def test_nothing_fits_is_said_by_the_engine(tmp_path):
         trainer.train()
 
 
-class FullMemory:
-    """Raises OutOfMemoryError where an accelerator would: in one micro-batch, in forward or backward."""
-
-    def __init__(self, model, call: int, backward: bool, times: int = 1) -> None:
-        self.call, self.backward, self.times, self.calls = call, backward, times, 0
-        self.raised = []
-        model.model.register_forward_pre_hook(self.count)
-        model.model.multi_modal_projector.register_forward_hook(self)
-
-    def count(self, *_):
-        self.calls += 1
-
-    def fail(self, *_):
-        if len(self.raised) < self.times:
-            self.raised.append(self.calls)
-            raise torch.OutOfMemoryError("out of memory (simulated)")
-
-    def __call__(self, module, arguments, output):
-        if self.calls >= self.call:
-            if not self.backward:
-                self.fail()
-            elif output.requires_grad:
-                output.register_hook(self.fail)
-
-
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_step_out_of_memory_is_repeated_with_the_next_smaller_plan(tmp_path, caplog, backward):
     """The second micro-batch of the second step fails; the run is the same as one that never failed."""
-    options = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
-    smooth = make_trainer(tmp_path / "smooth", **options)
+    smooth = make_trainer(tmp_path / "smooth", **ACCUMULATED)
     smooth.train()
-    trainer = make_trainer(tmp_path / "full", **options)
+    trainer = make_trainer(tmp_path / "full", **ACCUMULATED)
     full = FullMemory(trainer.video_model, call=4, backward=backward)
     with caplog.at_level(logging.WARNING):
         trainer.train()

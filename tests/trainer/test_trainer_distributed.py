@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensor_chats import CELLS, losses, make_trainer, weights
+from tensor_chats import ACCUMULATED, CELLS, losses, make_trainer, weights
 from transformers import Trainer
 
-SCENARIOS = ["ddp"]
+SHORTAGES = ["ddp_full_in_forward", "ddp_full_in_backward"]
+SCENARIOS = ["ddp", *SHORTAGES, "ddp_full_twice"]
 if hasattr(Trainer, "_defer_fsdp_gradient_reduction"):  # older ones wrap sharded models in DDP, too
     SCENARIOS.append("fsdp2")
 if importlib.util.find_spec("deepspeed") is not None:
@@ -57,3 +58,28 @@ def test_two_processes_equal_one_with_twice_the_batch(ranks, one_process, scenar
         torch.testing.assert_close(
             found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("scenario", SHORTAGES)
+def test_one_process_out_of_memory_changes_nothing(ranks, tmp_path, scenario):
+    """All processes begin the step anew; losses, weights and tokens are those of one process that never failed."""
+    folder, words = ranks
+    assert (folder / f"{scenario}.pt").is_file(), words[-6000:]
+    found = torch.load(folder / f"{scenario}.pt")
+    smooth = make_trainer(tmp_path, **(ACCUMULATED | {"per_device_train_batch_size": 2}))
+    smooth.train()
+    assert found["retries"] == 1
+    assert "step 2 ran out of memory (no recomputation): once more with the next smaller plan" in words
+    assert found["losses"] == pytest.approx(losses(smooth), rel=1e-5)
+    assert found["tokens"] == [entry.get("num_tokens") for entry in smooth.state.log_history]
+    for name, value in weights(smooth.model).items():
+        torch.testing.assert_close(
+            found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_second_shortage_ends_all_processes(ranks):
+    folder, words = ranks
+    assert not (folder / "ddp_full_twice.pt").exists(), words[-6000:]
+    assert "simulated" in (folder / "ddp_full_twice.1.txt").read_text()
+    assert "another process ran out of memory" in (folder / "ddp_full_twice.0.txt").read_text()

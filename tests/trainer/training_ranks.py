@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from tensor_chats import CELLS, losses, make_trainer, tiny_model  # noqa: E402
+from tensor_chats import ACCUMULATED, CELLS, FullMemory, losses, make_trainer, tiny_model  # noqa: E402
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_checkpointing_kwargs": CELLS}
 ZERO_1 = {
@@ -49,8 +49,19 @@ def zero_1(folder: Path):
     return make_trainer(folder, deepspeed=ZERO_1, ddp_backend="gloo", **STEPS)
 
 
+def ddp_full(folder: Path, backward: bool, times: int = 1):
+    """The second process runs out of memory in the second micro-batch of its second step."""
+    trainer = make_trainer(folder, ddp_backend="gloo", **ACCUMULATED)
+    if os.environ["RANK"] == "1":
+        FullMemory(trainer.video_model, call=4, backward=backward, times=times)
+    return trainer
+
+
 SCENARIOS = {
     "ddp": lambda folder: make_trainer(folder, ddp_backend="gloo", **STEPS),
+    "ddp_full_in_forward": lambda folder: ddp_full(folder, backward=False),
+    "ddp_full_in_backward": lambda folder: ddp_full(folder, backward=True),
+    "ddp_full_twice": lambda folder: ddp_full(folder, backward=True, times=2),
     "fsdp2": fsdp2,
     "zero_1": zero_1,
 }
@@ -59,11 +70,17 @@ SCENARIOS = {
 def rank_main(folder: Path, scenario: str) -> None:
     faulthandler.dump_traceback_later(90, exit=True)  # says where it hangs
     trainer = SCENARIOS[scenario](folder)
-    trainer.train()
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:  # no process may be left waiting
+        folder.with_name(f"{folder.name}.{os.environ['RANK']}.txt").write_text(str(error))
+        return
     full = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # noqa: E731
     found = {name: full(parameter.detach()).clone() for name, parameter in trainer.model.named_parameters()}
     if os.environ["RANK"] == "0":
-        torch.save({"losses": losses(trainer), "weights": found}, folder.with_suffix(".pt"))
+        result = {"losses": losses(trainer), "weights": found, "retries": trainer.throughput.oom_retries}
+        result["tokens"] = [entry.get("num_tokens") for entry in trainer.state.log_history]
+        torch.save(result, folder.with_suffix(".pt"))
     torch.distributed.barrier()
 
 
