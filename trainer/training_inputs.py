@@ -13,6 +13,7 @@ from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditio
 from .training_config import VideoMa2mbaTrainingConfig
 
 BROKEN_SAMPLES = "broken_samples.jsonl"
+BROKEN_EVAL_SAMPLES = "broken_eval_samples.jsonl"
 
 
 def load_for_training(source: str, args: VideoMa2mbaTrainingConfig) -> VideoMa2mbaForConditionalGeneration:
@@ -21,12 +22,9 @@ def load_for_training(source: str, args: VideoMa2mbaTrainingConfig) -> VideoMa2m
     return VideoMa2mbaForConditionalGeneration.from_pretrained(source, **options)
 
 
-def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_dataset: Any = None) -> Any:
-    """The collator of chats about videos that `args` describe.
-
-    With the training data it lists broken samples in output_dir/broken_samples.jsonl and puts others in their places;
-    without (for evaluation) it only warns.
-    """
+def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_dataset: Any) -> Any:
+    """The collator of chats about videos that `args` describe; broken samples are listed in
+    output_dir/broken_samples.jsonl, and others of `train_dataset` take the place of a batch of nothing else."""
     from .data import BrokenSamples, VideoChatCollator
 
     return VideoChatCollator(
@@ -35,9 +33,19 @@ def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_data
         fps=args.fps,
         max_frames=args.max_frames,
         max_length=args.max_length,
-        report=BrokenSamples(None if train_dataset is None else Path(args.output_dir, BROKEN_SAMPLES)),
+        report=BrokenSamples(Path(args.output_dir, BROKEN_SAMPLES)),
         replacements=train_dataset if has_length(train_dataset) else None,
     )
+
+
+def evaluation_collator(collator: Any, args: VideoMa2mbaTrainingConfig) -> Any:
+    """The collator for evaluation: ours without replacements, listing in output_dir/broken_eval_samples.jsonl; any
+    other as it is."""
+    from .data import BrokenSamples
+
+    if not hasattr(collator, "for_evaluation"):
+        return collator
+    return collator.for_evaluation(BrokenSamples(Path(args.output_dir, BROKEN_EVAL_SAMPLES)))
 
 
 def sample_lengths(dataset: Any, processor: Any, args: VideoMa2mbaTrainingConfig) -> list[int]:

@@ -27,13 +27,14 @@ from ..modeling_video_ma2mba.plan_report import set_trainable
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import install_answer_scores
 from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
+from .evaluation_losses import EvaluationLosses
 from .length_groups import EpochLengthSampler
 from .memory_retry import MemoryRetry
 from .parameter_groups import decays, split_by_part
 from .throughput import Throughput, ThroughputBar
 from .training_card import write_training_card
 from .training_config import VideoMa2mbaTrainingConfig
-from .training_inputs import default_collator, load_for_training, on_host, sample_lengths
+from .training_inputs import default_collator, evaluation_collator, load_for_training, on_host, sample_lengths
 
 _PIXELS = "pixel_values_videos"
 _TOTALS = "video_totals.json"
@@ -85,10 +86,10 @@ class VideoMa2mbaTrainer(SFTTrainer):
             processing_class = VideoMa2mbaProcessor.from_pretrained(model.config._name_or_path)
         if args.parts is not None:
             set_trainable(model, args.parts)
-        self._eval_collator = data_collator
         if data_collator is None:
             data_collator = default_collator(processing_class, args, train_dataset)
-            self._eval_collator = default_collator(processing_class, args)
+        self._eval_collator = evaluation_collator(data_collator, args)
+        self._evaluation: EvaluationLosses | None = None
         callbacks = list(callbacks or [])
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
@@ -173,6 +174,24 @@ class VideoMa2mbaTrainer(SFTTrainer):
         if self._retry is None:
             self._retry = MemoryRetry(self, super().training_step, model)
         return self._retry.run(model, inputs, num_items_in_batch)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and self._evaluation is not None:
+            self._evaluation.add(loss, inputs.get("labels"))
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As in transformers; batches whose samples are all broken do not count."""
+        self._evaluation = EvaluationLosses(self, getattr(self._eval_collator, "report", None))
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            self._evaluation.correct(output.metrics, metric_key_prefix)
+        finally:
+            self._evaluation = None
+        return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers, then one group of parameters for each part and kind of decay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ class VideoChatCollator:
     A sample that cannot be used is left out, counted and listed. Where that leaves nothing of a batch, another row of
     `replacements` takes its place, else the last row that worked in this worker, else a text without labels: the batch
     always exists, so ranks of a distributed run stay in step. (Without labels the loss must be taken as 0, not 0 / 0.)
+    An evaluation, whose loss is to be that of its own samples, goes straight to the text without labels.
 
     Args:
         processor: a `VideoMa2mbaProcessor`.
@@ -35,7 +37,7 @@ class VideoChatCollator:
         max_length: tokens of one sample; see `sample_encoding` for what is left out. None: no limit.
         on_broken: "skip" or "raise".
         report: counts and lists; None makes one without a file.
-        replacements: rows of the training data, for a batch of which nothing is left.
+        replacements: rows of the training data, for a batch of which nothing is left. replace: off for evaluation.
         pad_to_multiple_of: pad to a multiple of so many tokens.
     """
 
@@ -51,6 +53,7 @@ class VideoChatCollator:
         on_broken: str = "skip",
         report: BrokenSamples | None = None,
         replacements: Dataset | None = None,
+        replace: bool = True,
         pad_to_multiple_of: int = 1,
     ):
         if on_broken not in ("skip", "raise"):
@@ -61,7 +64,7 @@ class VideoChatCollator:
         self.settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
         self.on_broken = on_broken
         self.report = report if report is not None else BrokenSamples()
-        self.replacements = replacements
+        self.replacements, self.replace = replacements, replace
         self.pad_to_multiple_of = pad_to_multiple_of
         self._last_good: dict[str, Any] | None = None
 
@@ -78,6 +81,12 @@ class VideoChatCollator:
         """
         samples = [sample for row in rows if (sample := self._encode(row)) is not None]
         return self._batch(samples or [self._replacement(rows)])
+
+    def for_evaluation(self, report: BrokenSamples) -> VideoChatCollator:
+        """The same, with nothing in the place of broken samples and counts of its own."""
+        other = copy.copy(self)
+        other.report, other.replace = report, False
+        return other
 
     def _encode(self, row: dict[str, Any], drawn: bool = True) -> Sample | None:
         """A sample, or None for a broken row; rows that were not drawn but stand in for others are not counted."""
@@ -104,8 +113,9 @@ class VideoChatCollator:
     def _replacement(self, rows: Sequence[dict[str, Any]]) -> Sample:
         """A sample in place of a batch of which nothing is left; the same one whenever the same rows are broken."""
         seed = zlib.crc32("|".join(str(row.get("id")) for row in rows).encode())
-        last_good = self._last_good
-        for attempt in range(_TRIES if self.replacements is not None and len(self.replacements) else 0):
+        last_good = self._last_good if self.replace else None
+        tries = _TRIES if self.replace and self.replacements is not None and len(self.replacements) else 0
+        for attempt in range(tries):
             row = self.replacements[(seed + attempt * 7919) % len(self.replacements)]
             if (sample := self._encode(row, drawn=False)) is not None:
                 return sample
