@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .loading import load_pipeline
-from .options import Device, Dtype, End, Fps, Model, NumFrames, Start, TrustRemoteCode
+from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
 
 
 def ask(
@@ -27,7 +27,7 @@ def ask(
     end: End = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per question and line.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -43,8 +43,7 @@ def ask(
         raise ValueError("--json answers questions given on the command line: add one")
     from video_ma2mba.modeling_video_ma2mba.video_state import VideoState, is_state_file
 
-    frames_wanted = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
-    frames_wanted = {name: value for name, value in frames_wanted.items() if value is not None}
+    frames_wanted = chosen_frames(fps, num_frames, start, end)
     loaded = VideoState.load(video) if is_state_file(video) else None
     if loaded is not None and frames_wanted:
         raise ValueError(

@@ -11,7 +11,7 @@ from .ask import reading_progress
 from .batch_queue import Item, Results, by_video, read_queue
 from .errors import is_expected, one_line
 from .loading import load_pipeline
-from .options import Device, Dtype, End, Fps, Model, NumFrames, Start, TrustRemoteCode
+from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode
 
 
 def batch(
@@ -28,7 +28,7 @@ def batch(
     num_frames: NumFrames = None,
     start: Start = None,
     end: End = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try again where OUT holds an error.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",

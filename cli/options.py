@@ -1,6 +1,6 @@
 """Options that several verbs share, declared once: same names, same meaning, same help."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ NumFrames = Annotated[
 ]
 Start = Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)]
 End = Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 SaveEvery = Annotated[float, typer.Option(help="Seconds between saves of the unfinished state.", min=0)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")]
@@ -18,3 +19,9 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 StateDtype = Annotated[
     str, typer.Option(help="Of the file: float32 is exact; bfloat16 or float16 halve it, rounded.", metavar="TYPE")
 ]
+
+
+def chosen_frames(fps: float | None, num_frames: int | None, start: float | None, end: float | None) -> dict[str, Any]:
+    """The options about frames that were given, by name."""
+    given = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    return {name: value for name, value in given.items() if value is not None}

@@ -8,7 +8,19 @@ import typer
 
 from .ask import reading_progress, size_text
 from .loading import load_pipeline, pick_state_dtype
-from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, StateDtype, TrustRemoteCode
+from .options import (
+    Device,
+    Dtype,
+    End,
+    Fps,
+    Model,
+    NumFrames,
+    SaveEvery,
+    Start,
+    StateDtype,
+    TrustRemoteCode,
+    chosen_frames,
+)
 
 
 def read(
@@ -36,7 +48,7 @@ def read(
         raise FileNotFoundError(f"--out {out}: there is no folder {str(out.parent)!r}")
     rounded = pick_state_dtype(state_dtype)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    chosen = chosen_frames(fps, num_frames, start, end)
     read_into_file(pipe, video, out, rounded, save_seconds=save_every, **chosen)
 
 

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from .loading import load_pipeline, pick_state_dtype
-from .options import Device, Dtype, End, Fps, Model, NumFrames, SaveEvery, Start, StateDtype, TrustRemoteCode
+from .options import (
+    Device,
+    Dtype,
+    End,
+    Fps,
+    Model,
+    NumFrames,
+    SaveEvery,
+    Start,
+    StateDtype,
+    TrustRemoteCode,
+    chosen_frames,
+)
 from .read import read_into_file
 
 app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -83,5 +95,5 @@ def append(
 
     rounded, found = pick_state_dtype(state_dtype), VideoState.load(file)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    chosen = chosen_frames(fps, num_frames, start, end)
     read_into_file(pipe, video, out or file, rounded, state=found, save_seconds=save_every, **chosen)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .loading import load_pipeline
-from .options import Device, Dtype, Fps, Model, SaveEvery, TrustRemoteCode
+from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode
 
 
 def watch(
@@ -46,7 +46,7 @@ def watch(
     fps: Fps = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Read a stream in constant memory and answer standing questions at an interval.

@@ -8,7 +8,7 @@ import typer
 from .ask import reading_progress
 from .circumstances import require_matplotlib
 from .loading import load_pipeline
-from .options import Device, Dtype, End, Fps, Model, NumFrames, Start, TrustRemoteCode
+from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
 
 
 def where(
@@ -37,7 +37,7 @@ def where(
     end: End = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show where in a video an answer comes from: attribution of the answer to frames, and decay of the state.
@@ -64,8 +64,7 @@ def where(
         raise ValueError(f"{video} is a state file, which holds no frames to look at: name the video itself")
     from video_ma2mba.explain import check_time, relevance
 
-    chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen = chosen_frames(fps, num_frames, start, end)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     settings = {"steps": steps, "memory": memory, "max_new_tokens": max_new_tokens, **chosen}
     with reading_progress("frames, then passes") as report:

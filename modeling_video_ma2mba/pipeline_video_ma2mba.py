@@ -146,21 +146,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     ) -> VideoState:
         """Read a video into a state of constant size, to be asked, kept, copied and continued.
 
-        Args:
-            video: whatever the pipeline takes as a video.
-            state: continue this state with more frames (it stays as it is) instead of beginning a conversation.
-            on_frames: called with the number of frames read and the number expected.
-            partial: file to keep the unfinished state in, every `save_seconds`. The same call continues from it after
-                an interruption; remove it when the result is safe. See `read_resumably`.
-            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`.
-
-        Returns:
-            The state. Its metadata hold what it belongs to ("model", "revision", "model_config", "weights",
-            "processor", "dtype", "package_version") and what it has seen ("video", "fps", "frames", "seconds", and for
-            each video "sources").
-
-        Raises:
-            ValueError: `state` or `partial` belongs to another model, processor or reading; what differs is named.
+        `VideoQuestionsMixin.read_video` with the pipeline's processor; what was set for the pipeline holds where
+        `video_settings` (`fps`, `num_frames`, `start`, `end`, `max_frames`) say nothing else. It also tells what the
+        arguments are, and what it raises.
         """
         kept = {k: v for k, v in self._preprocess_params.items() if k in (*VIDEO_SETTINGS, "on_frames")}
         given = {k: v for k, v in {**video_settings, "on_frames": on_frames}.items() if v is not None}
@@ -181,21 +169,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         self.model.check_state(state, self.processor)
 
     def ask(self, state: VideoState, question: Any, **settings: Any) -> Any:
-        """Answer a question from a state, which stays as it is; or several questions in one batch.
+        """Answer a question, a conversation, or a list of them from a state, which stays as it is.
 
-        Args:
-            state: from `read`.
-            question: the question; the whole conversation that follows the video as messages (question, answer,
-                question, ..., the last one being answered); or a list of questions or conversations.
-            settings: `return_scores` and settings of `generate()`.
-
-        Returns:
-            The answer as text. With `return_scores`, `{"answer": ..., "score": ...}`; with `num_return_sequences`, a
-            list. For a list of questions, a list of these.
-
-        Raises:
-            ValueError: the state belongs to another model or processor; what differs is named. Or the question is
-                empty.
+        `VideoQuestionsMixin.answer` with the pipeline's processor and settings; it tells what comes back.
         """
         _, given, _ = self._sanitize_parameters(**settings)
         return self.model.answer(state, question, self.processor, **{**self._forward_params, **given})
