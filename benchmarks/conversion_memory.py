@@ -8,9 +8,7 @@ bit for bit. Appends to `results/conversion_memory.csv`.
 """
 
 import argparse
-import csv
 import datetime
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from result_tables import append_rows, hardware
 from safetensors import safe_open
 
 from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import PRESETS, compose
@@ -85,7 +84,7 @@ def main() -> None:
                 rows.append(
                     {
                         "date": datetime.date.today().isoformat(),
-                        "hardware": f"{platform.machine()} CPU",
+                        "hardware": hardware(),
                         "model": arguments.preset,
                         "to": "official" if way else "ours",
                         "checkpoint_mb": round(sum(file.stat().st_size for file in weights(source)) / 1e6),
@@ -98,12 +97,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
             if not same_tensors(ours, back):
                 raise SystemExit("tensors did not come back bit for bit")
-    fresh = not OUT.exists()
-    with OUT.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(OUT, rows)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ has 10 questions a video, Video-MME 3.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
-import os
-import platform
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from result_tables import hardware, write_rows
 
 from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.eval.answer_log import AnswerLog
@@ -105,15 +103,11 @@ def main() -> None:
             for row in rows[-2:]:
                 row |= {
                     "same_answers": same,
-                    "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+                    "hardware": hardware(),
                     "date": datetime.date.today(),
                 }
                 row |= {"threads": torch.get_num_threads()}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(given.out, rows, FIELDS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ each source and kind of damage.
 """
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -28,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_bombs import bombs
 from fuzzing import Outcome, mutate, watched
+from result_tables import write_rows
 
 OUT = Path(__file__).parent / "results" / "fuzz_files.csv"
 LIMIT_SECONDS, LIMIT_MB = 20.0, 1500.0
@@ -254,10 +254,7 @@ def write(path: Path, found: dict[tuple[str, str], list[Outcome]]) -> None:
         row["most memory (MB)"] = round(max(outcome.peak_mb for outcome in outcomes), 1)
         row["date"] = datetime.date.today().isoformat()
         rows.append(row)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, rows)
 
 
 if __name__ == "__main__":

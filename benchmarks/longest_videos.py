@@ -4,10 +4,10 @@ One video per step, bf16, 1 FPS, AdamW with moments in bf16, 128 GB of host memo
 and .md, and the table in docs/ma_gc.md. Predictions of the planner, not measurements.
 """
 
-import csv
 from pathlib import Path
 
 from planner_accuracy import update_page
+from result_tables import write_rows
 
 import video_ma2mba
 from video_ma2mba.cli.plan import resolve_config
@@ -47,10 +47,7 @@ def row(preset: str, trains: str, card: str) -> dict[str, object]:
 
 def main() -> None:
     lines = [row(preset, trains, card) for preset in ("370m", "1.3b", "2.7b") for trains in TRAIN for card in CARDS]
-    with (RESULTS / "longest_videos.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(lines)
+    write_rows(RESULTS / "longest_videos.csv", lines, FIELDS)
     text = ["| model | trains | GPU | longest video (predicted) | one hour of video: plan | GPU | host |"]
     text.append("| --- | --- | --- | --- | --- | --- | --- |")
     for line in lines:

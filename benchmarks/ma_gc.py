@@ -13,7 +13,6 @@ memory), an explicit plan such as "l4,s16384,host" or
 """
 
 import argparse
-import csv
 import datetime
 import gc
 import re
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from result_tables import append_rows
 from torch import nn
 
 from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
@@ -182,25 +182,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed steps after the first; 0 times the first")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ma_gc.csv"))
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not arguments.out.exists()
-    with arguments.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        if fresh:
-            writer.writeheader()
-        for name in arguments.models:
-            model = build(name)
-            for tokens in arguments.tokens:
-                for method in arguments.methods:
-                    row = measure(model, name, tokens, method, arguments.steps)
-                    print({k: row.get(k) for k in FIELDS[2:]}, flush=True)
-                    writer.writerow(row)
-                    file.flush()
-            if isinstance(model, Ma2mbaTextModel):
-                model.set_checkpointing(False)  # gives the page-locked memory back
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
+    for name in arguments.models:
+        model = build(name)
+        for tokens in arguments.tokens:
+            for method in arguments.methods:
+                row = measure(model, name, tokens, method, arguments.steps)
+                print({k: row.get(k) for k in FIELDS[2:]}, flush=True)
+                append_rows(arguments.out, [row], FIELDS)
+        if isinstance(model, Ma2mbaTextModel):
+            model.set_checkpointing(False)  # gives the page-locked memory back
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ scan, the others in bf16 on the kernels; "per_layer" is unsegmented per-layer ch
 """
 
 import argparse
-import csv
 import datetime
 import gc
 from pathlib import Path
 
 import torch
 from ma_gc import Step, build, configure, zero_gradients
+from result_tables import append_rows
 from torch import Tensor
 
 
@@ -69,12 +69,7 @@ def main() -> None:
             error = relative_error(gradients(arguments.model, arguments.tokens, method, torch.bfloat16), reference)
             rows.append(common | {"method": method, "against": "fp32", "relative_error": f"{error:.5f}"})
             print(rows[-1], flush=True)
-    fresh = not arguments.out.exists()
-    with arguments.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(arguments.out, rows)
 
 
 if __name__ == "__main__":

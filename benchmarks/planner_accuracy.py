@@ -14,6 +14,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from result_tables import write_rows
+
 from video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
 from video_ma2mba.modeling_video_ma2mba.memory_model import StackShape, Workload
@@ -134,10 +136,7 @@ def main() -> None:
         raise SystemExit(f"error: {arguments.measured} holds no measured step of a Mamba-2 model")
     lines = [compare(row) for row in rows]
     out = arguments.measured.with_name("planner_accuracy.csv")
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(lines)
+    write_rows(out, lines, FIELDS)
     out.with_suffix(".md").write_text(markdown(lines), encoding="utf-8")
     if arguments.measured.parent == RESULTS:
         update_page(markdown(lines))

@@ -8,12 +8,12 @@ few frames tunes the kernels; the long step is timed by itself. `gpu_peak_gb` in
 """
 
 import argparse
-import csv
 import datetime
 import time
 from pathlib import Path
 
 import torch
+from result_tables import append_rows
 
 from video_ma2mba.modeling_video_ma2mba import vision_features
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
@@ -121,13 +121,7 @@ def main() -> None:
     row |= {part: round(value, 1) for part, value in clock.seconds.items()}
     row["language model backward and rest"] = round(seconds - sum(clock.seconds.values()), 1)
     print(row, flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not arguments.out.exists()
-    with arguments.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(arguments.out, [row])
 
 
 if __name__ == "__main__":

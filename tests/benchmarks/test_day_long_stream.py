@@ -1,21 +1,14 @@
 """The day-long stream, cut to minutes: every frame arrives, memory stays, answers about the last minute are right."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from video_ma2mba.streaming.rolling_memory import RollingMemory
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "day_long_stream.py"
-
 
 @pytest.mark.bundled
-def test_some_minutes_of_a_day(tmp_path):
-    spec = importlib.util.spec_from_file_location("day_long_stream", PATH)
-    day = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(day)
+def test_some_minutes_of_a_day(benchmark_script, tmp_path):
+    day = benchmark_script("day_long_stream")
     pipe = day.load_pipeline(device="cpu")
     # Frames that wait are read together: 30 at once take 100 MB more than one does, for as long as the process runs.
     # How many wait depends on how busy the machine is, so the most that can is read before memory is looked at.

@@ -1,24 +1,18 @@
 """A part of the fuzzing on every machine that runs the tests: the first damaged files, and all the bombs."""
 
-import importlib
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def fuzz(tmp_path_factory) -> Iterator[ModuleType]:
-    """The script as a module that the processes it starts can import as well."""
+def fuzz(benchmark_script: Callable[[str], ModuleType], tmp_path_factory) -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUZZ_FILES_SCRATCH", str(tmp_path_factory.mktemp("fuzz")))
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("fuzz_files")
+        yield benchmark_script("fuzz_files")
 
 
 def test_states_are_refused_or_right(fuzz):

@@ -1,7 +1,7 @@
 """The planner against what was measured on a GPU, on every machine that runs the tests."""
 
 import csv
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,11 +11,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def accuracy() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("planner_accuracy", BENCHMARKS / "planner_accuracy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def accuracy(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("planner_accuracy")
 
 
 @pytest.fixture(scope="module")
