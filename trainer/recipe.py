@@ -102,6 +102,8 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
             close = difflib.get_close_matches(key, set.union(*known), 1)
             raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
     content = {key: _as_meant(key, value) for key, value in content.items()}
+    if workers := content.get("dataloader_num_workers"):
+        content["dataloader_num_workers"] = min(workers, _processors())  # more of them slow each other down
     if content.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         content["deepspeed"] = None  # one process has nothing to share its optimizer state with
     recipe, config = (
@@ -127,6 +129,11 @@ def _read_yaml(source: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `key: value` a line")
     return content
+
+
+def _processors() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_meant(key: str, value: Any) -> Any:

@@ -47,6 +47,13 @@ def test_overrides_lie_over_the_recipe(tmp_path):
     assert (recipe.model, recipe.train_data) == ("here", ["a.csv", "b.csv"])
 
 
+def test_no_more_workers_than_processors(monkeypatch):
+    monkeypatch.setattr("video_ma2mba.trainer.recipe._processors", lambda: 3)
+    for asked, taken in ((None, 3), (2, 2), (16, 3)):
+        overrides = ["use_cpu=true"] + ([] if asked is None else [f"dataloader_num_workers={asked}"])
+        assert read_recipe("stage2", overrides)[1].dataloader_num_workers == taken
+
+
 def test_mistakes_are_said_in_one_sentence(tmp_path):
     for overrides, message in (
         (["learning_rat=1"], "'learning_rat' is no setting: do you mean 'learning_rate'?"),
