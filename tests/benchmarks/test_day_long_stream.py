@@ -1,20 +1,32 @@
 """The day-long stream, cut to minutes: every frame arrives, memory stays, answers about the last minute are right."""
 
-import numpy as np
+import time
+
 import pytest
 
-from video_ma2mba.streaming.rolling_memory import RollingMemory
+from video_ma2mba.streaming.session import VideoSession
+
+
+class Stocked(VideoSession):
+    """Begins to read when as many frames wait as can.
+
+    Frames that wait are read together, and 30 take 100 MB more than one does, which the allocator keeps from then on.
+    How many wait otherwise depends on how busy the machine is.
+    """
+
+    def attach(self, source, **settings) -> None:
+        with self._turn():
+            super().attach(source, **settings)
+            while self.counters()["frames_waiting"] < self._queue.bound:
+                self._raise_error()
+                time.sleep(0.01)
 
 
 @pytest.mark.bundled
-def test_some_minutes_of_a_day(benchmark_script, tmp_path):
+def test_some_minutes_of_a_day(benchmark_script, tmp_path, monkeypatch):
     day = benchmark_script("day_long_stream")
-    pipe = day.load_pipeline(device="cpu")
-    # Frames that wait are read together: 30 at once take 100 MB more than one does, for as long as the process runs.
-    # How many wait depends on how busy the machine is, so the most that can is read before memory is looked at.
-    frames = np.random.default_rng(0).integers(0, 256, (120, 64, 64, 3), np.uint8)
-    RollingMemory(pipe.model, pipe.processor, remember=30).read(frames, np.arange(120.0))
-    rows = day.measure(pipe, 450, 30, every=75, questions=6, seed=5)
+    monkeypatch.setattr(day, "VideoSession", Stocked)
+    rows = day.measure(day.load_pipeline(device="cpu"), 450, 30, every=75, questions=6, seed=5)
     assert [row["frames"] for row in rows] == [75, 150, 225, 300, 375, 450]
     assert max(row["rss_mb"] for row in rows[2:]) - rows[1]["rss_mb"] < 60
     asked, right, chance = (sum(row[name] for row in rows) for name in ("asked", "right", "by_chance"))

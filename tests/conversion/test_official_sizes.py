@@ -24,6 +24,7 @@ SIZES = {
     "1.8b": (2048, 48, 64, 48 * 9 + 3 + 391 + 4, 1.757),
     "3.1b": (2560, 64, 80, 974, 3.144),
 }
+LARGE = {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
 
 
 class Listed:
@@ -49,29 +50,13 @@ def language_model(size: str) -> Mamba2ForCausalLM:
 
 
 def clip_tower() -> CLIPVisionModel:
-    config = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    return CLIPVisionModel(config)
+    return CLIPVisionModel(CLIPVisionConfig(**LARGE, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24))
 
 
 def cut_siglip_tower() -> SiglipVisionModel:
     """SigLIP-so400m at 384 pixels as LLaVA keeps it: without its last layer and its pooling head."""
-    config = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=26,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-        vision_use_head=False,
-    )
-    return SiglipVisionModel(config)
+    sizes = LARGE | {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "image_size": 384}
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
 
 
 def listed(size: str, nesting: str, make_tower: Callable = clip_tower) -> dict[str, TensorSpec]:
