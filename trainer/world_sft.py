@@ -61,7 +61,9 @@ class WorldTraining:
     frames: str = _option("8..64", "shortest..longest video")
     ramp: float = _option(0.5, "share of training during which videos grow to their full length")
     ramp_from: int = _option(2, "frames of the longest videos when training begins")
-    shorter: float = _option(SHORTER, "share of batches with videos below the shortest, so that they are not unlearned")
+    shorter: float = _option(
+        SHORTER, "share of batches with videos below the shortest, so that they are not unlearned"
+    )
     decay_from: float = _option(0.65, "share of training after which the learning rate falls")
     tower_seconds: float = _option(75.0, "length of the first stage, in which the vision tower learns to see")
     tower_steps: int | None = _option(None, "the same in optimizer steps")
