@@ -67,10 +67,9 @@ def where(
     chosen = chosen_frames(fps, num_frames, start, end)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     settings = {"steps": steps, "memory": memory, "max_new_tokens": max_new_tokens, **chosen}
-    with reading_progress("frames, then passes") as report:
-        found = relevance(
-            pipe.model, pipe.processor, video, question, answer, on_frames=report, on_step=report, **settings
-        )
+    with reading_progress("frames, then percent") as report:
+        settings |= {"on_frames": report, "on_share": lambda share: report(100 * share, 100)}
+        found = relevance(pipe.model, pipe.processor, video, question, answer, **settings)
     typer.echo(found.answer)
     typer.echo(f"peak of {found.method.replace('_', ' ')}: {found.peak:.1f} s", err=True)
     if (check := check_time(found)) is not None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling_video_ma2mba.checkpoint_plan import CheckpointSettings
+from ..modeling_video_ma2mba.mamba2_model import CPU_SEGMENT
+from ..modeling_video_ma2mba.memory_planner import choose_plan
 from ..modeling_video_ma2mba.module_device import execution_device
 from ..modeling_video_ma2mba.multi_axis_checkpointing import MultiAxisEngine
 from ..modeling_video_ma2mba.token_layout import TokenLayout
@@ -59,9 +61,9 @@ class VideoReading:
         embeddings = model.get_input_embeddings()
         opening = embeddings(prompt.opening[None].to(execution_device(embeddings))).to(features)
         self.x = torch.cat([opening, features.flatten(0, 1)[None]], dim=1).requires_grad_()
-        engine = MultiAxisEngine()
-        engine.configure(CheckpointSettings(memory_budget=memory or (None if device.type == "cuda" else "2GB")))
         nothing = torch.zeros(self.x.shape[:2], dtype=torch.bool)  # hidden states of frames are not wanted
+        engine = MultiAxisEngine()
+        engine.configure(_settings(language, self.x, nothing, memory))
         start = VideoState.zeros(language.config, 1, device, language.norm_f.weight.dtype)
         with torch.enable_grad():
             _, self.conv, self.ssm = engine.run(language, self.x, start, TokenLayout(), nothing)
@@ -80,6 +82,19 @@ class VideoReading:
         """Gradient (F, T, D) of a number made from `log_probability`; once for each reading."""
         (gradient,) = torch.autograd.grad(value, self.x)
         return gradient[0, len(self.prompt.opening) :].view(self.prompt.features.shape)
+
+
+def _settings(language: Any, x: Tensor, keep: Tensor, memory: str | None) -> CheckpointSettings:
+    """On a GPU the planner's cells; on a CPU the short ones that it computes fastest, where their states fit."""
+    if execution_device(language.norm_f).type == "cuda":
+        return CheckpointSettings(memory_budget=memory)
+    memory = memory or "2GB"
+    short = CheckpointSettings(memory_budget=memory, segment_length=CPU_SEGMENT)
+    try:
+        choose_plan(short, language, x, keep)
+    except ValueError:  # longer cells have fewer borders, and if nothing fits the engine says what would
+        return CheckpointSettings(memory_budget=memory)
+    return short
 
 
 def answer_log_probability(model: Any, state: VideoState, asked: Tensor, answer: Tensor) -> Tensor:

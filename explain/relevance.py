@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .attribution import VideoReading, as_function, gradient_times_input, integrated_gradients
 from .decay import DecayRecorder
+from .pass_progress import pass_progress
 from .read_features import VideoQuestion, read_features
 
 MEANINGS = {
@@ -118,7 +120,7 @@ def relevance(
     memory: str | None = None,
     max_new_tokens: int = 64,
     on_frames: Callable[[int, int | None], None] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
     **video_settings: Any,
 ) -> Relevance:
     """Explain one answer about one video.
@@ -129,7 +131,7 @@ def relevance(
         answer: what to explain; None: the model's own (greedy) answer.
         steps: of integrated gradients; 0 leaves them out. Time grows with `steps` + 1, memory does not.
         memory: what the recomputed cells may take, such as "2GB"; None: what is free on a GPU, 2 GB on a CPU.
-        on_frames: called with frames read and expected; on_step: with passes done and to be done.
+        on_frames: called with frames read and expected; then on_share: with the share of the passes done, 0..1.
         video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`.
 
     Raises:
@@ -141,11 +143,11 @@ def relevance(
     if answer is not None and not answer.strip():
         raise ValueError("the answer is empty: give the words to explain, or leave it out to explain the model's own")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # below a PEFT adapter's wrapper
-    tell = on_step or (lambda done, total: None)
-    with as_function(model):
+    with as_function(model), ExitStack() as stack:
         prompt = read_features(model, processor, video, question, on_frames, **video_settings)
-        frames = len(prompt.features)
-        recorder = DecayRecorder(model.model.language_model, frames)
+        frames, language = len(prompt.features), model.model.language_model
+        stack.enter_context(pass_progress(language, (steps + 1) * prompt.features[..., 0].numel(), on_share))
+        recorder = DecayRecorder(language, frames)
         with recorder.recording(_places_of_frames(prompt)):
             reading = VideoReading(model, prompt, prompt.features, memory)
         ids, text = _answer(model, processor, reading, answer, max_new_tokens)
@@ -156,11 +158,9 @@ def relevance(
         curve = gradient_times_input(reading, scores.sum()).numpy()
         total = scores.detach().sum().item()
         del reading, scores
-        tell(1, steps + 1)
         integrated = torch.zeros(frames, dtype=torch.float64) if steps else None
-        for done, share in enumerate(integrated_gradients(model, prompt, ids, steps, memory), start=2):
+        for share in integrated_gradients(model, prompt, ids, steps, memory):
             integrated += share
-            tell(done, steps + 1)
     weights = recorder.weights()
     return Relevance(
         video=prompt.name,

@@ -48,7 +48,7 @@ def relevance_strip(
         steps=_STEPS,
         fps=fps,
         on_frames=lambda seen, expected=None: report(f"looking at frame {seen:,}"),
-        on_step=lambda done, total: report(f"step {done} of {total}"),
+        on_share=lambda share: report(f"{share:.0%} of the evidence weighed"),
     )
     parts = np.array_split(np.arange(len(found.times)), min(_PICTURES, len(found.times)))
     peaks = [int(part[np.argmax(found.attribution[part])]) for part in parts]

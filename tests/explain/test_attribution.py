@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from video_ma2mba.explain import occlusion, relevance
+from video_ma2mba.explain import attribution, occlusion, relevance
 from video_ma2mba.explain.attribution import VideoReading, as_function, frame_sums, integrated_gradients
 from video_ma2mba.explain.read_features import read_features
 from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointSettings
@@ -47,6 +47,15 @@ def test_gradients_are_those_of_plain_autograd(parts, clip, monkeypatch, frames:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
     sums = (expected * prompt.features).sum(dim=(1, 2))
     torch.testing.assert_close(frame_sums(found, prompt.features), sums, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(("memory", "segment"), [(None, 512), ("30MB", 512), ("10MB", None)])
+def test_cells_on_a_cpu_are_short_where_their_states_fit(parts, memory: str | None, segment: int | None):
+    language = parts[0].model.language_model
+    x = torch.zeros(1, 1, 16, dtype=torch.float64).expand(1, 40_000, 16).requires_grad_()
+    with as_function(parts[0]):
+        found = attribution._settings(language, x, torch.zeros(1, 40_000, dtype=torch.bool), memory)
+    assert found.segment_length == segment
 
 
 def test_features_do_not_depend_on_the_chunks_of_the_tower(parts, clip, monkeypatch):

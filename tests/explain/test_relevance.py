@@ -45,6 +45,16 @@ def test_two_frames_a_second_are_summed_by_second(parts, tiny_video, tmp_path):
     assert set(facts["curves"]) == {"gradient_x_input", "integrated_gradients", "decay"}
 
 
+def test_progress_rises_to_the_end_and_leaves_nothing_behind(parts, clip):
+    model, processor = parts
+    seen, shares = [], []
+    given = {"on_frames": lambda n, of: seen.append((n, of)), "on_share": shares.append}
+    relevance(model, processor, clip(7), "What?", "ab", steps=2, **given)
+    assert seen[-1] == (7, 7)
+    assert shares == sorted(shares) and len(shares) >= 3 * 2 * 2 and shares[0] < 0.2 and shares[-1] == 1
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_without_steps_gradient_x_input_stands_alone(parts, clip):
     model, processor = parts
     found = relevance(model, processor, clip(3), "What?", "ab", steps=0)
@@ -173,4 +183,4 @@ def test_the_card_is_found_in_an_example_video():
     pipe = load_pipeline(None, device="cpu")
     found = relevance(pipe.model, pipe.processor, EXAMPLE, "Which sign did the card show?", steps=4)
     assert found.answer == "2" and found.peak == 0.0
-    assert found.integrated_gradients[0] > 10 * np.abs(found.integrated_gradients[1:]).max()
+    assert found.integrated_gradients[0] > 5 * np.abs(found.integrated_gradients[1:]).max()
