@@ -8,9 +8,13 @@ import tempfile
 # Before anything imports huggingface_hub: a test that needs the network is a broken test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Remote code is copied into this folder: one per test worker, gone afterwards.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+# Remote code and prepared data sets are kept in this folder: one per test worker, gone afterwards. The user's own is
+# neither read nor written, and need not be writable.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
+for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
+    os.environ.pop(_name, None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from collections.abc import Callable
 from pathlib import Path

@@ -165,7 +165,7 @@ def test_a_killed_read_goes_on(run, film, tiny_checkpoint, tiny_video, tmp_path)
     command = ["read", str(tiny_video), "--out", str(file), "--fps", "250", "--save-every", "0"]
     command += ["--model", str(tiny_checkpoint)]
     process = subprocess.Popen([COMMAND, *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -90,7 +90,7 @@ def test_a_useless_judge_is_an_error(case: str):
     """It goes through a task's `except Exception`, which would make a score of 0 of it."""
     reply, delay, reason, times = FAILURES[case]
     with fake_judge(reply, delay) as server:
-        judge = Judge(server.url, "gpt", tries=3, timeout=0.2, wait=0.01)
+        judge = Judge(server.url, "gpt", tries=3, timeout=0.2 if delay else 60, wait=0.01)
         with pytest.raises(ConnectionError, match=f"gives no usable reply.*{reason}.*run the same"), judge.serving():
             as_a_task_does()
         assert len(server.asked) == times

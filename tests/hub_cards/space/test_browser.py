@@ -5,13 +5,21 @@ With SCREENSHOTS=DIR in the environment, what it looks like is kept there to be 
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def runs(name: str) -> bool:
+    """Whether there is such a program; Ubuntu's package holds one that only asks for a snap."""
+    return shutil.which(name) is not None and subprocess.run([name, "--version"], capture_output=True).returncode == 0
+
+
+CHROMIUM = next(filter(runs, ("chromium", "chromium-browser", "google-chrome")), None)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
     pytest.mark.bundled,
@@ -19,13 +27,15 @@ pytestmark = [
 ]
 VIDEO = Path(__file__).resolve().parents[3] / "examples" / "videos" / "000001.mp4"
 QUESTIONS = {"Which sign did the card show?": "y", "In which direction does the green square go?": "down"}  # all right
+FOR_CONTAINERS = ["--no-sandbox", "--disable-dev-shm-usage"]  # root, and a /dev/shm of 64 MB
 SIZES = {"desk": (1280, 800), "phone": (360, 740)}
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["playwright.Browser"]:
+    playwright.expect.set_options(timeout=120_000)  # a busy machine takes its time; what is expected does not change
     with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # for root in a container
+        running = started.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FOR_CONTAINERS)
         yield running
         running.close()
 
@@ -35,7 +45,7 @@ def page(browser, served, request: pytest.FixtureRequest) -> Iterator["playwrigh
     """The page, opened on one of the screens; it may fetch nothing from elsewhere, and nothing may go wrong in it."""
     width, height = SIZES[request.param]
     page = browser.new_page(viewport={"width": width, "height": height})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(120_000)
     foreign, errors = [], []
     page.on(
         "request", lambda sent: foreign.append(sent.url) if not sent.url.startswith((served.url, "blob:")) else None

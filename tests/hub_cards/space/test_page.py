@@ -21,14 +21,14 @@ def client(served):
 def read(client, video: Path = VIDEO, fps: float = 1.0) -> list[str]:
     """What the page says, in turn, while it reads."""
     job = client.submit(gradio_client.handle_file(str(video)), fps, api_name="/read")
-    job.result(timeout=60)
+    job.result(timeout=250)
     return [output[0] for output in job.outputs() if isinstance(output[0], str)]  # the others change something else
 
 
 def where(client) -> tuple[str, str]:
     """The filmstrip, and what the page says."""
     job = client.submit(api_name="/where")
-    job.result(timeout=120)
+    job.result(timeout=250)
     strips = [strip for strip, *_ in job.outputs() if isinstance(strip, str)]
     said = [said for _, said, *_ in job.outputs() if isinstance(said, str)]
     return strips[-1], said[-1]
@@ -37,7 +37,7 @@ def where(client) -> tuple[str, str]:
 def ask(client, question: str) -> tuple[list[str], str]:
     """Texts of the conversation afterwards, and what the page says."""
     job = client.submit(question, api_name="/ask")
-    job.result(timeout=60)
+    job.result(timeout=250)
     seen = [(messages, said) for messages, _, said, *_ in job.outputs() if isinstance(said, str)]
     return texts_of(seen[-1][0]), seen[-1][1]
 
