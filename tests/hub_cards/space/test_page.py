@@ -106,7 +106,7 @@ def test_a_failed_reading_keeps_what_was_read_before(client, tmp_path: Path):
 
 
 def test_the_filmstrip_marks_the_second_that_the_answer_rests_on(client, monkeypatch):
-    monkeypatch.setattr("video_ma2mba.hub_cards.relevance_strip._STEPS", 2)
+    monkeypatch.setattr("video_ma2mba.hub_cards.relevance_strip._STEPS", 4)
     read(client, VIDEO.with_name("000001.mp4"))
     assert "ask a question first" in alert(where(client)[1]).lower()
     ask(client, "Which sign did the card show?")
