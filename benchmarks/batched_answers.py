@@ -11,16 +11,14 @@ share that does is reported. Appends to `results/batched_answers.csv`.
 """
 
 import argparse
-import csv
 import datetime
-import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from read_overlap import SIZES, bundled_pipeline, random_pipeline, seconds
+from result_tables import append_rows, hardware
 
 from video_ma2mba.synthetic import WorldDataset, WorldRenderer
 
@@ -96,18 +94,10 @@ def main() -> None:
     about = {
         "model": f"CLIP-L + {arguments.preset}, random, bf16" if arguments.preset else "bundled, fp32",
         "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
     }
-    arguments.out.parent.mkdir(exist_ok=True)
-    fresh = not arguments.out.exists()
-    with arguments.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
+    append_rows(arguments.out, [{**row, **about} for row in rows])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ Writes `results/day_long_stream.csv` and `.png`.
 import argparse
 import csv
 import datetime
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from result_tables import hardware, write_rows
 
 from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.streaming.live_sources import LiveSource
@@ -152,7 +151,7 @@ def main() -> None:
     pipe = load_pipeline(arguments.model, device="cpu")
     setting = {
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "hardware": hardware(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -161,12 +160,8 @@ def main() -> None:
     def keep(row: dict) -> None:
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-        with OUT.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*row, *setting])
-            writer.writeheader()
-            writer.writerows({**row, **setting} for row in rows)
+        write_rows(OUT, [{**row, **setting} for row in rows])
 
-    OUT.parent.mkdir(exist_ok=True)
     measure(pipe, arguments.plain_seconds, None, every=150, seed=arguments.seed, on_row=keep)
     measure(pipe, arguments.seconds, arguments.remember, seed=arguments.seed, on_row=keep)
     plot(rows, OUT.with_suffix(".png"))

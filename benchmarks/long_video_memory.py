@@ -7,17 +7,15 @@ what the system counted at the end of that process. Writes `results/long_video_m
 """
 
 import argparse
-import csv
 import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from result_tables import hardware, write_rows
 
 from video_ma2mba.synthetic import build_world, video_seed
 from video_ma2mba.synthetic.video_files import write_world
@@ -57,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     setting = {
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "hardware": hardware(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -68,11 +66,7 @@ def main() -> None:
             write_world(video, build_world(video_seed("test", seconds), seconds))
             rows.append({"video_seconds": seconds, **measure(video, arguments.model), **setting})
             print(rows[-1])
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(OUT, rows)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ question's time to first token is the median of five on the state just read. App
 """
 
 import argparse
-import csv
 import datetime
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from result_tables import append_rows, hardware
 
 from video_ma2mba import BUNDLED_CHECKPOINT, VideoQuestionAnsweringPipeline, VideoState
 from video_ma2mba.processing import frame_decoding
@@ -199,9 +198,8 @@ def main() -> None:
             print(f"video made in {seconds(lambda: make_video(video, arguments.hour, length)):.0f} s", flush=True)
         row = {
             "date": datetime.date.today().isoformat(),
-            "hardware": f"{torch.cuda.get_device_name(device)}, {len(os.sched_getaffinity(0))} CPU cores"
-            if device.type == "cuda"
-            else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
+            "hardware": hardware(device)
+            + (f", {len(os.sched_getaffinity(0))} CPU cores" if device.type == "cuda" else ""),
             "threads": torch.get_num_threads(),
             "model": f"CLIP-L + {arguments.preset}, random, bf16" if arguments.preset else "bundled, fp32",
             "video": describe(video),
@@ -212,13 +210,7 @@ def main() -> None:
         }
     for name, value in row.items():
         print(f"{name}: {value}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not arguments.out.exists()
-    with arguments.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(arguments.out, [row])
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ steps of integrated gradients take n times as long again, in the same memory. Wr
 """
 
 import argparse
-import csv
 import datetime
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +16,7 @@ from pathlib import Path
 
 import torch
 from long_video_memory import ASK, QUESTION
+from result_tables import hardware, write_rows
 
 from video_ma2mba.synthetic import build_world, video_seed
 from video_ma2mba.synthetic.video_files import write_world
@@ -47,13 +45,10 @@ def main() -> None:
             row = {"video_seconds": seconds, "curve_rows": len(numbers.read_text().splitlines()) - 1}
             row |= {"memory": arguments.memory, "process_seconds": round(time.perf_counter() - began, 1)}
             row |= {"peak_rss_mb": round(int(done.stderr.splitlines()[-1]) / 1e6), "date": datetime.date.today()}
-            row |= {"hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores", "torch": torch.__version__}
+            row |= {"hardware": hardware(), "torch": torch.__version__}
             rows.append(row | {"threads": torch.get_num_threads()})
             print(rows[-1])
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(OUT, rows)
 
 
 if __name__ == "__main__":

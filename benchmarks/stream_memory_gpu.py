@@ -8,7 +8,6 @@ the table, while the reading goes on; its time includes waiting for the chunk of
 """
 
 import argparse
-import csv
 import datetime
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from result_tables import hardware, write_rows
 
 from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoSession
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
@@ -88,13 +88,10 @@ def main() -> None:
     setting = {
         "preset": arguments.preset,
         "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if cuda else "CPU",
+        "hardware": hardware(arguments.device),
         "torch": torch.__version__,
     }
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *setting])
-        writer.writeheader()
-        writer.writerows({**row, **setting} for row in rows)
+    write_rows(arguments.out, [{**row, **setting} for row in rows])
 
 
 if __name__ == "__main__":
