@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Fps, Model, NumFrames
+from .out_files import check_out_file
 
 app = typer.Typer(
     help="Training data: what can be used, and what training on it will take.",
@@ -61,14 +62,16 @@ def check(
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging
 
+    from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import parse_bytes
     from video_ma2mba.trainer.data import load_training_data
     from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
 
     from .loading import resolve_model
 
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {out}: there is no folder {str(out.parent)!r}")
+    check_out_file("--json", out)
+    parse_bytes(gpu_memory, "--gpu-memory")
+    parts = _parts(train)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     source = resolve_model(model)
@@ -82,7 +85,7 @@ def check(
         show_sample(processor, rows[show], settings)
         return
     report = run_check(rows, processor, settings, workers, out)
-    plans = memory_plans(report, config, gpu_memory, train)
+    plans = memory_plans(report, config, gpu_memory, parts)
     print_report(report, plans, gpu_memory)
     if out is not None:
         out.write_text(json.dumps({**report.to_dict(), "plans": plans}, indent=1) + "\n", encoding="utf-8")
@@ -120,11 +123,21 @@ def run_check(rows: Any, processor: Any, settings: Any, workers: int, out: Path 
     return CheckReport([found[place] for place in sorted(found)])
 
 
-def memory_plans(report: Any, config: Any, gpu_memory: str, train: str) -> dict[str, dict[str, Any]]:
+def _parts(train: str) -> tuple[str, ...]:
+    """What trains, from a list separated by commas. ValueError: there is no such part."""
+    from video_ma2mba.modeling_video_ma2mba.plan_report import PARTS
+
+    parts = tuple(part.strip() for part in train.split(",") if part.strip())
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"--train {train}: there is no part {part!r}, use some of {', '.join(PARTS)}")
+    return parts
+
+
+def memory_plans(report: Any, config: Any, gpu_memory: str, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The plan of a training step on the longest and on the median sample, or why there is none."""
     from video_ma2mba import plan
 
-    parts = tuple(part.strip() for part in train.split(",") if part.strip())
     plans = {}
     for label in ("longest", "median"):
         sample = report.of_length(label)

@@ -28,7 +28,10 @@ def is_expected(error: Exception) -> bool:
 
 def one_line(error: Exception | Warning) -> str:
     """The error's message on a single line, never empty, never longer than a terminal's screen."""
-    return textwrap.shorten(str(error), 600, placeholder=" …") or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and text.startswith("[Errno"):  # the system's own words
+        text = f"{error.filename2 or error.filename}: {error.strerror}"
+    return textwrap.shorten(text, 600, placeholder=" …") or type(error).__name__
 
 
 class OneLineErrors(TyperGroup):

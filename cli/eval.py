@@ -67,6 +67,13 @@ def evaluate(
         raise ValueError(f"--out {out} is a file: name a folder")
     if replay is not None and not replay.exists():
         raise FileNotFoundError(f"--replay {replay} does not exist")
+    for folder in include or ():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--include {folder} is no folder")
+    if cache_dir is not None and cache_dir.exists() and not cache_dir.is_dir():
+        raise ValueError(f"--cache-dir {cache_dir} is a file: name a folder")
+    if not cache_gb > 0:
+        raise ValueError(f"--cache-gb must be more than 0, not {cache_gb:g}")
     names, out = expand(tasks), out.resolve()
     answers = None if replay is None else replay.resolve()
     further = [str(folder.resolve()) for folder in include or ()]

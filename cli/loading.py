@@ -27,6 +27,8 @@ def resolve_model(model: str | None) -> str:
                 "name a model with --model, or train it with `python -m video_ma2mba.trainer.world_sft`"
             )
         return str(BUNDLED_CHECKPOINT)
+    if not model:
+        raise ValueError("--model is empty: name a directory or a Hub id, or leave it out")
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -105,7 +107,12 @@ def load_pipeline(
 
     from video_ma2mba import VideoQuestionAnsweringPipeline
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if source in str(error):
+            raise
+        raise OSError(f"{source} cannot be loaded: {error}") from error
     if config.model_type != "video_ma2mba":
         raise ValueError(f"{source} holds a model of the type {config.model_type}, not a Video-Ma2mba model")
     logging.disable_progress_bar()  # loading takes a moment; the bar belongs to the video

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .out_files import check_out_file
+
 
 def plan(
     model: Annotated[
@@ -54,6 +56,7 @@ def plan(
         "dtype": names.get(dtype, dtype),
         "fps": fps,
     }
+    check_out_file("--plot", plot)
     if plot is not None and plot.suffix.lower() != ".png":
         raise ValueError(f"--plot {plot}: name a .png file")
     report = make_plan(config, frames=frames, tokens=tokens, **options)

@@ -21,6 +21,7 @@ from .options import (
     TrustRemoteCode,
     chosen_frames,
 )
+from .out_files import check_out_file
 
 
 def read(
@@ -42,10 +43,9 @@ def read(
 
     Interrupted, the same command continues from OUT.partial and ends with the same state.
     """
+    check_out_file("--out", out)
     if out.exists() and not overwrite:
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {str(out.parent)!r}")
     rounded = pick_state_dtype(state_dtype)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = chosen_frames(fps, num_frames, start, end)

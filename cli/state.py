@@ -20,6 +20,7 @@ from .options import (
     TrustRemoteCode,
     chosen_frames,
 )
+from .out_files import check_out_file
 from .read import read_into_file
 
 app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -93,6 +94,7 @@ def append(
     """
     from video_ma2mba import VideoState
 
+    check_out_file("--out", out)
     rounded, found = pick_state_dtype(state_dtype), VideoState.load(file)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = chosen_frames(fps, num_frames, start, end)

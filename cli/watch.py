@@ -11,6 +11,7 @@ import typer
 
 from .loading import load_pipeline
 from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode
+from .out_files import check_out_file
 
 
 def watch(
@@ -59,8 +60,7 @@ def watch(
         raise ValueError("a question is empty: ask something about the video")
     if not questions and save is None:
         raise ValueError("there is nothing to do: give a question with --ask, or a file with --save")
-    if save is not None and not save.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--save {save}: there is no folder {str(save.parent)!r}")
+    check_out_file("--save", save)
     if not every > 0 or (seconds is not None and not seconds > 0) or not timeout > 0:
         raise ValueError("--every, --for and --timeout must be more than 0 seconds")
 

@@ -9,6 +9,7 @@ from .ask import reading_progress
 from .circumstances import require_matplotlib
 from .loading import load_pipeline
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
+from .out_files import check_out_file
 
 
 def where(
@@ -48,12 +49,8 @@ def where(
         raise ValueError("the question is empty: ask something about the video")
     if layers and json_file is None:
         raise ValueError("--layers adds to the JSON file: name one with --json")
-    files = {"--out": out, "--json": json_file, "--csv": csv_file}
-    for option, path in files.items():  # before minutes of computing rather than behind them
-        if path is not None and not path.resolve().parent.is_dir():
-            raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
-        if path is not None and path.is_dir():
-            raise ValueError(f"{option} {path} is a folder: name a file")
+    for option, path in {"--out": out, "--json": json_file, "--csv": csv_file}.items():
+        check_out_file(option, path)
     if out is not None:
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: the picture is a PNG, name a file that ends in .png")

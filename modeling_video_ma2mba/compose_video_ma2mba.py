@@ -132,7 +132,10 @@ def text_config_from(folder: Path, name: str) -> Ma2mbaTextConfig:
     Raises:
         ValueError: not a pure Mamba-2 model.
     """
-    fields = json.loads((folder / "config.json").read_text())
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"config.json of {name} is damaged: {error}") from error
     if fields.get("model_type") in ("mamba2", "video_ma2mba_text"):
         return VideoMa2mbaConfig(text_config=fields, video_token_id=0).text_config
     if "d_model" not in fields or "n_layer" not in fields:

@@ -65,7 +65,7 @@ class VideoSession:
         self.model = model
         self.processor = processor
         self.report = StreamReport()
-        self._clock = FrameClock(fps or processor.video_processor.fps or 1.0)
+        self._clock = FrameClock((processor.video_processor.fps or 1.0) if fps is None else fps)
         self._queue = FrameQueue(policy, waiting)
         self._memory = RollingMemory(model, processor, remember, state)
         size = processor.video_processor.size

@@ -100,6 +100,11 @@ BAD_INPUT = {
     "text file": (["TEXT", "What?"], "text.mp4"),
     "empty folder": (["FOLDER", "What?"], "folder"),
     "unknown model directory": (["VIDEO", "What?", "--model", "no/such/model"], "no/such/model"),
+    "no model": (["VIDEO", "What?", "--model", ""], "--model is empty"),
+    "model that cannot be fetched": (
+        ["VIDEO", "What?", "--model", "nobody/nothing"],
+        "nobody/nothing cannot be loaded",
+    ),
     "model of another kind": (["VIDEO", "What?", "--model", "MAMBA"], "mamba2"),
     "model without configuration": (["VIDEO", "What?", "--model", "FOLDER"], "config.json"),
 }

@@ -114,6 +114,8 @@ def test_one_sample_is_shown_with_what_is_learnt(run, folder: Path):
         (["good.csv", "--labels", "all"], "labels='all'"),
         (["good.csv", "--json", "no/folder/x.json"], "there is no folder"),
         (["good.csv", "--max-length", "0"], "max_length=0"),
+        (["good.csv", "--gpu-memory", "lots"], "'lots' is not a size"),
+        (["good.csv", "--train", "lm,head"], "there is no part 'head'"),
     ],
 )
 def test_mistakes_are_one_line(run, folder: Path, monkeypatch, arguments: list[str], message: str):

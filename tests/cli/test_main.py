@@ -76,3 +76,8 @@ def test_messages_are_one_short_line():
     assert "\n" not in message
     assert len(message) <= 600
     assert one_line(ValueError()) == "ValueError"
+    assert one_line(FileNotFoundError(2, "No such file or directory", "queue.jsonl")) == (
+        "queue.jsonl: No such file or directory"
+    )
+    assert one_line(IsADirectoryError(21, "Is a directory", "x.part", None, "x")) == "x: Is a directory"
+    assert one_line(FileNotFoundError("x.mp4: no such file")) == "x.mp4: no such file"

@@ -72,6 +72,7 @@ def test_plot_is_a_picture(tmp_path: Path):
         (("--preset", "2.7b", "--frames", "1000000"), "no plan fits"),
         (("--preset", "2.7b", "--frames", "3", "--train", "lm,head"), "'head'"),
         (("--preset", "2.7b", "--frames", "3", "--plot", "plot.jpg"), "name a .png file"),
+        (("--preset", "2.7b", "--frames", "3", "--plot", "no/such/plot.png"), "there is no folder 'no/such'"),
         (("--model", "no/where/at/all", "--frames", "3"), "no/where/at/all"),
         (("--preset", "2.7b", "--video", "missing.mp4"), "missing.mp4"),
     ],

@@ -121,6 +121,7 @@ def test_check_names_what_is_wrong(run, film, make_model, tiny_checkpoint, tmp_p
 
 def test_bad_input(run, film, tiny_video, tmp_path):
     assert "pass --overwrite" in refused(run("read", tiny_video, "--out", film))
+    assert f"--out {tmp_path} is a folder" in refused(run("read", tiny_video, "--out", tmp_path, "--overwrite"))
     assert "no folder" in refused(run("read", tiny_video, "--out", tmp_path / "none" / "film.state"))
     assert "leave fps, end out" in refused(run("ask", film, "What?", "--fps", "2", "--end", "3"))
     assert "question is empty" in refused(run("ask", film, " "))

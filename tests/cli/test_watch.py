@@ -102,6 +102,8 @@ def test_ctrl_c_saves_and_counts(tiny_checkpoint, tiny_video, tmp_path, sent):
         (["VIDEO", "--ask", "x", "--every", 0], "must be more than 0 seconds"),
         (["VIDEO", "--ask", "x", "--policy", "wish"], "policy must be one of auto, drop, queue"),
         (["VIDEO", "--ask", "x", "--save", "no/where/state"], "there is no folder"),
+        (["VIDEO", "--ask", "x", "--save", "/"], "--save / is a folder"),
+        (["VIDEO", "--ask", "x", "--fps", 0], "fps must be more than 0"),
         (["VIDEO", "--ask", "x", "--state", "nowhere.state"], "there is no state file"),
         (["VIDEO", "--ask", "x", "--remember", -1], "remember must be more than 0"),
     ],

@@ -45,6 +45,9 @@ BAD_INPUT = {
     "no rate": (["--tasks", "videomme", "--fps", "0"], "fps=0"),
     "no frames": (["--tasks", "videomme", "--num-frames", "0"], "num_frames=0"),
     "out is a file": (["--tasks", "videomme", "--out", "FILE"], "is a file"),
+    "tasks are in no folder": (["--tasks", "videomme", "--include", "none"], "--include none is no folder"),
+    "cache is a file": (["--tasks", "videomme", "--cache-dir", "FILE"], "is a file"),
+    "cache without room": (["--tasks", "videomme", "--cache-gb", "0"], "--cache-gb must be more than 0"),
     "data is no folder": (["--tasks", "videomme", "--data", "FILE"], "is no folder"),
     "data set that is not there": (
         ["--tasks", "gone", "--include", "TASKS"],

@@ -246,3 +246,5 @@ def test_bad_checkpoints(tmp_path, language_model, tower):
     one.mkdir()
     (one / "config.json").write_text('{"d_model": 16, "n_layer": 2, "vocab_size": 262, "ssm_cfg": {}}')
     attempt(ValueError, "Mamba1", language_model=str(one))
+    (one / "config.json").write_text("{")
+    attempt(ValueError, r"config\.json of .*mamba1 is damaged", language_model=str(one))
