@@ -45,7 +45,7 @@ class Ma2mbaTextConfig(PreTrainedConfig):
     """
 
     model_type = "video_ma2mba_text"
-    base_model_fsdp_plan = {}  # not transformers' default, a unit for each layer: see `VideoMa2mbaConfig`
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     base_config_key = "text_config"
 
     def __init__(
@@ -179,9 +179,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     """
 
     model_type = "video_ma2mba"
-    # Multi-axis checkpointing needs all layers in one FSDP unit, the root. transformers refuses to do without any
-    # other unit, so it gets a layer norm that never runs.
-    base_model_fsdp_plan = {"vision_tower.post_layernorm": "keep_full_weight"}
+    # Vision tower and head belong to the root unit: frames are recomputed in chunks, whose number differs by process.
+    base_model_fsdp_plan = {"language_model.layers.*": "free_full_weight"}
     sub_configs = {"text_config": Ma2mbaTextConfig, "vision_config": AutoConfig}
     has_no_defaults_at_init = False
 

@@ -6,7 +6,8 @@ adds, normalises and casts. Legend: B batch, S tokens, D model width, E inner wi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -173,12 +174,14 @@ def run_blocks(
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
     unread: bool = False,
+    around: Callable[[nn.Module], AbstractContextManager] | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Run consecutive blocks over one segment.
 
     Args:
         x: (B, S, D) residual stream. conv_states, ssm_states: one entry per block, None for the start of a sequence.
         unread: the values of the last delta will not be looked at, only its gradient is wanted.
+        around: runs each block's `forward` within this context, past hooks on the block; see `sharded_layers`.
 
     Returns:
         residual and delta (B, S, D), whose sum is the stream, the blocks' new conv states and SSM states.
@@ -186,7 +189,12 @@ def run_blocks(
     delta, new_conv, new_ssm = None, [], []
     for index, (block, conv_state, ssm_state) in enumerate(zip(blocks, conv_states, ssm_states, strict=True)):
         last = unread and index == len(blocks) - 1
-        x, delta, conv_state, ssm_state = block(x, delta, conv_state, ssm_state, lengths, seq_idx, last)
+        arguments = (x, delta, conv_state, ssm_state, lengths, seq_idx, last)
+        if around is None:
+            x, delta, conv_state, ssm_state = block(*arguments)
+        else:
+            with around(block):
+                x, delta, conv_state, ssm_state = block.forward(*arguments)
         new_conv.append(conv_state)
         new_ssm.append(ssm_state)
     return x, delta, new_conv, new_ssm

@@ -4,6 +4,7 @@ Long sequences always run in segments, so no kernel sees more than a bounded num
 the public kernels overflow 32-bit offsets beyond about 200k tokens). Legend: B batch, S tokens, D width, L layers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .configuration_video_ma2mba import Ma2mbaTextConfig
 from .mamba2_blocks import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
 from .module_device import execution_device
 from .multi_axis_checkpointing import MultiAxisEngine
+from .sharded_layers import ShardedLayers, is_unit
 from .token_layout import TokenLayout, kept_rows, original_order
 from .video_state import VideoState
 
@@ -170,12 +172,20 @@ class Ma2mbaTextModel(PreTrainedModel):
         conv = [None] * layers if state is None else list(state.conv)
         ssm = [None] * layers if state is None else list(state.ssm)
         pieces, rows = [], []
+        sharded = ShardedLayers.of(self.layers) if is_unit(self.layers[0]) else None
+        if sharded is not None and torch.is_grad_enabled():
+            raise ValueError(
+                "layers that are FSDP units train with checkpointing only: gradient_checkpointing_enable()"
+            )
         length = self.prefill_segment_length if device.type != "cpu" else min(self.prefill_segment_length, CPU_SEGMENT)
+        rounds = math.ceil(tokens / length)
+        most = rounds if sharded is None else sharded.largest(rounds)[0]
         for start in range(0, tokens, length):
             stop = min(start + length, tokens)
             lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
             segment = x[:, start:stop].to(device, self.stream_dtype)
-            segment, delta, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx)
+            around = None if sharded is None else sharded.gathered
+            segment, delta, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx, around=around)
             if keep is not None:
                 row, column = keep[:, start:stop].nonzero(as_tuple=True)
                 rows.append(row * tokens + column + start)
@@ -183,6 +193,8 @@ class Ma2mbaTextModel(PreTrainedModel):
                 row, column = (i.to(segment.device, non_blocking=True) for i in (row, column))
                 segment, delta = segment[row, column].unsqueeze(0), delta[row, column].unsqueeze(0)
             pieces.append(self.norm_f(segment, delta, own)[0])
+        if sharded is not None:
+            sharded.idle_rounds(self.layers, most - rounds)
         hidden = torch.cat(pieces, dim=1)
         if keep is not None:
             hidden = hidden[0]

@@ -17,6 +17,7 @@ Legend: B batch, S tokens, D width, L layers, C conv channels, W conv width, H h
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .checkpoint_plan import CheckpointPlan, CheckpointSettings
 from .checkpoint_store import DeviceStore, HostStore, PinnedPool
 from .mamba2_blocks import run_blocks
 from .memory_planner import choose_plan, out_of_memory_message
+from .sharded_layers import ShardedLayers
 from .token_layout import TokenLayout
 
 
@@ -72,12 +74,16 @@ class MultiAxisEngine:
 
         Returns normed hidden states (B, S, D) or (kept, D) on x's device, conv (L, B, C, W-1), ssm (L, B, H, P, N).
         """
-        _refuse_sharded_layers(model)
+        sharded = ShardedLayers.of(model.layers)
         plan = choose_plan(self.settings, model, x, keep)
+        rounds = len(plan.segments(x.shape[1]))
+        if sharded is not None:  # all processes gather alike: the smallest blocks, the most segments
+            smallest, rounds = sharded.largest(-plan.layers_per_block, rounds)
+            plan = replace(plan, layers_per_block=-smallest)
         self.last_plan = plan
         conv = None if state is None else state.conv
         ssm = None if state is None else state.ssm
-        work = _StackRun(self, model, plan, layout, keep, x)
+        work = _StackRun(self, model, plan, layout, keep, x, sharded, rounds)
         with torch.no_grad(), work.guarded("forward"):
             results = work.forward(x, conv, ssm)
         below: tuple[Tensor | None, ...] = (x, conv, ssm)
@@ -125,10 +131,13 @@ class _StackRun:
         layout: TokenLayout,
         keep: Tensor | None,
         x: Tensor,
+        sharded: ShardedLayers | None,
+        rounds: int,
     ) -> None:
         self.engine, self.model, self.plan, self.layout = engine, model, plan, layout
         self.layers = model.layers
         self.norm = model.norm_f
+        self.sharded, self.rounds = sharded, rounds
         self.device = model.norm_f.weight.device
         self.segments = plan.segments(x.shape[1])
         self.blocks = plan.blocks(len(self.layers))
@@ -173,7 +182,10 @@ class _StackRun:
         lengths, seq_idx = self.layout.segment(start, stop, self.model.config.conv_kernel - 1)
         last = block == len(self.blocks) - 1
         layers = [self.layers[i] for i in self.blocks[block]]
-        y, delta, conv, ssm = run_blocks(layers, x, conv, ssm, lengths, seq_idx, unread and not last)
+        around = None
+        if self.sharded is not None:  # in backward the whole block is gathered already
+            around = contextlib.nullcontext if unread else self.sharded.gathered
+        y, delta, conv, ssm = run_blocks(layers, x, conv, ssm, lengths, seq_idx, unread and not last, around)
         if self.engine.settings.detect_anomaly and not unread and not bool(torch.isfinite(y + delta).all()):
             raise FloatingPointError(self.name_bad_layer(block, segment, x, conv, ssm))
         if not last:
@@ -243,6 +255,8 @@ class _StackRun:
                 out[:, start:stop].copy_(h, non_blocking=True)
             elif h is not None:
                 kept.append(h[0])
+        if self.sharded is not None:
+            self.sharded.idle_rounds(self.layers, self.rounds - len(self.segments))
         if self.keep is not None:
             width = self.norm.weight.shape[0]
             out = torch.cat(kept) if kept else torch.empty(0, width, dtype=self.norm.weight.dtype, device=self.device)
@@ -279,6 +293,23 @@ class _StackRun:
         Returns:
             gradients of `inputs` (an empty tensor for the block below), then of the block's parameters.
         """
+        owners = self.parameters(j)  # what autograd knows: shards, where layers are spread over processes
+        layers = [self.layers[i] for i in self.blocks[j]]
+        with contextlib.nullcontext() if self.sharded is None else self.sharded.gathered(*layers):
+            results, sums = self.backward_whole_block(j, inputs, needs)
+        gradients = [self.as_owned(g, p) for g, p in zip(sums, owners, strict=True)]
+        return [*results, *gradients]
+
+    def as_owned(self, gradient: Tensor | None, owner: nn.Parameter) -> Tensor | None:
+        """A parameter's gradient in its own type, and where it is a shard of a layer's, the shard of the mean."""
+        if self.sharded is not None and hasattr(owner, "device_mesh"):
+            return self.sharded.shard_of_mean(gradient, owner)
+        return None if gradient is None else gradient.to(owner.dtype)
+
+    def backward_whole_block(
+        self, j: int, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """`backward_block` with the block's parameters whole: gradients of `inputs`, sums for the parameters."""
         block, parameters, first = self.blocks[j], self.parameters(j), j == 0
         x, conv, ssm = inputs if first else (None, None, None)
         dx = None
@@ -317,13 +348,14 @@ class _StackRun:
                     self.store.put(("dx", j - 1, i), [dh])
         if first or not needs[0]:
             self.store.finish()
-        results = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+        if self.sharded is not None:  # all processes reduce alike, whatever of their samples is learnt
+            sums = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, parameters, strict=True)]
         if not first:
-            return [self.norm.weight.new_empty(0) if needs[0] else None, *results]
+            return [self.norm.weight.new_empty(0) if needs[0] else None], sums
         _wait_for_host_copies(dx, self.device)
         dconv = _stack_or_zeros(self.dconvs, conv) if needs[1] else None
         dssm = _stack_or_zeros(self.dssms, ssm) if needs[2] else None
-        return [dx, dconv, dssm, *results]
+        return [dx, dconv, dssm], sums
 
     def prefetch(self, j: int, i: int) -> None:
         for kind in ("x", "state", "dx"):
@@ -419,13 +451,3 @@ def _wait_for_host_copies(result: Tensor | None, device: torch.device) -> None:
     """A result that lives on the host may be read by host code next, which knows nothing of CUDA streams."""
     if result is not None and result.device != device and device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def _refuse_sharded_layers(model: nn.Module) -> None:
-    """FSDP units inside the stack would swap parameters under the engine's feet and lose gradients."""
-    for name, module in model.layers.named_modules():
-        if name and "FSDP" in type(module).__name__:
-            raise ValueError(
-                f"layer {name.split('.')[0]} is its own FSDP unit; with multi-axis checkpointing make the "
-                "whole model one unit: fully_shard(model)"
-            )

@@ -26,6 +26,7 @@ from ..modeling_video_ma2mba.memory_planner import (
     predict_job,
     step_limits,
 )
+from ..modeling_video_ma2mba.sharded_layers import is_unit
 from ..modeling_video_ma2mba.step_time_model import H200
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
 
@@ -120,6 +121,8 @@ class StepPlanner:
     def _without_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
         fixed = (self.settings.segment_length, self.settings.layers_per_block, self.settings.offload)
         if self.settings.method != "multi_axis" or any(value is not None for value in fixed):
+            return None
+        if is_unit(self.stack.layers[0]):  # FSDP: the engine gathers layers for segments, all processes alike
             return None
         plain = predict_job(job, None)
         if not limits.allow(plain, H200.slack):

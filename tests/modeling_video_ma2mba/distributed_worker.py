@@ -124,11 +124,44 @@ def fsdp2(rank: int) -> None:
     model(micro_batch(1, rank)).backward()
     assert_same({n: p.grad.full_tensor() for n, p in model.named_parameters()}, both, 1e-10)
 
-    sharded_layers = NextToken(torch.float64).checkpoint()
-    for layer in sharded_layers.language_model.layers:
+
+def fsdp2_layers(rank: int) -> None:
+    """Every layer a unit: ranks with different numbers of segments gather alike, in training and without gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = NextToken(torch.float64).checkpoint()
+    expected, both = single_process_gradients(model, [0]), single_process_gradients(model, [0, 1])
+    for layer in model.language_model.layers:
         fully_shard(layer, mesh=mesh)
-    with pytest.raises(ValueError, match="make the whole model one unit"):
-        sharded_layers(micro_batch(0, rank))
+    fully_shard(model, mesh=mesh)
+    first = model.language_model.layers[0].mixer.in_proj
+    whole, seen = first.weight.shape, []
+    first.register_forward_hook(lambda module, *_: seen.append(module.weight.shape))
+    for _ in range(2):  # the second step starts from resharded parameters
+        model.zero_grad()
+        model(micro_batch(0, rank)).backward()
+        assert first.weight.to_local().shape[0] < whole[0], "at rest a layer is spread over the ranks"
+        assert_same({n: p.grad.full_tensor() for n, p in model.named_parameters()}, expected, 1e-10)
+    assert set(seen) == {whole}
+
+    model.zero_grad()
+    model.set_requires_gradient_sync(False)
+    model(micro_batch(0, rank)).backward()
+    model.set_requires_gradient_sync(True)
+    model(micro_batch(1, rank)).backward()
+    assert_same({n: p.grad.full_tensor() for n, p in model.named_parameters()}, both, 1e-10)
+
+    alone = NextToken(torch.float64).checkpoint()
+    model.language_model.prefill_segment_length = alone.language_model.prefill_segment_length = 4
+    with torch.no_grad():
+        torch.testing.assert_close(model(micro_batch(0, rank)), alone(micro_batch(0, rank)))
+
+    halves = NextToken(torch.float64).checkpoint()
+    fully_shard(halves.language_model.layers[0].mixer, mesh=mesh)
+    with pytest.raises(ValueError, match="make every layer one unit"):
+        halves(micro_batch(0, rank))
 
 
 def whole_model_and_batches() -> tuple[nn.Module, list[dict[str, Tensor]]]:
@@ -212,6 +245,7 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
     "ddp": ddp,
     "ddp_with_frozen_layers": ddp_with_frozen_layers,
     "fsdp2": fsdp2,
+    "fsdp2_layers": fsdp2_layers,
     "fsdp2_whole_model": fsdp2_whole_model,
     "zero_1": lambda rank: (zero(rank, 1, 1), zero(rank, 1, 2)),
     "zero_2": lambda rank: (zero(rank, 2, 1), zero(rank, 2, 2)),

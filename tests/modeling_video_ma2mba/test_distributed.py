@@ -52,7 +52,7 @@ def launch(scenario: str, folder: Path) -> None:
     assert codes == [0, 0], words
 
 
-@pytest.mark.parametrize("scenario", ["ddp", "ddp_with_frozen_layers", "fsdp2", "fsdp2_whole_model"])
+@pytest.mark.parametrize("scenario", ["ddp", "ddp_with_frozen_layers", "fsdp2", "fsdp2_layers", "fsdp2_whole_model"])
 def test_gradients_of_one_process(scenario, tmp_path):
     launch(scenario, tmp_path)
 

@@ -14,7 +14,7 @@ from transformers import Trainer
 SHORTAGES = ["ddp_full_in_forward", "ddp_full_in_backward"]
 SCENARIOS = ["ddp", *SHORTAGES, "ddp_full_twice"]
 if hasattr(Trainer, "_defer_fsdp_gradient_reduction"):  # older ones wrap sharded models in DDP, too
-    SCENARIOS.append("fsdp2")
+    SCENARIOS += ["fsdp2", "fsdp2_adaptive"]
 if importlib.util.find_spec("deepspeed") is not None:
     SCENARIOS.append("zero_1")
 
@@ -44,7 +44,7 @@ def one_process(tmp_path_factory):
     return losses(trainer), weights(trainer.model)
 
 
-@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "zero_1"])
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp2_adaptive", "zero_1"])
 def test_two_processes_equal_one_with_twice_the_batch(ranks, one_process, scenario):
     if scenario not in SCENARIOS:
         pytest.skip(f"{scenario} is not installed")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from tensor_chats import ACCUMULATED, CELLS, FullMemory, losses, make_trainer, tiny_model  # noqa: E402
+from tensor_chats import ACCUMULATED, CELLS, FullMemory, TensorChats, losses, make_trainer, tiny_model  # noqa: E402
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_checkpointing_kwargs": CELLS}
 ZERO_1 = {
@@ -26,8 +26,8 @@ ZERO_1 = {
 }
 
 
-def fsdp2(folder: Path):
-    """One FSDP unit for the whole model, as transformers makes it while loading."""
+def fsdp2(folder: Path, **more):
+    """An FSDP unit for each layer, and one for the rest, as transformers makes them while loading."""
     from transformers.distributed import DistributedConfig
 
     torch.distributed.init_process_group("gloo")
@@ -37,8 +37,8 @@ def fsdp2(folder: Path):
     torch.distributed.barrier()
     model = type(tiny_model()).from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
     units = [name for name, module in model.named_modules() if "FSDP" in type(module).__name__]
-    assert units == ["", "model.vision_tower.post_layernorm"], f"units: {units}"
-    return make_trainer(folder, model=model, ddp_backend="gloo", **STEPS)
+    assert units == ["", *(f"model.language_model.layers.{i}" for i in range(2))], f"units: {units}"
+    return make_trainer(folder, model=model, ddp_backend="gloo", **(STEPS | more))
 
 
 def zero_1(folder: Path):
@@ -63,6 +63,9 @@ SCENARIOS = {
     "ddp_full_in_backward": lambda folder: ddp_full(folder, backward=True),
     "ddp_full_twice": lambda folder: ddp_full(folder, backward=True, times=2),
     "fsdp2": fsdp2,
+    "fsdp2_adaptive": lambda folder: fsdp2(
+        folder, gradient_checkpointing_kwargs=None, eval_dataset=TensorChats(4), eval_strategy="steps", eval_steps=2
+    ),
     "zero_1": zero_1,
 }
 
