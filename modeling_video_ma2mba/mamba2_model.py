@@ -23,7 +23,7 @@ from .token_layout import TokenLayout, kept_rows, original_order
 from .video_state import VideoState
 
 CPU_SEGMENT = 512
-"""Most tokens of a row at a time on a CPU: longer segments leave its caches, which is slower and takes more memory."""
+"""Most tokens at a time on a CPU: longer segments leave its caches, which is slower and takes more memory."""
 
 
 class Ma2mbaTextModel(PreTrainedModel):
@@ -177,7 +177,9 @@ class Ma2mbaTextModel(PreTrainedModel):
             raise ValueError(
                 "layers that are FSDP units train with checkpointing only: gradient_checkpointing_enable()"
             )
-        length = self.prefill_segment_length if device.type != "cpu" else min(self.prefill_segment_length, CPU_SEGMENT)
+        length = self.prefill_segment_length
+        if device.type == "cpu":
+            length = min(length, max(CPU_SEGMENT // max(batch, 1), CPU_SEGMENT // 8))
         rounds = math.ceil(tokens / length)
         most = rounds if sharded is None else sharded.largest(rounds)[0]
         for start in range(0, tokens, length):

@@ -261,16 +261,17 @@ def test_prefill_segments_change_nothing(kind, segment):
         assert_close(again[name], expected, name=name)
 
 
-def test_segments_on_a_cpu_are_short_and_change_nothing(monkeypatch):
-    model, x, lengths = make_model(layers=1), random_tokens(1, 1100), []
-    start = random_state(model, 1)
+@pytest.mark.parametrize(("batch", "expected"), [(1, [512, 512, 76]), (3, [170] * 6 + [80]), (20, [64] * 17 + [12])])
+def test_segments_on_a_cpu_are_short_and_change_nothing(monkeypatch, batch, expected):
+    model, x, lengths = make_model(layers=1), random_tokens(batch, 1100), []
+    start = random_state(model, batch)
     model.layers[0].mixer.in_proj.register_forward_hook(lambda _, given, __: lengths.append(given[0].shape[1]))
     short = read(model, x, start, [1100])
-    monkeypatch.setattr(mamba2_model, "CPU_SEGMENT", 2000)
+    monkeypatch.setattr(mamba2_model, "CPU_SEGMENT", 10**6)
     whole = read(model, x, start, [1100])
-    assert lengths == [512, 512, 76, 1100]
-    for name, expected in whole.items():
-        assert_close(short[name], expected, name=name)
+    assert lengths == [*expected, 1100]
+    for name, value in whole.items():
+        assert_close(short[name], value, name=name)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 256])
