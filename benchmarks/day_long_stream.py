@@ -140,14 +140,15 @@ def main() -> None:
     parser.add_argument("--plain-seconds", type=int, default=1800, help="length read into one state, for comparison")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", action="store_true", help="only draw what the CSV file holds")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--send", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.send:
         return send(arguments.send, arguments.seed)
     if arguments.plot:
-        with OUT.open(newline="") as file:
+        with arguments.out.open(newline="") as file:
             found = [{k: v if k in TEXT else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        return plot(found, OUT.with_suffix(".png"))
+        return plot(found, arguments.out.with_suffix(".png"))
     pipe = load_pipeline(arguments.model, device="cpu")
     setting = {
         "date": datetime.date.today().isoformat(),
@@ -160,11 +161,11 @@ def main() -> None:
     def keep(row: dict) -> None:
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-        write_rows(OUT, [{**row, **setting} for row in rows])
+        write_rows(arguments.out, [{**row, **setting} for row in rows])
 
     measure(pipe, arguments.plain_seconds, None, every=150, seed=arguments.seed, on_row=keep)
     measure(pipe, arguments.seconds, arguments.remember, seed=arguments.seed, on_row=keep)
-    plot(rows, OUT.with_suffix(".png"))
+    plot(rows, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
