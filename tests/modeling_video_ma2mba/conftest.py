@@ -5,6 +5,25 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class Recorder(BaseStreamer):
+    """Keeps the tokens that generation streams in `got`, and "end" after the last one."""
+
+    def __init__(self) -> None:
+        self.got: list[int | str] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.got += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.got.append("end")
+
+
+@pytest.fixture(scope="session")
+def make_recorder() -> type[Recorder]:
+    return Recorder
 
 
 @pytest.fixture(scope="session")

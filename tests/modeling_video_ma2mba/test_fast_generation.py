@@ -129,19 +129,9 @@ def test_sampling_processors_scores_and_criteria(model, used):
     assert seen == [6, 7, 8] * 2
 
 
-def test_streamer_sees_every_token(model, used):
-    class Recorder(TextStreamer):
-        def __init__(self):
-            self.got = []
-
-        def put(self, value):
-            self.got += value.flatten().tolist()
-
-        def end(self):
-            self.got.append("end")
-
+def test_streamer_sees_every_token(model, used, make_recorder):
     for settings in ({}, {"do_sample": True}):
-        recorder = Recorder()
+        recorder = make_recorder()
         with force_decoding("steps"):
             found = model.generate(text(4), max_new_tokens=NEW, streamer=recorder, **settings)
         assert recorder.got == [*found[0].tolist(), "end"]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import TextStreamer
 
 from video_ma2mba import VideoState
 
@@ -105,18 +104,8 @@ def test_sampling_with_a_seed_is_repeatable(model, raw_pixels):
     assert draws[0] == draws[1]
 
 
-def test_streamer_sees_every_token(model, make_processor, raw_pixels):
-    class Recorder(TextStreamer):
-        def __init__(self):
-            self.got = []
-
-        def put(self, value):
-            self.got += value.flatten().tolist()
-
-        def end(self):
-            self.got.append("end")
-
-    recorder, ids = Recorder(), prompt(2)
+def test_streamer_sees_every_token(model, make_recorder, raw_pixels):
+    recorder, ids = make_recorder(), prompt(2)
     found = new_tokens(model, ids, pixel_values_videos=raw_pixels(2), streamer=recorder)
     assert recorder.got == [*ids[0].tolist(), *found[0], "end"]
 
