@@ -19,7 +19,7 @@ from result_tables import write_rows
 from video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
 from video_ma2mba.modeling_video_ma2mba.memory_model import StackShape, Workload
-from video_ma2mba.modeling_video_ma2mba.memory_planner import (
+from video_ma2mba.modeling_video_ma2mba.step_prediction import (
     Prediction,
     StepJob,
     layer_parameter_count,

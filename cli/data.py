@@ -125,7 +125,7 @@ def run_check(rows: Any, processor: Any, settings: Any, workers: int, out: Path 
 
 def _parts(train: str) -> tuple[str, ...]:
     """What trains, from a list separated by commas. ValueError: there is no such part."""
-    from video_ma2mba.modeling_video_ma2mba.plan_report import PARTS
+    from video_ma2mba.modeling_video_ma2mba.planned_step import PARTS
 
     parts = tuple(part.strip() for part in train.split(",") if part.strip())
     for part in parts:

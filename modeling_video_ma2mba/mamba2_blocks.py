@@ -27,7 +27,7 @@ class Ma2mbaRMSNorm(nn.Module):
     def forward(self, residual: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """residual (B, S, D), delta (B, S, D) or None -> normed (B, S, D) in `dtype`, residual + delta."""
         if backend_for(residual, dtype) == "kernels":
-            from .ssd_kernels import add_rms_norm
+            from .norm_kernels import add_rms_norm
 
             return add_rms_norm(residual, delta, self.weight, self.eps, dtype)
         if delta is not None:

@@ -9,37 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from .checkpoint_plan import CheckpointPlan, parse_bytes
-from .configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
-from .memory_model import StackShape, VisionLoad, Workload
-from .memory_planner import (
-    Limits,
-    Prediction,
-    StepJob,
-    candidate_plans,
-    fastest,
-    least_host_memory,
-    longest_that_fits,
-    predict_job,
-)
+from .memory_planner import Limits, candidate_plans, fastest, least_host_memory, longest_that_fits
+from .planned_step import DTYPES, OPTIMIZERS, describe_step, model_and_config, require
+from .step_prediction import Prediction, StepJob, predict_job
 from .step_time_model import H200, MeasuredCosts
-from .vision_features import used_tower_modules
 
-PARTS = ("lm", "projector", "vision")
-# Bytes of optimizer state per trainable parameter, given the bytes of that parameter.
-OPTIMIZERS = {
-    "adamw": lambda size: 2 * size,  # two moments in the parameters' type, as torch.optim.AdamW keeps them
-    "adamw_8bit": lambda size: 2,
-    "adafactor": lambda size: 0.01 * size,  # a row and a column per matrix
-    "sgd_momentum": lambda size: size,
-    "sgd": lambda size: 0,
-    "none": lambda size: 0,
-}
-# Bytes per parameter and per activation. "mixed" is fp32 weights under bf16 autocast.
-_DTYPES = {"bfloat16": (2, 2), "float16": (2, 2), "mixed": (4, 2), "float32": (4, 4)}
 _LONGEST = 1 << 26
 # Of the host's memory, for checkpoints and inputs; the rest is for frames, data loading and everybody else.
 _PINNED_SHARE = 0.85
@@ -172,24 +147,24 @@ def plan(
             that fits: the message says what would.
     """
     gpu_bytes, host_memory_bytes = parse_bytes(gpu_memory, "gpu_memory"), parse_bytes(host_memory, "host_memory")
-    _require(batch >= 1, f"batch={batch} is not valid: it must be at least 1")
-    _require(fps > 0, f"fps={fps} is not valid: it must be positive")
-    _require(optimizer in OPTIMIZERS, f"optimizer={optimizer!r} is unknown: use one of {sorted(OPTIMIZERS)}")
-    _require(dtype in _DTYPES, f"dtype={dtype!r} is unknown: use one of {sorted(_DTYPES)}")
-    model, config = _model_and_config(model_or_config, train)
+    require(batch >= 1, f"batch={batch} is not valid: it must be at least 1")
+    require(fps > 0, f"fps={fps} is not valid: it must be positive")
+    require(optimizer in OPTIMIZERS, f"optimizer={optimizer!r} is unknown: use one of {sorted(OPTIMIZERS)}")
+    require(dtype in DTYPES, f"dtype={dtype!r} is unknown: use one of {sorted(DTYPES)}")
+    model, config = model_and_config(model_or_config, train)
     per_frame = getattr(config, "tokens_per_frame", None)
-    _require((tokens is None) != (frames is None), "give either tokens or frames (of one sample)")
+    require((tokens is None) != (frames is None), "give either tokens or frames (of one sample)")
     if frames is not None:
-        _require(per_frame is not None, "frames need a vision tower, and this is a language model alone: give tokens")
-        _require(frames >= 1, f"frames={frames} is not valid: it must be at least 1")
+        require(per_frame is not None, "frames need a vision tower, and this is a language model alone: give tokens")
+        require(frames >= 1, f"frames={frames} is not valid: it must be at least 1")
         tokens = frames * per_frame + text_tokens
     elif per_frame is not None:
         frames = max(0, tokens - text_tokens) // per_frame
-    _require(tokens >= 1, f"tokens={tokens} is not valid: it must be at least 1")
+    require(tokens >= 1, f"tokens={tokens} is not valid: it must be at least 1")
 
-    job = _describe(model, config, tokens, frames, batch, optimizer, dtype, labels)
+    job = describe_step(model, config, tokens, frames, batch, optimizer, dtype, labels)
     fixed = job.weights + job.gradients + job.optimizer
-    _require(
+    require(
         fixed + costs.context < gpu_bytes,
         f"gpu_memory={gpu_memory} cannot hold the model: weights take {job.weights / 1e9:.1f} GB, gradients "
         f"{job.gradients / 1e9:.1f} GB, the optimizer's state {job.optimizer / 1e9:.1f} GB and the CUDA context "
@@ -228,8 +203,8 @@ def memory_by_method(config: Any, tokens: int, dtype: str = "bfloat16") -> dict[
     Multi-axis plans ("multi_axis" with checkpoints on the GPU, "host") are the smallest among those that are at most
     5 % slower than the fastest one, whatever it takes.
     """
-    model, text = _model_and_config(getattr(config, "text_config", config), ("lm",))
-    job = _describe(model, text, tokens, None, 1, "none", dtype, 512)
+    model, text = model_and_config(getattr(config, "text_config", config), ("lm",))
+    job = describe_step(model, text, tokens, None, 1, "none", dtype, 512)
     found = {
         "off": predict_job(job, None),
         "per_layer": predict_job(job, CheckpointPlan(1, tokens)),
@@ -246,112 +221,6 @@ def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _model_and_config(given: Any, train: Sequence[str] | None) -> tuple[nn.Module, Any]:
-    """A model (on the meta device for a configuration) with `requires_grad` set, and its configuration."""
-    if isinstance(given, nn.Module):
-        model, config = given, getattr(given, "config", None)
-        while hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-    else:
-        model, config = None, given
-        if getattr(config, "model_type", None) == "mamba2":
-            config = VideoMa2mbaConfig(text_config=config.to_dict(), video_token_id=0).text_config
-        parts = PARTS if train is None else train
-    kind = getattr(config, "model_type", None)
-    _require(
-        kind in (VideoMa2mbaConfig.model_type, Ma2mbaTextConfig.model_type),
-        f"{type(given).__name__} ({kind}) has no Mamba-2 blocks of Video-Ma2mba: there is nothing to plan",
-    )
-    if model is None:
-        # Imported here: the models import the engine, and the engine the planner.
-        from .mamba2_model import Ma2mbaTextModel
-        from .modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-
-        with torch.device("meta"):
-            whole = kind == VideoMa2mbaConfig.model_type
-            model = VideoMa2mbaForConditionalGeneration(config) if whole else Ma2mbaTextModel(config)
-        set_trainable(model, parts)
-    elif train is not None:
-        raise ValueError("train is for configurations: a model's own requires_grad says what trains")
-    return model, config
-
-
-def set_trainable(model: nn.Module, parts: Sequence[str]) -> None:
-    """Let exactly these of `PARTS` train; the head belongs to the language model, unused layers stay frozen."""
-    for part in parts:
-        _require(part in PARTS, f"train names {part!r}: use some of {', '.join(PARTS)}")
-    base = getattr(model, "model", model)
-    model.requires_grad_("lm" in parts)
-    if hasattr(base, "vision_tower"):
-        base.multi_modal_projector.requires_grad_("projector" in parts)
-        base.vision_tower.requires_grad_("vision" in parts)
-        base.freeze_unused_parameters()
-
-
-def _count(*modules: nn.Module, trainable: bool = False) -> int:
-    unique = {id(p): p for module in modules for p in module.parameters()}
-    return sum(p.numel() for p in unique.values() if p.requires_grad or not trainable)
-
-
-def _describe(
-    model: nn.Module,
-    config: Any,
-    tokens: int,
-    frames: int | None,
-    batch: int,
-    optimizer: str,
-    dtype: str,
-    labels: int,
-) -> StepJob:
-    weight_bytes, compute_bytes = _DTYPES[dtype]
-    base = getattr(model, "model", model)
-    stack = getattr(base, "language_model", base)
-    shape = StackShape.of(stack.config, compute_bytes, kernels=compute_bytes == 2)
-    layer_parameters = _count(stack.layers, trainable=True) // len(stack.layers)
-    mixers = [layer.mixer for layer in stack.layers]
-    trainable = _count(model, trainable=True)
-    head = getattr(model, "lm_head", stack.embeddings)
-    vision = None
-    if frames is not None:
-        tower, projector = base.vision_tower, base.multi_modal_projector
-        used = list(used_tower_modules(tower, config))
-        vision = VisionLoad.of(
-            config,
-            max(1, frames * batch),
-            tower_trains=bool(_count(*used, trainable=True)),
-            projector_trains=bool(_count(projector, trainable=True)),
-            tower_parameters=_count(*used, trainable=True),
-            projector_parameters=_count(projector, trainable=True),
-            weight_bytes=weight_bytes,
-        )
-    work = Workload(
-        tokens=tokens,
-        batch=batch,
-        kept=min(labels, tokens) * batch,
-        layer_parameters=layer_parameters,
-        weight_bytes=weight_bytes,
-        autocast=dtype == "mixed",
-        projections_train=any(p.requires_grad for mixer in mixers for p in mixer.in_proj.parameters()),
-        head_trains=any(p.requires_grad for p in head.parameters()),
-        input_gradient=trainable > layer_parameters * len(stack.layers),
-    )
-    return StepJob(
-        shape,
-        work,
-        vision=vision,
-        weights=_count(model) * weight_bytes,
-        gradients=trainable * weight_bytes,
-        optimizer=int(trainable * OPTIMIZERS[optimizer](weight_bytes)),
-        plain_segment=getattr(stack, "prefill_segment_length", 4096),
-        input_follows_plan=True,
-    )
 
 
 def _consider(job: StepJob, limits: Limits, costs: MeasuredCosts) -> list[ConsideredPlan]:

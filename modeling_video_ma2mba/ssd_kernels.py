@@ -1,4 +1,4 @@
-"""`mixer_core` and the add-and-norm on the kernels of mamba-ssm (Triton) and causal-conv1d (CUDA).
+"""`mixer_core` on the kernels of mamba-ssm (Triton) and causal-conv1d (CUDA); `norm_kernels` holds the add-and-norm.
 
 The packages' own fused functions are not called: they take no convolution state, round the gradient of the starting
 state to 16 bits, and read the projection weights past any adapter. Their kernels are, in one autograd function that
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .ssd_scan import MixerShape, last_rows
 
@@ -38,7 +38,7 @@ def kernels_available() -> bool:
     return True
 
 
-def _kernels(module: str, *names: str) -> list[Any]:
+def kernels_of(module: str, *names: str) -> list[Any]:
     """Functions of a kernel package. Not `from … import`: transformers refuses to load code from the Hub that imports,
     in whatever function, a package that is not installed."""
     loaded = importlib.import_module(module)
@@ -100,8 +100,8 @@ class _MixerCore(torch.autograd.Function):
         lengths: Tensor | None,
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        (_layer_norm_fwd,) = _kernels("mamba_ssm.ops.triton.layernorm_gated", "_layer_norm_fwd")
-        (_mamba_chunk_scan_combined_fwd,) = _kernels(
+        (_layer_norm_fwd,) = kernels_of("mamba_ssm.ops.triton.layernorm_gated", "_layer_norm_fwd")
+        (_mamba_chunk_scan_combined_fwd,) = kernels_of(
             "mamba_ssm.ops.triton.ssd_combined", "_mamba_chunk_scan_combined_fwd"
         )
 
@@ -132,7 +132,7 @@ class _MixerCore(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dconv_out: Tensor | None, dssm_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        (_layer_norm_bwd,) = _kernels("mamba_ssm.ops.triton.layernorm_gated", "_layer_norm_bwd")
+        (_layer_norm_bwd,) = kernels_of("mamba_ssm.ops.triton.layernorm_gated", "_layer_norm_bwd")
 
         shape: MixerShape = ctx.shape
         (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, scanned,
@@ -193,7 +193,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _conv_forward(xbc: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None) -> Tensor:
-    (causal_conv1d_fwd_function,) = _kernels("causal_conv1d.cpp_functions", "causal_conv1d_fwd_function")
+    (causal_conv1d_fwd_function,) = kernels_of("causal_conv1d.cpp_functions", "causal_conv1d_fwd_function")
 
     state = state.transpose(1, 2).contiguous().transpose(1, 2)
     if ids is None:
@@ -213,7 +213,7 @@ def _conv_backward(
     xbc: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None, dout: Tensor, dxbc: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Fills `dxbc` (B, S, C) and returns the gradients of weight, bias and state (B, C, W-1)."""
-    (causal_conv1d_bwd_function,) = _kernels("causal_conv1d.cpp_functions", "causal_conv1d_bwd_function")
+    (causal_conv1d_bwd_function,) = kernels_of("causal_conv1d.cpp_functions", "causal_conv1d_bwd_function")
 
     state = state.transpose(1, 2).contiguous().transpose(1, 2)
     if ids is None:
@@ -288,19 +288,21 @@ def _scan_backward(
     of mamba-ssm's own backward; the differences are that it recomputes these three, and that here the gradients of
     the chunk states, and with them that of the starting state, stay in fp32.
     """
-    _bmm_chunk_bwd, _bmm_chunk_fwd = _kernels("mamba_ssm.ops.triton.ssd_bmm", "_bmm_chunk_bwd", "_bmm_chunk_fwd")
-    _chunk_scan_bwd_dC, _chunk_scan_bwd_dcb, _chunk_scan_bwd_ddAcs_stable, _chunk_scan_bwd_dstates = _kernels(
+    _bmm_chunk_bwd, _bmm_chunk_fwd = kernels_of("mamba_ssm.ops.triton.ssd_bmm", "_bmm_chunk_bwd", "_bmm_chunk_fwd")
+    _chunk_scan_bwd_dC, _chunk_scan_bwd_dcb, _chunk_scan_bwd_ddAcs_stable, _chunk_scan_bwd_dstates = kernels_of(
         "mamba_ssm.ops.triton.ssd_chunk_scan",
         "_chunk_scan_bwd_dC",
         "_chunk_scan_bwd_dcb",
         "_chunk_scan_bwd_ddAcs_stable",
         "_chunk_scan_bwd_dstates",
     )
-    _chunk_cumsum_bwd, _chunk_state_bwd_db = _kernels(
+    _chunk_cumsum_bwd, _chunk_state_bwd_db = kernels_of(
         "mamba_ssm.ops.triton.ssd_chunk_state", "_chunk_cumsum_bwd", "_chunk_state_bwd_db"
     )
-    (_chunk_scan_chunk_state_bwd_dx,) = _kernels("mamba_ssm.ops.triton.ssd_combined", "_chunk_scan_chunk_state_bwd_dx")
-    (_state_passing_bwd,) = _kernels("mamba_ssm.ops.triton.ssd_state_passing", "_state_passing_bwd")
+    (_chunk_scan_chunk_state_bwd_dx,) = kernels_of(
+        "mamba_ssm.ops.triton.ssd_combined", "_chunk_scan_chunk_state_bwd_dx"
+    )
+    (_state_passing_bwd,) = kernels_of("mamba_ssm.ops.triton.ssd_state_passing", "_state_passing_bwd")
 
     groups, size, chunk = shape.n_groups, shape.state_size, shape.chunk_size
     limit = shape.time_step_limit
@@ -326,53 +328,3 @@ def _scan_backward(
         dtotal, dsteps, dt, a, dt_bias=dt_bias, dt_softplus=True, dt_limit=limit, ddt=ddt
     )
     return da, dD, ddt_bias, dssm_in.unflatten(-1, (-1, size))
-
-
-def add_rms_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Fused `residual + delta` and its RMS norm: (B, S, D) -> normed in `dtype`, the sum in residual's dtype."""
-    return _AddNorm.apply(residual, delta, weight, eps, dtype)
-
-
-class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        (_layer_norm_fwd,) = _kernels("mamba_ssm.ops.triton.layer_norm", "_layer_norm_fwd")
-
-        size = residual.shape[-1]
-        rows = residual.reshape(-1, size)
-        if delta is None:
-            normed, _, _, rstd, total, *_ = _layer_norm_fwd(
-                rows, weight, None, eps, out_dtype=dtype, residual_dtype=rows.dtype, is_rms_norm=True
-            )
-        else:
-            normed, _, _, rstd, total, *_ = _layer_norm_fwd(
-                delta.reshape(-1, size), weight, None, eps, residual=rows, out_dtype=dtype, is_rms_norm=True
-            )
-        ctx.save_for_backward(total, weight, rstd)
-        ctx.eps, ctx.delta_dtype = eps, None if delta is None else delta.dtype
-        ctx.normed_dtype, ctx.shape = dtype, residual.shape
-        ctx.set_materialize_grads(False)
-        return normed.view(residual.shape), total.view(residual.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dnormed: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        (_layer_norm_bwd,) = _kernels("mamba_ssm.ops.triton.layer_norm", "_layer_norm_bwd")
-
-        total, weight, rstd = ctx.saved_tensors
-        size = total.shape[-1]
-        if dnormed is None:  # only the sum was used
-            dnormed = torch.zeros_like(total, dtype=ctx.normed_dtype)
-        out = _layer_norm_bwd(
-            dnormed.reshape(-1, size).contiguous(), total, weight, None, ctx.eps, None, rstd,
-            dresidual=None if dtotal is None else dtotal.reshape(-1, size).contiguous(),
-            has_residual=ctx.delta_dtype is not None, is_rms_norm=True, x_dtype=ctx.delta_dtype or total.dtype,
-        )  # fmt: skip
-        dx, dweight, dresidual = out[0], out[1], out[3]
-        if ctx.delta_dtype is None:
-            return dx.view(ctx.shape), None, dweight, None, None
-        return dresidual.view(ctx.shape), dx.view(ctx.shape), dweight, None, None

@@ -7,7 +7,8 @@ GPU, in the work per cell, and in copies to the host that computation cannot hid
 from dataclasses import dataclass
 
 from .checkpoint_plan import CheckpointPlan
-from .memory_model import StackShape, VisionLoad, Workload
+from .memory_model import StackShape, Workload
+from .vision_memory_model import VisionLoad
 
 
 @dataclass(frozen=True)

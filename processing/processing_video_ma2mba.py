@@ -19,8 +19,9 @@ from .chat_format import (
     is_conversation,
     render_chat,
 )
+from .placeholder_media import deal_out, fill_placeholders, require_sources
 from .text_batches import IGNORED_LABEL, pad_batch
-from .video_processing_video_ma2mba import SAMPLING_NAMES, split_videos
+from .video_processing_video_ma2mba import SAMPLING_NAMES
 from .video_reader import FrameReader
 
 TEXT_SETTINGS = ("padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "add_special_tokens")
@@ -117,8 +118,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             return self.video_processor(videos, return_tensors=return_tensors, **video_settings)
         texts = [text] if isinstance(text, str) else list(text)
         chats = [Chat(prompt, []) for prompt in texts]
-        _deal_out(chats, videos, self.video_token, "videos")
-        _deal_out(chats, images, self.image_token, "images")
+        deal_out(chats, videos, self.video_token, "videos")
+        deal_out(chats, images, self.image_token, "images")
         return self._encode_batch(chats, return_tensors, text_settings, video_settings)
 
     def apply_chat_template(
@@ -168,7 +169,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         if not tokenize:
             return chats[0].text if single else [chat.text for chat in chats]
         for chat in chats:
-            _require_sources(chat)
+            require_sources(chat)
         text_settings, video_settings = self._settings(settings)
         batch = self._encode_batch(
             chats, return_tensors, text_settings, video_settings, return_masks=return_assistant_tokens_mask
@@ -195,7 +196,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         chat = self._render(
             messages, None, require_question=add_generation_prompt, add_generation_prompt=add_generation_prompt
         )
-        _require_sources(chat)
+        require_sources(chat)
         ids, _ = self._encode(chat)
         readers = self._open_media(chat, video_settings)
         places = [place for place, token in enumerate(ids) if token == self.video_token_id]
@@ -221,8 +222,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             ValueError: there is no answer to learn, or placeholders and videos do not match.
         """
         chat = self._render(messages, None, require_question=False)
-        chat.videos = _fill(chat.videos, videos, "videos")
-        chat.images = _fill(chat.images, images, "images")
+        chat.videos = fill_placeholders(chat.videos, videos, "videos")
+        chat.images = fill_placeholders(chat.images, images, "images")
         batch = self._encode_batch([chat], None, {}, self._settings(video_settings)[1], return_masks=True)
         input_ids, mask = (torch.tensor(batch.pop(name)[0]) for name in ("input_ids", "assistant_masks"))
         if not mask.any():
@@ -333,52 +334,6 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         if return_tensors == "np":
             pixels = {name: value.numpy() if torch.is_tensor(value) else value for name, value in pixels.items()}
         return BatchFeature({**batch, **pixels})
-
-
-def _deal_out(chats: list[Chat], media: Any, mark: str, kind: str) -> None:
-    """Give each prompt its videos (images): as grouped by the caller, else in the order of the placeholders."""
-    wanted = [chat.text.count(mark) for chat in chats]
-    if media is None:
-        groups = [[] for _ in chats]
-    elif len(chats) > 1 and isinstance(media, list | tuple) and all(isinstance(item, list | tuple) for item in media):
-        if len(media) != len(chats):
-            raise ValueError(f"{kind} are given for {len(media)} prompts, but there are {len(chats)} prompts")
-        groups = [_split(group, kind) for group in media]
-    else:
-        flat = iter(found := _split(media, kind))
-        if len(found) != sum(wanted):
-            raise ValueError(
-                f"the text has {sum(wanted)} {mark} placeholders for {len(found)} {kind}; there must be one for each"
-            )
-        groups = [[next(flat) for _ in range(count)] for count in wanted]
-    for chat, group in zip(chats, groups, strict=True):
-        setattr(chat, kind, group)
-
-
-def _split(media: Any, kind: str) -> list[Any]:
-    """List single videos, or single images (where a list of pictures is no video)."""
-    if kind == "videos":
-        return split_videos(media) if media is not None else []
-    if isinstance(media, list | tuple):
-        return [image for item in media for image in _split(item, kind)]
-    return [media]
-
-
-def _fill(sources: list[Any], given: Any, kind: str) -> list[Any]:
-    """Fill the placeholders among `sources` with what is given, in order."""
-    found = _split(given, kind) if given is not None else []
-    if sum(source is None for source in sources) != len(found):
-        raise ValueError(
-            f"the conversation has {sum(source is None for source in sources)} placeholders for {len(found)} {kind}; "
-            "there must be one for each"
-        )
-    rest = iter(found)
-    return [next(rest) if source is None else source for source in sources]
-
-
-def _require_sources(chat: Chat) -> None:
-    if any(source is None for source in [*chat.videos, *chat.images]):
-        raise ValueError('a video or image in the messages has no source; write {"type": "video", "video": path}')
 
 
 VideoMa2mbaProcessor.register_for_auto_class("AutoProcessor")

@@ -15,20 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling_video_ma2mba.checkpoint_plan import CheckpointPlan, CheckpointSettings
-from ..modeling_video_ma2mba.memory_model import VisionLoad, vision_kept
-from ..modeling_video_ma2mba.memory_planner import (
-    Limits,
-    Prediction,
-    StepJob,
-    candidate_plans,
-    describe_batch,
-    fastest,
-    predict_job,
-    step_limits,
-)
+from ..modeling_video_ma2mba.memory_planner import Limits, candidate_plans, describe_batch, fastest, step_limits
 from ..modeling_video_ma2mba.sharded_layers import is_unit
+from ..modeling_video_ma2mba.step_prediction import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.step_time_model import H200
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
+from ..modeling_video_ma2mba.vision_memory_model import VisionLoad, vision_kept
 
 _SMALLER = 0.8  # of what ran out of memory: the next smaller plan takes at most this share
 

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..modeling_video_ma2mba.plan_report import set_trainable
+from ..modeling_video_ma2mba.planned_step import set_trainable
 from ..modeling_video_ma2mba.vision_features import encode_frames
 from ..synthetic import KINDS, WorldDataset, parse_frames
 from ..synthetic.questions import check_kinds

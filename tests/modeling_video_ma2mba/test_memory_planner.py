@@ -17,29 +17,25 @@ from video_ma2mba.modeling_video_ma2mba.mamba2_blocks import run_blocks
 from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.memory_model import (
     StackShape,
-    VisionLoad,
     Workload,
     checkpoint_bytes,
     saved_per_token,
-    tower_saved_per_token,
 )
 from video_ma2mba.modeling_video_ma2mba.memory_planner import (
     Limits,
-    StepJob,
     block_sizes,
     candidate_plans,
     choose_plan,
     fastest,
     footprint,
-    layer_parameter_count,
     longest_that_fits,
     out_of_memory_message,
-    predict,
-    predict_job,
     segment_lengths,
 )
+from video_ma2mba.modeling_video_ma2mba.step_prediction import StepJob, layer_parameter_count, predict, predict_job
 from video_ma2mba.modeling_video_ma2mba.video_state import VideoState
 from video_ma2mba.modeling_video_ma2mba.vision_features import encode_frames
+from video_ma2mba.modeling_video_ma2mba.vision_memory_model import VisionLoad, tower_saved_per_token
 
 PAPER = Ma2mbaTextConfig()  # 2.7B
 

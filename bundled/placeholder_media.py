@@ -1,0 +1,1 @@
+../processing/placeholder_media.py
