@@ -145,7 +145,7 @@ def test_two_processes_share_the_videos(in_bench: Path, tiny_checkpoint: Path, t
     given = ["--tasks", "videomme,mvbench", "--model", tiny_checkpoint, "--data", in_bench, "--device", "cpu"]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "-m"]
     together = start([*launch, "video_ma2mba", "eval", *given, "--out", tmp_path / "two"], cwd=ROOT.parent)
-    _, errors = together.communicate(timeout=200)
+    _, errors = together.communicate(timeout=500)
     assert together.returncode == 0, errors.decode()
     result = run(*given, "--out", tmp_path / "one")
     assert result.exit_code == 0, result.output
@@ -167,7 +167,7 @@ def test_the_harness_alone(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path
     given = ["--model", "video_ma2mba", "--model_args", settings, "--tasks", "videomme", "--device", "cpu"]
     given += ["--batch_size", 4, "--output_path", tmp_path, "--log_samples", "--verbosity", "DEBUG"]
     process = start(["-m", "lmms_eval", *given, "--include_path", ROOT / "eval/lmms_tasks"], cwd=in_bench)
-    out, errors = (stream.decode() for stream in process.communicate(timeout=200))
+    out, errors = (stream.decode() for stream in process.communicate(timeout=500))
     assert process.returncode == 0, errors
     (results,) = tmp_path.glob("**/*_results.json")
     found = json.loads(results.read_text())

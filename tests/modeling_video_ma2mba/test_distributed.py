@@ -14,7 +14,7 @@ import pytest
 import torch.distributed
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-SECONDS = 100
+SECONDS = 500
 
 pytestmark = [
     pytest.mark.timeout(SECONDS + 50),

@@ -216,7 +216,7 @@ def test_ddp_with_a_rank_that_has_no_video(make_model):
     ranks = [context.Process(target=_ddp_rank, args=(rank, *arguments)) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    found = {name: torch.from_numpy(gradient) for name, gradient in results.get(timeout=120).items()}
+    found = {name: torch.from_numpy(gradient) for name, gradient in results.get(timeout=500).items()}
     for rank in ranks:
         rank.join(60)
         assert rank.exitcode == 0

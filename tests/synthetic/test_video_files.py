@@ -135,7 +135,7 @@ except OSError as error:
 def test_a_full_disk_leaves_no_half_file(tmp_path):
     """A limit on the size of files stands for the end of the disk: writes fail in the same place."""
     path = tmp_path / "a.mp4"
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("OSError:")
     assert str(path) in done.stdout

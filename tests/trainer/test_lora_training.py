@@ -94,7 +94,7 @@ def test_a_fresh_process_loads_the_adapter(run, tmp_path):
     script.write_text(RELOAD)
     here = os.path.dirname(__file__)
     command = [sys.executable, str(script), here, trainer.args.output_dir, str(result)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=550)
     torch.testing.assert_close(torch.load(result), logits(trainer.model), rtol=1e-4, atol=1e-5)
     merged = PeftModel.from_pretrained(tiny_model(), trainer.args.output_dir).merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(trainer.model), rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ def killed(tmp_path_factory) -> Path:
     script = Path(__file__).with_name("killed_runs.py")
     command = [sys.executable, str(script), str(folder), "step", "save", "delete"]
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=550
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder

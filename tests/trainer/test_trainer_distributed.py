@@ -19,7 +19,7 @@ if importlib.util.find_spec("deepspeed") is not None:
     SCENARIOS.append("zero_1")
 
 pytestmark = [
-    pytest.mark.timeout(280),
+    pytest.mark.timeout(580),
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
 ]
 
@@ -31,7 +31,7 @@ def ranks(tmp_path_factory):
     script = Path(__file__).with_name("training_ranks.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(script), str(folder), *SCENARIOS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=260)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     return folder, done.stdout + done.stderr
 
 

@@ -166,7 +166,7 @@ def test_workers_make_the_same_batches_and_report_together(processor, rows, tmp_
         collate_fn=VideoChatCollator(processor, report=report, replacements=rows),
         num_workers=2 if method == "fork" else 1,
         multiprocessing_context=method,
-        timeout=100,
+        timeout=500,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -185,7 +185,7 @@ def test_workers_make_the_same_batches_and_report_together(processor, rows, tmp_
 def test_too_many_broken_samples_in_a_worker_reach_the_main_process(processor, rows, tmp_path):
     report = BrokenSamples(tmp_path / "broken.jsonl", after=2)
     collator = VideoChatCollator(processor, report=report)
-    loader = DataLoader(rows.select([1, 3, 5]), batch_size=1, collate_fn=collator, num_workers=1, timeout=100)
+    loader = DataLoader(rows.select([1, 3, 5]), batch_size=1, collate_fn=collator, num_workers=1, timeout=500)
     with pytest.raises(TooManyBrokenError, match="2 of 2 samples are broken"):
         list(loader)
 
@@ -194,7 +194,7 @@ def test_streaming_rows_through_workers(processor, video_folder, write_jsonl):
     table = [{"id": str(n), "video": "b.mp4", "question": "Q", "answer": str(n)} for n in range(6)]
     files = [write_jsonl(table[:3], "1.jsonl"), write_jsonl(table[3:], "2.jsonl")]
     rows = load_training_data(files, base_dir=video_folder, streaming=True)
-    loader = DataLoader(rows, batch_size=1, collate_fn=VideoChatCollator(processor), num_workers=2, timeout=100)
+    loader = DataLoader(rows, batch_size=1, collate_fn=VideoChatCollator(processor), num_workers=2, timeout=500)
     answers = [processor.tokenizer.decode(batch["labels"][batch["labels"] >= 0]) for batch in loader]
     assert sorted(answers) == [f"{n}<|endoftext|>" for n in range(6)]
 
