@@ -1,6 +1,7 @@
 """Shared by all tests: no network, few threads, tiny models, and the `gpu` and `bundled` markers."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -22,7 +23,29 @@ from pathlib import Path
 import pytest
 import torch
 
+WORKER_BYTES = 3e9  # of a worker and the processes that its tests start
+
 torch.set_num_threads(1)  # tiny tensors: more threads only fight the other test workers
+
+
+def limit_of(*files: str) -> float:
+    """The smallest number that a control group sets in one of `files`, or infinity."""
+    found = [float("inf")]
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            first, *period = Path("/sys/fs/cgroup", file).read_text().split()
+            found.append(float(first) / float(period[0]) if period else float(first))
+    return min(found)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker a processor that this container may use, as far as memory goes; xdist counts those of the machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = limit_of("memory.max", "memory/memory.limit_in_bytes")
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory = min(memory, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(1, int(min(usable, limit_of("cpu.max"), memory / WORKER_BYTES)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
