@@ -38,6 +38,14 @@ class Ma2mbaRMSNorm(nn.Module):
         return (normed * self.weight.to(work)).to(dtype), residual
 
 
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type that a projection beside `weight` computes in: autocast's where that is on."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:  # autocast leaves fp64 alone
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
 class Ma2mbaGatedNorm(nn.Module):
     """Holder of the mixer's norm weight, which a call returns; the arithmetic is part of `mixer_core`."""
 
@@ -160,8 +168,8 @@ class Ma2mbaBlock(nn.Module):
         unread: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(residual, delta, state) -> (residual, delta, conv_state, ssm_state); the stream is residual + delta."""
-        dtype = self.norm.weight.dtype
-        normed, residual = self.norm(residual, delta, dtype)
+        # Under autocast at once what in_proj would cast to: in 16 bits the fused kernel serves, and keeps less.
+        normed, residual = self.norm(residual, delta, _compute_dtype(self.norm.weight))
         delta, conv_state, ssm_state = self.mixer(normed, conv_state, ssm_state, lengths, seq_idx, unread)
         return residual, delta, conv_state, ssm_state
 

@@ -88,10 +88,14 @@ class MemoryRetry:
             predicted = plan.step_bytes + (self._resident() if cuda else 0)
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        if self.ranks is None:
-            loss = self.step(model, inputs, num_items)
-        else:
-            loss = self.ranks.run(lambda: self.step(model.module, inputs, num_items))
+        try:
+            if self.ranks is None:
+                loss = self.step(model, inputs, num_items)
+            else:
+                loss = self.ranks.run(lambda: self.step(model.module, inputs, num_items))
+        finally:
+            if self.planner is not None:
+                self.planner.apply(None)  # evaluations run as the settings say
         self.trainer.throughput.peak(predicted, self.device)
         return loss
 

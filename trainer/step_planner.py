@@ -22,6 +22,7 @@ from ..modeling_video_ma2mba.step_time_model import H200
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
 from ..modeling_video_ma2mba.vision_memory_model import VisionLoad, vision_kept
 
+_MOST_TOGETHER = 1 << 16  # tokens of all rows that a kernel may get: offsets of the public ones overflow near 200k
 _SMALLER = 0.8  # of what ran out of memory: the next smaller plan takes at most this share
 
 
@@ -33,11 +34,13 @@ class StepPlan:
         prediction: memory and time of the language model's part; its `plan` is None for "no recomputation".
         recompute_vision: whether frames run again in backward.
         step_bytes: predicted GPU peak above weights, gradients and optimizer state, vision's included.
+        segment: tokens that run together without recomputation; None for what the model says.
     """
 
     prediction: Prediction
     recompute_vision: bool
     step_bytes: int
+    segment: int | None = None
 
     @property
     def plan(self) -> CheckpointPlan | None:
@@ -58,6 +61,7 @@ class StepPlanner:
     def __init__(self, model: nn.Module, settings: CheckpointSettings) -> None:
         self.model, self.base, self.settings = model, model.model, settings
         self.stack = self.base.language_model
+        self._usual_segment = self.stack.prefill_segment_length
         self.last: StepPlan | None = None
         self._ceiling = math.inf  # bytes that no step may be planned to take, since one ran out of memory
         self._known: dict[Any, StepPlan] = {}
@@ -94,9 +98,7 @@ class StepPlanner:
         vision = None
         if pixels is not None and len(pixels):
             vision = VisionLoad.of(self.base.config, len(pixels), **self._vision)
-        return replace(
-            job, work=work, vision=vision, plain_segment=self.stack.prefill_segment_length, input_follows_plan=True
-        )
+        return replace(job, work=work, vision=vision, plain_segment=self._usual_segment, input_follows_plan=True)
 
     def limits(self) -> Limits:
         """What the step may take now."""
@@ -116,14 +118,24 @@ class StepPlanner:
             return None
         if is_unit(self.stack.layers[0]):  # FSDP: the engine gathers layers for segments, all processes alike
             return None
-        plain = predict_job(job, None)
-        if not limits.allow(plain, H200.slack):
-            return None
         kept = 0 if job.vision is None else int(vision_kept(job.shape, job.vision))
-        both = replace(plain, gpu={**plain.gpu, "vision": plain.gpu.get("vision", 0) + kept})
-        if limits.allow(both, H200.slack):
-            return StepPlan(plain, False, both.above_weights)
-        return StepPlan(plain, True, plain.above_weights)
+        for vision, recompute in ((kept, False), (0, True)) if kept else ((0, False),):
+            for segment in self._plain_segments(job):
+                plain = predict_job(replace(job, plain_segment=segment), None)
+                gpu = {**plain.gpu, "vision": plain.gpu.get("vision", 0) + vision}
+                if limits.allow(replace(plain, gpu=gpu), H200.slack):
+                    peak = replace(plain, gpu=gpu).above_weights
+                    return StepPlan(plain, recompute, peak, segment)
+        return None
+
+    def _plain_segments(self, job: StepJob) -> list[int]:
+        """Tokens to run together where nothing is recomputed, longest first: on a GPU small models spend the time of
+        short segments on launching kernels."""
+        lengths = [self._usual_segment]
+        if self.stack.norm_f.weight.device.type == "cuda":
+            while lengths[0] < job.work.tokens and 2 * lengths[0] * job.work.batch <= _MOST_TOGETHER:
+                lengths.insert(0, 2 * lengths[0])
+        return lengths
 
     def _with_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
         situation = (job.work, job.vision)
@@ -162,6 +174,7 @@ class StepPlanner:
         """Switch the model to a step's plan; None to what the settings say."""
         plan = None if step is None else step.plan
         self.stack.gradient_checkpointing = step is None or plan is not None
+        self.stack.prefill_segment_length = (step and step.segment) or self._usual_segment
         self.base.recompute_vision = step is None or step.recompute_vision
         self.base.offload_inputs = bool(self.settings.offload) if plan is None else plan.offload
         self.stack.engine.settings = self.settings
