@@ -56,8 +56,14 @@ class VisionLoad:
 
 
 def tower_saved_per_token(vision: VisionLoad, compute: int) -> float:
-    """What autograd keeps per patch token and layer of a CLIP or SigLIP encoder with fused attention."""
-    return compute * (8 * vision.width + vision.hidden_copies * vision.hidden) + 4 * (vision.heads + 4)
+    """What autograd keeps per patch token and layer of a CLIP or SigLIP encoder with fused attention.
+
+    Under autocast (weights wider than the compute type) both norms read a stream in fp32, and query, key and value
+    each keep a cast copy of the first one's result.
+    """
+    cast = 2 * (4 - compute) + 2 * compute if vision.weight_bytes > compute else 0
+    widths = (8 * compute + cast) * vision.width + compute * vision.hidden_copies * vision.hidden
+    return widths + 4 * (vision.heads + 4)
 
 
 def vision_kept(shape: StackShape, vision: VisionLoad) -> float:

@@ -90,21 +90,33 @@ def test_saved_activations_of_the_plain_scan(make_text_config, sizes: dict):
     assert (nbytes[1] - nbytes[0]) / tokens == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
-def test_saved_activations_of_the_tower(make_config, tower: str):
+def test_saved_activations_of_the_tower(make_config, tower: str, autocast: bool):
     vision = {"model_type": tower, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
     frames, nbytes = 3, []
     for layers in (1, 2):
         config = make_config(vision=vision | {"num_hidden_layers": layers}, vision_feature_layer=-1)
         model = video_ma2mba.VideoMa2mbaForConditionalGeneration(config).model.vision_tower
         recorder = Recorder(model)
-        with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor),
+        ):
             encode_frames(model, config, torch.rand(frames, 3, 16, 16))
-        nbytes.append(recorder.nbytes)
+        # Weights that autocast has cast are there once, however many frames.
+        cast = sum(2 * p.numel() for p in model.encoder.layers[0].parameters() if p.ndim == 2) if autocast else 0
+        nbytes.append(recorder.nbytes - layers * cast)
     load = VisionLoad.of(
-        config, frames, tower_trains=True, projector_trains=True, tower_parameters=0, projector_parameters=0
+        config,
+        frames,
+        tower_trains=True,
+        projector_trains=True,
+        tower_parameters=0,
+        projector_parameters=0,
+        weight_bytes=4,
     )
-    expected = tower_saved_per_token(load, compute=4)
+    expected = tower_saved_per_token(load, compute=2 if autocast else 4)
     assert (nbytes[1] - nbytes[0]) / (frames * load.patches) == pytest.approx(expected, rel=0.02)
 
 
