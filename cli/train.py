@@ -1,5 +1,6 @@
 """`video-ma2mba train`: a recipe, with settings of your own on top."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -20,6 +21,8 @@ def train(
     Keys are the fields of VideoMa2mbaTrainingConfig (every setting of TRL's SFTConfig among them) and of a recipe:
     model, train_data, eval_data, eval_share, lora_rank and others. An interrupted run goes on with resume=true.
     """
+    # Read when torch loads: threads that wait by spinning made a busy machine 40 times slower, sleeping ones do not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from video_ma2mba.trainer.recipe import read_recipe
     from video_ma2mba.trainer.train_run import run_recipe
 
