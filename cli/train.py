@@ -1,6 +1,7 @@
 """`video-ma2mba train`: a recipe, with settings of your own on top."""
 
 import os
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -21,6 +22,10 @@ def train(
     Keys are the fields of VideoMa2mbaTrainingConfig (every setting of TRL's SFTConfig among them) and of a recipe:
     model, train_data, eval_data, eval_share, lora_rank and others. An interrupted run goes on with resume=true.
     """
+    if find_spec("trl") is None:
+        raise ImportError(
+            "training needs TRL 1.16, and that Python 3.11: pip install 'video-ma2mba[train]'", name="trl"
+        )
     # Read when torch loads: threads that wait by spinning made a busy machine 40 times slower, sleeping ones do not.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from video_ma2mba.trainer.recipe import read_recipe

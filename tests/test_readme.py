@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ BLOCK = re.compile(
 )
 BUNDLED = re.compile(r"BUNDLED_CHECKPOINT|load_pipeline\(\)|video-ma2mba (?:ask|demo|eval|niah|where)")
 
+TRAINING = re.compile(r"VideoMa2mbaTrainer|video-ma2mba train")
+
 
 def blocks() -> list:
     """One parameter per fenced block, skipped with the reason that a comment above it gives."""
@@ -25,6 +28,8 @@ def blocks() -> list:
         for match in BLOCK.finditer(text):
             language, code, reason = match["language"], match["code"], match["reason"]
             marks = [pytest.mark.skip(reason=reason.strip())] if reason else []
+            if TRAINING.search(code) and find_spec("trl") is None:
+                marks.append(pytest.mark.skip(reason="training needs TRL 1.16, and that Python 3.11"))
             if BUNDLED.search(code):
                 marks.append(pytest.mark.bundled)
             line = text.count("\n", 0, match.start("code")) + 1
