@@ -67,6 +67,8 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         elif recipe.eval_share:
             if recipe.streaming:
                 raise ValueError("eval_share needs a data set of known length: give eval_data when streaming")
+            if len(train) < 2:
+                raise ValueError(f"{data} has 1 sample, of which none can be put aside: add rows, or eval_share=0")
             parts = train.train_test_split(test_size=recipe.eval_share, seed=args.seed)
             train, held_out = parts["train"], parts["test"]
     name = ", ".join(Path(str(part)).name for part in (data if isinstance(data, list) else [data]))

@@ -75,6 +75,10 @@ def test_mistakes_are_said_in_one_sentence(tmp_path):
         read_recipe(tmp_path / "bad.yaml")
     result = train("--config", "stage2", f"output_dir={tmp_path}", *SHORT)
     assert result.exit_code == 2 and "error: the recipe names no model: add model=..." in result.output
+    (tmp_path / "one.jsonl").write_text('{"question": "What?", "answer": "This."}\n')
+    given = ["model=bundled", f"train_data={tmp_path / 'one.jsonl'}", f"output_dir={tmp_path}"]
+    result = train("--config", "stage2", *given, "eval_share=0.1", *SHORT)
+    assert result.exit_code == 2 and "has 1 sample, of which none can be put aside" in result.output
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
