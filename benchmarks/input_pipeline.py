@@ -10,11 +10,8 @@ there yet, is given apart.
 """
 
 import argparse
-import csv
 import datetime
 import json
-import os
-import platform
 import resource
 import tempfile
 import time
@@ -23,6 +20,7 @@ from pathlib import Path
 
 import torch
 from hour_of_video import write_hour
+from result_tables import hardware, write_rows
 from torch.utils.data import DataLoader
 
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
@@ -88,15 +86,12 @@ def main() -> None:
                     "waiting_percent": round(100 * waited / stepping, 1),
                     "video": f"{arguments.seconds} s of 720p at 30 fps",
                     "date": datetime.date.today().isoformat(),
-                    "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+                    "hardware": hardware(),
                     "torch": torch.__version__,
                 }
             )
             print(results[-1], flush=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
+    write_rows(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ once `--limit` seconds have passed since the start. On a CPU it runs, too, to se
 """
 
 import argparse
-import csv
 import datetime
 import json
 import random
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from result_tables import append_rows
 from training_clock import CUDA, GpuUse, MeasuredTrainer, TimedCollator, write_trace
 from transformers import TrainerCallback
 
@@ -126,13 +126,7 @@ class Interval(TrainerCallback):
             "plans": plans,
         }
         say(str(line))
-        self.options.out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.options.out.exists()
-        with self.options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(line))
-            if fresh:
-                writer.writeheader()
-            writer.writerow(line)
+        append_rows(self.options.out, [line])
 
 
 def render_videos(folder: Path, count: int, size: int, rate: float) -> Path:
