@@ -91,7 +91,13 @@ def main() -> None:
     budget = 0.95 * (allowed - torch.cuda.memory_allocated()) - 1e9  # adapters, their optimizer state, fragments
     lengths = [32, *options.frames]
     overrides = ["output_dir=/tmp/lora_card", "eval_share=0", "eval_strategy=no", "early_stopping_patience=null"]
-    overrides += ["save_strategy=no", "report_to=none", "dataloader_num_workers=0", "dataloader_prefetch_factor=null"]
+    overrides += [
+        "save_strategy=no",
+        "report_to=none",
+        "dataloader_num_workers=0",
+        "dataloader_persistent_workers=false",
+        "dataloader_prefetch_factor=null",
+    ]
     overrides += ["global_batch_size=1", f"max_steps={len(lengths)}", "train_sampling_strategy=sequential"]
     overrides += ["disable_tqdm=true", f"gradient_checkpointing_kwargs={{memory_budget: {int(budget)}}}"]
     recipe, args = read_recipe("lora", overrides)
