@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,8 @@ def serve(page: gr.Blocks, **settings: Any) -> None:
     Args:
         settings: of `launch`, such as `server_port` and `max_file_size`.
     """
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(line_buffering=True)  # the address is seen at once in a log file or a pipe, too
     page.queue(max_size=20)
     page.launch(
         css=STYLE, theme=THEME, footer_links=["gradio"], run_history=False, state_session_capacity=200, **settings
