@@ -100,16 +100,12 @@ def build_page(
         def on_ask(now: Session, text: str) -> Iterator[dict[Any, Any]]:
             before = now.messages
             try:
-                answers = now.ask(pipe, text)
-                for answer in answers:
+                begun = {question: "", answering: "", stop_answer: gr.Button(interactive=True)}
+                for answer in now.ask(pipe, text):
                     said = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-                    yield {
-                        chat: [*before, *said],
-                        question: "",
-                        answering: "",
-                        stop_answer: gr.Button(interactive=True),
-                    }
-                yield {chat: now.messages, question: "", answering: ""}
+                    yield {chat: [*before, *said], **begun}
+                    begun = {}  # from now on, the next question may be typed
+                yield {chat: now.messages, answering: "", **begun}
             except Exception as error:
                 yield {chat: now.messages, answering: _said(error)}
             yield {stop_answer: gr.Button(interactive=False), session: now}

@@ -73,6 +73,7 @@ def test_upload_read_ask_twice_download(page, tmp_path: Path):
         page.get_by_label("Your question").fill(question)
         page.get_by_role("button", name="Ask").click()
         playwright.expect(answers).to_have_text(said := [*said, answer])
+        playwright.expect(page.get_by_role("button", name="Stop").last).to_be_disabled()  # ready for the next one
 
     page.get_by_role("button", name="State file").click()
     with page.expect_download() as download:
