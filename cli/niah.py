@@ -35,6 +35,8 @@ def niah(
     from video_ma2mba.eval.number_lists import parse_depths, parse_lengths
 
     lengths, places = parse_lengths(frames), parse_depths(depths)
+    if not fps > 0:
+        raise ValueError(f"--fps must be more than 0, not {fps:g}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
     require_matplotlib("the heat map")

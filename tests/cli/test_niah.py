@@ -48,6 +48,7 @@ BAD_INPUT = {
     "no needles": (["--needles", "0"], "--needles 0"),
     "unknown form": (["--forms", "sung"], "'sung'"),
     "bad fps": (["--haystack", "VIDEO", "--fps", "0"], "fps"),
+    "bad fps, no video": (["--fps", "-1"], "--fps must be more than 0"),
     "negative seed": (["--seed", "-1"], "--seed -1"),
     "out is a file": (["--out", "TEXT"], "is a file"),
     "unknown model": (["--model", "no/such/model"], "no/such/model"),
