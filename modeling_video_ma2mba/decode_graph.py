@@ -61,8 +61,10 @@ class Decoder:
         self.buffers = DecodeBuffers(weights, batch, slots, state_dtype)
         self._prompts: dict[int, tuple[Tensor, Tensor, torch.cuda.CUDAGraph | None] | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
-        self._run = lambda: token_step(OPERATIONS, weights, self.buffers)
-        self._step = self._captured(self._run) if graphs else None
+        self._run = lambda fold: token_step(OPERATIONS, weights, self.buffers, fold)
+        # A step that folds the history into the state is another list of kernels; with one slot every step does.
+        kinds = (True,) if slots == 1 else (False, True)
+        self._steps = {fold: self._captured(lambda f=fold: self._run(f)) for fold in kinds} if graphs else {}
 
     def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A graph of `run`, which runs once before: compiling and tuning cannot be captured."""
@@ -78,10 +80,11 @@ class Decoder:
 
     def step(self) -> None:
         """Read `buffers.tokens`; see `token_step`."""
-        if self._step is None:
-            self._run()
+        fold = self.buffers.advance()
+        if self._steps:
+            self._steps[fold].replay()
         else:
-            self._step.replay()
+            self._run(fold)
 
     def prepare_prompt(self, model: Any, tokens: int) -> bool:
         """Make what `read_prompt` needs for prompts of up to `tokens` tokens; False where that fails.
@@ -97,7 +100,7 @@ class Decoder:
                 ids = torch.zeros(batch, size, dtype=torch.long, device=device)
                 lengths = torch.full((batch,), size, dtype=torch.long, device=device)
             graph = None
-            if self._step is not None:
+            if self._steps:
                 language_model, head, buffers = model.model.language_model, model.lm_head.weight, self.buffers
                 graph = self._captured(lambda: prompt_step(language_model, head, buffers, ids, lengths))
             self._prompts[size] = ids, lengths, graph
@@ -174,7 +177,7 @@ def _decoder(kept: _Kept, model: Any, weights: DecodeWeights, batch: int, new_to
                 decoder = Decoder(weights, batch, *settings)
         except torch.OutOfMemoryError:
             return None
-        except RuntimeError as error:
+        except Exception as error:  # of CUDA, or of Triton's compiler, which has errors of its own
             kept.failed = True
             warnings.warn(f"decoding could not be captured ({error}); it runs without CUDA graphs", stacklevel=2)
             return None

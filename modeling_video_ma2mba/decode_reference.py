@@ -18,12 +18,53 @@ from torch import Tensor
 
 from .ssd_scan import MixerShape
 
+LARGEST_PRODUCT = 64
+"""Rows of the largest batch whose products are split into sums; PyTorch does larger ones."""
+SPLITS = 5
+"""Sums of a product with out_proj, at most."""
 
-def add_norm(residual: Tensor, delta: Tensor | None, scale: Tensor, eps: float, out: Tensor) -> None:
-    """residual (B, D) += delta (B, D); out (B, D) = RMS norm of the sum, in out's dtype."""
-    if delta is not None:
+
+def square_parts(shape: MixerShape) -> int:
+    """Sums into which a row's squares are split before the gated norm: one for up to 16 channels of a head."""
+    return shape.num_heads * -(-shape.head_dim // 16)
+
+
+def partial_sums(batch: int, weight: Tensor) -> tuple[int, torch.dtype]:
+    """How many sums `partial_product` by `weight` (D, E) writes, and in which dtype."""
+    blocks, rest = divmod(weight.shape[1], 128)
+    if rest or batch > LARGEST_PRODUCT or weight.dtype == torch.float32:
+        return 1, weight.dtype
+    return max(count for count in range(1, SPLITS + 1) if blocks % count == 0), torch.float32
+
+
+def add_norm(
+    residual: Tensor, partial: Tensor | None, squares: Tensor | None, inner: int, scale: Tensor, eps: float,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """residual (B, D) += the sum of partial (S, B, D), times 1 / rms; out (B, D) = RMS norm of that, in out's dtype.
+
+    Args:
+        squares: (B, any number), which add up to the square of the vector of `inner` values that was multiplied
+            before it was normalised; None where it had been.
+    """
+    if partial is not None:
+        delta = partial.float().sum(0)
+        if squares is not None:
+            delta = delta * torch.rsqrt(squares.sum(-1, keepdim=True) / inner + eps)
         residual += delta.to(residual.dtype)
     out.copy_(_normed(residual, scale, eps))
+
+
+def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (B, M) = x (B, D) times weight (M, D)."""
+    torch.mm(x, weight.T, out=out)
+
+
+def partial_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (S, B, D), whose sum is x (B, E) times weight (D, E)."""
+    parts = zip(x.chunk(len(out), -1), weight.chunk(len(out), -1), out, strict=True)
+    for x_part, weight_part, sums in parts:
+        sums.copy_(F.linear(x_part.to(out.dtype), weight_part.to(out.dtype)))
 
 
 def norm_linear(scaled: Tensor, squares: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -60,20 +101,27 @@ def conv_step(
     xbc.index_copy_(1, slot.long().view(1), F.silu(out).to(xbc.dtype).unsqueeze(1))
 
 
-def scan_step(
-    proj: Tensor, xbc: Tensor, base: Tensor, steps: Tensor, totals: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
-    slot: Tensor, gated: Tensor, shape: MixerShape, scale: Tensor | None = None, squares: Tensor | None = None,
+def prepare_step(
+    proj: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor,
+    D: Tensor, xbc: Tensor, steps: Tensor, totals: Tensor, slot: Tensor, weights: Tensor, decay: Tensor,
+    shape: MixerShape,
 ) -> None:  # fmt: skip
-    """One token of the recurrence, and the gate.
+    """`conv_step`, and what a head of a row needs to know for this token.
 
     Args:
-        proj: (B, 2E + 2GN + H) with gate and step size. xbc: (B, K, C), this token's in row `slot`.
-        base: (B, H, P, N), changed here for K = 1 only. steps, totals: (B, K, H) fp32, of this history.
-        gated: (B, E), gets y * silu(z) before its norm. scale, squares: for a batch of one, the norm's weight, which
-            `gated` is multiplied by, and the place for parts of its square; see `norm_linear`.
+        steps, totals: (B, K, H) fp32, of this history; get this token's in row `slot`.
+        weights: (B, H, K) fp32, gets how much each x of the history counts for y, 0 for those to come.
+        decay: (B, H) fp32, gets how much the state does.
     """
-    slots = xbc.shape[1]
-    heads, groups = shape.num_heads, shape.n_groups
+    conv_step(proj, conv_state, conv_weight, conv_bias, xbc, slot, shape)
+    _weigh(proj, dt_bias, A_log, D, xbc, steps, totals, slot, weights, decay, shape)
+
+
+def _weigh(
+    proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, xbc: Tensor, steps: Tensor, totals: Tensor,
+    slot: Tensor, weights: Tensor, decay: Tensor, shape: MixerShape,
+) -> None:  # fmt: skip
+    slots, heads, groups = xbc.shape[1], shape.num_heads, shape.n_groups
     at = slot.long().view(1)
     dt = F.softplus(proj[:, -heads:].float() + dt_bias.float()).clamp(*shape.time_step_limit)  # (B, H)
     now = torch.arange(slots, device=xbc.device) == at  # (K,)
@@ -81,19 +129,36 @@ def scan_step(
     total = (totals * (now.roll(-1)[:, None] & past)).sum(1) - dt * torch.exp(A_log.float())
     totals.index_copy_(1, at, total.unsqueeze(1))
     steps.index_copy_(1, at, dt.unsqueeze(1))
+    b, c = xbc[..., shape.inner :].float().unflatten(-1, (2, groups, -1)).unbind(2)  # (B, K, G, N)
+    scores = torch.einsum("bkgn,bgn->bkg", b, c.index_select(1, at)[:, 0]).repeat_interleave(heads // groups, -1)
+    counts = steps * torch.exp(total.unsqueeze(1) - totals) * scores + now[:, None] * D.float()
+    # `where`, because slots not yet written may hold anything.
+    weights.copy_(torch.where(past | now[:, None], counts, 0.0).transpose(1, 2))
+    decay.copy_(torch.exp(total))
+
+
+def batch_scan_step(
+    proj: Tensor, xbc: Tensor, base: Tensor, weights: Tensor, decay: Tensor, steps: Tensor, totals: Tensor,
+    slot: Tensor, fold: bool, gated: Tensor, scale: Tensor | None, squares: Tensor | None, shape: MixerShape,
+) -> None:  # fmt: skip
+    """One token of the recurrence, and the gate.
+
+    Args:
+        proj: (B, 2E + 2GN + H) with the gate. xbc: (B, K, C), steps, totals, weights, decay: after `prepare_step`.
+        base: (B, H, P, N), which the history becomes a part of where `fold` says so.
+        gated: (B, E), gets y * silu(z) before its norm. scale, squares (B, any number): the norm's weight, which
+            `gated` is multiplied by, and the place for parts of its square; or None.
+    """
+    heads, groups, at = shape.num_heads, shape.n_groups, slot.long().view(1)
     x, b, c = xbc.float().split([shape.inner, groups * shape.state_size, groups * shape.state_size], dim=-1)
     x = x.unflatten(-1, (heads, -1))  # (B, K, H, P)
     b = b.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2)  # (B, K, H, N)
     c = c.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2).index_select(1, at)[:, 0]
-    # `where`, because slots not yet written may hold anything.
-    weights = torch.where(past | now[:, None], steps * torch.exp(total.unsqueeze(1) - totals), 0.0)
-    x = torch.where((past | now[:, None])[..., None], x, 0.0)
-    b = torch.where((past | now[:, None])[..., None], b, 0.0)
-    y = torch.exp(total)[..., None] * torch.einsum("bhpn,bhn->bhp", base.float(), c)
-    y = y + torch.einsum("bkh,bkhp->bhp", weights * torch.einsum("bkhn,bhn->bkh", b, c), x)
-    if slots == 1:
-        base.copy_(torch.exp(total)[..., None, None] * base + torch.einsum("bkh,bkhp,bkhn->bhpn", weights, x, b))
-    y = y + D.float()[:, None] * x.index_select(1, at)[:, 0]
+    y = decay[..., None] * torch.einsum("bhpn,bhn->bhp", base.float(), c)
+    y = y + torch.einsum("bhk,bkhp->bhp", weights, torch.where((weights != 0).transpose(1, 2)[..., None], x, 0.0))
+    if fold:
+        counts = steps * torch.exp(totals[:, -1:] - totals)
+        base.copy_(decay[..., None, None] * base + torch.einsum("bkh,bkhp,bkhn->bhpn", counts, x, b))
     out = y.flatten(1).to(proj.dtype).float() * F.silu(proj[:, : shape.inner].float())
     if scale is not None:
         _put_square(out, squares)
@@ -101,18 +166,15 @@ def scan_step(
     gated.copy_(out)
 
 
-def fold_history(xbc: Tensor, base: Tensor, steps: Tensor, totals: Tensor, slot: Tensor, shape: MixerShape) -> None:
-    """In the last slot, make the history part of `base`. All with a leading layer axis: (L, B, K, C), …"""
-    groups, heads = shape.n_groups, shape.num_heads
-    full = slot == xbc.shape[2] - 1
-    for layer in range(len(base)):
-        x, b, _ = xbc[layer].float().split([shape.inner, groups * shape.state_size, groups * shape.state_size], -1)
-        b = b.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2)
-        total = totals[layer, :, -1]  # (B, H)
-        weights = steps[layer] * torch.exp(total.unsqueeze(1) - totals[layer])
-        folded = torch.exp(total)[..., None, None] * base[layer]
-        folded = folded + torch.einsum("bkh,bkhp,bkhn->bhpn", weights, x.unflatten(-1, (heads, -1)), b)
-        base[layer].copy_(torch.where(full, folded.to(base.dtype), base[layer]))
+def scan_step(
+    proj: Tensor, xbc: Tensor, base: Tensor, steps: Tensor, totals: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
+    slot: Tensor, fold: bool, gated: Tensor, shape: MixerShape, scale: Tensor, squares: Tensor,
+) -> None:  # fmt: skip
+    """`prepare_step` but for the convolution, and `batch_scan_step`, for a single row; squares (any number,)."""
+    weights = steps.new_empty(1, shape.num_heads, xbc.shape[1])
+    decay = steps.new_empty(1, shape.num_heads)
+    _weigh(proj, dt_bias, A_log, D, xbc, steps, totals, slot, weights, decay, shape)
+    batch_scan_step(proj, xbc, base, weights, decay, steps, totals, slot, fold, gated, scale, squares[None], shape)
 
 
 def gated_linear_add(
@@ -144,7 +206,7 @@ def _product(scaled: Tensor, squares: Tensor, weight: Tensor, eps: float) -> Ten
 
 def _put_square(x: Tensor, squares: Tensor) -> None:
     squares.zero_()
-    squares[0] = x.pow(2).sum()
+    squares[..., 0] = x.pow(2).sum(-1)
 
 
 def _normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -156,9 +218,11 @@ OPERATIONS = SimpleNamespace(
     add_norm=add_norm,
     norm_linear=norm_linear,
     norm_linear_conv=norm_linear_conv,
-    conv_step=conv_step,
     scan_step=scan_step,
-    fold_history=fold_history,
+    product=product,
+    prepare_step=prepare_step,
+    batch_scan_step=batch_scan_step,
+    partial_product=partial_product,
     gated_linear_add=gated_linear_add,
     group_norm=group_norm,
 )

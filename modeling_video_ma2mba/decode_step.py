@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decode_reference import scale_residual
+from .decode_reference import partial_sums, scale_residual, square_parts
 from .ssd_scan import MixerShape
 from .video_state import VideoState
 
@@ -133,6 +133,7 @@ class DecodeBuffers:
         width = weights.embeddings.shape[1]
         self.tokens = torch.zeros(batch, dtype=torch.long, device=model["device"])
         self.slot = torch.zeros(1, dtype=torch.int32, device=model["device"])
+        self.position = 0  # slot's value, as the host knows it
         self.residual = torch.zeros(batch, width, device=model["device"], dtype=weights.stream_dtype)
         self.normed = torch.zeros(batch, width, **model)
         self.projected = torch.zeros(batch, shape.inner + shape.conv_dim + shape.num_heads, **model)
@@ -140,7 +141,11 @@ class DecodeBuffers:
         self.inner = torch.zeros(batch, shape.inner, **model)
         # Parts of squared norms, one per program of the kernels; what no program writes stays zero.
         self.squares = torch.zeros(-(-width // 4), **full)
-        self.gated_squares = torch.zeros(shape.num_heads * -(-shape.head_dim // 16), **full)
+        self.gated_squares = torch.zeros(batch, square_parts(shape), **full)
+        splits, dtype = partial_sums(batch, weights.layers[0].out_proj)
+        self.partial = torch.zeros(splits, batch, width, device=model["device"], dtype=dtype)
+        self.weights = torch.zeros(batch, shape.num_heads, slots, **full)
+        self.decay = torch.zeros(batch, shape.num_heads, **full)
         self.logits = torch.zeros(batch, weights.head.shape[0], **model)
         self.conv = torch.zeros(layers, batch, shape.conv_dim, shape.conv_kernel - 1, **model)
         sizes = (layers, batch, shape.num_heads, shape.head_dim, shape.state_size)
@@ -152,13 +157,19 @@ class DecodeBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, nearly all of them the state's."""
-        return sum(value.nbytes for value in vars(self).values())
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     def load(self, state: VideoState) -> None:
         """Begin from `state`, which stays as it is."""
         self.conv.copy_(state.conv)
         self.base.copy_(state.ssm)
         self.slot.zero_()
+        self.position = 0
+
+    def advance(self) -> bool:
+        """Count a token that is going to be read; whether its step must fold the history."""
+        self.position = (self.position + 1) % self.xbc.shape[2]
+        return self.position == 0
 
     def export(self) -> tuple[Tensor, Tensor]:
         """conv (L, B, C, W-1) and ssm (L, B, H, P, N) as a `VideoState` holds them; these buffers stay as they are."""
@@ -177,36 +188,53 @@ class DecodeBuffers:
         return self.conv.clone(), ssm
 
 
-def token_step(ops: SimpleNamespace, weights: DecodeWeights, buffers: DecodeBuffers) -> None:
+def token_step(ops: SimpleNamespace, weights: DecodeWeights, buffers: DecodeBuffers, fold: bool) -> None:
     """Read `buffers.tokens`, advance the state, write `logits` and the likeliest next `tokens`.
 
     Args:
         ops: `OPERATIONS` of `decode_kernels` or `decode_reference`.
+        fold: this token takes the last slot, so the history becomes part of the state; see `DecodeBuffers.advance`.
     """
     shape, eps, b = weights.shape, weights.shape.eps, buffers
     b.residual.copy_(F.embedding(b.tokens, weights.embeddings))
     if len(b.tokens) == 1 and shape.n_groups == 1:
-        _single_row_layers(ops, weights, b)
+        _single_row_layers(ops, weights, b, fold)
         ops.norm_linear(b.normed, b.squares, weights.head, eps, b.logits)
     else:
-        delta = None
-        for i, layer in enumerate(weights.layers):
-            ops.add_norm(b.residual, delta, layer.norm, eps, b.normed)
-            torch.mm(b.normed, layer.in_proj.T, out=b.projected)
-            ops.conv_step(b.projected, b.conv[i], layer.conv, layer.conv_bias, b.xbc[i], b.slot, shape)
-            history = (b.xbc[i], b.base[i], b.steps[i], b.totals[i])
-            ops.scan_step(b.projected, *history, layer.A_log, layer.D, layer.dt_bias, b.slot, b.gated, shape)
-            ops.group_norm(b.gated, layer.gated_norm, eps, shape.n_groups, b.inner)
-            delta = b.inner @ layer.out_proj.T
-        ops.add_norm(b.residual, delta, weights.norm_f, eps, b.normed)
+        _batch_layers(ops, weights, b, fold)
         torch.mm(b.normed, weights.head.T, out=b.logits)
     if b.xbc.shape[2] > 1:
-        ops.fold_history(b.xbc, b.base, b.steps, b.totals, b.slot, shape)
         b.slot.add_(1).remainder_(b.xbc.shape[2])
     b.tokens.copy_(b.logits.argmax(-1))
 
 
-def _single_row_layers(ops: SimpleNamespace, weights: DecodeWeights, b: DecodeBuffers) -> None:
+def _batch_layers(ops: SimpleNamespace, weights: DecodeWeights, b: DecodeBuffers, fold: bool) -> None:
+    """Five operations a layer. The gated norm's factor is applied behind out_proj; with several groups, which have
+    a factor each, the norm is an operation of its own."""
+    shape, eps = weights.shape, weights.shape.eps
+    grouped = shape.n_groups > 1
+    squares = None if grouped else b.gated_squares
+    partial = None
+    for i, layer in enumerate(weights.layers):
+        ops.add_norm(b.residual, partial, squares, shape.inner, layer.norm, eps, b.normed)
+        ops.product(b.normed, layer.in_proj, b.projected)
+        heads = (layer.dt_bias, layer.A_log, layer.D)
+        history = (b.steps[i], b.totals[i], b.slot)
+        ops.prepare_step(
+            b.projected, b.conv[i], layer.conv, layer.conv_bias, *heads, b.xbc[i], *history, b.weights, b.decay, shape
+        )
+        scan = (b.projected, b.xbc[i], b.base[i], b.weights, b.decay, *history, fold)
+        if grouped:
+            ops.batch_scan_step(*scan, b.gated, None, None, shape)
+            ops.group_norm(b.gated, layer.gated_norm, eps, shape.n_groups, b.inner)
+        else:
+            ops.batch_scan_step(*scan, b.inner, layer.gated_norm, squares, shape)
+        partial = b.partial
+        ops.partial_product(b.inner, layer.out_proj, partial)
+    ops.add_norm(b.residual, partial, squares, shape.inner, weights.norm_f, eps, b.normed)
+
+
+def _single_row_layers(ops: SimpleNamespace, weights: DecodeWeights, b: DecodeBuffers, fold: bool) -> None:
     """Three operations a layer. A norm's input goes from one to the next as its product with the norm's weight and
     parts of its square: nobody has to wait for the whole of it to be normalised."""
     shape, eps = weights.shape, weights.shape.eps
@@ -215,8 +243,8 @@ def _single_row_layers(ops: SimpleNamespace, weights: DecodeWeights, b: DecodeBu
     for i, layer in enumerate(weights.layers):
         convolution = (b.conv[i], layer.conv, layer.conv_bias, b.xbc[i], b.slot, shape)
         ops.norm_linear_conv(b.normed, b.squares, layer.in_proj, eps, b.projected, *convolution)
-        history = (b.xbc[i], b.base[i], b.steps[i], b.totals[i], layer.A_log, layer.D, layer.dt_bias, b.slot)
-        ops.scan_step(b.projected, *history, b.inner, shape, layer.gated_norm, b.gated_squares)
+        history = (b.xbc[i], b.base[i], b.steps[i], b.totals[i], layer.A_log, layer.D, layer.dt_bias, b.slot, fold)
+        ops.scan_step(b.projected, *history, b.inner, shape, layer.gated_norm, b.gated_squares[0])
         ops.gated_linear_add(
-            b.inner, b.gated_squares, layer.out_proj, eps, b.residual, scales[i + 1], b.normed, b.squares
+            b.inner, b.gated_squares[0], layer.out_proj, eps, b.residual, scales[i + 1], b.normed, b.squares
         )

@@ -35,6 +35,33 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def compare_with_twins(cuda_model, dtype, batch, slots, sizes, state_dtype) -> None:
+    """Both from the same state, step after step, over every slot of the history and its folding."""
+    from video_ma2mba.modeling_video_ma2mba.decode_kernels import OPERATIONS as KERNELS
+
+    weights = DecodeWeights.of(cuda_model(dtype, **sizes))
+    ours, theirs = (DecodeBuffers(weights, batch, slots, state_dtype) for _ in range(2))
+    exact = dtype == torch.float32
+    with torch.no_grad():
+        for buffers in (ours, theirs):
+            generator = torch.Generator("cuda").manual_seed(1)
+            buffers.conv.normal_(generator=generator)
+            buffers.base.normal_(generator=generator)
+        for step in range(2 * slots + 1):
+            tokens = text(batch, 1, step)[:, 0]
+            for operations, buffers in ((KERNELS, ours), (REFERENCE, theirs)):
+                buffers.tokens.copy_(tokens)
+                buffers.logits.fill_(torch.nan)
+                token_step(operations, weights, buffers, buffers.advance())
+            assert relative(ours.logits, theirs.logits) < (2e-5 if exact else 3e-2)
+            assert relative(ours.conv, theirs.conv) < (1e-5 if exact else 2e-2)
+            assert int(ours.slot) == int(theirs.slot) == (step + 1) % slots
+            if exact:
+                assert torch.equal(ours.tokens, theirs.tokens)
+            for one, other in zip(ours.export(), theirs.export(), strict=True):
+                assert relative(one, other) < (1e-5 if exact else 2e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("batch", "slots", "sizes"),
@@ -48,40 +75,18 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     ],
 )
 def test_kernels_equal_their_twins(cuda_model, dtype, batch, slots, sizes):
-    """Both from the same state, step after step, over every slot of the history and its folding."""
-    from video_ma2mba.modeling_video_ma2mba.decode_kernels import OPERATIONS as KERNELS
-
-    weights = DecodeWeights.of(cuda_model(dtype, **sizes))
-    ours, theirs = (DecodeBuffers(weights, batch, slots) for _ in range(2))
-    exact = dtype == torch.float32
-    with torch.no_grad():
-        for buffers in (ours, theirs):
-            generator = torch.Generator("cuda").manual_seed(1)
-            buffers.conv.normal_(generator=generator)
-            buffers.base.normal_(generator=generator)
-        for step in range(2 * slots + 1):
-            tokens = text(batch, 1, step)[:, 0]
-            for operations, buffers in ((KERNELS, ours), (REFERENCE, theirs)):
-                buffers.tokens.copy_(tokens)
-                buffers.logits.fill_(torch.nan)
-                token_step(operations, weights, buffers)
-            assert relative(ours.logits, theirs.logits) < (2e-5 if exact else 3e-2)
-            assert relative(ours.conv, theirs.conv) < (1e-5 if exact else 2e-2)
-            assert int(ours.slot) == int(theirs.slot) == (step + 1) % slots
-            if exact:
-                assert torch.equal(ours.tokens, theirs.tokens)
-            for one, other in zip(ours.export(), theirs.export(), strict=True):
-                assert relative(one, other) < (1e-5 if exact else 2e-2)
+    compare_with_twins(cuda_model, dtype, batch, slots, sizes, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("slots", [1, 4])
-def test_several_heads_of_a_program_equal_their_twins(cuda_model, monkeypatch, slots):
+def test_tiles_of_large_batches_equal_their_twins(cuda_model, monkeypatch, slots, dtype):
     """What large batches take, on a small one."""
-    from video_ma2mba.modeling_video_ma2mba import decode_scan_kernels
+    from video_ma2mba.modeling_video_ma2mba import decode_batch_kernels
 
-    monkeypatch.setattr(decode_scan_kernels, "SCAN_SMALL", decode_scan_kernels.SCAN_LARGE)
-    test_kernels_equal_their_twins(cuda_model, torch.float32, 3, slots, {"hidden_size": 320, "num_hidden_layers": 1})
-    test_kernels_equal_their_twins(cuda_model, torch.float32, 2, slots, {"hidden_size": 256, "n_groups": 2})
+    monkeypatch.setattr(decode_batch_kernels, "MANY", 1)
+    compare_with_twins(cuda_model, dtype, 3, slots, {"hidden_size": 320, "num_hidden_layers": 1}, dtype)
+    compare_with_twins(cuda_model, dtype, 2, slots, {"hidden_size": 256, "n_groups": 2}, dtype)
 
 
 def answers(model, way: str, **settings):
