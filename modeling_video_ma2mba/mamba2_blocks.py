@@ -38,9 +38,8 @@ class Ma2mbaRMSNorm(nn.Module):
         return (normed * self.weight.to(work)).to(dtype), residual
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type that a projection beside `weight` computes in: autocast's where that is on."""
-    kind = weight.device.type
+def _compute_dtype(weight: Tensor, kind: str) -> torch.dtype:
+    """The type that a projection beside `weight` computes in on a device of `kind`: autocast's where that is on."""
     if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:  # autocast leaves fp64 alone
         return torch.get_autocast_dtype(kind)
     return weight.dtype
@@ -169,7 +168,7 @@ class Ma2mbaBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(residual, delta, state) -> (residual, delta, conv_state, ssm_state); the stream is residual + delta."""
         # Under autocast at once what in_proj would cast to: in 16 bits the fused kernel serves, and keeps less.
-        normed, residual = self.norm(residual, delta, _compute_dtype(self.norm.weight))
+        normed, residual = self.norm(residual, delta, _compute_dtype(self.norm.weight, residual.device.type))
         delta, conv_state, ssm_state = self.mixer(normed, conv_state, ssm_state, lengths, seq_idx, unread)
         return residual, delta, conv_state, ssm_state
 

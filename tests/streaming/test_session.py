@@ -180,8 +180,9 @@ def test_falling_behind(model, processor, frames, policy):
             thread.start()
             if policy == "drop":
                 thread.join(200)
-            while session.counters()["frames_waiting"] < 4:
-                time.sleep(0.01)
+            else:  # the reader holds what it took at first, and the rest waits
+                while session.counters()["frames_waiting"] < 4:
+                    time.sleep(0.01)
             time.sleep(0.3)
             stuck = len(pushed)
         thread.join(200)

@@ -101,6 +101,6 @@ def test_master_weights_in_fp32_run_on_the_kernels_too():
     for name, value in expected.items():
         error = (found[name] - value).norm() / value.norm().clamp(min=1e-6)
         assert error < 0.1, f"{name}: {error:.3f}"
-    with patch.object(mamba2_blocks, "_compute_dtype", lambda weight: weight.dtype):
+    with patch.object(mamba2_blocks, "_compute_dtype", lambda weight, kind: weight.dtype):
         _, unfused = gradients_of(model, ids, None)
     assert kept < 0.9 * unfused
