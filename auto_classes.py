@@ -24,9 +24,9 @@ def register() -> None:
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from .modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
-    from .modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
     from .modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
     from .modeling_video_ma2mba.pipeline_video_ma2mba import VideoQuestionAnsweringPipeline
+    from .modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
     from .processing.processing_video_ma2mba import VideoMa2mbaProcessor
     from .processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
 

@@ -20,7 +20,7 @@ import torch
 from read_overlap import SIZES, bundled_pipeline, random_pipeline, seconds
 from result_tables import append_rows, hardware
 
-from video_ma2mba.synthetic import WorldDataset, WorldRenderer
+from video_ma2mba.world import WorldDataset, WorldRenderer
 
 OUT = Path(__file__).parent / "results" / "batched_answers.csv"
 

@@ -19,7 +19,7 @@ import torch
 from result_tables import append_rows, hardware
 from safetensors import safe_open
 
-from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import PRESETS, compose
+from video_ma2mba.conversion.compose import PRESETS, compose
 
 OUT = Path(__file__).parent / "results" / "conversion_memory.csv"
 CONVERT = """

@@ -24,7 +24,7 @@ from result_tables import hardware, write_rows
 from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.streaming.live_sources import LiveSource
 from video_ma2mba.streaming.session import VideoSession
-from video_ma2mba.synthetic.endless import EndlessWorld
+from video_ma2mba.world.endless import EndlessWorld
 
 TEXT = {"remember", "date", "hardware", "torch"}
 OUT = Path(__file__).parent / "results" / "day_long_stream.csv"

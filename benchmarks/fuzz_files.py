@@ -87,7 +87,7 @@ def resealed(data: bytes, random: np.random.Generator) -> tuple[str, bytes]:
     import torch
     from safetensors.torch import load, save
 
-    from video_ma2mba.modeling_video_ma2mba.video_state import _checksum
+    from video_ma2mba.modeling_video_ma2mba.state_video import _checksum
 
     length = int.from_bytes(data[:8], "little")
     facts = json.loads(data[8 : 8 + length])["__metadata__"]

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from video_ma2mba.synthetic import WorldRenderer, build_world, video_seed
+from video_ma2mba.world import WorldRenderer, build_world, video_seed
 
 WIDTH, HEIGHT, RATE = 1280, 720, 30
 

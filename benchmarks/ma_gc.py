@@ -23,9 +23,9 @@ import torch
 from result_tables import append_rows
 from torch import nn
 
-from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointPlan
+from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 
 SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 LABELS = 1024

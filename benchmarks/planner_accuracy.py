@@ -3,7 +3,7 @@
     python benchmarks/planner_accuracy.py [--measured benchmarks/results/ma_gc.csv] [--fit]
 
 Writes planner_accuracy.csv and planner_accuracy.md next to the measurements, and the table in docs/ma_gc.md. Both
-peaks are above weights and gradients. `--fit` also prints the time constants (`step_time_model.MeasuredCosts`) that
+peaks are above weights and gradients. `--fit` also prints the time constants (`cost_time.MeasuredCosts`) that
 fit the measurements best; memory has no fitted constant. Runs on any machine.
 """
 
@@ -17,15 +17,15 @@ from pathlib import Path
 from result_tables import write_rows
 
 from video_ma2mba import Ma2mbaTextConfig
-from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointPlan
-from video_ma2mba.modeling_video_ma2mba.memory_model import StackShape, Workload
-from video_ma2mba.modeling_video_ma2mba.step_prediction import (
+from video_ma2mba.modeling_video_ma2mba.cost_memory import StackShape, Workload
+from video_ma2mba.modeling_video_ma2mba.cost_step import (
     Prediction,
     StepJob,
     layer_parameter_count,
     predict_job,
 )
-from video_ma2mba.modeling_video_ma2mba.step_time_model import H200, MeasuredCosts
+from video_ma2mba.modeling_video_ma2mba.cost_time import H200, MeasuredCosts
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointPlan
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "ma_gc.md"

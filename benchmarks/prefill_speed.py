@@ -28,7 +28,7 @@ FIELDS = ["hardware", "date", "model", "implementation", "way", "tokens", "segme
 
 def build_ours(size: str):
     from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-    from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
+    from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 
     width, layers = SIZES[size]
     torch.manual_seed(0)

@@ -166,8 +166,8 @@ def make_video(path: Path, hour: bool, length: int) -> None:
 
         hour_of_video.write_hour(path, length)
         return
-    from video_ma2mba.synthetic import build_world, video_seed
-    from video_ma2mba.synthetic.video_files import write_world
+    from video_ma2mba.world import build_world, video_seed
+    from video_ma2mba.world.video_files import write_world
 
     write_world(path, build_world(video_seed("test", length), length))
 

@@ -25,7 +25,7 @@ from video_ma2mba import BUNDLED_CHECKPOINT, VideoMa2mbaForConditionalGeneration
 from video_ma2mba.explain import occlusion
 from video_ma2mba.explain.attribution import VideoReading, as_function, frame_sums, integrated_gradients
 from video_ma2mba.explain.read_features import read_features
-from video_ma2mba.synthetic import Question, World, WorldDataset, render
+from video_ma2mba.world import Question, World, WorldDataset, render
 
 RESULT = Path(__file__).parent / "results" / "relevance_accuracy.csv"
 KINDS = ("needle", "time")

@@ -18,8 +18,8 @@ import torch
 from long_video_memory import ASK, QUESTION
 from result_tables import hardware, write_rows
 
-from video_ma2mba.synthetic import build_world, video_seed
-from video_ma2mba.synthetic.video_files import write_world
+from video_ma2mba.world import build_world, video_seed
+from video_ma2mba.world.video_files import write_world
 
 OUT = Path(__file__).parent / "results" / "relevance_memory.csv"
 

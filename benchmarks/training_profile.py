@@ -32,11 +32,11 @@ from video_ma2mba import (
     VideoMa2mbaVideoProcessor,
 )
 from video_ma2mba.processing.byte_tokenizer import VIDEO_TOKEN, build_byte_tokenizer
-from video_ma2mba.synthetic import WorldDataset, chat
-from video_ma2mba.synthetic.video_files import write_world
 from video_ma2mba.trainer.data import load_training_data
 from video_ma2mba.trainer.recipe import read_recipe
 from video_ma2mba.trainer.training_inputs import default_collator
+from video_ma2mba.world import WorldDataset, chat
+from video_ma2mba.world.video_files import write_world
 
 SIZES = {"tiny": (64, 2), "370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 LENGTHS = (16, 32, 64, 128, 256, 512)  # seconds; as many videos of each

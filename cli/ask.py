@@ -41,7 +41,7 @@ def ask(
         raise ValueError("a question is empty: ask something about the video")
     if as_json and not questions:
         raise ValueError("--json answers questions given on the command line: add one")
-    from video_ma2mba.modeling_video_ma2mba.video_state import VideoState, is_state_file
+    from video_ma2mba.modeling_video_ma2mba.state_video import VideoState, is_state_file
 
     frames_wanted = chosen_frames(fps, num_frames, start, end)
     loaded = VideoState.load(video) if is_state_file(video) else None

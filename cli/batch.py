@@ -116,7 +116,7 @@ def _answered(
 
 def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[dict, dict]:
     """For each video its state, or what went wrong; and frames read and warnings, for the results."""
-    from video_ma2mba.modeling_video_ma2mba.video_questions import chunks_of_all, video_prefix
+    from video_ma2mba.modeling_video_ma2mba.answering_questions import chunks_of_all, video_prefix
 
     model, processor = pipe.model, pipe.processor
     prefix, size = video_prefix(processor), model.config.read_chunk_frames
@@ -151,8 +151,8 @@ def _answers(pipe, part: list[tuple[Item, str]], states: dict, max_new_tokens: i
     """The answer to each question, or what went wrong."""
     import torch
 
-    from video_ma2mba.modeling_video_ma2mba.answer_batches import answer_together
-    from video_ma2mba.modeling_video_ma2mba.video_questions import question_ids
+    from video_ma2mba.modeling_video_ma2mba.answering_batches import answer_together
+    from video_ma2mba.modeling_video_ma2mba.answering_questions import question_ids
 
     def together(rows: list[tuple[Item, str]]) -> list[str]:
         ids = [question_ids(pipe.processor, question) for _, question in rows]

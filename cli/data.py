@@ -62,7 +62,7 @@ def check(
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging
 
-    from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import parse_bytes
+    from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
     from video_ma2mba.trainer.data import load_training_data
     from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
 
@@ -125,7 +125,7 @@ def run_check(rows: Any, processor: Any, settings: Any, workers: int, out: Path 
 
 def _parts(train: str) -> tuple[str, ...]:
     """What trains, from a list separated by commas. ValueError: there is no such part."""
-    from video_ma2mba.modeling_video_ma2mba.planned_step import PARTS
+    from video_ma2mba.planning.planned_step import PARTS
 
     parts = tuple(part.strip() for part in train.split(",") if part.strip())
     for part in parts:

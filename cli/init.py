@@ -29,7 +29,7 @@ def init(
 
     import torch
 
-    from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import compose
+    from video_ma2mba.conversion.compose import compose
 
     from .loading import pick_dtype
 

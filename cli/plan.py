@@ -65,7 +65,7 @@ def plan(
     else:
         show(report)
     if plot is not None:
-        from .plan_plot import draw_memory
+        from video_ma2mba.planning.plan_plot import draw_memory
 
         draw_memory(config, plot)
         typer.echo(f"{plot}", err=as_json)
@@ -83,7 +83,7 @@ def resolve_config(model: str | None, preset: str | None):
         return AutoConfig.from_pretrained(resolve_model(model))
 
     from video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
-    from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import PRESETS
+    from video_ma2mba.conversion.compose import PRESETS
 
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown: use one of {', '.join(PRESETS)}")

@@ -55,7 +55,7 @@ def where(
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: the picture is a PNG, name a file that ends in .png")
         require_matplotlib("the picture")
-    from video_ma2mba.modeling_video_ma2mba.video_state import is_state_file
+    from video_ma2mba.modeling_video_ma2mba.state_video import is_state_file
 
     if is_state_file(video):
         raise ValueError(f"{video} is a state file, which holds no frames to look at: name the video itself")

@@ -32,8 +32,8 @@ def render(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Write mp4 files and questions.jsonl (one object a line: video, kind, question, options, answer, frames)."""
-    from video_ma2mba.synthetic import KINDS, check_kinds, parse_frames
-    from video_ma2mba.synthetic.video_files import render_to_folder
+    from video_ma2mba.world import KINDS, check_kinds, parse_frames
+    from video_ma2mba.world.video_files import render_to_folder
 
     chosen = check_kinds(kind.strip() for kind in kinds.split(",")) if kinds else KINDS
     target = render_to_folder(out, count, chosen, parse_frames(frames), seed, size, split, fps=fps, progress=not quiet)

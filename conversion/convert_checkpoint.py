@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import (
+from video_ma2mba.conversion.compose import (
     build_processor,
     local_folder,
     pixel_statistics,

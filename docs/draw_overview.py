@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from video_ma2mba.synthetic import WorldDataset, WorldRenderer
+from video_ma2mba.world import WorldDataset, WorldRenderer
 
 OUT = Path(__file__).parent / "images" / "overview.png"
 INK, QUIET, VISION, STATE, ASK = "#222831", "#6b7280", "#4c78a8", "#e07a3f", "#54a24b"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from ..modeling_video_ma2mba.answer_batches import answer_together
-from ..modeling_video_ma2mba.video_questions import question_ids
+from ..modeling_video_ma2mba.answering_batches import answer_together
+from ..modeling_video_ma2mba.answering_questions import question_ids
 from .answer_log import AnswerLog
 from .lmms_requests import Job, Prompt
 from .repeat_stop import RepeatedNgramStop

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..synthetic import KINDS
+from ..world import KINDS
 
 Samples = Mapping[str, Sequence[dict[str, Any]]]  # by task
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..processing.frame_fitting import fit_frame
-from ..synthetic import Question, World, WorldRenderer, WorldSettings, ask, build_world, video_seed
-from ..synthetic.world import CARD_SYMBOLS, Backdrop, Card
+from ..world import Question, World, WorldRenderer, WorldSettings, ask, build_world, video_seed
+from ..world.world import CARD_SYMBOLS, Backdrop, Card
 
 SYNTHETIC = "synthetic"
 _SMALLEST = 32  # pixels: the rendered world draws no smaller; smaller models get its frames scaled down

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..synthetic import Question
+from ..world import Question
 
 _IGNORED = -100
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..synthetic import FORMS, check_kinds
+from ..world import FORMS, check_kinds
 from .needle_haystack import Needle, make_needles
 from .needle_scoring import NeedleReader, normalised
 

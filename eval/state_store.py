@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..modeling_video_ma2mba.video_state import VideoState
+from ..modeling_video_ma2mba.state_video import VideoState
 from .media import Medium, frames_of_folder
 
 _IDENTITY = ("weights", "model_config", "processor", "dtype")

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..synthetic import FORMS, KINDS, Question, WorldDataset, parse_frames
-from ..synthetic.chance import chance_levels
 from ..trainer.world_batches import ChatTokens
+from ..world import FORMS, KINDS, Question, WorldDataset, parse_frames
+from ..world.chance import chance_levels
 from .world_scoring import generate_answers, score_forced
 
 FIELDS = ("frames", "kind", "form", "questions", "right", "accuracy", "chance")

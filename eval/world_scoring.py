@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..synthetic import Question, WorldSample
 from ..trainer.world_batches import IGNORED, ChatTokens
+from ..world import Question, WorldSample
 
 LONGEST_ANSWER = 20  # tokens of a byte-level answer such as "purple triangle", with its end
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling_video_ma2mba.checkpoint_plan import CheckpointSettings
-from ..modeling_video_ma2mba.mamba2_model import CPU_SEGMENT
-from ..modeling_video_ma2mba.memory_planner import choose_plan
-from ..modeling_video_ma2mba.module_device import execution_device
-from ..modeling_video_ma2mba.multi_axis_checkpointing import MultiAxisEngine
-from ..modeling_video_ma2mba.token_layout import TokenLayout
-from ..modeling_video_ma2mba.video_state import VideoState
+from ..modeling_video_ma2mba.planner import choose_plan
+from ..modeling_video_ma2mba.recompute_engine import MultiAxisEngine
+from ..modeling_video_ma2mba.recompute_plan import CheckpointSettings
+from ..modeling_video_ma2mba.stack_language_model import CPU_SEGMENT
+from ..modeling_video_ma2mba.stack_token_layout import TokenLayout
+from ..modeling_video_ma2mba.stack_weights import execution_device
+from ..modeling_video_ma2mba.state_video import VideoState
 from .read_features import VideoQuestion
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling_video_ma2mba.module_device import execution_device
-from ..modeling_video_ma2mba.video_state import VideoState
+from ..modeling_video_ma2mba.stack_weights import execution_device
+from ..modeling_video_ma2mba.state_video import VideoState
 from .attribution import answer_log_probability, as_function
 from .read_features import VideoQuestion
 

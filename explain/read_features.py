@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling_video_ma2mba.prompt_reading import frames_of
+from ..modeling_video_ma2mba.reading_prompt import frames_of
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         import torch
 
         from ..modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
-        from ..modeling_video_ma2mba.video_state import VideoState
+        from ..modeling_video_ma2mba.state_video import VideoState
 
         config = VideoMa2mbaConfig.from_pretrained(folder)
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

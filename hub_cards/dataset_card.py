@@ -20,8 +20,8 @@ def dataset_card(folder: Path, *, license: str) -> str:
         FileNotFoundError: it is not such a folder, or its rendering was interrupted.
         ValueError: its questions are not those of its settings, or a video is missing.
     """
-    from ..synthetic import WorldDataset
-    from ..synthetic.chance import chance_levels
+    from ..world import WorldDataset
+    from ..world.chance import chance_levels
 
     settings_file, questions_file = folder / "world.json", folder / "questions.jsonl"
     for file in (settings_file, questions_file):

@@ -1,7 +1,7 @@
 """What reading and training cost with a model of a checkpoint's size, from the benchmarks' tables; nothing else.
 
 A table's rows belong to a card when they were measured on a model of the same sizes: one of the paper's sizes
-(`compose_video_ma2mba.PRESETS`, with CLIP ViT-L/14 at 336 pixels) or that of the bundled checkpoint.
+(`compose.PRESETS`, with CLIP ViT-L/14 at 336 pixels) or that of the bundled checkpoint.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _best_steps(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def size_name(config: Any) -> str | None:
     """The name under which the benchmarks know a model of these sizes; None for a size that none measured."""
-    from ..modeling_video_ma2mba.compose_video_ma2mba import PRESETS
+    from ..conversion.compose import PRESETS
 
     sizes = _sizes(config)
     for name, (width, layers) in PRESETS.items():

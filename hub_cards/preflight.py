@@ -75,8 +75,8 @@ def ask_as_a_stranger(folder: Path, base_model: str | None = None) -> str:
     Raises:
         ValueError: the folder does not load or does not answer; the message ends with what that process said last.
     """
-    from ..synthetic import WorldDataset
-    from ..synthetic.video_files import write_video
+    from ..world import WorldDataset
+    from ..world.video_files import write_video
 
     sample = WorldDataset("test", 1, frames=(8, 8), questions=1)[0]
     with tempfile.TemporaryDirectory() as scratch:

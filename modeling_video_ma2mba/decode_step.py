@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decode_reference import partial_sums, scale_residual, square_parts
-from .ssd_scan import MixerShape
-from .video_state import VideoState
+from .ops_ssd import MixerShape
+from .state_video import VideoState
 
 
 class LayerWeights(NamedTuple):

@@ -17,16 +17,16 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .checkpoint_loading import refuse_incomplete
-from .checkpoint_plan import CheckpointSettings
-from .chunked_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
-from .chunked_recompute import RowLayout
+from .answering_questions import VideoQuestionsMixin
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .fast_generation import FastGenerationMixin
-from .mamba2_model import Ma2mbaTextModel
-from .prompt_generation import PromptGenerationMixin
-from .video_questions import VideoQuestionsMixin
-from .video_state import VideoState
+from .decode_loop import FastGenerationMixin
+from .generation_video_ma2mba import PromptGenerationMixin
+from .recompute_chunks import RowLayout
+from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
+from .recompute_plan import CheckpointSettings
+from .stack_language_model import Ma2mbaTextModel
+from .stack_weights import refuse_incomplete
+from .state_video import VideoState
 from .vision_features import (
     VideoMa2mbaMultiModalProjector,
     freeze_unused_tower_parameters,

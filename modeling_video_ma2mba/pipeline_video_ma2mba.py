@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import Pipeline
 
-from .answer_batches import answer_together
-from .module_device import execution_device
+from .answering_batches import answer_together
+from .answering_questions import VIDEO_SETTINGS, chunks_of_all, report_frames
+from .stack_weights import execution_device
 from .state_identity import identity_facts
-from .video_questions import VIDEO_SETTINGS, chunks_of_all, report_frames
-from .video_state import VideoState
+from .state_video import VideoState
 
 TASK = "video-question-answering"
 CUSTOM_PIPELINES = {

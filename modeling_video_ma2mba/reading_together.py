@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prompt_reading import frames_of, read_prompt
-from .video_state import VideoState
+from .reading_prompt import frames_of, read_prompt
+from .state_video import VideoState
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from .chunked_recompute import ChunkedRows, ChunkJob, RowLayout, fill_rows
-from .module_device import execution_device
+from .recompute_chunks import ChunkedRows, ChunkJob, RowLayout, fill_rows
+from .stack_weights import execution_device
 
 
 class VideoMa2mbaMultiModalProjector(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..modeling_video_ma2mba.video_questions import video_prefix
-from ..modeling_video_ma2mba.video_state import VideoState
+from ..modeling_video_ma2mba.answering_questions import video_prefix
+from ..modeling_video_ma2mba.state_video import VideoState
 
 
 @dataclass(frozen=True)

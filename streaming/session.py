@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..modeling_video_ma2mba.state_identity import identity_facts, record_source
-from ..modeling_video_ma2mba.video_state import VideoState
+from ..modeling_video_ma2mba.state_video import VideoState
 from ..processing.frame_fitting import fit_frame
 from .frame_clock import FrameClock
 from .frame_queue import FrameQueue

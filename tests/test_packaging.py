@@ -176,7 +176,7 @@ def test_wheel_holds_the_package(wheel_names: set[str]):
     wanted = [
         name
         for name in tracked_files()
-        if name.split("/")[0] in {"__init__.py", "cli", "trainer", "synthetic", "bundled", *HUB_FOLDERS}
+        if name.split("/")[0] in {"__init__.py", "cli", "trainer", "world", "bundled", *HUB_FOLDERS}
         and Path(name).suffix in {".py", ".jinja", ".yaml", ".json", ".safetensors"}
     ]
     assert [name for name in wanted if f"video_ma2mba/{name}" not in wheel_names] == []

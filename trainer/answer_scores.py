@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..modeling_video_ma2mba.chunked_loss import IGNORE_INDEX, LOGITS_PER_CHUNK, shift_labels_left
-from ..modeling_video_ma2mba.chunked_recompute import ChunkedRows, ChunkJob, RowLayout, fill_rows
+from ..modeling_video_ma2mba.recompute_chunks import ChunkedRows, ChunkJob, RowLayout, fill_rows
+from ..modeling_video_ma2mba.recompute_loss import IGNORE_INDEX, LOGITS_PER_CHUNK, shift_labels_left
 
 
 def score_answers(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

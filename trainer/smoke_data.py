@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..synthetic import WorldDataset, render
-from ..synthetic.questions import list_things
-from ..synthetic.video_files import QUESTIONS_FILE, render_to_folder, write_video
+from ..world import WorldDataset, render
+from ..world.questions import list_things
+from ..world.video_files import QUESTIONS_FILE, render_to_folder, write_video
 
 _VIDEOS = 8
 _FRAMES = (4, 12)

@@ -1,6 +1,6 @@
 """Chooses per batch how a training step runs: without recomputation where that fits, else under the fastest plan.
 
-The same predictions and limits as the engine's own planner (`memory_planner`), asked before the step begins, with the
+The same predictions and limits as the engine's own planner (`planner`), asked before the step begins, with the
 vision tower counted in. Shapes: B batch, S tokens, F frames.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling_video_ma2mba.checkpoint_plan import CheckpointPlan, CheckpointSettings
-from ..modeling_video_ma2mba.memory_planner import Limits, candidate_plans, describe_batch, fastest, step_limits
-from ..modeling_video_ma2mba.sharded_layers import is_unit
-from ..modeling_video_ma2mba.step_prediction import Prediction, StepJob, predict_job
-from ..modeling_video_ma2mba.step_time_model import H200
+from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
+from ..modeling_video_ma2mba.cost_time import H200
+from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
+from ..modeling_video_ma2mba.parallel_shards import is_unit
+from ..modeling_video_ma2mba.planner import Limits, candidate_plans, describe_batch, fastest, step_limits
+from ..modeling_video_ma2mba.recompute_plan import CheckpointPlan, CheckpointSettings
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
-from ..modeling_video_ma2mba.vision_memory_model import VisionLoad, vision_kept
 
 _MOST_TOGETHER = 1 << 16  # tokens of all rows that a kernel may get: offsets of the public ones overflow near 200k
 _SMALLER = 0.8  # of what ran out of memory: the next smaller plan takes at most this share

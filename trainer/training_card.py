@@ -15,7 +15,7 @@ from torch import nn
 
 from ..hub_cards.checkpoint_facts import CheckpointFacts
 from ..hub_cards.model_card import model_card, own_words, read_metadata
-from ..modeling_video_ma2mba.video_state import VideoState
+from ..modeling_video_ma2mba.state_video import VideoState
 from .parameter_groups import part_of
 
 _PARTS = {"lm": "language model", "projector": "projector", "vision": "vision tower"}

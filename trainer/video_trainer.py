@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 from trl import SFTTrainer
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..modeling_video_ma2mba.planned_step import set_trainable
+from ..planning.planned_step import set_trainable
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import install_answer_scores
 from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest

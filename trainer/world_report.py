@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..eval.world_scoring import score_forced
-from ..synthetic import FORMS, KINDS, WorldDataset, WorldSample
+from ..world import FORMS, KINDS, WorldDataset, WorldSample
 from .world_batches import ChatTokens
 from .world_clock import WorldClock
 

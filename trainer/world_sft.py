@@ -24,10 +24,10 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..modeling_video_ma2mba.planned_step import set_trainable
 from ..modeling_video_ma2mba.vision_features import encode_frames
-from ..synthetic import KINDS, WorldDataset, parse_frames
-from ..synthetic.questions import check_kinds
+from ..planning.planned_step import set_trainable
+from ..world import KINDS, WorldDataset, parse_frames
+from ..world.questions import check_kinds
 from .training_config import VideoMa2mbaTrainingConfig
 from .video_trainer import VideoMa2mbaTrainer
 from .world_batches import SHORTER, ChatTokens, WorldBatches, first

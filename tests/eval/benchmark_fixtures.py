@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from video_ma2mba.synthetic.video_files import write_video
+from video_ma2mba.world.video_files import write_video
 
 MVBENCH_FOLDERS = {  # task: folder of its videos, as the harness's task file has them
     "action_sequence": "star/Charades_segment",

@@ -12,7 +12,7 @@ from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.eval.needle_haystack import make_needles, open_haystack
 from video_ma2mba.eval.needle_scoring import NeedleReader, normalised
 from video_ma2mba.eval.needle_search import NeedleGrid, measure
-from video_ma2mba.synthetic.world import CARD_SYMBOLS
+from video_ma2mba.world.world import CARD_SYMBOLS
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from video_ma2mba.eval import world_accuracy
 from video_ma2mba.eval.world_accuracy import WorldAccuracy, measure
 from video_ma2mba.eval.world_scoring import generate_answers, score_forced
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
-from video_ma2mba.synthetic import KINDS, WorldDataset
 from video_ma2mba.trainer.world_batches import ChatTokens
 from video_ma2mba.trainer.world_model import SIZES, world_config
 from video_ma2mba.trainer.world_sft import build_optimizer, export
+from video_ma2mba.world import KINDS, WorldDataset
 
 
 @pytest.fixture(scope="module")

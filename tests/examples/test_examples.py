@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from video_ma2mba.processing.video_reader import open_video
-from video_ma2mba.synthetic import WorldDataset
+from video_ma2mba.world import WorldDataset
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QUESTIONS = [json.loads(line) for line in (EXAMPLES / "videos" / "questions.jsonl").read_text().splitlines()]

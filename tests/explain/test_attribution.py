@@ -6,7 +6,7 @@ import torch
 from video_ma2mba.explain import attribution, occlusion, relevance
 from video_ma2mba.explain.attribution import VideoReading, as_function, frame_sums, integrated_gradients
 from video_ma2mba.explain.read_features import read_features
-from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointSettings
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointSettings
 
 ANSWER = torch.tensor([70, 71, 0])
 
@@ -23,7 +23,7 @@ def plain(model, prompt, features):
 
 
 def _layout():
-    from video_ma2mba.modeling_video_ma2mba.token_layout import TokenLayout
+    from video_ma2mba.modeling_video_ma2mba.stack_token_layout import TokenLayout
 
     return TokenLayout()
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
 from video_ma2mba.hub_cards.dataset_card import dataset_card
-from video_ma2mba.synthetic.chance import world_chance
-from video_ma2mba.synthetic.video_files import render_to_folder
+from video_ma2mba.world.chance import world_chance
+from video_ma2mba.world.video_files import render_to_folder
 
 
 @pytest.fixture(scope="module")

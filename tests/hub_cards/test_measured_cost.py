@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from video_ma2mba import BUNDLED_CHECKPOINT, VideoMa2mbaConfig
+from video_ma2mba.conversion.compose import PRESETS, compose
 from video_ma2mba.hub_cards.hub_folder import write_hub_folder
 from video_ma2mba.hub_cards.measured_cost import RESULTS, measured_cost, size_name
-from video_ma2mba.modeling_video_ma2mba.compose_video_ma2mba import PRESETS, compose
 
 STEPS = """\
 hardware,date,model,tokens,method,plan,tokens_per_s,gpu_peak_gb,host_gb

@@ -52,8 +52,8 @@ def test_dry_run_writes_the_folder_and_needs_no_hub(checkpoint: Path, tmp_path: 
     assert not any(path.is_symlink() for path in out.iterdir())
     # what a clean process answered is what the installed package answers
     from video_ma2mba.cli.loading import load_pipeline
-    from video_ma2mba.synthetic import WorldDataset
-    from video_ma2mba.synthetic.video_files import write_video
+    from video_ma2mba.world import WorldDataset
+    from video_ma2mba.world.video_files import write_video
 
     sample = WorldDataset("test", 1, frames=(8, 8), questions=1)[0]
     write_video(tmp_path / "world.mp4", [sample.frames])
@@ -65,7 +65,7 @@ def test_dry_run_writes_the_folder_and_needs_no_hub(checkpoint: Path, tmp_path: 
 def test_the_folder_must_work_without_the_package(checkpoint: Path, tmp_path: Path):
     target = tmp_path / "out"
     write_hub_folder(checkpoint, target, "me/tiny")
-    (target / "ssd_scan.py").unlink()
+    (target / "ops_ssd.py").unlink()
     with pytest.raises(ValueError, match=r"does not answer a question: .*ssd_scan"):
         ask_as_a_stranger(target)
 

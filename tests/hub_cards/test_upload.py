@@ -148,7 +148,7 @@ def save_adapter(base: Path, folder: Path) -> Path:
 def test_no_code_of_others_runs_without_the_flag(checkpoint: Path, tmp_path: Path):
     """An adapter is tried on its base model, by the code that comes with that."""
     harm = f"open({str(tmp_path / 'harm')!r}, 'w')\n"
-    for name in ("modeling_video_ma2mba.py", "ssd_scan.py"):
+    for name in ("modeling_video_ma2mba.py", "ops_ssd.py"):
         code = checkpoint / name
         code.write_text(harm + code.read_text())
     adapter = save_adapter(checkpoint, tmp_path / "adapter")
@@ -157,7 +157,7 @@ def test_no_code_of_others_runs_without_the_flag(checkpoint: Path, tmp_path: Pat
     assert refused.exit_code == 2
     assert "read it, then add --trust-remote-code" in refused.stderr
     assert not (tmp_path / "harm").exists()
-    for name in ("modeling_video_ma2mba.py", "ssd_scan.py"):
+    for name in ("modeling_video_ma2mba.py", "ops_ssd.py"):
         code = checkpoint / name
         code.write_text(code.read_text().removeprefix(harm))
     assert holds_only_our_code(checkpoint)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
+from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 
 WORLD = 2
 VOCABULARY = 31

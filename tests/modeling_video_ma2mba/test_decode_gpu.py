@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from video_ma2mba.modeling_video_ma2mba import decode_graph, fast_generation
+from video_ma2mba.modeling_video_ma2mba import decode_graph, decode_loop
 from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 from video_ma2mba.modeling_video_ma2mba.decode_reference import OPERATIONS as REFERENCE
 from video_ma2mba.modeling_video_ma2mba.decode_step import DecodeBuffers, DecodeWeights, token_step
@@ -152,8 +152,8 @@ def test_sampling_is_that_of_transformers(cuda_model):
 
 def test_default_on_cuda_is_graphs(cuda_model, monkeypatch):
     model, runs = cuda_model(torch.bfloat16), []
-    plain = fast_generation._Generation.run
-    monkeypatch.setattr(fast_generation._Generation, "run", lambda self, kw: (runs.append(self), plain(self, kw))[1])
+    plain = decode_loop._Generation.run
+    monkeypatch.setattr(decode_loop._Generation, "run", lambda self, kw: (runs.append(self), plain(self, kw))[1])
     ids = text(1, 5)
     model.generate(ids, max_new_tokens=8)
     assert len(runs) == 1 and runs[0].decoder.settings[0]

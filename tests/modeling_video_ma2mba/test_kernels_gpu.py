@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from video_ma2mba.modeling_video_ma2mba import checkpoint_store
+from video_ma2mba.modeling_video_ma2mba import recompute_store
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-from video_ma2mba.modeling_video_ma2mba.mamba2_blocks import Ma2mbaRMSNorm
-from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
-from video_ma2mba.modeling_video_ma2mba.ssd_kernels import kernels_available
-from video_ma2mba.modeling_video_ma2mba.ssd_scan import MixerShape, backend_for, force_backend, mixer_core
-from video_ma2mba.modeling_video_ma2mba.token_layout import TokenLayout
-from video_ma2mba.modeling_video_ma2mba.video_state import VideoState
+from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import Ma2mbaRMSNorm
+from video_ma2mba.modeling_video_ma2mba.ops_ssd import MixerShape, backend_for, force_backend, mixer_core
+from video_ma2mba.modeling_video_ma2mba.ops_ssd_mamba_ssm import kernels_available
+from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
+from video_ma2mba.modeling_video_ma2mba.stack_token_layout import TokenLayout
+from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 
 pytestmark = pytest.mark.gpu
 
@@ -458,7 +458,7 @@ def test_host_memory_is_reused_accounted_and_given_back(training_case):
 @needs_kernels
 def test_host_memory_does_not_grow_with_ever_new_lengths(training_case, monkeypatch):
     slab = 2**24
-    monkeypatch.setattr(checkpoint_store, "SLAB_BYTES", slab)
+    monkeypatch.setattr(recompute_store, "SLAB_BYTES", slab)
     x, labels, head = training_case["inputs"]
     model = training_case["model"]
     model.set_checkpointing(False)
@@ -474,7 +474,7 @@ def test_host_memory_does_not_grow_with_ever_new_lengths(training_case, monkeypa
 @needs_kernels
 def test_forward_passes_without_backward_give_their_host_memory_back(training_case, monkeypatch):
     """A skipped step (a loss of NaN, say) or one that fails must not eat host memory."""
-    monkeypatch.setattr(checkpoint_store, "SLAB_BYTES", 2**24)
+    monkeypatch.setattr(recompute_store, "SLAB_BYTES", 2**24)
     x, labels, head = training_case["inputs"]
     model = training_case["model"]
     model.set_checkpointing(False)

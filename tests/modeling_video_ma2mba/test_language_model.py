@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2 import modeling_mamba2
 
-from video_ma2mba.modeling_video_ma2mba import mamba2_model
+from video_ma2mba.modeling_video_ma2mba import stack_language_model
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
-from video_ma2mba.modeling_video_ma2mba.mamba2_model import Ma2mbaTextModel
-from video_ma2mba.modeling_video_ma2mba.video_state import VideoState
+from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
+from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 
 EXACT = 1e-10
 WIDTH = 16
@@ -267,7 +267,7 @@ def test_segments_on_a_cpu_are_short_and_change_nothing(monkeypatch, batch, expe
     start = random_state(model, batch)
     model.layers[0].mixer.in_proj.register_forward_hook(lambda _, given, __: lengths.append(given[0].shape[1]))
     short = read(model, x, start, [1100])
-    monkeypatch.setattr(mamba2_model, "CPU_SEGMENT", 10**6)
+    monkeypatch.setattr(stack_language_model, "CPU_SEGMENT", 10**6)
     whole = read(model, x, start, [1100])
     assert lengths == [*expected, 1100]
     for name, value in whole.items():

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from video_ma2mba import VideoQuestionAnsweringPipeline
-from video_ma2mba.modeling_video_ma2mba.video_questions import video_prefix
+from video_ma2mba.modeling_video_ma2mba.answering_questions import video_prefix
 
 
 @pytest.fixture(scope="module")

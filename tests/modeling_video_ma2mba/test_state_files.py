@@ -11,7 +11,7 @@ from PIL import Image
 import video_ma2mba
 from video_ma2mba import VideoQuestionAnsweringPipeline, VideoState, open_video
 from video_ma2mba.modeling_video_ma2mba.state_identity import PACKAGE_VERSION, weights_digest
-from video_ma2mba.modeling_video_ma2mba.video_state import is_state_file
+from video_ma2mba.modeling_video_ma2mba.state_video import is_state_file
 
 ASKED = "What is shown?"
 

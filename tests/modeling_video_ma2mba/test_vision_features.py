@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from video_ma2mba.modeling_video_ma2mba.chunked_recompute import RowLayout
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
+from video_ma2mba.modeling_video_ma2mba.recompute_chunks import RowLayout
 from video_ma2mba.modeling_video_ma2mba.vision_features import (
     VideoMa2mbaMultiModalProjector,
     encode_frames,

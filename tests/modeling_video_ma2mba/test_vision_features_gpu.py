@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from video_ma2mba import VideoMa2mbaConfig
-from video_ma2mba.modeling_video_ma2mba.chunked_recompute import RowLayout
+from video_ma2mba.modeling_video_ma2mba.recompute_chunks import RowLayout
 from video_ma2mba.modeling_video_ma2mba.vision_features import (
     VideoMa2mbaMultiModalProjector,
     freeze_unused_tower_parameters,

@@ -16,7 +16,7 @@ from tensor_chats import (
     weights,
 )
 
-from video_ma2mba.modeling_video_ma2mba.checkpoint_plan import CheckpointSettings
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointSettings
 from video_ma2mba.trainer.step_planner import StepPlanner
 
 ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}

@@ -8,8 +8,8 @@ import torch
 from tensor_chats import VIDEO, losses, settings, tiny_processor
 
 from video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
-from video_ma2mba.modeling_video_ma2mba import mamba2_blocks
-from video_ma2mba.modeling_video_ma2mba.ssd_scan import force_backend
+from video_ma2mba.modeling_video_ma2mba import mixer_mamba2
+from video_ma2mba.modeling_video_ma2mba.ops_ssd import force_backend
 from video_ma2mba.trainer.video_trainer import VideoMa2mbaTrainer
 
 TOKENS = 24_000
@@ -101,6 +101,6 @@ def test_master_weights_in_fp32_run_on_the_kernels_too():
     for name, value in expected.items():
         error = (found[name] - value).norm() / value.norm().clamp(min=1e-6)
         assert error < 0.1, f"{name}: {error:.3f}"
-    with patch.object(mamba2_blocks, "_compute_dtype", lambda weight, kind: weight.dtype):
+    with patch.object(mixer_mamba2, "_compute_dtype", lambda weight, kind: weight.dtype):
         _, unfused = gradients_of(model, ids, None)
     assert kept < 0.9 * unfused

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from video_ma2mba.synthetic import KINDS, WorldDataset, chat
 from video_ma2mba.trainer.world_batches import (
     IGNORED,
     ChatTokens,
@@ -30,6 +29,7 @@ from video_ma2mba.trainer.world_model import (
 )
 from video_ma2mba.trainer.world_sft import WorldTraining, train
 from video_ma2mba.trainer.world_tokenizer import build_world_tokenizer
+from video_ma2mba.world import KINDS, WorldDataset, chat
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from video_ma2mba.eval.needle_scoring import normalised
-from video_ma2mba.synthetic import WorldDataset
-from video_ma2mba.synthetic.video_files import write_world
+from video_ma2mba.world import WorldDataset
+from video_ma2mba.world.video_files import write_world
 
 
 def questions(plan: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 from video_ma2mba.processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from video_ma2mba.processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
-from video_ma2mba.synthetic.video_files import write_video
+from video_ma2mba.world.video_files import write_video
 
 STEP = 8  # levels of brightness from one frame to the next
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from video_ma2mba.synthetic import KINDS
-from video_ma2mba.synthetic.hf_datasets import load_world
-from video_ma2mba.synthetic.video_files import render_to_folder
 from video_ma2mba.trainer.data import load_training_data
 from video_ma2mba.trainer.data.canonical import drop_empty
 from video_ma2mba.trainer.data.row_formats import FORMATS
+from video_ma2mba.world import KINDS
+from video_ma2mba.world.hf_datasets import load_world
+from video_ma2mba.world.video_files import render_to_folder
 
 
 def chats(rows) -> list[list[tuple]]:

@@ -1,0 +1,1 @@
+../modeling_video_ma2mba/generation_video_ma2mba.py

@@ -1,0 +1,293 @@
+"""How much memory a training step takes, term by term, from the sizes of the model and the plan of checkpointing.
+
+Nothing here is measured: every term is a tensor that the engine (`recompute_engine`), the mixers
+(`ops_ssd_mamba_ssm`, `ops_ssd`), the loss (`recompute_loss`) or the vision part (`vision_features`) allocates, counted
+at the moments when most of them are alive. `docs/ma_gc.md` walks through the terms and compares them with the paper's.
+
+Legend: B batch, S tokens, F frames, D width, E inner width, L layers, C conv channels, W conv width, H heads, N state
+size, G groups, Q chunk length; Z = E + C + H is the output width of in_proj. Everything is in bytes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .recompute_plan import CheckpointPlan
+
+# Numbers in one chunk of logits (`recompute_loss`).
+_LOGITS_PER_CHUNK = 2**25
+# Copies to the host that may still hold device memory, in tensors (`recompute_store`).
+_COPIES_IN_FLIGHT = 3
+# What cuBLAS keeps for itself on Hopper (none on a CPU); allocated once through PyTorch's allocator.
+_MATMUL_WORKSPACE = 32 << 20
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """Sizes of a Mamba-2 stack; `compute` and `stream` are bytes per number of activations and residual stream.
+
+    `kernels`: fused kernels run the mixers (CUDA in 16 bits); otherwise plain PyTorch, which keeps far more.
+    """
+
+    layers: int
+    width: int
+    inner: int
+    conv_dim: int
+    heads: int
+    state: int
+    groups: int
+    conv_kernel: int
+    chunk: int
+    vocabulary: int
+    compute: int = 2
+    stream: int = 4
+    kernels: bool = True
+
+    @classmethod
+    def of(cls, config: Any, compute: int = 2, kernels: bool = True) -> "StackShape":
+        """From a `Ma2mbaTextConfig`; `compute` is 2 for bf16 and fp16, 4 for fp32."""
+        return cls(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            inner=config.inner_size,
+            conv_dim=config.conv_dim,
+            heads=config.num_heads,
+            state=config.state_size,
+            groups=config.n_groups,
+            conv_kernel=config.conv_kernel,
+            chunk=config.chunk_size,
+            vocabulary=config.vocab_size,
+            compute=compute,
+            stream=max(compute, 4) if config.residual_in_fp32 else compute,
+            kernels=kernels,
+        )
+
+    @property
+    def projected(self) -> int:
+        """Z, what in_proj writes per token: gate, convolution input, step sizes."""
+        return self.inner + self.conv_dim + self.heads
+
+    @property
+    def state_bytes(self) -> int:
+        """State of one layer for one row: fp32 SSM state and the last W-1 inputs of the convolution."""
+        return 4 * self.inner * self.state + self.compute * self.conv_dim * (self.conv_kernel - 1)
+
+    @property
+    def workspace(self) -> int:
+        """What matrix products take for themselves."""
+        return _MATMUL_WORKSPACE if self.kernels else 0
+
+    @property
+    def longest_segment(self) -> int:
+        """Tokens (times rows) that the kernels' 32-bit offsets reach in a tensor Z wide; unlimited in PyTorch."""
+        return 2**31 // self.projected if self.kernels else 2**62
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch of a training step as the stack sees it.
+
+    Attributes:
+        tokens, batch: S and B.
+        kept: positions whose hidden states are kept (the labelled ones); None is all of them.
+        layer_parameters: trainable parameters of one layer, as a count.
+        weight_bytes: bytes per parameter. autocast: whether weights are cast to the compute type on the fly.
+        projections_train: whether in_proj and out_proj keep their inputs for a weight gradient.
+        head_trains: whether the loss makes a gradient of the head's weight.
+        input_on_gpu: where the input embeddings and their gradient live. input_gradient: whether anybody wants it.
+    """
+
+    tokens: int
+    batch: int = 1
+    kept: int | None = None
+    layer_parameters: int = 0
+    weight_bytes: int = 2
+    autocast: bool = False
+    projections_train: bool = True
+    head_trains: bool = True
+    input_on_gpu: bool = True
+    input_gradient: bool = True
+
+    @property
+    def kept_rows(self) -> int:
+        return self.tokens * self.batch if self.kept is None else self.kept
+
+
+def saved_per_token(shape: StackShape, projections_train: bool = True) -> float:
+    """What one layer keeps per token between its recomputation and its backward.
+
+    Kernels: the residual sum and its norm's factor (`_AddNorm`); zxbcdt, the scan's output, step sizes, decays, chunk
+    states and the gated norm's factors (`_MixerCore`); what the two projections read. PyTorch: everything autograd
+    records in `mixer_core_torch`, mostly the (Q, Q) decay masks of every head; counted in a test.
+    """
+    d, e, z, w = shape.width, shape.inner, shape.projected, shape.compute
+    if shape.kernels:
+        inputs = w * (d + e) if projections_train else 0
+        scan = 8 * shape.heads + w * e * shape.state / shape.chunk
+        return shape.stream * d + w * (z + e) + scan + 4 * (1 + shape.groups) + inputs
+    masks = 2 * shape.heads * shape.chunk + shape.groups * shape.chunk
+    states = 2 * e * shape.state / shape.chunk
+    inner = (9 if shape.groups == 1 else 10) * e  # heads of several groups are flattened into a copy
+    return max(4, w) * (3 * d + z + 3 * shape.conv_dim + inner + masks + states + 5 * shape.heads)
+
+
+def backward_temporaries_per_token(shape: StackShape) -> float:
+    """What the backward of one mixer holds beside the saved tensors, at its worst moment.
+
+    Always: gradient of zxbcdt, the recomputed convolution and its gradient, gradients of the gated norm's output and
+    of the scan's, C.B scores. Then the larger of: two sets of fp32 gradients of chunk states (state passing); one set,
+    with gradients of decays, step sizes, B, C and the scores.
+    """
+    e, w, q, h = shape.inner, shape.compute, shape.chunk, shape.heads
+    if not shape.kernels:
+        return max(4, w) * (3 * h * q + 2 * shape.projected + 3 * shape.conv_dim + 6 * e)
+    always = w * (shape.projected + 2 * shape.conv_dim + 2 * e) + 4 * q * shape.groups
+    states = 4 * e * shape.state / q
+    products = 40 * h + 8 * shape.groups * shape.state + 8 * q * shape.groups
+    return always + states + max(states, products)
+
+
+def forward_temporaries_per_token(shape: StackShape) -> float:
+    """What one layer holds in forward without gradients, at its worst moment, beside its block's input."""
+    d, e, w, q = shape.width, shape.inner, shape.compute, shape.chunk
+    if not shape.kernels:
+        return saved_per_token(shape) + max(4, w) * (shape.heads * q + 2 * e)
+    always = 2 * (shape.stream + w) * d + w * (shape.projected + shape.conv_dim) + 8 * shape.heads
+    states = e * shape.state / q
+    return always + max((4 + w) * states, w * (states + e) + 4 * q * shape.groups, w * (states + 2 * e))
+
+
+def loss_bytes(shape: StackShape, work: Workload) -> float:
+    """One chunk of logits with its gradients, and the head's gradient summed in fp32 over chunks."""
+    rows = min(max(work.kept_rows, 1), max(1, _LOGITS_PER_CHUNK // shape.vocabulary))
+    logits = rows * shape.vocabulary * (2 * shape.compute + 12)
+    if not work.head_trains:
+        return logits
+    copies = work.weight_bytes + (8 if work.kept_rows > rows else 4)
+    return logits + shape.vocabulary * shape.width * copies
+
+
+def checkpoint_bytes(shape: StackShape, work: Workload, plan: CheckpointPlan) -> tuple[float, float]:
+    """Block inputs and border states that wait between forward and backward."""
+    blocks, segments = _counts(shape, work, plan)
+    inputs = (blocks - 1) * work.batch * work.tokens * shape.stream * shape.width
+    return inputs, (segments - 1) * shape.layers * work.batch * shape.state_bytes
+
+
+def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dict[str, dict[str, float]]:
+    """GPU bytes above weights and gradients in every phase of the language model's step, by what holds them."""
+    blocks, segments = _counts(shape, work, plan)
+    layers = min(plan.layers_per_block, shape.layers)
+    rows = work.batch * min(plan.segment_length, work.tokens)
+    stream = shape.stream * shape.width * rows  # one segment of the residual stream
+    state = layers * work.batch * shape.state_bytes  # one set of states of a block
+    row = shape.compute * shape.width
+    inputs = row * work.batch * work.tokens if work.input_on_gpu else 0
+    kept = row * work.kept_rows
+    waiting_x, waiting_state = checkpoint_bytes(shape, work, plan)
+    stored = 0 if plan.offload else waiting_x + waiting_state
+    # Casting keeps 16-bit copies of the weights as long as the autocast region lasts.
+    cast = _weights_per_layer(shape) * shape.compute if work.autocast else 0
+
+    leaving = _COPIES_IN_FLIGHT * stream if plan.offload and blocks > 1 else 0
+    forward = {
+        "input": inputs,
+        "checkpoints": stored,
+        "prefetch": leaving + (2 * state if plan.offload and segments > 1 else 0),
+        "cell": stream + rows * forward_temporaries_per_token(shape),
+        "states": 2 * shape.layers * work.batch * shape.state_bytes,
+        "kept rows": kept,
+        "workspace": shape.workspace + shape.layers * cast,
+    }
+    loss = {
+        "input": inputs,
+        "checkpoints": stored,
+        "prefetch": leaving,
+        "kept rows": 2 * kept,
+        "loss": loss_bytes(shape, work),
+        "workspace": shape.workspace,
+    }
+
+    parameters = layers * work.layer_parameters
+    wide = max(4, work.weight_bytes)
+    # The sum over the segments so far: the first segment's own gradients, in fp32 from the second sum on.
+    sums_before = {1: 0, 2: work.weight_bytes}.get(segments, wide) * parameters
+    sums_after = (work.weight_bytes if segments == 1 else wide + 2 * work.weight_bytes) * parameters
+    saved = rows * saved_per_token(shape, work.projections_train)
+    # What the last projection reads is let go before its mixer's backward, the worst moment.
+    out_input = shape.compute * shape.inner * rows if shape.kernels and work.projections_train else 0
+    # The gradient of the cell's result, for the residual sum and for what the last mixer adds to it.
+    result_gradient = (
+        (shape.stream + shape.compute) * shape.width * rows if blocks > 1 or work.kept is None else stream
+    )
+    cell = layers * saved + result_gradient - out_input + rows * backward_temporaries_per_token(shape)
+    states_arriving = state if segments > 1 else 0
+    backward = {"kept rows": 2 * kept, "workspace": shape.workspace + layers * cast}
+    phases = {"forward": forward, "loss": loss}
+    if blocks > 1:
+        # The cell that runs took its own input, output gradient and states out of the store.
+        arriving = states_arriving + (2 if segments > 1 else 1) * stream
+        phases["backward"] = backward | {
+            "input": inputs,
+            "checkpoints": max(0, stored - (0 if plan.offload else stream + arriving)),
+            "prefetch": leaving + arriving if plan.offload else 0,
+            "cell": cell,
+            "states": 3 * state,
+            "gradient sums": sums_before,
+        }
+    # The first block reads the input instead of a checkpoint, and writes the input's gradient.
+    between = stream * segments if blocks > 1 else 0
+    waiting = between + (segments - 1) * state
+    first_block = backward | {
+        "input": inputs * (2 if work.input_gradient else 1),
+        "checkpoints": 0 if plan.offload else max(0, waiting - (stream if blocks > 1 else 0) - states_arriving),
+        "prefetch": leaving + states_arriving + (stream if blocks > 1 and segments > 1 else 0) if plan.offload else 0,
+    }
+    copied = 0 if work.input_on_gpu else row * rows
+    phases["backward of the first block"] = first_block | {
+        "cell": cell + copied,
+        "states": 3 * state,
+        "gradient sums": sums_before,
+    }
+    phases["end of a cell's backward"] = first_block | {
+        "cell": result_gradient + saved + rows * shape.compute * shape.projected,
+        "states": 4 * state,
+        "gradient sums": sums_after,
+    }
+    return phases
+
+
+def plain_phases(shape: StackShape, work: Workload, segment_length: int) -> dict[str, dict[str, float]]:
+    """The same without checkpointing: autograd keeps every layer of every segment."""
+    segments = -(-work.tokens // segment_length)
+    rows = work.batch * min(segment_length, work.tokens)
+    total = work.batch * work.tokens
+    stream = shape.stream * shape.width
+    inputs = shape.compute * shape.width * total if work.input_on_gpu else 0
+    kept = shape.compute * shape.width * work.kept_rows
+    cell = shape.layers * total * saved_per_token(shape, work.projections_train)
+    states = (segments + 1) * shape.layers * work.batch * shape.state_bytes
+    cast = shape.layers * _weights_per_layer(shape) * shape.compute if work.autocast else 0
+    common = {"input": inputs, "cell": cell, "states": states, "workspace": shape.workspace + cast}
+    forward = common | {"kept rows": kept, "cell": cell + rows * forward_temporaries_per_token(shape)}
+    loss = common | {"kept rows": 2 * kept, "loss": loss_bytes(shape, work)}
+    backward = common | {
+        "input": inputs * (2 if work.input_gradient else 1),
+        "kept rows": 2 * kept,
+        "cell": cell + rows * (2 * stream + backward_temporaries_per_token(shape)),
+    }
+    return {"forward": forward, "loss": loss, "backward": backward}
+
+
+def host_bytes(shape: StackShape, work: Workload, plan: CheckpointPlan | None) -> dict[str, float]:
+    """Pinned host memory: offloaded checkpoints, and the input with its gradient where they live there."""
+    inputs = shape.compute * shape.width * work.batch * work.tokens * (2 if work.input_gradient else 1)
+    stored = sum(checkpoint_bytes(shape, work, plan)) if plan is not None and plan.offload else 0
+    return {"checkpoints": stored, "input": 0 if work.input_on_gpu else inputs}
+
+
+def _counts(shape: StackShape, work: Workload, plan: CheckpointPlan) -> tuple[int, int]:
+    return -(-shape.layers // plan.layers_per_block), -(-work.tokens // plan.segment_length)
+
+
+def _weights_per_layer(shape: StackShape) -> int:
+    return shape.width * (shape.projected + shape.inner)

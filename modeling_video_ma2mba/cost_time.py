@@ -1,0 +1,109 @@
+"""How long a training step takes: a few measured constants, scaled by the sizes of the model and the plan.
+
+Every plan computes nearly the same (forward, one recomputation, backward); plans differ in how well a cell fills the
+GPU, in the work per cell, and in copies to the host that computation cannot hide. Legend as in `cost_memory`.
+"""
+
+from dataclasses import dataclass
+
+from .cost_memory import StackShape, Workload
+from .cost_vision import VisionLoad
+from .recompute_plan import CheckpointPlan
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """Constants measured on one kind of GPU; `benchmarks/planner_accuracy.py --fit` renews them.
+
+    Attributes:
+        matmul: multiply-adds count two; operations per second in matrix products (16 bits).
+        scan_forward, scan_backward: seconds per token and inner channel of all that is not a matrix product.
+        launch_forward, launch_backward: seconds that the CPU needs to launch one layer; a layer is never faster.
+        layer: seconds of one pass over a layer that do not depend on its tokens (kernels that start and drain).
+        cell: seconds around every cell, in forward and again in backward.
+        device_memory, host_copy: bytes per second of GPU memory, and to pinned host memory in one direction.
+        tower: operations per second that a vision tower reaches.
+        slack: part of the predicted peak that PyTorch's allocator loses to fragments.
+        context: bytes that the CUDA context and loaded kernels take from every GPU.
+    """
+
+    hardware: str
+    date: str
+    matmul: float
+    scan_forward: float
+    scan_backward: float
+    launch_forward: float
+    launch_backward: float
+    layer: float
+    cell: float
+    device_memory: float
+    host_copy: float
+    tower: float
+    slack: float
+    context: int
+
+
+H200 = MeasuredCosts(
+    hardware="NVIDIA H200",
+    date="2026-11-21",
+    matmul=757e12,
+    scan_forward=1.95e-11,
+    scan_backward=3.9e-11,
+    launch_forward=2e-4,
+    launch_backward=2.8e-3,
+    layer=0.0,
+    cell=2e-4,
+    device_memory=3.5e12,
+    host_copy=45e9,
+    tower=350e12,
+    slack=0.04,
+    context=600 << 20,
+)
+
+
+def stack_seconds(
+    shape: StackShape, work: Workload, plan: CheckpointPlan | None, costs: MeasuredCosts = H200
+) -> float:
+    """Seconds of forward and backward of the stack; `plan=None` recomputes nothing."""
+    if plan is None:
+        forward, backward = _layer_seconds(shape, work, work.batch * work.tokens, costs)
+        return shape.layers * (forward + backward)
+    blocks = -(-shape.layers // plan.layers_per_block)
+    full, rest = divmod(work.tokens, plan.segment_length)
+    lengths = [(full, plan.segment_length)] + ([(1, rest)] if rest else [])
+    segments = full + bool(rest)
+    seconds = 0.0
+    for count, length in lengths:
+        if not count:
+            continue
+        rows = work.batch * length
+        forward, backward = _layer_seconds(shape, work, rows, costs)
+        layers = shape.layers / blocks  # of an average cell
+        first = layers * forward + costs.cell
+        second = layers * (forward + backward) + costs.cell
+        # Recomputing a cell leaves the product of its last out_proj away (`mixer_mamba2._UnreadLinear`).
+        second -= 2 * shape.width * shape.inner * rows / costs.matmul if shape.kernels else 0
+        if segments > 1:  # read the sums and the new gradients, write the sums
+            second += layers * work.layer_parameters * (8 + work.weight_bytes) / costs.device_memory
+        if plan.offload:
+            stream = shape.stream * shape.width * rows if blocks > 1 else 0
+            states = layers * work.batch * shape.state_bytes if segments > 1 else 0
+            first = max(first, (stream + states) / costs.host_copy)
+            second = max(second, (2 * stream + states) / costs.host_copy)
+        seconds += count * blocks * (first + second)
+    return seconds
+
+
+def _layer_seconds(shape: StackShape, work: Workload, rows: int, costs: MeasuredCosts) -> tuple[float, float]:
+    """Forward and backward of one layer over `rows` tokens."""
+    products = 2 * shape.width * (shape.projected + shape.inner) * rows / costs.matmul
+    forward = products + shape.inner * costs.scan_forward * rows
+    backward = (2 if work.projections_train else 1) * products + shape.inner * costs.scan_backward * rows
+    return max(forward + costs.layer, costs.launch_forward), max(backward + costs.layer, costs.launch_backward)
+
+
+def vision_seconds(vision: VisionLoad, costs: MeasuredCosts = H200) -> float:
+    """Seconds of the tower: once forward; again, and backward, when it trains."""
+    d, m, p = vision.width, vision.hidden, vision.patches
+    per_frame = vision.layers * p * (2 * (4 * d * d + 2 * d * m) + 4 * p * d)
+    return vision.frames * per_frame * (4 if vision.tower_trains else 1) / costs.tower

@@ -1,0 +1,316 @@
+"""Chooses the plan of a training step: the fastest predicted one that fits the GPU's and the host's memory.
+
+The search is over values only (`cost_memory`, `cost_time`): every useful number of layers per block, segment
+lengths that halve the sequence again and again, checkpoints on the GPU or on the host; a few hundred predictions of
+some microseconds, once per shape of batch.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .cost_memory import StackShape, Workload
+from .cost_step import Prediction, StepJob, predict_job
+from .cost_time import H200, MeasuredCosts
+from .ops_ssd import backend_for
+from .recompute_plan import CheckpointPlan, CheckpointSettings, parse_bytes
+
+# Segments are multiples of this: the chunk of the SSD kernels (paper, section 4.1).
+SEGMENT_STEP = 256
+# Plans this close in time count as equally fast; the smaller one is taken.
+_EQUALLY_FAST = 1.01
+# Left free on the GPU when no budget was given: what PyTorch, NCCL and the kernels may still ask for.
+_MARGIN_BYTES = 512 << 20
+_MARGIN_SHARE = 0.03
+
+
+def block_sizes(layers: int) -> list[int]:
+    """Layers per block worth trying: the smallest for every possible number of blocks."""
+    return sorted({-(-layers // blocks) for blocks in range(1, layers + 1)})
+
+
+def segment_lengths(tokens: int, longest: int) -> list[int]:
+    """Segment lengths worth trying, longest first: equal parts, four numbers of parts per factor of two."""
+    if tokens <= SEGMENT_STEP:
+        return [tokens]
+    counts: list[int] = []
+    step = 1
+    while (count := counts[-1] + step if counts else 1) * SEGMENT_STEP < 2 * tokens:
+        counts.append(count)
+        if count >= 8 * step:
+            step *= 2
+    lengths = {min(tokens, -(-tokens // (n * SEGMENT_STEP)) * SEGMENT_STEP) for n in counts}
+    fitting = [s for s in lengths if s <= longest]
+    return sorted(fitting or [max(SEGMENT_STEP, longest // SEGMENT_STEP * SEGMENT_STEP)], reverse=True)
+
+
+def candidate_plans(
+    job: StepJob,
+    offload: Iterable[bool] = (False, True),
+    segment_length: int | None = None,
+    layers_per_block: int | None = None,
+) -> Iterator[CheckpointPlan]:
+    """Every plan worth predicting, with fixed fields as given."""
+    longest = job.shape.longest_segment // job.work.batch
+    segments = [segment_length] if segment_length else segment_lengths(job.work.tokens, longest)
+    sizes = [min(layers_per_block, job.shape.layers)] if layers_per_block else block_sizes(job.shape.layers)
+    for place in offload:
+        for layers in sizes:
+            for segment in segments:
+                yield CheckpointPlan(layers, segment, place)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may take: GPU bytes above weights, gradients and optimizer state; pinned host bytes.
+
+    `allocated`: bytes of the step that are there already, and not part of `gpu`.
+    """
+
+    gpu: float
+    host: float
+    allocated: int = 0
+
+    def allow(self, prediction: Prediction, slack: float) -> bool:
+        """Whether the predicted peak, with what the allocator loses, stays within the limits."""
+        needed = prediction.above_weights * (1 + slack) - self.allocated
+        return needed <= self.gpu and prediction.host_peak <= self.host
+
+
+def footprint(prediction: Prediction) -> float:
+    """How much memory a plan takes, for choosing between equally fast ones: host memory counts a quarter."""
+    return prediction.gpu_peak + prediction.host_peak / 4
+
+
+def fastest(
+    job: StepJob, plans: Iterable[CheckpointPlan], limits: Limits, costs: MeasuredCosts = H200
+) -> Prediction | None:
+    """The fastest plan within the limits; among equally fast ones the one with the least memory (`footprint`)."""
+    fitting = [p for p in (predict_job(job, plan, costs) for plan in plans) if limits.allow(p, costs.slack)]
+    if not fitting:
+        return None
+    deadline = min(p.step_seconds for p in fitting) * _EQUALLY_FAST
+    return min((p for p in fitting if p.step_seconds <= deadline), key=footprint)
+
+
+def least_host_memory(
+    job: StepJob, plans: Iterable[CheckpointPlan], limits: Limits, costs: MeasuredCosts = H200
+) -> int | None:
+    """The least that a plan within the GPU's limit pins; None if the GPU is the obstacle."""
+    no_host = replace(limits, host=math.inf)
+    fitting = [p.host_peak for p in (predict_job(job, plan, costs) for plan in plans) if no_host.allow(p, costs.slack)]
+    return min(fitting, default=None)
+
+
+def longest_that_fits(job: StepJob, limits: Limits, upper: int, costs: MeasuredCosts = H200, **fixed: Any) -> int:
+    """Tokens per row of the longest sequence for which some plan fits, up to `upper`; 0 if none does."""
+
+    def fits(tokens: int) -> bool:
+        shorter = _with_tokens(job, tokens)
+        return any(
+            limits.allow(predict_job(shorter, p, costs), costs.slack) for p in candidate_plans(shorter, **fixed)
+        )
+
+    low, high = 0, SEGMENT_STEP
+    while high <= upper and fits(high):
+        low, high = high, high * 2
+    high = min(high, upper + 1)
+    while high - low > max(SEGMENT_STEP, low // 100):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _with_tokens(job: StepJob, tokens: int) -> StepJob:
+    share = tokens / job.work.tokens
+    kept = job.work.kept if job.work.kept is None else min(job.work.kept, tokens * job.work.batch)
+    vision = job.vision and replace(job.vision, frames=math.ceil(job.vision.frames * share))
+    return replace(job, work=replace(job.work, tokens=tokens, kept=kept), vision=vision)
+
+
+# ------------------------------------------------------------------------------------------ for the engine
+@dataclass
+class _Memo:
+    """What was planned for one model: predictions by situation, and the last step for error messages."""
+
+    plans: dict[Any, Prediction] = field(default_factory=dict)
+    last: StepJob | None = None
+
+
+_memos: WeakKeyDictionary[nn.Module, _Memo] = WeakKeyDictionary()
+
+
+def choose_plan(settings: CheckpointSettings, model: nn.Module, x: Tensor, keep: Tensor | None) -> CheckpointPlan:
+    """The plan for this batch: what the settings fix, the rest the fastest that fits.
+
+    Args:
+        model: the `Ma2mbaTextModel`. x: its input (B, S, D), on any device. keep: (B, S) bool kept positions, or None.
+
+    Raises:
+        ValueError: nothing fits the budgets; says what would. Raised before anything is allocated.
+    """
+    if not len(model.layers):
+        raise ValueError("multi-axis checkpointing needs Mamba-2 blocks, and this model has none")
+    memo = _memos.setdefault(model, _Memo())
+    device = model.norm_f.weight.device
+    on_gpu = device.type == "cuda"
+    job = describe_batch(model, x, keep)
+    fixed: dict[str, Any] = {
+        "segment_length": settings.segment_length,
+        "layers_per_block": settings.layers_per_block,
+        "offload": (settings.offload,) if settings.offload is not None else (False, True) if on_gpu else (False,),
+    }
+    memo.last = job
+    plan = settings.fixed_plan(len(model.layers), x.shape[1])
+    _refuse_too_long(job, plan.segment_length if plan is not None else settings.segment_length)
+    if plan is not None and settings.memory_budget is None:
+        return plan
+    limits = _limits(settings, model, job, x)
+    if plan is not None:
+        fixed = asdict(plan) | {"offload": (plan.offload,)}
+    situation = (settings, job.shape, job.work, on_gpu)
+    known = memo.plans.get(situation)
+    # Free memory changes a little from step to step; a plan that still fits is kept, so that its pinned memory is too.
+    if known is not None and limits.allow(known, H200.slack):
+        return known.plan
+    best = fastest(job, candidate_plans(job, **fixed), limits)
+    if best is None:
+        raise ValueError(_nothing_fits(job, limits, fixed))
+    memo.plans[situation] = best
+    return best.plan
+
+
+def _refuse_too_long(job: StepJob, segment_length: int | None) -> None:
+    """The kernels' offsets are 32-bit numbers: beyond them results are wrong without any error."""
+    rows = min(segment_length or 0, job.work.tokens) * job.work.batch
+    if rows > job.shape.longest_segment:
+        raise ValueError(
+            f"a segment of {rows} tokens (rows of the batch together) is more than the kernels can address at this "
+            f"model's width, {job.shape.longest_segment}: set segment_length to at most "
+            f"{job.shape.longest_segment // job.work.batch} with method='multi_axis'"
+        )
+
+
+def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
+    """The step of a `Ma2mbaTextModel` over x (B, S, D), as the predictions want it."""
+    mixer = model.layers[0].mixer
+    weight = next(p for p in mixer.in_proj.parameters() if p.is_floating_point())
+    device = model.norm_f.weight.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+    kernels = backend_for(torch.empty(0, device=device, dtype=dtype)) == "kernels"
+    trainable = sum(p.numel() for p in model.layers.parameters() if p.requires_grad)
+    work = Workload(
+        tokens=x.shape[1],
+        batch=x.shape[0],
+        kept=None if keep is None else int(keep.sum()),
+        layer_parameters=trainable // len(model.layers),
+        weight_bytes=weight.element_size(),
+        autocast=autocast and weight.dtype != dtype,
+        projections_train=any(p.requires_grad for p in mixer.in_proj.parameters()),
+        head_trains=model.embeddings.weight.requires_grad,
+        input_on_gpu=x.device == device,
+        input_gradient=x.requires_grad,
+    )
+    return StepJob(StackShape.of(model.config, dtype.itemsize, kernels), work)
+
+
+def _limits(settings: CheckpointSettings, model: nn.Module, job: StepJob, x: Tensor) -> Limits:
+    device = model.norm_f.weight.device
+    # Host memory that the engine has pinned already counts as available to it.
+    pinned = getattr(getattr(model, "engine", None), "last_host_bytes", 0)
+    return step_limits(settings, model, device, pinned, x.nbytes if x.device == device else 0)
+
+
+def step_limits(
+    settings: CheckpointSettings, model: nn.Module, device: torch.device, pinned: int = 0, allocated: int = 0
+) -> Limits:
+    """What a step of `model` on `device` may take now: the settings' budgets, or what is free.
+
+    Args:
+        pinned: host bytes that are pinned for checkpoints already. allocated: GPU bytes of the step already there.
+    """
+    host = parse_bytes(settings.host_memory_budget, "host_memory_budget")
+    host = host if host is not None else (available_host_bytes() + pinned) / 2
+    gpu = parse_bytes(settings.memory_budget, "memory_budget")
+    if gpu is not None:
+        return Limits(gpu, host)
+    if device.type != "cuda":
+        return Limits(available_host_bytes() / 2, host, allocated)
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    margin = max(_MARGIN_BYTES, int(_MARGIN_SHARE * total))
+    new_gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
+    return Limits(free - margin - new_gradients, host, allocated)
+
+
+def available_host_bytes() -> int:
+    """Host memory that new allocations can have now (Linux); elsewhere half of what is installed."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _nothing_fits(job: StepJob, limits: Limits, fixed: dict[str, Any]) -> str:
+    """One sentence on what is missing, one on what would do."""
+    smallest = min((predict_job(job, p) for p in candidate_plans(job, **fixed)), key=lambda p: p.above_weights)
+    needed = smallest.above_weights * (1 + H200.slack) - limits.allocated
+    remedies = []
+    anything = {"offload": (False, True), "segment_length": None, "layers_per_block": None}
+    if any(fixed[name] != anything[name] for name in anything):
+        other = fastest(job, candidate_plans(job, **anything), limits)
+        if other is not None:
+            remedies.append(f"the plan '{other.plan}' instead of what the settings fix")
+    longest = longest_that_fits(job, limits, job.work.tokens, **fixed)
+    if longest:
+        remedies.append(f"at most {longest} tokens per row (fewer frames)")
+    if job.work.batch > 1:
+        remedies.append("fewer rows per batch")
+    host = least_host_memory(job, candidate_plans(job, **fixed), limits)
+    if host is not None:
+        remedies.append(f"host_memory_budget of {_round_up(host)}")
+    if needed > limits.gpu:
+        remedies.append(f"memory_budget of {_round_up(needed + limits.allocated)}")
+    return (
+        f"no checkpointing plan fits {job.work.batch} x {job.work.tokens} tokens into {max(limits.gpu, 0) / 1e9:.2f} "
+        f"GB of GPU memory and {limits.host / 1e9:.1f} GB of host memory: the smallest, '{smallest.plan}', takes "
+        f"{needed / 1e9:.2f} GB and {smallest.host_peak / 1e9:.1f} GB. What would fit: "
+        f"{'; '.join(remedies) or 'more GPU and host memory'}."
+    )
+
+
+def _round_up(nbytes: float) -> str:
+    return f"{math.ceil(nbytes / 1e8) / 10:.1f}GB"
+
+
+def out_of_memory_message(plan: CheckpointPlan, model: nn.Module, tokens: int, phase: str, error: Any) -> str:
+    """What to tell a user whose step ran out of GPU memory: the plan, both peaks, and the next smaller plan."""
+    device = model.norm_f.weight.device
+    reached = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    text = f"out of GPU memory in the {phase} pass of {tokens} tokens under the plan '{plan}': "
+    memo = _memos.get(model)
+    if memo is None or memo.last is None:
+        return f"{text}{reached:.1f} GB were allocated in all. {error}"
+    job = memo.last
+    predicted = predict_job(job, plan)
+    text += (
+        f"{predicted.above_weights / 1e9:.1f} GB above weights and gradients were predicted, and {reached:.1f} GB "
+        "were allocated in all, weights and everything else included. "
+    )
+    smaller = fastest(job, candidate_plans(job), Limits(0.8 * predicted.above_weights, float("inf")))
+    if smaller is None:
+        return f"{text}No smaller plan exists: give it fewer tokens (frames) or fewer rows at a time. {error}"
+    return (
+        f"{text}The next smaller plan, '{smaller.plan}', takes {smaller.above_weights / 1e9:.1f} GB: "
+        f"set layers_per_block={smaller.plan.layers_per_block}, segment_length={smaller.plan.segment_length}, "
+        f"offload={smaller.plan.offload}. {error}"
+    )

@@ -1,0 +1,104 @@
+"""Reading a prompt with videos as a stream: frames pass through the model chunk by chunk and only the state stays."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stack_weights import execution_device
+from .state_video import VideoState
+
+
+def frames_of(chunk: Any) -> Tensor:
+    """Pixels of a frame chunk as `(n, 3, h, w)`.
+
+    A chunk is an object with `pixels` and `timestamps` (what the video reader yields), or the pixels themselves: an
+    array or tensor `(n, h, w, 3)` or `(n, 3, h, w)`; uint8 is raw RGB, floating point already normalised.
+    """
+    pixels = torch.as_tensor(getattr(chunk, "pixels", chunk))
+    if pixels.ndim == 4 and pixels.shape[1] != 3 and pixels.shape[-1] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    return pixels
+
+
+@torch.no_grad()
+def read_prompt(
+    model: Any,
+    input_ids: Tensor,
+    videos: Iterable[Iterable[Any]] = (),
+    state: VideoState | None = None,
+    on_frames: Callable[[int], None] | None = None,
+) -> VideoState:
+    """Read text and videos in the order of the prompt, starting from `state` or from nothing.
+
+    Peak memory is that of one chunk of frames: it does not depend on how many there are, and no chunk is asked for
+    before the previous one has been read.
+
+    Args:
+        model: a `VideoMa2mbaModel`.
+        input_ids: (1, S) with ONE `config.video_token_id` for each video.
+        videos: for each of these tokens an iterable of frame chunks (see `frames_of`), of any number and size.
+        state: continue from here; it is left unchanged. Of several rows, each reads on from where it is.
+        on_frames: called after each chunk with the number of frames read so far by this call.
+
+    Returns:
+        A new state whose metadata count "frames" and "seconds" (the last frame's time, added up over videos, where the
+        chunks carry timestamps), the given state's included.
+
+    Raises:
+        ValueError: more than one row, as many videos as placeholders are not given, or a video without frames.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"reading takes one prompt, input_ids of the shape (1, tokens), not {tuple(input_ids.shape)}")
+    videos = list(videos)
+    places = (input_ids[0] == model.config.video_token_id).nonzero()[:, 0].tolist()
+    if len(places) != len(videos):
+        raise ValueError(f"the prompt holds {len(places)} video placeholders, but {len(videos)} videos were given")
+
+    language_model = model.language_model
+    device = execution_device(language_model.embeddings)
+    state_device, dtype = execution_device(language_model.norm_f), language_model.norm_f.weight.dtype
+    if state is None:
+        state = VideoState.zeros(language_model.config, 1, state_device, dtype)
+    else:
+        state = state.fork().to(state_device, dtype)
+    frames_before = int(state.metadata.get("frames", 0))
+    seconds_before = float(state.metadata.get("seconds", 0))
+    frames_read = 0
+
+    def advance(name: str, tokens: Tensor) -> None:
+        tokens = tokens.expand(state.batch_size, *tokens.shape[1:])
+        # Nobody wants hidden states here, but one row keeps every kernel's input non-empty. The mask is on the host:
+        # looking at it there does not make the next frames wait until the GPU has read these.
+        last = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        last[:, -1] = True
+        language_model(**{name: tokens}, past_key_values=state, use_cache=True, output_positions=last)
+
+    start = 0
+    for place, video in zip(places, videos, strict=True):
+        if place > start:
+            advance("input_ids", input_ids[:, start:place].to(device))
+        start = place + 1
+        read_before = frames_read
+        for chunk in video:
+            for pixels in _small_pieces(frames_of(chunk), model.config.read_chunk_frames):
+                advance("inputs_embeds", model.get_video_features(pixels).unsqueeze(0))
+                frames_read += len(pixels)
+            timestamps = getattr(chunk, "timestamps", None)
+            if timestamps is not None and len(timestamps):
+                state.metadata["seconds"] = str(seconds_before + float(timestamps[-1]))
+            state.metadata["frames"] = str(frames_before + frames_read)
+            if on_frames is not None:
+                on_frames(frames_read)
+        if frames_read == read_before:
+            raise ValueError(f"video {places.index(place)} of the prompt has no frames")
+        seconds_before = float(state.metadata.get("seconds", 0))
+    if start < input_ids.shape[1]:
+        advance("input_ids", input_ids[:, start:].to(device))
+    state.metadata.setdefault("frames", str(frames_before + frames_read))
+    return state
+
+
+def _small_pieces(pixels: Tensor, size: int) -> Iterator[Tensor]:
+    return (piece for piece in pixels.split(size) if len(piece))

@@ -1,0 +1,100 @@
+"""Reading a long video so that an interruption costs seconds: the unfinished state is kept in a file beside it."""
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .state_video import VideoState
+
+
+def read_resumably(
+    model: Any,
+    prefix: Tensor,
+    reader: Any,
+    state: VideoState | None,
+    *,
+    partial: str | os.PathLike,
+    request: Mapping[str, Any],
+    save_seconds: float,
+    on_frames: Callable[[int], None] | None = None,
+) -> VideoState:
+    """Read one video, saving the state reached to `partial` every `save_seconds`, and beginning there if it exists.
+
+    The result has the same bits however often the reading was interrupted: it is cut between chunks of
+    `config.read_chunk_frames` frames, where an uninterrupted reading hands over a state as well.
+
+    Args:
+        model: a `VideoMa2mbaForConditionalGeneration`.
+        prefix: (1, S) token ids that end in the video's one token.
+        reader: a `FrameReader`.
+        state: continue this one; None begins.
+        partial: file of the unfinished state, written whole or not at all. Left for the caller to remove once the
+            result is safe.
+        request: names and values that a reading must share to be continued; JSON.
+        on_frames: called with the number of frames read, those before the interruption included.
+
+    Raises:
+        ValueError: `partial` is damaged or belongs to another reading; names what differs.
+    """
+    size = model.config.read_chunk_frames
+    at_once = [size, model.config.vision_chunk_frames]
+    request = {**request, "number of frames at once": at_once, "state to continue": _mark(state)}
+    done = 0
+    if os.path.exists(partial):
+        state = VideoState.load(partial)
+        done = _frames_done(state, json.loads(json.dumps(request)), partial)
+        prefix = prefix[:, -1:]
+    elsewhere = (0 if state is None else int(state.metadata.get("frames", 0))) - done
+
+    chunks = reader.chunks(size, skip=done)
+    following = next(chunks, None)
+    while following is not None:
+        report = None if on_frames is None else lambda read, before=done: on_frames(before + read)
+        unread: list[Any] = []
+        go = _until(time.monotonic() + save_seconds, following, chunks, unread)
+        state = model.read(prefix, [go], state, report)
+        prefix = prefix[:, -1:]
+        done = int(state.metadata["frames"]) - elsewhere
+        (following,) = unread
+        if following is not None:
+            unfinished = state.fork()
+            unfinished.metadata |= {"reading": json.dumps(request), "reading_frames": str(done)}
+            unfinished.save(partial)
+    return state
+
+
+def _until(deadline: float, chunk: Any, chunks: Iterator[Any], unread: list[Any]) -> Iterator[Any]:
+    """Yield chunks until the deadline, but at least `chunk`; leave the next one (None at the end) in `unread`."""
+    while chunk is not None:
+        yield chunk
+        chunk = next(chunks, None)
+        if time.monotonic() >= deadline:
+            break
+    unread.append(chunk)
+
+
+def _frames_done(state: VideoState, request: Mapping[str, Any], partial: str | os.PathLike) -> int:
+    """Take the record of the unfinished reading out of the state's metadata, if it is the reading of `request`."""
+    try:
+        there, done = dict(json.loads(state.metadata.pop("reading"))), int(state.metadata.pop("reading_frames"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(partial)!r} is not an unfinished reading: name another file") from error
+    differing = [name for name in {**request, **there} if there.get(name) != request.get(name)]
+    if differing:
+        raise ValueError(
+            f"{os.fspath(partial)!r} holds an unfinished reading with another {' and another '.join(differing)}: "
+            "finish that one, or delete the file to begin again"
+        )
+    return done
+
+
+def _mark(state: VideoState | None) -> str:
+    """Tells states apart by what they hold."""
+    if state is None:
+        return ""
+    return f"{state.seen_tokens}:{zlib.crc32(state.ssm.detach().cpu().contiguous().numpy()):08x}"

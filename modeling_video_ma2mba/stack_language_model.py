@@ -1,0 +1,206 @@
+"""The Mamba-2 language model of Video-Ma2mba, without its head.
+
+Long sequences always run in segments, so no kernel sees more than a bounded number of tokens (full-length calls of
+the public kernels overflow 32-bit offsets beyond about 200k tokens). Legend: B batch, S tokens, D width, L layers.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .configuration_video_ma2mba import Ma2mbaTextConfig
+from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
+from .parallel_shards import ShardedLayers, is_unit
+from .recompute_engine import MultiAxisEngine
+from .recompute_plan import CheckpointSettings
+from .stack_token_layout import TokenLayout, kept_rows, original_order
+from .stack_weights import execution_device
+from .state_video import VideoState
+
+CPU_SEGMENT = 512
+"""Most tokens at a time on a CPU: longer segments leave its caches, which is slower and takes more memory."""
+
+
+class Ma2mbaTextModel(PreTrainedModel):
+    """Embedding, L Mamba-2 blocks and the final norm, from state to state."""
+
+    config_class = Ma2mbaTextConfig
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Ma2mbaBlock"]
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}
+
+    def __init__(self, config: Ma2mbaTextConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Ma2mbaBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm_f = Ma2mbaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.prefill_segment_length = 8192
+        self.engine = MultiAxisEngine()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "dt_bias"):
+            init_mixer_(module, self.config, init)
+        elif module is self.embeddings:
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif hasattr(module, "eps") and hasattr(module, "weight"):
+            init.ones_(module.weight)
+
+    def set_checkpointing(self, enabled: bool, **settings: Any) -> None:
+        """Turn Multi-Axis Gradient Checkpointing on or off; `settings` are the fields of `CheckpointSettings`."""
+        self.engine.configure(CheckpointSettings(**settings) if enabled else None)
+        self.gradient_checkpointing = enabled
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Data type of the residual stream."""
+        own = self.norm_f.weight.dtype
+        return torch.promote_types(own, torch.float32) if self.config.residual_in_fp32 else own
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: VideoState | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        output_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens from a state.
+
+        Args:
+            input_ids: (B, S), or inputs_embeds: (B, S, D); the latter may live on the CPU while the model is on a GPU.
+            attention_mask: (B, at least S), 1 on real tokens; padding on either side never touches the state.
+            past_key_values: the state to start from (updated in place), or None for the beginning.
+            use_cache: return the state after the last token. Default: on, but off in training.
+            seq_idx: (B, S) numbers of packed samples, 0, 1, 2, … along each row; the state restarts at each change.
+            output_positions: (B, S) bool, the positions whose hidden states are wanted; the others are never kept.
+
+        Returns:
+            `last_hidden_state`: (B, S, D), or (number of wanted positions, D) in row-major order; `past_key_values`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        tokens = inputs_embeds.shape[1]
+        if tokens == 0:
+            raise ValueError("the sequence is empty: give at least one token")
+        if use_cache and self.recomputes:
+            raise ValueError("use_cache=True cannot be combined with gradient checkpointing: pass use_cache=False")
+        use_cache = not self.training if use_cache is None else use_cache
+        hidden, conv, ssm = self.scan(inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions)
+        state = past_key_values
+        if use_cache:
+            if state is None:
+                state = VideoState(conv, ssm, tokens)
+            else:
+                state.update(conv, ssm, tokens)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=state if use_cache else None)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a forward pass now would checkpoint: switched on, in training, gradients wanted."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def scan(
+        self,
+        inputs_embeds: Tensor,
+        state: VideoState | None = None,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        output_positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiable from state to state, with or without checkpointing: truncated backpropagation through time
+        cuts wherever it likes. Arguments as in `forward`.
+
+        Returns:
+            hidden states (B, S, D) or (wanted, D), conv (L, B, C, W-1), ssm (L, B, H, P, N); gradients flow from all
+            three to the inputs, the parameters and the given state's tensors.
+        """
+        batch, tokens = inputs_embeds.shape[:2]
+        if state is not None:
+            state.check_fits(self.config)
+            if state.batch_size != batch:
+                raise ValueError(f"the state holds {state.batch_size} rows, the input {batch}")
+        if output_positions is not None and output_positions.shape != (batch, tokens):
+            raise ValueError(f"output_positions must be ({batch}, {tokens}), not {tuple(output_positions.shape)}")
+        for name, value in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
+            if value is not None and value.shape[0] != batch:
+                raise ValueError(f"{name} has {value.shape[0]} rows, the input {batch}")
+        layout = TokenLayout.of(attention_mask, tokens, seq_idx)
+        x = layout.arrange(inputs_embeds)
+        keep = kept_rows(output_positions, layout)
+        if self.recomputes:
+            hidden, conv, ssm = self.engine.run(self, x, state, layout, keep)
+        else:
+            hidden, conv, ssm = self._run_segments(x, state, layout, keep)
+        if keep is None:
+            hidden = layout.restore(hidden)
+        elif (order := original_order(output_positions, layout)) is not None:
+            hidden = hidden[order]
+        return hidden, layout.forget_other_samples(conv), ssm
+
+    def _run_segments(
+        self, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers over one segment after the other; plain autograd when gradients are on.
+
+        Returns hidden states (B, S, D) or (kept, D), conv (L, B, C, W-1) and ssm (L, B, H, P, N).
+        """
+        batch, tokens = x.shape[:2]
+        device, own = execution_device(self.norm_f), self.norm_f.weight.dtype
+        layers = len(self.layers)
+        conv = [None] * layers if state is None else list(state.conv)
+        ssm = [None] * layers if state is None else list(state.ssm)
+        pieces, rows = [], []
+        sharded = ShardedLayers.of(self.layers) if is_unit(self.layers[0]) else None
+        if sharded is not None and torch.is_grad_enabled():
+            raise ValueError(
+                "layers that are FSDP units train with checkpointing only: gradient_checkpointing_enable()"
+            )
+        length = self.prefill_segment_length
+        if device.type == "cpu":
+            length = min(length, max(CPU_SEGMENT // max(batch, 1), CPU_SEGMENT // 8))
+        rounds = math.ceil(tokens / length)
+        most = rounds if sharded is None else sharded.largest(rounds)[0]
+        for start in range(0, tokens, length):
+            stop = min(start + length, tokens)
+            lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
+            segment = x[:, start:stop].to(device, self.stream_dtype)
+            around = None if sharded is None else sharded.gathered
+            segment, delta, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx, around=around)
+            if keep is not None:
+                row, column = keep[:, start:stop].nonzero(as_tuple=True)
+                rows.append(row * tokens + column + start)
+                # Positions given on the host stay a plain copy: nothing here waits for the GPU.
+                row, column = (i.to(segment.device, non_blocking=True) for i in (row, column))
+                segment, delta = segment[row, column].unsqueeze(0), delta[row, column].unsqueeze(0)
+            pieces.append(self.norm_f(segment, delta, own)[0])
+        if sharded is not None:
+            sharded.idle_rounds(self.layers, most - rounds)
+        hidden = torch.cat(pieces, dim=1)
+        if keep is not None:
+            hidden = hidden[0]
+            if batch > 1:  # segments come one after the other, the result is row after row
+                hidden = hidden[torch.cat(rows).argsort()]
+        # Layers may live on several GPUs; the state is one tensor, and hooks bring its parts to where they are used.
+        return hidden, torch.stack([c.to(device) for c in conv]), torch.stack([s.to(device) for s in ssm])

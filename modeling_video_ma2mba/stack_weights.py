@@ -1,0 +1,45 @@
+"""Where a module's weights compute, and whether a checkpoint brought all of them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Device of `module`'s computation. With offloading (accelerate's hooks) its weights may be on the meta device."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(module.parameters()).device
+
+
+def refuse_incomplete(name: Any, report: dict[str, Any], accept_other_sizes: bool = False) -> None:
+    """Raise unless transformers' loading report says that every parameter came from the checkpoint.
+
+    transformers only warns about tensors that a checkpoint lacks, and old versions of it name the tensors of vision
+    towers differently: without this check a model with a random tower would answer, fluently and wrongly.
+
+    Args:
+        name: directory or Hub id, for the message.
+        report: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+        accept_other_sizes: the caller asked for `ignore_mismatched_sizes`.
+
+    Raises:
+        ValueError: tensors are missing or have other sizes than the configuration says; names the first of them.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"checkpoint {name} lacks {len(missing)} of the model's tensors: {_first(missing)}; it is incomplete, or "
+            "was saved for another architecture or by a transformers version older than 5.6"
+        )
+    other = sorted(report["mismatched_keys"], key=lambda entry: entry[0])
+    if other and not accept_other_sizes:
+        shapes = [f"{key} is {list(found)} instead of {list(wanted)}" for key, found, wanted in other]
+        raise ValueError(f"checkpoint {name} does not fit its config.json: {_first(shapes)}")
+
+
+def _first(items: list[str], count: int = 3) -> str:
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")

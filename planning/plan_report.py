@@ -1,0 +1,269 @@
+"""`plan(...)`: what training on a video of a given length will take, from a configuration alone.
+
+No weights are loaded and no GPU is asked: parameters are counted on the meta device, memory comes from
+`cost_memory`, seconds from constants measured on the GPU named in the report (`cost_time`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
+from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts
+from ..modeling_video_ma2mba.planner import Limits, candidate_plans, fastest, least_host_memory, longest_that_fits
+from ..modeling_video_ma2mba.recompute_plan import CheckpointPlan, parse_bytes
+from .planned_step import DTYPES, OPTIMIZERS, describe_step, model_and_config, require
+
+_LONGEST = 1 << 26
+# Of the host's memory, for checkpoints and inputs; the rest is for frames, data loading and everybody else.
+_PINNED_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class ConsideredPlan:
+    """A row of the table of plans: a method, its best plan, what it would take, and whether that fits."""
+
+    method: str
+    prediction: Prediction
+    fits: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        p = self.prediction
+        return {
+            "method": self.method,
+            "layers_per_block": p.plan and p.plan.layers_per_block,
+            "segment_length": p.plan and p.plan.segment_length,
+            "offload": bool(p.plan and p.plan.offload),
+            "gpu_peak_bytes": p.gpu_peak,
+            "above_weights_bytes": p.above_weights,
+            "host_bytes": p.host_peak,
+            "step_seconds": round(p.step_seconds, 3),
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `plan` found.
+
+    Attributes:
+        method: "multi_axis", or "off" where nothing needs recomputing. plan: the cells, None for "off".
+        prediction: memory and time of one step. tokens, frames, batch: the step that was planned (per row).
+        longest_tokens, longest_frames, longest_seconds: the longest video for which some plan fits, one row at a time
+            as planned, at `fps` frames a second; `longest_frames` is None for a language model alone.
+        considered: all methods, fitting or not. gpu_memory, host_memory: the budgets in bytes.
+        hardware: the GPU on which the constants behind the seconds were measured.
+    """
+
+    method: str
+    prediction: Prediction
+    tokens: int
+    frames: int | None
+    batch: int
+    longest_tokens: int
+    longest_frames: int | None
+    longest_seconds: float | None
+    considered: tuple[ConsideredPlan, ...]
+    gpu_memory: int
+    host_memory: int
+    hardware: str
+
+    @property
+    def plan(self) -> CheckpointPlan | None:
+        return self.prediction.plan
+
+    @property
+    def longest_video(self) -> str | None:
+        """The longest video as h:mm:ss."""
+        return None if self.longest_seconds is None else clock(self.longest_seconds)
+
+    @property
+    def checkpointing_arguments(self) -> dict[str, Any] | None:
+        """What to give to `model.gradient_checkpointing_enable`; None when checkpointing is better left off."""
+        return None if self.plan is None else {"method": "multi_axis", **asdict(self.plan)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        p = self.prediction
+        return {
+            "method": self.method,
+            "gradient_checkpointing": self.checkpointing_arguments,
+            "tokens": self.tokens,
+            "frames": self.frames,
+            "batch": self.batch,
+            "gpu_peak_bytes": p.gpu_peak,
+            "gpu_bytes": p.gpu,
+            "worst_phase": p.phase,
+            "phase_bytes": p.phases,
+            "host_bytes": p.host,
+            "step_seconds": round(p.step_seconds, 3),
+            "seconds": {name: round(value, 3) for name, value in p.seconds.items()},
+            "tokens_per_second": round(self.tokens * self.batch / p.step_seconds),
+            "longest": {
+                "tokens": self.longest_tokens,
+                "frames": self.longest_frames,
+                "duration": self.longest_video,
+            },
+            "considered": [row.to_dict() for row in self.considered],
+            "gpu_memory_bytes": self.gpu_memory,
+            "host_memory_bytes": self.host_memory,
+            "seconds_measured_on": self.hardware,
+        }
+
+
+def plan(
+    model_or_config: Any,
+    *,
+    tokens: int | None = None,
+    frames: int | None = None,
+    batch: int = 1,
+    gpu_memory: int | float | str = "80GB",
+    host_memory: int | float | str = "128GB",
+    train: Sequence[str] | None = None,
+    optimizer: str = "adamw",
+    dtype: str = "bfloat16",
+    text_tokens: int = 512,
+    labels: int = 512,
+    fps: float = 1.0,
+    costs: MeasuredCosts = H200,
+) -> PlanReport:
+    """The fastest way to train on one video (or `batch` of them) within the memory of a GPU and its host.
+
+    Args:
+        model_or_config: a Video-Ma2mba model or configuration, or one of its language model alone (a transformers
+            `Mamba2Config` too).
+        tokens, frames: length of one sample, one of them; frames take `config.tokens_per_frame` tokens each, and
+            `text_tokens` come on top.
+        gpu_memory, host_memory: what there is, in bytes or as a text such as "80GB"; 85 % of the host's may be pinned
+            for checkpoints and inputs.
+        train: parts that train, of "lm", "projector" and "vision". None: all for a configuration, what requires
+            gradients for a model.
+        optimizer: one of `OPTIMIZERS`. dtype: "bfloat16", "float16", "mixed" (fp32 weights, bf16 autocast), "float32".
+        labels: labelled positions per sample. fps: frames per second, for the length in time.
+
+    Raises:
+        ValueError: a wrong argument; a model without Mamba-2 blocks; a GPU that cannot hold the weights, or no plan
+            that fits: the message says what would.
+    """
+    gpu_bytes, host_memory_bytes = parse_bytes(gpu_memory, "gpu_memory"), parse_bytes(host_memory, "host_memory")
+    require(batch >= 1, f"batch={batch} is not valid: it must be at least 1")
+    require(fps > 0, f"fps={fps} is not valid: it must be positive")
+    require(optimizer in OPTIMIZERS, f"optimizer={optimizer!r} is unknown: use one of {sorted(OPTIMIZERS)}")
+    require(dtype in DTYPES, f"dtype={dtype!r} is unknown: use one of {sorted(DTYPES)}")
+    model, config = model_and_config(model_or_config, train)
+    per_frame = getattr(config, "tokens_per_frame", None)
+    require((tokens is None) != (frames is None), "give either tokens or frames (of one sample)")
+    if frames is not None:
+        require(per_frame is not None, "frames need a vision tower, and this is a language model alone: give tokens")
+        require(frames >= 1, f"frames={frames} is not valid: it must be at least 1")
+        tokens = frames * per_frame + text_tokens
+    elif per_frame is not None:
+        frames = max(0, tokens - text_tokens) // per_frame
+    require(tokens >= 1, f"tokens={tokens} is not valid: it must be at least 1")
+
+    job = describe_step(model, config, tokens, frames, batch, optimizer, dtype, labels)
+    fixed = job.weights + job.gradients + job.optimizer
+    require(
+        fixed + costs.context < gpu_bytes,
+        f"gpu_memory={gpu_memory} cannot hold the model: weights take {job.weights / 1e9:.1f} GB, gradients "
+        f"{job.gradients / 1e9:.1f} GB, the optimizer's state {job.optimizer / 1e9:.1f} GB and the CUDA context "
+        f"{costs.context / 1e9:.1f} GB; use a larger GPU, train fewer parts (train=...) or a lighter optimizer",
+    )
+    limits = Limits(gpu_bytes - costs.context - fixed, _PINNED_SHARE * host_memory_bytes)
+    considered = _consider(job, limits, costs)
+    fitting = [row for row in considered if row.fits]
+    # Per row of the batch; a longer video takes more of everything, so the search may start anywhere.
+    longest = longest_that_fits(job, limits, _LONGEST, costs)
+    longest_frames = None if per_frame is None else max(0, longest - text_tokens) // per_frame
+    if not fitting:
+        in_frames = "" if longest_frames is None else f" ({longest_frames} frames)"
+        fewer = f"at most {longest} tokens per sample{in_frames}" if longest else ""
+        raise ValueError(_nothing_fits(job, considered, limits, costs, fewer))
+    best = min(fitting, key=lambda row: row.prediction.step_seconds)
+    return PlanReport(
+        method="off" if best.prediction.plan is None else "multi_axis",
+        prediction=best.prediction,
+        tokens=tokens,
+        frames=frames,
+        batch=batch,
+        longest_tokens=longest,
+        longest_frames=longest_frames,
+        longest_seconds=None if longest_frames is None else longest_frames / fps,
+        considered=tuple(considered),
+        gpu_memory=gpu_bytes,
+        host_memory=host_memory_bytes,
+        hardware=f"{costs.hardware}, {costs.date}",
+    )
+
+
+def memory_by_method(config: Any, tokens: int, dtype: str = "bfloat16") -> dict[str, Prediction]:
+    """What every method takes to train the language model of `config` on one sample of `tokens`, for plots.
+
+    Multi-axis plans ("multi_axis" with checkpoints on the GPU, "host") are the smallest among those that are at most
+    5 % slower than the fastest one, whatever it takes.
+    """
+    model, text = model_and_config(getattr(config, "text_config", config), ("lm",))
+    job = describe_step(model, text, tokens, None, 1, "none", dtype, 512)
+    found = {
+        "off": predict_job(job, None),
+        "per_layer": predict_job(job, CheckpointPlan(1, tokens)),
+        "sqrt": predict_job(job, CheckpointPlan(max(1, round(math.sqrt(job.shape.layers))), tokens)),
+    }
+    for name, place in (("multi_axis", False), ("host", True)):
+        predictions = [predict_job(job, p) for p in candidate_plans(job, (place,))]
+        deadline = 1.05 * min(p.step_seconds for p in predictions)
+        found[name] = min((p for p in predictions if p.step_seconds <= deadline), key=lambda p: p.gpu_peak)
+    return found
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _consider(job: StepJob, limits: Limits, costs: MeasuredCosts) -> list[ConsideredPlan]:
+    """Every method with its plan: the classical ones, then the fastest (or, where none fits, the smallest) of ours."""
+    layers, tokens = job.shape.layers, job.work.tokens
+    classical = {
+        "off": None,
+        "per_layer": CheckpointPlan(1, tokens),
+        "sqrt": CheckpointPlan(max(1, round(math.sqrt(layers))), tokens),
+    }
+    longest = job.shape.longest_segment // job.work.batch
+    rows = []
+    for method, checkpoints in classical.items():
+        prediction = predict_job(job, checkpoints, costs)
+        within = limits.allow(prediction, costs.slack) and (checkpoints is None or tokens <= longest)
+        rows.append(ConsideredPlan(method, prediction, within))
+    for method, place in (
+        ("multi_axis, checkpoints on the GPU", False),
+        ("multi_axis, checkpoints on the host", True),
+    ):
+        plans = list(candidate_plans(job, (place,)))
+        best = fastest(job, plans, limits, costs)
+        smallest = best or min((predict_job(job, p, costs) for p in plans), key=lambda p: p.gpu_peak)
+        rows.append(ConsideredPlan(method, smallest, best is not None))
+    return rows
+
+
+def _nothing_fits(
+    job: StepJob, considered: list[ConsideredPlan], limits: Limits, costs: MeasuredCosts, longest: str
+) -> str:
+    smallest = min((row.prediction for row in considered), key=lambda p: p.gpu_peak)
+    needed = smallest.above_weights * (1 + costs.slack)
+    remedies = [longest] if longest else []
+    if job.work.batch > 1:
+        remedies.append("fewer samples per batch")
+    host = least_host_memory(job, candidate_plans(job), limits, costs)
+    if host is not None:
+        remedies.append(f"host_memory of {math.ceil(host / _PINNED_SHARE / 1e9)}GB")
+    if needed > limits.gpu:
+        remedies.append(f"{math.ceil((needed - limits.gpu) / 1e9)} GB more GPU memory")
+    return (
+        f"no plan fits {job.work.batch} x {job.work.tokens} tokens: {limits.gpu / 1e9:.1f} GB of GPU memory are left "
+        f"beside weights, gradients and optimizer state, and {limits.host / 1e9:.0f} GB of host memory may be pinned; "
+        f"the smallest plan takes {needed / 1e9:.1f} GB and {smallest.host_peak / 1e9:.0f} GB. "
+        f"What would fit: {'; '.join(remedies)}."
+    )
