@@ -24,7 +24,7 @@ from result_tables import append_rows
 from torch import nn
 
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointPlan
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 
 SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
@@ -122,7 +122,7 @@ def configure(model: nn.Module, method: str, tokens: int) -> bool:
     return False
 
 
-def checkpoint_bytes(model: Ma2mbaTextModel, plan: CheckpointPlan, tokens: int) -> int:
+def kept_bytes(model: Ma2mbaTextModel, plan: RecomputePlan, tokens: int) -> int:
     """Block inputs in fp32 and the border states of every layer."""
     config = model.config
     states = 4 * config.inner_size * config.state_size + 2 * config.conv_dim * (config.conv_kernel - 1)
@@ -143,7 +143,7 @@ def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -
         step = Step(model, tokens, on_host)
         seconds, peaks = [], []
         if steps == 0 and (plan := model.engine.settings.fixed_plan(len(model.layers), tokens)) and plan.offload:
-            model.engine.reserve_host_memory(checkpoint_bytes(model, plan, tokens))
+            model.engine.reserve_host_memory(kept_bytes(model, plan, tokens))
         for _ in range(steps + 1):
             zero_gradients(model)
             torch.cuda.synchronize()
@@ -159,7 +159,7 @@ def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -
                 "grad_norm": f"{gradient_norm(model):.5g}", "host_gb": 0.0}  # fmt: skip
         engine = getattr(model, "engine", None)
         if engine is not None and method != "off":
-            plan: CheckpointPlan = engine.last_plan
+            plan: RecomputePlan = engine.last_plan
             row["plan"] = (
                 f"l={plan.layers_per_block} s={min(plan.segment_length, tokens)} {'host' if plan.offload else 'gpu'}"
             )

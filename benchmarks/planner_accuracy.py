@@ -25,7 +25,7 @@ from video_ma2mba.modeling_video_ma2mba.cost_step import (
     predict_job,
 )
 from video_ma2mba.modeling_video_ma2mba.cost_time import H200, MeasuredCosts
-from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointPlan
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "ma_gc.md"
@@ -36,13 +36,13 @@ FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "measured_gb"
           "measured_tokens_per_s", "predicted_tokens_per_s", "speed_error_percent"]  # fmt: skip
 
 
-def job_of(row: dict[str, str]) -> tuple[StepJob, CheckpointPlan | None]:
+def job_of(row: dict[str, str]) -> tuple[StepJob, RecomputePlan | None]:
     """The step and the plan behind a row of ma_gc.csv."""
     width, layers = SIZES[row["model"]]
     shape = StackShape.of(Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
     tokens = int(row["tokens"])
     found = re.fullmatch(r"l=(\d+) s=(\d+) (host|gpu)", row["plan"])
-    plan = CheckpointPlan(int(found[1]), int(found[2]), found[3] == "host") if found else None
+    plan = RecomputePlan(int(found[1]), int(found[2]), found[3] == "host") if found else None
     on_host = ",host" in row["method"] or row["method"].startswith("multi_axis:")
     work = Workload(
         tokens=tokens,

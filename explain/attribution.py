@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..modeling_video_ma2mba.planner import choose_plan
 from ..modeling_video_ma2mba.recompute_engine import MultiAxisEngine
-from ..modeling_video_ma2mba.recompute_plan import CheckpointSettings
+from ..modeling_video_ma2mba.recompute_plan import RecomputeSettings
 from ..modeling_video_ma2mba.stack_language_model import CPU_SEGMENT
 from ..modeling_video_ma2mba.stack_token_layout import TokenLayout
 from ..modeling_video_ma2mba.stack_weights import execution_device
@@ -84,16 +84,16 @@ class VideoReading:
         return gradient[0, len(self.prompt.opening) :].view(self.prompt.features.shape)
 
 
-def _settings(language: Any, x: Tensor, keep: Tensor, memory: str | None) -> CheckpointSettings:
+def _settings(language: Any, x: Tensor, keep: Tensor, memory: str | None) -> RecomputeSettings:
     """On a GPU the planner's cells; on a CPU the short ones that it computes fastest, where their states fit."""
     if execution_device(language.norm_f).type == "cuda":
-        return CheckpointSettings(memory_budget=memory)
+        return RecomputeSettings(memory_budget=memory)
     memory = memory or "2GB"
-    short = CheckpointSettings(memory_budget=memory, segment_length=CPU_SEGMENT)
+    short = RecomputeSettings(memory_budget=memory, segment_length=CPU_SEGMENT)
     try:
         choose_plan(short, language, x, keep)
     except ValueError:  # longer cells have fewer borders, and if nothing fits the engine says what would
-        return CheckpointSettings(memory_budget=memory)
+        return RecomputeSettings(memory_budget=memory)
     return short
 
 

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, term by term, from the sizes of the model and the plan of checkpointing.
+"""How much memory a training step takes, term by term, from the sizes of the model and the plan of recomputation.
 
 Nothing here is measured: every term is a tensor that the engine (`recompute_engine`), the mixers
 (`ops_ssd_mamba_ssm`, `ops_ssd`), the loss (`recompute_loss`) or the vision part (`vision_features`) allocates, counted
@@ -11,7 +11,7 @@ size, G groups, Q chunk length; Z = E + C + H is the output width of in_proj. Ev
 from dataclasses import dataclass
 from typing import Any
 
-from .recompute_plan import CheckpointPlan
+from .recompute_plan import RecomputePlan
 
 # Numbers in one chunk of logits (`recompute_loss`).
 _LOGITS_PER_CHUNK = 2**25
@@ -166,14 +166,14 @@ def loss_bytes(shape: StackShape, work: Workload) -> float:
     return logits + shape.vocabulary * shape.width * copies
 
 
-def checkpoint_bytes(shape: StackShape, work: Workload, plan: CheckpointPlan) -> tuple[float, float]:
+def kept_bytes(shape: StackShape, work: Workload, plan: RecomputePlan) -> tuple[float, float]:
     """Block inputs and border states that wait between forward and backward."""
     blocks, segments = _counts(shape, work, plan)
     inputs = (blocks - 1) * work.batch * work.tokens * shape.stream * shape.width
     return inputs, (segments - 1) * shape.layers * work.batch * shape.state_bytes
 
 
-def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dict[str, dict[str, float]]:
+def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict[str, dict[str, float]]:
     """GPU bytes above weights and gradients in every phase of the language model's step, by what holds them."""
     blocks, segments = _counts(shape, work, plan)
     layers = min(plan.layers_per_block, shape.layers)
@@ -183,7 +183,7 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
     row = shape.compute * shape.width
     inputs = row * work.batch * work.tokens if work.input_on_gpu else 0
     kept = row * work.kept_rows
-    waiting_x, waiting_state = checkpoint_bytes(shape, work, plan)
+    waiting_x, waiting_state = kept_bytes(shape, work, plan)
     stored = 0 if plan.offload else waiting_x + waiting_state
     # Casting keeps 16-bit copies of the weights as long as the autocast region lasts.
     cast = _weights_per_layer(shape) * shape.compute if work.autocast else 0
@@ -191,7 +191,7 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
     leaving = _COPIES_IN_FLIGHT * stream if plan.offload and blocks > 1 else 0
     forward = {
         "input": inputs,
-        "checkpoints": stored,
+        "kept activations": stored,
         "prefetch": leaving + (2 * state if plan.offload and segments > 1 else 0),
         "cell": stream + rows * forward_temporaries_per_token(shape),
         "states": 2 * shape.layers * work.batch * shape.state_bytes,
@@ -200,7 +200,7 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
     }
     loss = {
         "input": inputs,
-        "checkpoints": stored,
+        "kept activations": stored,
         "prefetch": leaving,
         "kept rows": 2 * kept,
         "loss": loss_bytes(shape, work),
@@ -228,18 +228,18 @@ def stack_phases(shape: StackShape, work: Workload, plan: CheckpointPlan) -> dic
         arriving = states_arriving + (2 if segments > 1 else 1) * stream
         phases["backward"] = backward | {
             "input": inputs,
-            "checkpoints": max(0, stored - (0 if plan.offload else stream + arriving)),
+            "kept activations": max(0, stored - (0 if plan.offload else stream + arriving)),
             "prefetch": leaving + arriving if plan.offload else 0,
             "cell": cell,
             "states": 3 * state,
             "gradient sums": sums_before,
         }
-    # The first block reads the input instead of a checkpoint, and writes the input's gradient.
+    # The first block reads the input instead of a kept activation, and writes the input's gradient.
     between = stream * segments if blocks > 1 else 0
     waiting = between + (segments - 1) * state
     first_block = backward | {
         "input": inputs * (2 if work.input_gradient else 1),
-        "checkpoints": 0 if plan.offload else max(0, waiting - (stream if blocks > 1 else 0) - states_arriving),
+        "kept activations": 0 if plan.offload else max(0, waiting - (stream if blocks > 1 else 0) - states_arriving),
         "prefetch": leaving + states_arriving + (stream if blocks > 1 and segments > 1 else 0) if plan.offload else 0,
     }
     copied = 0 if work.input_on_gpu else row * rows
@@ -278,14 +278,14 @@ def plain_phases(shape: StackShape, work: Workload, segment_length: int) -> dict
     return {"forward": forward, "loss": loss, "backward": backward}
 
 
-def host_bytes(shape: StackShape, work: Workload, plan: CheckpointPlan | None) -> dict[str, float]:
-    """Pinned host memory: offloaded checkpoints, and the input with its gradient where they live there."""
+def host_bytes(shape: StackShape, work: Workload, plan: RecomputePlan | None) -> dict[str, float]:
+    """Pinned host memory: offloaded activations, and the input with its gradient where they live there."""
     inputs = shape.compute * shape.width * work.batch * work.tokens * (2 if work.input_gradient else 1)
-    stored = sum(checkpoint_bytes(shape, work, plan)) if plan is not None and plan.offload else 0
-    return {"checkpoints": stored, "input": 0 if work.input_on_gpu else inputs}
+    stored = sum(kept_bytes(shape, work, plan)) if plan is not None and plan.offload else 0
+    return {"kept activations": stored, "input": 0 if work.input_on_gpu else inputs}
 
 
-def _counts(shape: StackShape, work: Workload, plan: CheckpointPlan) -> tuple[int, int]:
+def _counts(shape: StackShape, work: Workload, plan: RecomputePlan) -> tuple[int, int]:
     return -(-shape.layers // plan.layers_per_block), -(-work.tokens // plan.segment_length)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from .cost_memory import StackShape, Workload, host_bytes, plain_phases, stack_phases
 from .cost_time import H200, MeasuredCosts, stack_seconds, vision_seconds
 from .cost_vision import VisionLoad, vision_phases
-from .recompute_plan import CheckpointPlan
+from .recompute_plan import RecomputePlan
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class StepJob:
 
     Attributes:
         weights, gradients, optimizer: bytes on the GPU. plain_segment: tokens per segment without checkpointing.
-        input_follows_plan: the input lives where the checkpoints live, as it does when `offload=True` was asked for;
+        input_follows_plan: the input lives where the kept activations live, as when `offload=True` was asked for;
             otherwise `work` says where it is.
     """
 
@@ -41,7 +41,7 @@ class Prediction:
         host: pinned host bytes by what holds them. seconds: by part of the model.
     """
 
-    plan: CheckpointPlan | None
+    plan: RecomputePlan | None
     gpu: dict[str, int]
     phase: str
     phases: dict[str, int]
@@ -69,7 +69,7 @@ class Prediction:
         return sum(self.seconds.values())
 
 
-def predict_job(job: StepJob, plan: CheckpointPlan | None, costs: MeasuredCosts = H200) -> Prediction:
+def predict_job(job: StepJob, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> Prediction:
     """Memory and time of `job` under `plan`; `plan=None` is training without checkpointing."""
     work = job.work
     if job.input_follows_plan:
@@ -90,7 +90,7 @@ def predict_job(job: StepJob, plan: CheckpointPlan | None, costs: MeasuredCosts 
 
 def predict(
     config: Any,
-    plan: CheckpointPlan | None,
+    plan: RecomputePlan | None,
     tokens: int,
     batch: int = 1,
     *,

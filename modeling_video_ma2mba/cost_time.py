@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .cost_memory import StackShape, Workload
 from .cost_vision import VisionLoad
-from .recompute_plan import CheckpointPlan
+from .recompute_plan import RecomputePlan
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ H200 = MeasuredCosts(
 )
 
 
-def stack_seconds(
-    shape: StackShape, work: Workload, plan: CheckpointPlan | None, costs: MeasuredCosts = H200
-) -> float:
+def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> float:
     """Seconds of forward and backward of the stack; `plan=None` recomputes nothing."""
     if plan is None:
         forward, backward = _layer_seconds(shape, work, work.batch * work.tokens, costs)

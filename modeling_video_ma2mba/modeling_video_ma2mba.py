@@ -23,7 +23,7 @@ from .decode_loop import FastGenerationMixin
 from .generation_video_ma2mba import PromptGenerationMixin
 from .recompute_chunks import RowLayout
 from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
-from .recompute_plan import CheckpointSettings
+from .recompute_plan import RecomputeSettings
 from .stack_language_model import Ma2mbaTextModel
 from .stack_weights import refuse_incomplete
 from .state_video import VideoState
@@ -77,7 +77,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Every road of transformers, PEFT and TRL to gradient checkpointing ends here.
 
-        Keys of the checkpointing arguments are the fields of `CheckpointSettings` ("method", "segment_length",
+        Keys of the checkpointing arguments are the fields of `RecomputeSettings` ("method", "segment_length",
         "layers_per_block", "offload", "memory_budget", "host_memory_budget", ...); "use_reentrant" is accepted and has
         no meaning here. The vision tower is recomputed in chunks of frames.
 
@@ -91,7 +91,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
                 settings.setdefault("offload", True)  # transformers' own `offload=True` arrives as another function
         if every_n_layers != 1:
             raise ValueError(f"every_n_layers={every_n_layers} is not supported: use layers_per_block instead")
-        known = [field.name for field in fields(CheckpointSettings)]
+        known = [field.name for field in fields(RecomputeSettings)]
         if unknown := sorted(settings.keys() - known):
             raise ValueError(f"unknown gradient checkpointing arguments {unknown}: use some of {known}")
         base = self._base()

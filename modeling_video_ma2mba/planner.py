@@ -1,8 +1,8 @@
 """Chooses the plan of a training step: the fastest predicted one that fits the GPU's and the host's memory.
 
 The search is over values only (`cost_memory`, `cost_time`): every useful number of layers per block, segment
-lengths that halve the sequence again and again, checkpoints on the GPU or on the host; a few hundred predictions of
-some microseconds, once per shape of batch.
+lengths that halve the sequence again and again, activations kept on the GPU or on the host; a few hundred
+predictions of some microseconds, once per shape of batch.
 """
 
 import math
@@ -19,7 +19,7 @@ from .cost_memory import StackShape, Workload
 from .cost_step import Prediction, StepJob, predict_job
 from .cost_time import H200, MeasuredCosts
 from .ops_ssd import backend_for
-from .recompute_plan import CheckpointPlan, CheckpointSettings, parse_bytes
+from .recompute_plan import RecomputePlan, RecomputeSettings, parse_bytes
 
 # Segments are multiples of this: the chunk of the SSD kernels (paper, section 4.1).
 SEGMENT_STEP = 256
@@ -55,7 +55,7 @@ def candidate_plans(
     offload: Iterable[bool] = (False, True),
     segment_length: int | None = None,
     layers_per_block: int | None = None,
-) -> Iterator[CheckpointPlan]:
+) -> Iterator[RecomputePlan]:
     """Every plan worth predicting, with fixed fields as given."""
     longest = job.shape.longest_segment // job.work.batch
     segments = [segment_length] if segment_length else segment_lengths(job.work.tokens, longest)
@@ -63,7 +63,7 @@ def candidate_plans(
     for place in offload:
         for layers in sizes:
             for segment in segments:
-                yield CheckpointPlan(layers, segment, place)
+                yield RecomputePlan(layers, segment, place)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def footprint(prediction: Prediction) -> float:
 
 
 def fastest(
-    job: StepJob, plans: Iterable[CheckpointPlan], limits: Limits, costs: MeasuredCosts = H200
+    job: StepJob, plans: Iterable[RecomputePlan], limits: Limits, costs: MeasuredCosts = H200
 ) -> Prediction | None:
     """The fastest plan within the limits; among equally fast ones the one with the least memory (`footprint`)."""
     fitting = [p for p in (predict_job(job, plan, costs) for plan in plans) if limits.allow(p, costs.slack)]
@@ -100,7 +100,7 @@ def fastest(
 
 
 def least_host_memory(
-    job: StepJob, plans: Iterable[CheckpointPlan], limits: Limits, costs: MeasuredCosts = H200
+    job: StepJob, plans: Iterable[RecomputePlan], limits: Limits, costs: MeasuredCosts = H200
 ) -> int | None:
     """The least that a plan within the GPU's limit pins; None if the GPU is the obstacle."""
     no_host = replace(limits, host=math.inf)
@@ -146,7 +146,7 @@ class _Memo:
 _memos: WeakKeyDictionary[nn.Module, _Memo] = WeakKeyDictionary()
 
 
-def choose_plan(settings: CheckpointSettings, model: nn.Module, x: Tensor, keep: Tensor | None) -> CheckpointPlan:
+def choose_plan(settings: RecomputeSettings, model: nn.Module, x: Tensor, keep: Tensor | None) -> RecomputePlan:
     """The plan for this batch: what the settings fix, the rest the fastest that fits.
 
     Args:
@@ -221,7 +221,7 @@ def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
     return StepJob(StackShape.of(model.config, dtype.itemsize, kernels), work)
 
 
-def _limits(settings: CheckpointSettings, model: nn.Module, job: StepJob, x: Tensor) -> Limits:
+def _limits(settings: RecomputeSettings, model: nn.Module, job: StepJob, x: Tensor) -> Limits:
     device = model.norm_f.weight.device
     # Host memory that the engine has pinned already counts as available to it.
     pinned = getattr(getattr(model, "engine", None), "last_host_bytes", 0)
@@ -229,12 +229,12 @@ def _limits(settings: CheckpointSettings, model: nn.Module, job: StepJob, x: Ten
 
 
 def step_limits(
-    settings: CheckpointSettings, model: nn.Module, device: torch.device, pinned: int = 0, allocated: int = 0
+    settings: RecomputeSettings, model: nn.Module, device: torch.device, pinned: int = 0, allocated: int = 0
 ) -> Limits:
     """What a step of `model` on `device` may take now: the settings' budgets, or what is free.
 
     Args:
-        pinned: host bytes that are pinned for checkpoints already. allocated: GPU bytes of the step already there.
+        pinned: host bytes pinned for kept activations already. allocated: GPU bytes of the step already there.
     """
     host = parse_bytes(settings.host_memory_budget, "host_memory_budget")
     host = host if host is not None else (available_host_bytes() + pinned) / 2
@@ -292,7 +292,7 @@ def _round_up(nbytes: float) -> str:
     return f"{math.ceil(nbytes / 1e8) / 10:.1f}GB"
 
 
-def out_of_memory_message(plan: CheckpointPlan, model: nn.Module, tokens: int, phase: str, error: Any) -> str:
+def out_of_memory_message(plan: RecomputePlan, model: nn.Module, tokens: int, phase: str, error: Any) -> str:
     """What to tell a user whose step ran out of GPU memory: the plan, both peaks, and the next smaller plan."""
     device = model.norm_f.weight.device
     reached = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0

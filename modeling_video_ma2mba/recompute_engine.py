@@ -9,8 +9,8 @@ recomputes one cell at a time. What differs from the paper and its reference cod
   compute, and 16-bit sums lose nothing.
 - Gradients of SSM states stay in fp32 across borders.
 - Forward runs segment by segment, so nothing of full length exists but what the plan stores. Backward runs block by
-  block, so fp32 sums exist for one block only; the gradient at a block's input takes the place of its checkpoint.
-- Checkpoints may wait in pinned host memory (`recompute_store`).
+  block, so fp32 sums exist for one block only; the gradient at a block's input takes the place of that input.
+- Kept activations may wait in pinned host memory (`recompute_store`).
 
 Legend: B batch, S tokens, D width, L layers, C conv channels, W conv width, H heads, P head width, N state size.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .mixer_mamba2 import run_blocks
 from .parallel_shards import ShardedLayers
 from .planner import choose_plan, out_of_memory_message
-from .recompute_plan import CheckpointPlan, CheckpointSettings
+from .recompute_plan import RecomputePlan, RecomputeSettings
 from .recompute_store import DeviceStore, HostStore, PinnedPool
 from .stack_token_layout import TokenLayout
 
@@ -35,12 +35,12 @@ class MultiAxisEngine:
     """Runs a stack with recomputation; holds what lives from step to step (settings, page-locked memory)."""
 
     def __init__(self) -> None:
-        self.settings: CheckpointSettings | None = None
-        self.last_plan: CheckpointPlan | None = None
+        self.settings: RecomputeSettings | None = None
+        self.last_plan: RecomputePlan | None = None
         self.last_host_bytes = 0
         self._pool = PinnedPool()
 
-    def configure(self, settings: CheckpointSettings | None) -> None:
+    def configure(self, settings: RecomputeSettings | None) -> None:
         """Set what the user asked for; None turns the engine off and gives its host memory back."""
         self.settings = settings
         if settings is None:
@@ -59,10 +59,10 @@ class MultiAxisEngine:
         self.settings = state["settings"]
 
     def reserve_host_memory(self, nbytes: int) -> None:
-        """Page-lock host memory ahead of the first step with offloaded checkpoints (it costs seconds per 10 GB)."""
+        """Page-lock host memory ahead of the first step with offloaded activations (it costs seconds per 10 GB)."""
         self._pool.reserve(nbytes)
 
-    def store_for(self, plan: CheckpointPlan, device: torch.device) -> DeviceStore | HostStore:
+    def store_for(self, plan: RecomputePlan, device: torch.device) -> DeviceStore | HostStore:
         if plan.offload and device.type == "cuda":
             return HostStore(self._pool, device)
         return DeviceStore()
@@ -127,7 +127,7 @@ class _StackRun:
         self,
         engine: MultiAxisEngine,
         model: nn.Module,
-        plan: CheckpointPlan,
+        plan: RecomputePlan,
         layout: TokenLayout,
         keep: Tensor | None,
         x: Tensor,
@@ -275,7 +275,7 @@ class _StackRun:
     def start_backward(self, dout: Tensor | None, dconv: Tensor | None, dssm: Tensor | None) -> None:
         """Take the gradients of the stack's three results."""
         if self.spent:
-            raise RuntimeError("the gradients of this forward pass were already computed; its checkpoints are gone")
+            raise RuntimeError("the gradients of this forward pass were already computed; what it kept is gone")
         self.spent = True
         self.douts = self.split_output_gradient(dout)
         self.dconvs = [None] * len(self.layers) if dconv is None else list(dconv)

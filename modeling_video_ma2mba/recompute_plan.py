@@ -9,13 +9,13 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
-class CheckpointPlan:
+class RecomputePlan:
     """A cut of the (layer x time) plane into cells.
 
     Attributes:
         layers_per_block: layers of one cell (l in the paper).
         segment_length: tokens of one cell (s in the paper); at least the sequence length means one segment.
-        offload: whether checkpoints (block inputs, border states) live in pinned host memory instead of on the GPU.
+        offload: whether what is kept (block inputs, border states) lives in pinned host memory, not on the GPU.
     """
 
     layers_per_block: int
@@ -40,11 +40,11 @@ class CheckpointPlan:
 
     def __str__(self) -> str:
         place = "in host memory" if self.offload else "on the GPU"
-        return f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, checkpoints {place}"
+        return f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, kept {place}"
 
 
 @dataclass(frozen=True)
-class CheckpointSettings:
+class RecomputeSettings:
     """What the user asked for; anything left at None is chosen per batch.
 
     Attributes:
@@ -53,7 +53,7 @@ class CheckpointSettings:
         segment_length, layers_per_block, offload: fix parts of the plan.
         memory_budget: GPU bytes the step may use above weights, gradients and optimizer state (a number of bytes, or
             a text such as "8GB"). None takes what is free when the step starts.
-        host_memory_budget: host bytes for offloaded checkpoints. None takes half of what is free.
+        host_memory_budget: host bytes for kept activations there. None takes half of what is free.
         detect_anomaly: stop at the first value that is not finite and name its segment and layer (slower).
     """
 
@@ -69,21 +69,21 @@ class CheckpointSettings:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not valid: use one of {METHODS}")
         # The plan checks its own fields: a wrong value fails here, not in the first training step.
-        CheckpointPlan(self.layers_per_block or 1, self.segment_length or 1)
+        RecomputePlan(self.layers_per_block or 1, self.segment_length or 1)
         for field in ("segment_length", "layers_per_block"):
             if getattr(self, field) == 0:
                 raise ValueError(f"{field}=0 is not valid: it must be an integer of at least 1")
         for field in ("memory_budget", "host_memory_budget"):
             parse_bytes(getattr(self, field), field)
 
-    def fixed_plan(self, layers: int, tokens: int) -> CheckpointPlan | None:
+    def fixed_plan(self, layers: int, tokens: int) -> RecomputePlan | None:
         """The plan when the settings leave nothing to choose, else None."""
         if self.method == "per_layer":
-            return CheckpointPlan(1, tokens, bool(self.offload))
+            return RecomputePlan(1, tokens, bool(self.offload))
         if self.method == "sqrt":
-            return CheckpointPlan(max(1, round(math.sqrt(layers))), tokens, bool(self.offload))
+            return RecomputePlan(max(1, round(math.sqrt(layers))), tokens, bool(self.offload))
         if self.segment_length is not None and self.layers_per_block is not None and self.offload is not None:
-            return CheckpointPlan(min(self.layers_per_block, layers), self.segment_length, self.offload)
+            return RecomputePlan(min(self.layers_per_block, layers), self.segment_length, self.offload)
         return None
 
 

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a training step wait between forward and backward: on the device, or in host memory.
+"""Where the kept activations of a training step wait between forward and backward: on the device, or in host memory.
 
 The host store copies on side streams behind the computation. Its memory is page-locked once, in slabs that are
 reused from step to step; a plain `pin_memory` would round every tensor up to a power of two.
@@ -99,7 +99,7 @@ class PinnedPool:
         error = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), nbytes, 0)
         if int(error) != 0:
             raise MemoryError(
-                f"{nbytes / 1e9:.1f} GB of host memory could not be page-locked for checkpoints (CUDA error "
+                f"{nbytes / 1e9:.1f} GB of host memory could not be page-locked for kept activations (CUDA error "
                 f"{int(error)}); lower host_memory_budget or set offload=False"
             )
         return slab

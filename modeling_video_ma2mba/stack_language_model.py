@@ -17,7 +17,7 @@ from .configuration_video_ma2mba import Ma2mbaTextConfig
 from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
 from .parallel_shards import ShardedLayers, is_unit
 from .recompute_engine import MultiAxisEngine
-from .recompute_plan import CheckpointSettings
+from .recompute_plan import RecomputeSettings
 from .stack_token_layout import TokenLayout, kept_rows, original_order
 from .stack_weights import execution_device
 from .state_video import VideoState
@@ -63,8 +63,8 @@ class Ma2mbaTextModel(PreTrainedModel):
             init.ones_(module.weight)
 
     def set_checkpointing(self, enabled: bool, **settings: Any) -> None:
-        """Turn Multi-Axis Gradient Checkpointing on or off; `settings` are the fields of `CheckpointSettings`."""
-        self.engine.configure(CheckpointSettings(**settings) if enabled else None)
+        """Turn Multi-Axis Gradient Checkpointing on or off; `settings` are the fields of `RecomputeSettings`."""
+        self.engine.configure(RecomputeSettings(**settings) if enabled else None)
         self.gradient_checkpointing = enabled
 
     @property

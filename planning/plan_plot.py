@@ -7,8 +7,8 @@ _NAMES = {
     "off": "no checkpointing",
     "per_layer": "every layer",
     "sqrt": "every √L layers",
-    "multi_axis": "multi-axis, checkpoints on the GPU",
-    "host": "multi-axis, checkpoints on the host",
+    "multi_axis": "multi-axis, kept on the GPU",
+    "host": "multi-axis, kept on the host",
 }
 _LENGTHS = range(10, 23)  # powers of two
 

@@ -12,11 +12,11 @@ from typing import Any
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts
 from ..modeling_video_ma2mba.planner import Limits, candidate_plans, fastest, least_host_memory, longest_that_fits
-from ..modeling_video_ma2mba.recompute_plan import CheckpointPlan, parse_bytes
+from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, parse_bytes
 from .planned_step import DTYPES, OPTIMIZERS, describe_step, model_and_config, require
 
 _LONGEST = 1 << 26
-# Of the host's memory, for checkpoints and inputs; the rest is for frames, data loading and everybody else.
+# Of the host's memory, for kept activations and inputs; the rest is for frames, data loading and everybody else.
 _PINNED_SHARE = 0.85
 
 
@@ -70,7 +70,7 @@ class PlanReport:
     hardware: str
 
     @property
-    def plan(self) -> CheckpointPlan | None:
+    def plan(self) -> RecomputePlan | None:
         return self.prediction.plan
 
     @property
@@ -136,7 +136,7 @@ def plan(
         tokens, frames: length of one sample, one of them; frames take `config.tokens_per_frame` tokens each, and
             `text_tokens` come on top.
         gpu_memory, host_memory: what there is, in bytes or as a text such as "80GB"; 85 % of the host's may be pinned
-            for checkpoints and inputs.
+            for kept activations and inputs.
         train: parts that train, of "lm", "projector" and "vision". None: all for a configuration, what requires
             gradients for a model.
         optimizer: one of `OPTIMIZERS`. dtype: "bfloat16", "float16", "mixed" (fp32 weights, bf16 autocast), "float32".
@@ -200,15 +200,15 @@ def plan(
 def memory_by_method(config: Any, tokens: int, dtype: str = "bfloat16") -> dict[str, Prediction]:
     """What every method takes to train the language model of `config` on one sample of `tokens`, for plots.
 
-    Multi-axis plans ("multi_axis" with checkpoints on the GPU, "host") are the smallest among those that are at most
+    Multi-axis plans ("multi_axis": activations kept on the GPU; "host") are the smallest among those that are at most
     5 % slower than the fastest one, whatever it takes.
     """
     model, text = model_and_config(getattr(config, "text_config", config), ("lm",))
     job = describe_step(model, text, tokens, None, 1, "none", dtype, 512)
     found = {
         "off": predict_job(job, None),
-        "per_layer": predict_job(job, CheckpointPlan(1, tokens)),
-        "sqrt": predict_job(job, CheckpointPlan(max(1, round(math.sqrt(job.shape.layers))), tokens)),
+        "per_layer": predict_job(job, RecomputePlan(1, tokens)),
+        "sqrt": predict_job(job, RecomputePlan(max(1, round(math.sqrt(job.shape.layers))), tokens)),
     }
     for name, place in (("multi_axis", False), ("host", True)):
         predictions = [predict_job(job, p) for p in candidate_plans(job, (place,))]
@@ -228,18 +228,18 @@ def _consider(job: StepJob, limits: Limits, costs: MeasuredCosts) -> list[Consid
     layers, tokens = job.shape.layers, job.work.tokens
     classical = {
         "off": None,
-        "per_layer": CheckpointPlan(1, tokens),
-        "sqrt": CheckpointPlan(max(1, round(math.sqrt(layers))), tokens),
+        "per_layer": RecomputePlan(1, tokens),
+        "sqrt": RecomputePlan(max(1, round(math.sqrt(layers))), tokens),
     }
     longest = job.shape.longest_segment // job.work.batch
     rows = []
-    for method, checkpoints in classical.items():
-        prediction = predict_job(job, checkpoints, costs)
-        within = limits.allow(prediction, costs.slack) and (checkpoints is None or tokens <= longest)
+    for method, plan_of in classical.items():
+        prediction = predict_job(job, plan_of, costs)
+        within = limits.allow(prediction, costs.slack) and (plan_of is None or tokens <= longest)
         rows.append(ConsideredPlan(method, prediction, within))
     for method, place in (
-        ("multi_axis, checkpoints on the GPU", False),
-        ("multi_axis, checkpoints on the host", True),
+        ("multi_axis, kept on the GPU", False),
+        ("multi_axis, kept on the host", True),
     ):
         plans = list(candidate_plans(job, (place,)))
         best = fastest(job, plans, limits, costs)

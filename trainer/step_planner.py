@@ -19,7 +19,7 @@ from ..modeling_video_ma2mba.cost_time import H200
 from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
 from ..modeling_video_ma2mba.parallel_shards import is_unit
 from ..modeling_video_ma2mba.planner import Limits, candidate_plans, describe_batch, fastest, step_limits
-from ..modeling_video_ma2mba.recompute_plan import CheckpointPlan, CheckpointSettings
+from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
 
 _MOST_TOGETHER = 1 << 16  # tokens of all rows that a kernel may get: offsets of the public ones overflow near 200k
@@ -43,7 +43,7 @@ class StepPlan:
     segment: int | None = None
 
     @property
-    def plan(self) -> CheckpointPlan | None:
+    def plan(self) -> RecomputePlan | None:
         return self.prediction.plan
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class StepPlanner:
         settings: what the user asked of checkpointing; parts of the plan that it fixes stay fixed.
     """
 
-    def __init__(self, model: nn.Module, settings: CheckpointSettings) -> None:
+    def __init__(self, model: nn.Module, settings: RecomputeSettings) -> None:
         self.model, self.base, self.settings = model, model.model, settings
         self.stack = self.base.language_model
         self._usual_segment = self.stack.prefill_segment_length

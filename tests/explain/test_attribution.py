@@ -6,7 +6,7 @@ import torch
 from video_ma2mba.explain import attribution, occlusion, relevance
 from video_ma2mba.explain.attribution import VideoReading, as_function, frame_sums, integrated_gradients
 from video_ma2mba.explain.read_features import read_features
-from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointSettings
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputeSettings
 
 ANSWER = torch.tensor([70, 71, 0])
 
@@ -33,8 +33,8 @@ def _layout():
 def test_gradients_are_those_of_plain_autograd(parts, clip, monkeypatch, frames: int, cell: tuple[int, int]):
     model, processor = parts
     layers, segment = cell
-    cut = lambda **_: CheckpointSettings(layers_per_block=layers, segment_length=segment, offload=False)  # noqa: E731
-    monkeypatch.setattr("video_ma2mba.explain.attribution.CheckpointSettings", cut)
+    cut = lambda **_: RecomputeSettings(layers_per_block=layers, segment_length=segment, offload=False)  # noqa: E731
+    monkeypatch.setattr("video_ma2mba.explain.attribution.RecomputeSettings", cut)
     prompt = read_features(model, processor, clip(frames), "What is it?")
     assert prompt.features.shape == (frames, 4, 16)
     with as_function(model):

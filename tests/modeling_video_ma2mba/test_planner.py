@@ -15,7 +15,7 @@ from video_ma2mba.modeling_video_ma2mba import planner, recompute_engine, recomp
 from video_ma2mba.modeling_video_ma2mba.cost_memory import (
     StackShape,
     Workload,
-    checkpoint_bytes,
+    kept_bytes,
     saved_per_token,
 )
 from video_ma2mba.modeling_video_ma2mba.cost_step import StepJob, layer_parameter_count, predict, predict_job
@@ -32,7 +32,7 @@ from video_ma2mba.modeling_video_ma2mba.planner import (
     out_of_memory_message,
     segment_lengths,
 )
-from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointPlan, CheckpointSettings
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 from video_ma2mba.modeling_video_ma2mba.vision_features import encode_frames
@@ -122,7 +122,7 @@ def test_saved_activations_of_the_tower(make_config, tower: str, autocast: bool)
 
 @pytest.mark.parametrize("plan", [(1, 8), (2, 5), (3, 100), (5, 7)])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_checkpoints_are_what_the_engine_stores(make_text_config, monkeypatch, plan: tuple[int, int], batch: int):
+def test_kept_activations_are_what_the_engine_stores(make_text_config, monkeypatch, plan: tuple[int, int], batch: int):
     most = 0
 
     class Counting(recompute_store.DeviceStore):
@@ -140,7 +140,7 @@ def test_checkpoints_are_what_the_engine_stores(make_text_config, monkeypatch, p
     forward = most
     hidden.sum().backward()
     shape = StackShape.of(config, compute=4, kernels=False)
-    expected = sum(checkpoint_bytes(shape, Workload(tokens, batch), CheckpointPlan(*plan)))
+    expected = sum(kept_bytes(shape, Workload(tokens, batch), RecomputePlan(*plan)))
     assert forward == expected
     assert most <= expected + batch * plan[1] * config.hidden_size * 4  # a block's gradient replaces its input
 
@@ -154,23 +154,23 @@ def test_sizes_of_state_and_parameters(make_text_config):
 
 
 def test_breakdown_adds_up_and_names_every_part():
-    prediction = predict(PAPER, CheckpointPlan(4, 16384, True), 2**18, kept=1000)
+    prediction = predict(PAPER, RecomputePlan(4, 16384, True), 2**18, kept=1000)
     assert prediction.gpu_peak == sum(prediction.gpu.values()) == max(prediction.phases.values())
     assert {"weights", "gradients", "prefetch", "cell", "gradient sums", "states", "input"} <= prediction.gpu.keys()
     assert prediction.above_weights < prediction.gpu_peak
-    assert prediction.host_peak == prediction.host["checkpoints"] > 0
+    assert prediction.host_peak == prediction.host["kept activations"] > 0
 
 
 def test_memory_on_the_gpu_does_not_grow_with_length_when_everything_waits_on_the_host():
-    plan = CheckpointPlan(4, 8192, True)
+    plan = RecomputePlan(4, 8192, True)
     short, long = (predict(PAPER, plan, 2**n, kept=1024, input_on_gpu=False) for n in (16, 22))
     assert short.above_weights == long.above_weights
     assert long.host_peak > 60 * short.host_peak
 
 
 def test_frozen_layers_need_less():
-    everything = predict(PAPER, CheckpointPlan(4, 8192), 2**16)
-    frozen = predict(PAPER, CheckpointPlan(4, 8192), 2**16, layer_parameters=0, projections_train=False)
+    everything = predict(PAPER, RecomputePlan(4, 8192), 2**16)
+    frozen = predict(PAPER, RecomputePlan(4, 8192), 2**16, layer_parameters=0, projections_train=False)
     assert frozen.above_weights < everything.above_weights
     assert frozen.gpu["gradients"] == 0 and frozen.gpu["gradient sums"] == 0
     assert frozen.step_seconds < everything.step_seconds
@@ -236,18 +236,18 @@ def small_model(make_text_config, layers: int = 6) -> Ma2mbaTextModel:
 
 def test_settings_are_honoured(make_text_config):
     model, x = small_model(make_text_config), torch.randn(1, 2048, 16)
-    assert choose_plan(CheckpointSettings(segment_length=77), model, x, None).segment_length == 77
-    assert choose_plan(CheckpointSettings(layers_per_block=4), model, x, None).layers_per_block == 4
-    assert choose_plan(CheckpointSettings(layers_per_block=99), model, x, None).layers_per_block == 6
-    assert choose_plan(CheckpointSettings(offload=True), model, x, None).offload
-    assert not choose_plan(CheckpointSettings(), model, x, None).offload
-    assert choose_plan(CheckpointSettings(method="sqrt"), model, x, None) == CheckpointPlan(2, 2048)
+    assert choose_plan(RecomputeSettings(segment_length=77), model, x, None).segment_length == 77
+    assert choose_plan(RecomputeSettings(layers_per_block=4), model, x, None).layers_per_block == 4
+    assert choose_plan(RecomputeSettings(layers_per_block=99), model, x, None).layers_per_block == 6
+    assert choose_plan(RecomputeSettings(offload=True), model, x, None).offload
+    assert not choose_plan(RecomputeSettings(), model, x, None).offload
+    assert choose_plan(RecomputeSettings(method="sqrt"), model, x, None) == RecomputePlan(2, 2048)
 
 
 def test_budget_decides_and_the_plan_is_kept(make_text_config, monkeypatch):
     model, x = small_model(make_text_config), torch.randn(1, 4096, 16)
-    large = choose_plan(CheckpointSettings(memory_budget="10GB"), model, x, None)
-    limited = CheckpointSettings(memory_budget="60MB")
+    large = choose_plan(RecomputeSettings(memory_budget="10GB"), model, x, None)
+    limited = RecomputeSettings(memory_budget="60MB")
     small = choose_plan(limited, model, x, None)
     job = planner.describe_batch(model, x, None)
     assert predict_job(job, small).above_weights <= 60e6 < predict_job(job, large).above_weights
@@ -258,31 +258,31 @@ def test_budget_decides_and_the_plan_is_kept(make_text_config, monkeypatch):
 def test_what_does_not_fit_is_an_error_that_says_what_would(make_text_config):
     model, x = small_model(make_text_config), torch.randn(2, 4096, 16)
     with pytest.raises(ValueError, match="no checkpointing plan fits 2 x 4096 tokens") as error:
-        choose_plan(CheckpointSettings(memory_budget="40MB"), model, x, None)
+        choose_plan(RecomputeSettings(memory_budget="40MB"), model, x, None)
     message = str(error.value)
     assert "What would fit:" in message and "fewer rows per batch" in message
     wanted = message.rsplit("memory_budget of ", 1)[1].removesuffix(".")
-    choose_plan(CheckpointSettings(memory_budget=wanted), model, x, None)
+    choose_plan(RecomputeSettings(memory_budget=wanted), model, x, None)
 
 
 def test_fixing_less_is_offered(make_text_config):
     model, x = small_model(make_text_config), torch.randn(1, 4096, 16)
     keep = torch.arange(4096)[None] > 4000
-    limited = CheckpointSettings(memory_budget="10MB")
+    limited = RecomputeSettings(memory_budget="10MB")
     assert choose_plan(limited, model, x, keep).segment_length < 4096
     with pytest.raises(ValueError, match="instead of what the settings fix"):
-        choose_plan(CheckpointSettings(memory_budget="10MB", segment_length=4096), model, x, keep)
+        choose_plan(RecomputeSettings(memory_budget="10MB", segment_length=4096), model, x, keep)
 
 
 def test_a_fixed_plan_is_held_against_a_budget_only_if_one_was_given(make_text_config):
     model, x = small_model(make_text_config), torch.randn(1, 4096, 16)
     keep = torch.arange(4096)[None] > 4000
-    assert choose_plan(CheckpointSettings(method="per_layer"), model, x, keep) == CheckpointPlan(1, 4096)
+    assert choose_plan(RecomputeSettings(method="per_layer"), model, x, keep) == RecomputePlan(1, 4096)
     assert (
-        choose_plan(CheckpointSettings(method="per_layer", memory_budget="1GB"), model, x, keep).layers_per_block == 1
+        choose_plan(RecomputeSettings(method="per_layer", memory_budget="1GB"), model, x, keep).layers_per_block == 1
     )
     with pytest.raises(ValueError, match="What would fit: the plan '.*' instead of what the settings fix"):
-        choose_plan(CheckpointSettings(method="per_layer", memory_budget="10MB"), model, x, keep)
+        choose_plan(RecomputeSettings(method="per_layer", memory_budget="10MB"), model, x, keep)
 
 
 @pytest.mark.parametrize("fixed", [{"method": "per_layer"}, {"segment_length": 300_000}])
@@ -290,10 +290,9 @@ def test_segments_beyond_the_kernels_offsets_are_refused(make_text_config, monke
     model = small_model(make_text_config, layers=1)
     monkeypatch.setattr(planner, "describe_batch", lambda *_: paper_job(2**19))
     with pytest.raises(ValueError, match="segment_length to at most 203052"):
-        choose_plan(CheckpointSettings(**fixed), model, torch.empty(1, 2**19, 16, device="meta"), None)
+        choose_plan(RecomputeSettings(**fixed), model, torch.empty(1, 2**19, 16, device="meta"), None)
     assert (
-        choose_plan(CheckpointSettings(memory_budget="1TB"), model, torch.randn(1, 9, 16), None).segment_length
-        < 203052
+        choose_plan(RecomputeSettings(memory_budget="1TB"), model, torch.randn(1, 9, 16), None).segment_length < 203052
     )
 
 
@@ -308,7 +307,7 @@ def test_a_training_step_asks_the_planner(make_text_config):
 
 def test_running_out_of_memory_names_the_next_smaller_plan(make_text_config):
     model, x = small_model(make_text_config), torch.randn(1, 4096, 16)
-    plan = choose_plan(CheckpointSettings(layers_per_block=6, segment_length=4096, offload=False), model, x, None)
+    plan = choose_plan(RecomputeSettings(layers_per_block=6, segment_length=4096, offload=False), model, x, None)
     message = out_of_memory_message(plan, model, 4096, "backward", RuntimeError("tried to allocate 2 GiB"))
     assert str(plan) in message and "backward" in message and "tried to allocate 2 GiB" in message
     smaller = [int(message.split(f"{name}=")[1].split(",")[0]) for name in ("layers_per_block", "segment_length")]
@@ -329,7 +328,7 @@ def test_plan_from_a_configuration():
     data = json.loads(json.dumps(report.to_dict()))
     assert data["gpu_peak_bytes"] == sum(data["gpu_bytes"].values())
     assert data["longest"]["duration"].count(":") == 2
-    again = CheckpointSettings(**report.checkpointing_arguments)
+    again = RecomputeSettings(**report.checkpointing_arguments)
     assert again.fixed_plan(64, report.tokens) == report.plan
 
 
@@ -420,6 +419,6 @@ def test_predicted_peak_on_the_gpu(plan: tuple[int, int, bool]):
         torch.cuda.synchronize()
         measured = torch.cuda.max_memory_allocated() - base
         del x
-    predicted = predict(model.config, CheckpointPlan(*plan), tokens, kept=tokens // 64, head_trains=False)
+    predicted = predict(model.config, RecomputePlan(*plan), tokens, kept=tokens // 64, head_trains=False)
     model.set_checkpointing(False)
     assert predicted.above_weights == pytest.approx(measured, rel=0.10)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointSettings
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputeSettings
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 
@@ -231,7 +231,7 @@ def test_cache_is_refused_with_a_clear_message():
 )
 def test_wrong_settings_name_the_field(settings_, message):
     with pytest.raises(ValueError, match=message):
-        CheckpointSettings(**settings_)
+        RecomputeSettings(**settings_)
 
 
 def test_second_backward_is_refused():

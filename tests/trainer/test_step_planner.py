@@ -16,7 +16,7 @@ from tensor_chats import (
     weights,
 )
 
-from video_ma2mba.modeling_video_ma2mba.recompute_plan import CheckpointSettings
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputeSettings
 from video_ma2mba.trainer.step_planner import StepPlanner
 
 ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
@@ -38,7 +38,7 @@ class OneLength(torch.utils.data.Dataset):
 
 def middle_budget() -> int:
     """Bytes for which a short video needs no recomputation, and a long one does."""
-    planner = StepPlanner(tiny_model(), CheckpointSettings(memory_budget="100GB"))
+    planner = StepPlanner(tiny_model(), RecomputeSettings(memory_budget="100GB"))
     short, long = (planner.choose(collate([OneLength()[i]])).step_bytes for i in (0, 1))
     assert long > 10 * short
     return long // 2
