@@ -14,7 +14,7 @@ import numpy as np
 
 from .frame_fitting import check_frame_pixels
 from .read_ahead import in_order
-from .video_decoding import VideoIndex, open_stream, packets_of
+from .video_decoding import VideoIndex, open_stream, packets_of, reason_of
 
 PART_WANTED = 16
 PART_FRAMES = 200
@@ -239,7 +239,7 @@ def _packets_from(
         try:
             container.seek(place, stream=stream)
         except av.error.FFmpegError as error:
-            problems.append(f"the file cannot be searched ({error})")
+            problems.append(f"the file cannot be searched ({reason_of(error)})")
             return
         packets = packets_of(container, stream, problems)
         first = next(packets, None)

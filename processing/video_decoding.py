@@ -17,6 +17,7 @@ import numpy as np
 
 from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
 from .mp4_index import refuse_endless_index
+from .video_source_names import without_secrets
 
 FALLBACK_RATE = 25.0  # FFmpeg's own assumption for streams without any timing
 PLAUSIBLE_RATES = (0.1, 1000.0)
@@ -85,7 +86,11 @@ def open_stream(
             timeout=timeout if is_url else None,
         )
     except av.error.FFmpegError as error:
-        raise _opening_error(error, name, is_url) from error
+        failed = _opening_error(error, name, is_url)
+    else:
+        failed = None
+    if failed is not None:  # outside of `except`: FFmpeg's own error tells the address, and with it its password
+        raise failed
     with container:
         videos = [stream for stream in container.streams.video if not _is_cover(stream)]
         if not videos:
@@ -108,10 +113,15 @@ def _is_cover(stream: Any) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
 
+def reason_of(error: Exception) -> str:
+    """FFmpeg's words for what went wrong, without the address (which may hold a password)."""
+    return getattr(error, "strerror", None) or without_secrets(str(error))
+
+
 def _opening_error(error: Exception, name: str, is_url: bool) -> Exception:
     import av.error
 
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = reason_of(error)
     if isinstance(error, FileNotFoundError | av.error.HTTPNotFoundError):
         return FileNotFoundError(f"{name}: no such {'address' if is_url else 'file'}")
     if isinstance(error, PermissionError):
@@ -132,7 +142,7 @@ def packets_of(container: Any, stream: Any, problems: list[str]) -> Iterator[Any
         except (StopIteration, IndexError):  # PyAV's IndexError: the end of a file in which further streams appeared
             return
         except (av.error.FFmpegError, EOFError) as error:
-            problems.append(f"the file is damaged or cut off: reading stopped early ({error})")
+            problems.append(f"the file is damaged or cut off: reading stopped early ({reason_of(error)})")
             return
         yield packet
 

@@ -24,6 +24,7 @@ from .picture_sources import (
     split_array,
 )
 from .video_decoding import VideoIndex, scan_video
+from .video_source_names import address_to_open, is_address, local_path, shown_name
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
     if isinstance(source, dict):
         if source.get("bytes") is not None:
             name, file, pictures = _classify(source["bytes"])
-            return (str(source["path"]) if source.get("path") else name), file, pictures
+            return (shown_name(source["path"]) if source.get("path") else name), file, pictures
         if source.get("path") is not None:
             return _classify(source["path"])
         raise ValueError("a video given as a dict needs 'path' or 'bytes'")
@@ -279,13 +280,14 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
             raise ValueError("the video is empty (0 bytes)")
         name = f"<{len(data)} bytes>"
         return (name, None, PictureSource([data], name)) if is_image_bytes(data) else (name, data, None)
-    if isinstance(source, str) and "://" in source:
-        scheme = source.split("://", 1)[0].lower()
+    if is_address(source):
+        name, scheme = shown_name(source), source.split("://", 1)[0].lower()
         if scheme in ("http", "https"):
-            return source, source, None
-        if scheme != "file":
-            raise ValueError(f"{source}: addresses of the kind {scheme}:// are not supported; use a file or http(s)")
-        source = source[len("file://") :]
+            return name, address_to_open(source), None
+        raise ValueError(
+            f"{name}: addresses of the kind {scheme}:// are not supported; use a file or http(s) "
+            "(or `watch`, for a stream)"
+        )
     if isinstance(source, str | os.PathLike):
         return _classify_path(source)
     if is_picture(source):
@@ -296,7 +298,7 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
         return name, None, PictureSource(split_array(source, name), name)
     if isinstance(source, list | tuple):
         name = f"<list of {len(source)} frames>"
-        frames = [Path(frame) if isinstance(frame, str | os.PathLike) else frame for frame in source]
+        frames = [local_path(frame) if isinstance(frame, str | os.PathLike) else frame for frame in source]
         for frame in frames:
             if not (is_picture(frame) or isinstance(frame, Path | bytes)):
                 raise ValueError(f"{name}: a frame must be an image, not {type(frame).__name__}")
@@ -310,13 +312,17 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
 def _classify_path(source: str | os.PathLike) -> tuple[str, Path | None, PictureSource | None]:
     if not os.fspath(source):
         raise ValueError("the path of the video is empty")
-    path = Path(source).expanduser()
-    name = str(source)
-    if not path.exists():
+    path, name = local_path(source), shown_name(source)
+    if not os.path.exists(path):  # unlike Path.exists, also for names that no file can have
         raise FileNotFoundError(f"{name}: no such file")
     if path.is_dir():
         return name, None, PictureSource(list_directory(path), name, skip_unreadable=True)
-    if path.stat().st_size == 0 and path.is_file():
+    if not path.is_file():
+        raise ValueError(
+            f"{name}: this is no file but a {'pipe' if path.is_fifo() else 'device'}, and a video is read more than "
+            "once: write it into a file, or use `watch`"
+        )
+    if path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty (0 bytes)")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return name, None, PictureSource([path], name)

@@ -12,6 +12,7 @@ import numpy as np
 from ..processing.frame_decoding import upright_pixels
 from ..processing.picture_sources import PictureSource, split_array
 from ..processing.video_decoding import LONGEST_GAP, PLAUSIBLE_RATES, open_stream, packets_of
+from ..processing.video_source_names import without_secrets
 from .frame_clock import FrameClock
 from .live_sources import LiveSource
 from .stream_report import StreamReport
@@ -90,7 +91,7 @@ class LiveFrames:
             except (OSError, ValueError) as error:
                 if self.report.frames_seen == 0:
                     raise
-                problems.append(str(error))
+                problems.append(without_secrets(str(error)))
             progress = self.report.frames_seen > seen
             if self.stop.is_set() or not self.source.may_drop or self._is_complete(progress, problems):
                 break

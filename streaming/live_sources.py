@@ -1,7 +1,6 @@
 """What can be watched: tells from what the user names how to open it, and what a break in it means."""
 
 import os
-import re
 import select
 import sys
 import threading
@@ -9,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+
+from ..processing.video_source_names import address_to_open, is_address, local_path, shown_name
 
 SCHEMES = ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 _POLL_SECONDS = 0.1
@@ -28,7 +28,7 @@ class LiveSource:
 
     name: str
     kind: str
-    target: Any
+    target: Any = field(repr=False)  # an address has its password
     file_format: str | None = None
     options: dict[str, str] = field(default_factory=dict)
 
@@ -69,14 +69,14 @@ def find_source(source: Any, follow: bool = False) -> LiveSource:
         return _camera(int(source))
     if isinstance(source, str) and source == "-":
         return LiveSource("standard input", "pipe", sys.stdin.fileno())
-    if isinstance(source, str) and "://" in source:
+    if is_address(source):
         scheme = source.split("://", 1)[0].lower()
         if scheme not in SCHEMES:
             raise ValueError(f"addresses of the kind {scheme}:// cannot be watched; use one of {', '.join(SCHEMES)}")
         options = {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}  # UDP loses packets without a word
-        return LiveSource(_without_password(source), "address", source, options=options)
+        return LiveSource(shown_name(source), "address", address_to_open(source), options=options)
     if isinstance(source, str | os.PathLike):
-        return _from_path(Path(source).expanduser(), os.fspath(source), follow)
+        return _from_path(local_path(source), shown_name(source), follow)
     if isinstance(source, Iterable) and not isinstance(source, bytes | dict):
         return LiveSource("<frames>", "frames", source)
     raise ValueError(
@@ -99,7 +99,7 @@ def _camera(number: int) -> LiveSource:
 
 
 def _from_path(path: Path, name: str, follow: bool) -> LiveSource:
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{name}: no such file")
     if path.is_char_device():
         return LiveSource(name, "camera", str(path), "video4linux2")
@@ -108,11 +108,6 @@ def _from_path(path: Path, name: str, follow: bool) -> LiveSource:
     if path.is_dir():
         raise ValueError(f"{name}: a directory cannot be watched; name a file, or use `ask` for a folder of images")
     return LiveSource(name, "growing file" if follow else "file", path)
-
-
-def _without_password(address: str) -> str:
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=re.sub(r"^[^@]*@", "", parts.netloc), query=""))
 
 
 class _Pipe:
