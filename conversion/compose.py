@@ -8,25 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPVisionModel,
-    PreTrainedTokenizerBase,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.vision_towers import TOWERS
 
 # Width and layers of state-spaces/mamba2-*, the language models of the paper's three sizes (0.7B, 1.8B, 3.1B).
 PRESETS = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 # The state-spaces checkpoints come without tokenizer files; this is what they were trained with.
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
-_TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 _LANGUAGE = "model.language_model."
 
 
@@ -228,8 +223,11 @@ def vision_parts(source: str | None) -> tuple[Any, dict[str, list[float]]]:
     folder = local_folder(source, weights=False)
     config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
-    if config.model_type not in _TOWERS:
-        raise ValueError(f"{source} is no CLIP or SigLIP model: its vision part has model_type {config.model_type!r}")
+    if config.model_type not in TOWERS:
+        raise ValueError(
+            f"{source} is no CLIP or SigLIP model, nor another of the vision towers {', '.join(TOWERS)}: its vision "
+            f"part has model_type {config.model_type!r}"
+        )
     return config, pixel_statistics(folder)
 
 
@@ -242,7 +240,7 @@ def pixel_statistics(folder: Path) -> dict[str, list[float]]:
 
 
 def _tower_tensors(source: str, config: VideoMa2mbaConfig) -> dict[str, Tensor]:
-    tower_class = _TOWERS[config.vision_config.model_type]
+    tower_class = getattr(transformers, TOWERS[config.vision_config.model_type].model_class)
     with quiet():
         tower, report = tower_class.from_pretrained(
             local_folder(source), config=config.vision_config, output_loading_info=True, ignore_mismatched_sizes=True

@@ -10,6 +10,7 @@ import torch
 
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from video_ma2mba.modeling_video_ma2mba.vision_towers import TOWERS
 
 from .config_from_tensors import missing_parts, model_config, text_config_from_tensors, vision_fields_from_tensors
 from .layouts import OURS, Layout, detect_layout, unused
@@ -18,7 +19,6 @@ from .tensor_store import DTYPES, TensorSpec, TensorStore
 
 _EMBEDDING = f"{OURS.language}{OURS.embedding}.weight"
 _POSITIONS = f"{OURS.tower}embeddings.position_ids"
-_VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 Place = tuple[int, str]
 """Number of the source, and the tensor's name there."""
@@ -215,7 +215,7 @@ def _derive_config(
     tower = next(source for source in sources if source.layout.tower is not None)
     declared = vision_config
     if declared is None:
-        declared = tower.fields if tower.fields.get("model_type") in _VISION_TYPES else None
+        declared = tower.fields if tower.fields.get("model_type") in TOWERS else None
         declared = declared or tower.fields.get("vision_config") or {}
     vision_fields = vision_fields_from_tensors(specs, declared, settings.get("mm_vision_tower"), tower.name)
     return model_config(text_config, vision_fields, settings, statistics, tie)

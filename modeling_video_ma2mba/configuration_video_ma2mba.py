@@ -10,11 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-# Means and deviations CLIP was trained with; SigLIP models use 0.5 throughout.
-CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-_SUPPORTED_VISION = ("clip_vision_model", "siglip_vision_model")
+from .vision_towers import tower_adapter
 
 
 def _require(condition: bool, field: str, value: object, rule: str) -> None:
@@ -166,13 +162,14 @@ class VideoMa2mbaConfig(PreTrainedConfig):
 
     Args:
         text_config: a `Ma2mbaTextConfig`, or its dictionary (a transformers `Mamba2Config` dictionary works too).
-        vision_config: a CLIP or SigLIP vision configuration, or its dictionary. None is CLIP ViT-L/14 at 336 pixels.
+        vision_config: a configuration of one of the kinds in `vision_towers`, or its dictionary. None is CLIP ViT-L/14
+            at 336 pixels.
         video_token_id: id of the placeholder that every visual token takes in the prompt.
         vision_feature_layer: which hidden state of the tower feeds the projector (paper: the penultimate, -2).
         spatial_pool_stride: side of the square of patch tokens pooled into one (paper: 2, 576 -> 144 tokens a frame).
         spatial_pool_mode: "bilinear" (paper) or "average".
         projector_hidden_act: activation between the projector's two layers.
-        image_mean, image_std: normalisation of pixels scaled to 0..1; None takes CLIP's or SigLIP's values.
+        image_mean, image_std: normalisation of pixels scaled to 0..1; None takes those of the tower's kind.
         vision_chunk_frames: frames that run through the tower together; bounds the memory of vision.
         prefill_segment_length: tokens that run through the language model together outside of training (on a CPU at
             most 512).
@@ -207,9 +204,9 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         self.spatial_pool_stride = spatial_pool_stride
         self.spatial_pool_mode = spatial_pool_mode
         self.projector_hidden_act = projector_hidden_act
-        clip = self.vision_config.model_type == "clip_vision_model"
-        self.image_mean = list(image_mean if image_mean is not None else (CLIP_IMAGE_MEAN if clip else (0.5,) * 3))
-        self.image_std = list(image_std if image_std is not None else (CLIP_IMAGE_STD if clip else (0.5,) * 3))
+        tower = tower_adapter(self.vision_config)
+        self.image_mean = list(tower.image_mean if image_mean is None else image_mean)
+        self.image_std = list(tower.image_std if image_std is None else image_std)
         self.vision_chunk_frames = vision_chunk_frames
         self.prefill_segment_length = prefill_segment_length
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -246,7 +243,12 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     @property
     def patches_per_side(self) -> int:
         """Patch tokens along one side of a frame."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        return tower_adapter(self.vision_config).patches_per_side(self.vision_config)
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames that the tower looks at together (1: every frame by itself)."""
+        return tower_adapter(self.vision_config).clip_frames(self.vision_config)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -255,8 +257,9 @@ class VideoMa2mbaConfig(PreTrainedConfig):
 
     @property
     def read_chunk_frames(self) -> int:
-        """Frames that a video is read by: as many as fill one segment of the language model."""
-        return max(1, self.prefill_segment_length // self.tokens_per_frame)
+        """Frames that a video is read by: whole clips, as many as fill one segment of the language model."""
+        frames = self.prefill_segment_length // self.tokens_per_frame
+        return max(1, frames // self.clip_frames) * self.clip_frames
 
 
 def _build_text_config(config: Ma2mbaTextConfig | dict | None) -> PreTrainedConfig:
@@ -288,16 +291,9 @@ def _build_vision_config(config: PreTrainedConfig | dict | None) -> PreTrainedCo
     if isinstance(config, dict):
         fields = dict(config)
         model_type = fields.pop("model_type", "clip_vision_model")
-        _require(
-            model_type in _SUPPORTED_VISION, "vision_config.model_type", model_type, f"use one of {_SUPPORTED_VISION}"
-        )
+        tower_adapter(model_type)
         config = AutoConfig.for_model(model_type, **fields)
-    _require(
-        config.model_type in _SUPPORTED_VISION,
-        "vision_config.model_type",
-        config.model_type,
-        f"use one of {_SUPPORTED_VISION}",
-    )
+    tower_adapter(config)
     return config
 
 

@@ -102,6 +102,4 @@ def _layer_seconds(shape: StackShape, work: Workload, rows: int, costs: Measured
 
 def vision_seconds(vision: VisionLoad, costs: MeasuredCosts = H200) -> float:
     """Seconds of the tower: once forward; again, and backward, when it trains."""
-    d, m, p = vision.width, vision.hidden, vision.patches
-    per_frame = vision.layers * p * (2 * (4 * d * d + 2 * d * m) + 4 * p * d)
-    return vision.frames * per_frame * (4 if vision.tower_trains else 1) / costs.tower
+    return vision.frames * vision.tower.operations * (4 if vision.tower_trains else 1) / costs.tower

@@ -5,7 +5,7 @@ Shapes: B batch, S tokens, F frames of all videos of the batch, T tokens per fra
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +33,7 @@ from .vision_features import (
     used_tower_modules,
     video_rows,
 )
+from .vision_towers import TOWERS
 
 
 class VideoMa2mbaPreTrainedModel(PreTrainedModel):
@@ -44,13 +45,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "Ma2mbaBlock",
-        "CLIPVisionEmbeddings",
-        "CLIPEncoderLayer",
-        "SiglipVisionEmbeddings",
-        "SiglipEncoderLayer",
-    ]
+    _no_split_modules = ["Ma2mbaBlock", *(name for tower in TOWERS.values() for name in tower.no_split_modules)]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D"}
     _supports_sdpa = True  # these three concern the vision tower: the language model has no attention
@@ -172,11 +167,14 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         gradient. Done after building and loading; call it again after unfreezing everything."""
         freeze_unused_tower_parameters(self.vision_tower, self.config)
 
-    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
+    def get_video_features(
+        self, pixel_values_videos: Tensor, num_frames: Tensor | Sequence[int] | None = None, **kwargs: Any
+    ) -> Tensor:
         """Rows that stand for the frames in the language model's input.
 
         Args:
             pixel_values_videos: (F, 3, h, w) on any device; uint8 is raw RGB, floating point already normalised.
+            num_frames: frames of each video; only towers that look at clips of frames ask. None: all are of one.
 
         Returns:
             (F * T, D), frame after frame, raster order inside; computed `config.vision_chunk_frames` frames at a time.
@@ -187,6 +185,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             self.config,
             pixel_values_videos,
             recompute=self.recompute_vision and self.training,
+            num_frames=_plain_list(num_frames),
         )
 
     def embed_inputs(self, input_ids: Tensor, pixel_values_videos: Tensor, num_frames: Tensor | None = None) -> Tensor:
@@ -215,6 +214,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             recompute=self.recompute_vision and self.training,
             layout=layout,
             text=text,
+            num_frames=_plain_list(num_frames) if self.config.clip_frames > 1 else None,
         )
         return rows.view(*input_ids.shape, -1)
 
@@ -422,6 +422,10 @@ class VideoMa2mbaForConditionalGeneration(
                 hidden = hidden[:, logits_to_keep.to(hidden.device)]
             logits = self.lm_head(hidden)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+
+def _plain_list(numbers: Tensor | Sequence[int] | None) -> list[int] | None:
+    return None if numbers is None else [int(n) for n in numbers]
 
 
 VideoMa2mbaModel.register_for_auto_class("AutoModel")

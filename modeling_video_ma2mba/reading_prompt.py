@@ -1,5 +1,6 @@
 """Reading a prompt with videos as a stream: frames pass through the model chunk by chunk and only the state stays."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -81,15 +82,16 @@ def read_prompt(
             advance("input_ids", input_ids[:, start:place].to(device))
         start = place + 1
         read_before = frames_read
-        for chunk in video:
-            for pixels in _small_pieces(frames_of(chunk), model.config.read_chunk_frames):
+        clips = WholeClips(model.config.clip_frames, model.config.read_chunk_frames)
+        for chunk in itertools.chain(video, [None]):  # None: the video has ended
+            for pixels in clips.rest() if chunk is None else clips.add(frames_of(chunk)):
                 advance("inputs_embeds", model.get_video_features(pixels).unsqueeze(0))
                 frames_read += len(pixels)
             timestamps = getattr(chunk, "timestamps", None)
             if timestamps is not None and len(timestamps):
                 state.metadata["seconds"] = str(seconds_before + float(timestamps[-1]))
             state.metadata["frames"] = str(frames_before + frames_read)
-            if on_frames is not None:
+            if on_frames is not None and chunk is not None:
                 on_frames(frames_read)
         if frames_read == read_before:
             raise ValueError(f"video {places.index(place)} of the prompt has no frames")
@@ -100,5 +102,26 @@ def read_prompt(
     return state
 
 
-def _small_pieces(pixels: Tensor, size: int) -> Iterator[Tensor]:
-    return (piece for piece in pixels.split(size) if len(piece))
+class WholeClips:
+    """Frames that arrive in any number, cut where a tower's clips end; at the end of the video a clip may be shorter.
+
+    Args:
+        clip: frames of a clip. most: frames of a piece, a multiple of `clip`.
+    """
+
+    def __init__(self, clip: int, most: int) -> None:
+        self.clip, self.most = clip, most
+        self._waiting: Tensor | None = None
+
+    def add(self, pixels: Tensor) -> Iterator[Tensor]:
+        """The pieces that `pixels` (n, 3, h, w) completes, of at most `most` frames."""
+        if self._waiting is not None and len(self._waiting):
+            pixels = torch.cat([self._waiting.to(pixels), pixels])
+        whole = len(pixels) // self.clip * self.clip
+        self._waiting = pixels[whole:]
+        return (piece for piece in pixels[:whole].split(self.most) if len(piece))
+
+    def rest(self) -> list[Tensor]:
+        """What is left when the video has ended: a short clip, or nothing."""
+        waiting, self._waiting = self._waiting, None
+        return [] if waiting is None or not len(waiting) else [waiting]

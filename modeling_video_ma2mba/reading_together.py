@@ -32,6 +32,8 @@ def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -
     """
     if (prefix == model.config.video_token_id).sum() != 1 or prefix[0, -1] != model.config.video_token_id:
         raise ValueError("reading together takes a prompt that ends in a video and holds no other")
+    if model.config.clip_frames > 1:  # a short video's end would cut the clips of the others
+        return [_read_alone(model, prefix, video) for video in videos]
     sources = [_Frames(video) for video in videos]
     found: list[VideoState | Exception | None] = [None] * len(sources)
     text = prefix[:, :-1]
@@ -61,6 +63,13 @@ def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -
         if rows:
             _advance(model, state, [sources[row].take(min(lengths)) for row in rows])
     return found
+
+
+def _read_alone(model: Any, prefix: Tensor, video: Iterable[Any]) -> VideoState | Exception:
+    try:
+        return read_prompt(model, prefix, [video])
+    except Exception as error:
+        return error
 
 
 class _Frames:

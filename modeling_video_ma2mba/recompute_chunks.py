@@ -5,7 +5,7 @@ inputs of the node: their gradients are summed over chunks in at least fp32 and 
 so that the gradient hooks of DDP, ZeRO and FSDP fire once. Inner `.backward()` calls would fire them once per chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,14 @@ class ChunkJob:
     """What to run and where its rows go.
 
     Args:
-        run: `(piece, first) -> rows`: maps `source[first : first + chunk]` to `(len(piece) * rows_per_item, width)`.
+        run: `(piece, first) -> rows`: maps the piece that begins at item `first` of the source to
+            `(len(piece) * rows_per_item, width)`.
+        chunk: items a piece, or the length of every piece.
         devices: every device that `run` computes on; the random state of each is replayed.
     """
 
     run: Callable[[Tensor, int], Tensor]
-    chunk: int
+    chunk: int | list[int]
     rows_per_item: int
     width: int
     dtype: torch.dtype
@@ -56,6 +58,13 @@ class ChunkJob:
     @property
     def device_type(self) -> str:
         return self.devices[0].type
+
+    def pieces(self, source: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The pieces of `source`, each with the number of its first item."""
+        first = 0
+        for piece in source.split(self.chunk) if len(source) else ():
+            yield first, piece
+            first += len(piece)
 
 
 def fill_rows(
@@ -74,10 +83,10 @@ def fill_rows(
     )
     if text is not None:
         out[job.layout.text_rows.to(out.device)] = text.to(out.device, out.dtype)
-    for first in range(0, len(source), job.chunk):
+    for first, piece in job.pieces(source):
         if before_chunk is not None:
             before_chunk()
-        rows = job.run(source[first : first + job.chunk], first)
+        rows = job.run(piece, first)
         target = job.layout.target(first * job.rows_per_item, first * job.rows_per_item + len(rows))
         out[target] = rows.to(out.device, out.dtype)
     return out
@@ -128,11 +137,11 @@ class ChunkedRows(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(parameters)
         devices = ctx.random_states[0][1][0] if ctx.random_states else []
         with torch.random.fork_rng(devices=devices, device_type=job.device_type if devices else "cuda"):
-            for index, first in enumerate(range(0, len(source), job.chunk)):
+            for index, (first, part) in enumerate(job.pieces(source)):
                 cpu_state, (device_ids, device_states) = ctx.random_states[index]
                 torch.set_rng_state(cpu_state)
                 set_device_states(device_ids, device_states, device_type=job.device_type)
-                piece = source[first : first + job.chunk].detach().requires_grad_(grad_source is not None)
+                piece = part.detach().requires_grad_(grad_source is not None)
                 with torch.enable_grad(), torch.autocast(**ctx.autocast):
                     rows = job.run(piece, first)
                 target = job.layout.target(first * job.rows_per_item, first * job.rows_per_item + len(rows))
@@ -143,6 +152,6 @@ class ChunkedRows(torch.autograd.Function):
                         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
                         sums[i] = wide if sums[i] is None else sums[i].add_(wide)
                 if grad_source is not None:
-                    grad_source[first : first + job.chunk] = found[-1]
+                    grad_source[first : first + len(part)] = found[-1]
         grads = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
         return (None, grad_source, grad_text, *grads)

@@ -1,14 +1,16 @@
 """From pixels to rows of the language model's input: vision tower, 2x2 pooling, projector, in chunks of frames.
 
-Frames are independent of each other, so they are the third axis along which activations can be recomputed: the tower
-sees a few frames at a time in forward, and again in backward when something before the language model trains. Peak
-memory is that of one chunk plus the rows themselves, which may live in host memory.
+Frames (or clips of frames, where the tower looks at several together) are independent of each other, so they are the
+third axis along which activations can be recomputed: the tower sees a few at a time in forward, and again in backward
+when something before the language model trains. Peak memory is that of one chunk plus the rows themselves, which may
+live in host memory.
 
 Shapes: F frames, T tokens per frame, D model width, N rows in all.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.activations import ACT2FN
 
 from .recompute_chunks import ChunkedRows, ChunkJob, RowLayout, fill_rows
 from .stack_weights import execution_device
+from .vision_towers import tower_adapter
 
 
 class VideoMa2mbaMultiModalProjector(nn.Module):
@@ -34,18 +37,9 @@ class VideoMa2mbaMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
-def used_layer_count(config: Any) -> int:
-    """Encoder layers below hidden state `config.vision_feature_layer` (transformers counts the embedding as 0)."""
-    layer = config.vision_feature_layer
-    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
-
-
 def used_tower_modules(tower: nn.Module, config: Any) -> Iterator[nn.Module]:
-    """The parts of a CLIP or SigLIP tower that the features depend on."""
-    yield tower.embeddings
-    if hasattr(tower, "pre_layrnorm"):
-        yield tower.pre_layrnorm
-    yield from tower.encoder.layers[: used_layer_count(config)]
+    """The parts of a tower that the features depend on."""
+    return tower_adapter(config.vision_config).used_modules(tower, config)
 
 
 def freeze_unused_tower_parameters(tower: nn.Module, config: Any) -> None:
@@ -95,22 +89,27 @@ def pool_patches(features: Tensor, side: int, stride: int, mode: str) -> Tensor:
     return pooled.flatten(2).transpose(1, 2)
 
 
-def encode_frames(tower: nn.Module, config: Any, pixels: Tensor) -> Tensor:
-    """One chunk of frames `(F, 3, h, w)` -> pooled patch features `(F, T, vision width)`.
+def encode_frames(tower: nn.Module, config: Any, pixels: Tensor, clips: Sequence[int] | None = None) -> Tensor:
+    """Frames `(F, 3, h, w)`, clip after clip (None: one clip) -> pooled patch features `(F, T, vision width)`."""
+    adapter = tower_adapter(config.vision_config)
+    pixels = normalise_pixels(pixels, config, execution_device(tower), adapter.input_dtype(tower))
+    rows = adapter.encode(tower, config, pixels, clips or [len(pixels)])
+    return pool_patches(rows, config.patches_per_side, config.spatial_pool_stride, config.spatial_pool_mode)
 
-    The layers are walked here instead of calling the tower, so that what lies above the wanted hidden state is not
-    computed; the result equals `tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]`.
+
+def whole_clips(frames: Sequence[int], clip: int, most: int) -> list[list[int]]:
+    """Lengths of the clips of videos of `frames` frames each, dealt out to chunks of about `most` frames.
+
+    A clip is `clip` frames, at the end of a video fewer; no chunk cuts one.
     """
-    device = execution_device(tower)
-    dtype = tower.embeddings.patch_embedding.weight.dtype
-    hidden = tower.embeddings(normalise_pixels(pixels, config, device, dtype))
-    if hasattr(tower, "pre_layrnorm"):
-        hidden = tower.pre_layrnorm(hidden)
-    for layer in tower.encoder.layers[: used_layer_count(config)]:
-        hidden = layer(hidden, None)
-    if hasattr(tower.embeddings, "class_embedding"):
-        hidden = hidden[:, 1:]  # CLIP's class token says nothing about a place in the frame
-    return pool_patches(hidden, config.patches_per_side, config.spatial_pool_stride, config.spatial_pool_mode)
+    lengths = [min(clip, count - start) for count in frames for start in range(0, count, clip)]
+    chunks: list[list[int]] = []
+    for length in lengths:
+        if chunks and sum(chunks[-1]) + length <= most:
+            chunks[-1].append(length)
+        else:
+            chunks.append([length])
+    return chunks
 
 
 def _trainable(*modules: nn.Module) -> list[Tensor]:
@@ -126,6 +125,7 @@ def video_rows(
     recompute: bool,
     layout: RowLayout | None = None,
     text: Tensor | None = None,
+    num_frames: Sequence[int] | None = None,
 ) -> Tensor:
     """Run frames through tower, pooling and projector and lay the rows out, by themselves or among text embeddings.
 
@@ -135,6 +135,7 @@ def video_rows(
             otherwise autograd keeps the activations of all frames.
         layout: where rows go; None puts the F * T feature rows alone on the tower's device.
         text: `(text rows, D)` embeddings to be laid out between the features.
+        num_frames: frames of each video, where a tower looks at clips; None: they are all of one.
 
     Returns:
         `(total rows, D)`. In bounded memory beside the result unless `recompute` is off in training.
@@ -154,10 +155,13 @@ def video_rows(
         tower_trains or bool(projector_parameters) or (text is not None and text.requires_grad)
     )
     # A chunk that is differentiated holds the activations of every layer, so it is smaller (the paper's code used 8).
-    chunk = max(1, config.vision_chunk_frames // 4) if training and tower_trains else config.vision_chunk_frames
+    most = max(1, config.vision_chunk_frames // 4) if training and tower_trains else config.vision_chunk_frames
+    chunks = whole_clips([len(pixels)] if num_frames is None else num_frames, config.clip_frames, most)
+    sizes = [sum(clips) for clips in chunks]
+    clips_at = dict(zip(itertools.accumulate(sizes, initial=0), chunks, strict=False))
 
     def encode(piece: Tensor, first: int) -> Tensor:
-        return encode_frames(tower, config, piece)
+        return encode_frames(tower, config, piece, clips_at[first])
 
     def project(piece: Tensor, first: int) -> Tensor:
         return projector(piece.to(device)).flatten(0, 1)
@@ -167,20 +171,20 @@ def video_rows(
 
     def job(run: Callable[[Tensor, int], Tensor]) -> ChunkJob:
         devices = list({device, execution_device(tower)})
-        return ChunkJob(run, chunk, config.tokens_per_frame, config.text_config.hidden_size, dtype, layout, devices)
+        return ChunkJob(run, sizes, config.tokens_per_frame, config.text_config.hidden_size, dtype, layout, devices)
 
     if not training:
         with torch.no_grad():
             return fill_rows(job(both), pixels, text)
     if not recompute:
-        rows = torch.cat([both(piece, 0) for piece in pixels.split(chunk)])
+        rows = torch.cat([both(piece, first) for first, piece in job(both).pieces(pixels)])
         return _interleave(rows.to(dtype), text, layout)
     if tower_trains:
         return ChunkedRows.apply(job(both), pixels, text, *tower_parameters, *projector_parameters)
     # With a frozen tower its pooled output is kept beside the rows (it is no larger than they are): backward needs
     # the projector only, and the tower never runs twice.
     with torch.no_grad():
-        kept = torch.cat([encode(piece, 0).to(layout.device) for piece in pixels.split(chunk)])
+        kept = torch.cat([encode(piece, first).to(layout.device) for first, piece in job(encode).pieces(pixels)])
     return ChunkedRows.apply(job(project), kept, text, *projector_parameters)
 
 

@@ -20,6 +20,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,3 +156,15 @@ def tiny_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+@pytest.fixture(scope="session")
+def raw_video() -> Callable:
+    """Factory of raw videos `(F, 20, 30, 3)` uint8 with colours of their own for each seed."""
+
+    def make(frames: int, seed: int = 0) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        tint = random.integers(0, 2, (1, 2, 3, 3)).repeat(10, axis=1).repeat(10, axis=2) * 155
+        return (tint + random.integers(0, 100, (frames, 20, 30, 3))).astype(np.uint8)
+
+    return make

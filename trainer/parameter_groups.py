@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import nn
 
-# Mamba-2's own recurrence parameters, norms, biases, and CLIP's class token; by name as well as by shape, because
+from ..modeling_video_ma2mba.vision_towers import TOWERS
+
+# Mamba-2's own recurrence parameters, norms, biases, and what towers name; by name as well as by shape, because
 # some sharded parameters do not show their shape.
-_NO_DECAY = re.compile(r"(^|\.)(A_log|D|dt_bias|bias|class_embedding)$|norm|layrnorm")
+_OF_TOWERS = sorted({name for tower in TOWERS.values() for name in tower.no_decay})
+_NO_DECAY = re.compile(rf"(^|\.)(A_log|D|dt_bias|bias|{'|'.join(_OF_TOWERS)})$|norm|layrnorm")
 _PARTS = {"vision_tower.": "vision", "multi_modal_projector.": "projector"}  # all the rest is the language model
 ORDER = ("lm", "projector", "vision")  # the Trainer logs the first group's rate
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import BUNDLED_CHECKPOINT
+from ..modeling_video_ma2mba.vision_towers import TOWERS
 from .checkpoint_files import last_complete_checkpoint
 from .recipe import Recipe
 from .smoke_data import write_smoke_data
@@ -18,7 +19,8 @@ BUNDLED = "bundled"
 
 # Every projection of every Mamba-2 block; `lora_vision` adds the tower's linear layers.
 LORA_TARGETS = r".*language_model.*\.(in_proj|out_proj)"
-LORA_TARGETS_VISION = LORA_TARGETS + r"|.*vision_tower.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+_TOWER_LINEAR = sorted({name for tower in TOWERS.values() for name in tower.lora_targets})
+LORA_TARGETS_VISION = LORA_TARGETS + rf"|.*vision_tower.*\.({'|'.join(_TOWER_LINEAR)})"
 
 
 def lora_config(recipe: Recipe) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -36,18 +35,6 @@ def make_processor() -> Callable:
         side = config.vision_config.image_size
         video_processor = VideoMa2mbaVideoProcessor(size={"height": side, "width": side})
         return VideoMa2mbaProcessor(build_byte_tokenizer(), video_processor, tokens_per_frame=config.tokens_per_frame)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def raw_video() -> Callable:
-    """Factory of raw videos `(F, 20, 30, 3)` uint8 with colours of their own for each seed."""
-
-    def make(frames: int, seed: int = 0) -> np.ndarray:
-        random = np.random.default_rng(seed)
-        tint = random.integers(0, 2, (1, 2, 3, 3)).repeat(10, axis=1).repeat(10, axis=2) * 155
-        return (tint + random.integers(0, 100, (frames, 20, 30, 3))).astype(np.uint8)
 
     return make
 

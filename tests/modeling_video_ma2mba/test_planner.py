@@ -19,7 +19,7 @@ from video_ma2mba.modeling_video_ma2mba.cost_memory import (
     saved_per_token,
 )
 from video_ma2mba.modeling_video_ma2mba.cost_step import StepJob, layer_parameter_count, predict, predict_job
-from video_ma2mba.modeling_video_ma2mba.cost_vision import VisionLoad, tower_saved_per_token
+from video_ma2mba.modeling_video_ma2mba.cost_vision import VisionLoad
 from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import run_blocks
 from video_ma2mba.modeling_video_ma2mba.planner import (
     Limits,
@@ -116,8 +116,8 @@ def test_saved_activations_of_the_tower(make_config, tower: str, autocast: bool)
         projector_parameters=0,
         weight_bytes=4,
     )
-    expected = tower_saved_per_token(load, compute=2 if autocast else 4)
-    assert (nbytes[1] - nbytes[0]) / (frames * load.patches) == pytest.approx(expected, rel=0.02)
+    expected = load.tower.kept_bytes(compute=2 if autocast else 4, weight_bytes=4) / load.tower.layers
+    assert (nbytes[1] - nbytes[0]) / frames == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("plan", [(1, 8), (2, 5), (3, 100), (5, 7)])

@@ -1,0 +1,30 @@
+"""CLIP's vision tower: a class token, and a norm in front of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .vision_adapter import TowerAdapter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class ClipAdapter(TowerAdapter):
+    """transformers' `CLIPVisionModel`."""
+
+    model_type = "clip_vision_model"
+    model_class = "CLIPVisionModel"
+    image_mean = (0.48145466, 0.4578275, 0.40821073)
+    image_std = (0.26862954, 0.26130258, 0.27577711)
+    leading_rows = 1
+    no_split_modules = ("CLIPVisionEmbeddings", "CLIPEncoderLayer")
+    no_decay = ("class_embedding",)
+
+    def used_modules(self, tower: nn.Module, config: Any) -> Iterator[nn.Module]:
+        embeddings, *layers = super().used_modules(tower, config)
+        yield from (embeddings, tower.pre_layrnorm, *layers)  # so it is spelt in the checkpoints
+
+    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+        return tower.pre_layrnorm(tower.embeddings(pixels))

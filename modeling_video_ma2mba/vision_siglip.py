@@ -1,0 +1,11 @@
+"""SigLIP's vision tower: patches only."""
+
+from .vision_adapter import TowerAdapter
+
+
+class SiglipAdapter(TowerAdapter):
+    """transformers' `SiglipVisionModel`."""
+
+    model_type = "siglip_vision_model"
+    model_class = "SiglipVisionModel"
+    no_split_modules = ("SiglipVisionEmbeddings", "SiglipEncoderLayer")
