@@ -24,7 +24,9 @@ def register() -> None:
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from .modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
+    from .modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
     from .modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
+    from .modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel
     from .modeling_video_ma2mba.pipeline_video_ma2mba import VideoQuestionAnsweringPipeline
     from .modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
     from .processing.processing_video_ma2mba import VideoMa2mbaProcessor
@@ -39,6 +41,12 @@ def register() -> None:
             getattr(transformers, name).register(VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, exist_ok=True)
     transformers.AutoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaProcessor, exist_ok=True)
     AutoVideoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaVideoProcessor, exist_ok=True)
+
+    transformers.AutoConfig.register("videomamba", VideoMambaConfig, exist_ok=True)
+    transformers.AutoModel.register(VideoMambaConfig, VideoMambaModel, exist_ok=True)
+    for auto_class in (transformers.AutoModelForVideoClassification, transformers.AutoModelForImageClassification):
+        auto_class.register(VideoMambaConfig, VideoMambaForVideoClassification, exist_ok=True)
+
     PIPELINE_REGISTRY.register_pipeline(
         PIPELINE_TASK,
         pipeline_class=VideoQuestionAnsweringPipeline,

@@ -1,0 +1,138 @@
+"""The bidirectional Mamba-1 mixer of VideoMamba: two gated scans in opposite directions between shared projections.
+
+Legend: B batch, S tokens, C model width, E inner channels, N state per channel, R step rank, K scans.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ops_selective_scan import directional_conv, selective_scan
+
+
+@dataclass(frozen=True)
+class ScanPass:
+    """One scan of a mixer: whose weights (suffix of their names), which way, in which order of tokens.
+
+    `order` is "spatial" (tokens as they come) or "temporal" (the mixer's caller knows the permutation).
+    """
+
+    weights: str
+    reverse: bool
+    order: str
+
+
+def scan_passes(scan_order: str, layer: int, layers: int, share_weights: bool) -> tuple[ScanPass, ...]:
+    """The scans of block `layer` of `layers` under `VideoMambaConfig.scan_order`."""
+    forward, backward = ("", False), ("_b", True)
+    if scan_order == "spatiotemporal_v1":
+        return ScanPass(*forward, "spatial"), ScanPass(*backward, "temporal")
+    if scan_order == "spatiotemporal_v2":
+        others = (forward, backward) if share_weights else (("_t", False), ("_t_b", True))
+        spatial = [ScanPass(*which, "spatial") for which in (forward, backward)]
+        return (*spatial, *(ScanPass(*which, "temporal") for which in others))
+    temporal = {
+        "spatial_first": False,
+        "temporal_first": True,
+        "spatial_then_temporal": layer >= layers // 2,
+        "temporal_then_spatial": layer < layers // 2,
+        "alternating": layer % 2 == 1,
+    }[scan_order]
+    return tuple(ScanPass(*which, "temporal" if temporal else "spatial") for which in (forward, backward))
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class VideoMambaMixer(nn.Module):
+    """`out_proj` of the sum of all scans of `in_proj(hidden)`; parameters are named as in released checkpoints."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.passes = scan_passes(
+            config.scan_order, layer, config.num_hidden_layers, getattr(config, "share_scan_weights", True)
+        )
+        inner, state, rank = config.inner_size, config.state_size, config.time_step_rank
+        self.rank, self.state = rank, state
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        for suffix in self.weight_sets:
+            conv = nn.Conv1d(inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1)
+            self.add_module(f"conv1d{suffix}", conv)
+            self.add_module(f"x_proj{suffix}", nn.Linear(inner, rank + 2 * state, bias=False))
+            self.add_module(f"dt_proj{suffix}", nn.Linear(rank, inner))
+            self.register_parameter(self.rates_name(suffix), nn.Parameter(torch.zeros(inner, state)))
+            self.register_parameter(f"D{suffix}", nn.Parameter(torch.zeros(inner)))
+
+    @property
+    def weight_sets(self) -> list[str]:
+        """Suffixes of the sets of scan weights, each once."""
+        return list(dict.fromkeys(each.weights for each in self.passes))
+
+    @staticmethod
+    def rates_name(suffix: str) -> str:
+        """Name of the decay rates: the released checkpoints say `A_log` and `A_b_log`."""
+        return f"A{suffix}_log"
+
+    def forward(self, hidden: Tensor, temporal: Tensor | None = None, spatial: Tensor | None = None) -> Tensor:
+        """(B, S, C) -> (B, S, C).
+
+        Args:
+            temporal: (S,) int64, `hidden[:, temporal]` is in temporal order; spatial: its inverse. Only needed where a
+                scan of this layer is temporal.
+        """
+        projected = self.in_proj(hidden)
+        total = None
+        for order in dict.fromkeys(each.order for each in self.passes):
+            passes = [each for each in self.passes if each.order == order]
+            ordered = projected if order == "spatial" else projected[:, temporal]
+            y = self._scan(ordered, passes)
+            y = y if order == "spatial" else y[:, spatial]
+            total = y if total is None else total + y
+        return self.out_proj(total)
+
+    def _scan(self, projected: Tensor, passes: list[ScanPass]) -> Tensor:
+        """Sum (B, S, E) of the gated scans of `projected` (B, S, 2E), all in its order of tokens."""
+        sets, reverse = [each.weights for each in passes], [each.reverse for each in passes]
+        x, z = projected.chunk(2, dim=-1)
+        convs = [getattr(self, f"conv1d{name}") for name in sets]
+        steps = [getattr(self, f"dt_proj{name}") for name in sets]
+        weights = {
+            "conv_weight": torch.stack([conv.weight.squeeze(1) for conv in convs]),
+            "conv_bias": torch.stack([conv.bias for conv in convs]),
+            "A": torch.stack([-torch.exp(at_least_fp32(getattr(self, self.rates_name(name)))) for name in sets]),
+            "D": torch.stack([getattr(self, f"D{name}") for name in sets]),
+            "dt_bias": torch.stack([step.bias for step in steps]),
+        }
+        u = directional_conv(x, weights["conv_weight"], weights["conv_bias"], reverse)
+        parts = [getattr(self, f"x_proj{name}")(part) for name, part in zip(sets, u, strict=True)]
+        low, B, C = torch.stack(parts).split([self.rank, self.state, self.state], dim=-1)
+        dt = torch.stack([F.linear(part, step.weight.to(part.dtype)) for part, step in zip(low, steps, strict=True)])
+        y, _ = selective_scan(u, dt, weights["A"], B, C, weights["D"], weights["dt_bias"], z, reverse=reverse)
+        return y.sum(dim=0)
+
+
+@torch.no_grad()
+def init_mixer_(mixer: VideoMambaMixer, config: Any, init: Any) -> None:
+    """The released models' initialisation of everything but the linear layers, which came before: like every linear
+    layer of a ViT they have normal weights and biases of zero, the step's included (its Mamba values are lost so).
+
+    `init` is `transformers.initialization`, whose functions leave already loaded tensors alone.
+    """
+    for suffix in mixer.weight_sets:
+        rates = getattr(mixer, mixer.rates_name(suffix))
+        numbers = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=rates.device)
+        init.copy_(rates, torch.log(numbers).expand_as(rates).to(rates.dtype))
+        init.ones_(getattr(mixer, f"D{suffix}"))
+        bound = 1 / math.sqrt(config.conv_kernel)
+        conv = getattr(mixer, f"conv1d{suffix}")
+        init.uniform_(conv.weight, -bound, bound)
+        init.uniform_(conv.bias, -bound, bound)
+    # kaiming_uniform(a=sqrt 5) over sqrt(depth): one mixer per layer adds to the residual stream.
+    bound = 1 / math.sqrt(config.inner_size * config.num_hidden_layers)
+    init.uniform_(mixer.out_proj.weight, -bound, bound)
