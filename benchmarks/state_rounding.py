@@ -17,11 +17,11 @@ import torch
 from transformers import AutoTokenizer
 
 from video_ma2mba import BUNDLED_CHECKPOINT, VideoState
-from video_ma2mba.eval.world_scoring import LONGEST_ANSWER, read_videos
 from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from video_ma2mba.trainer.world_batches import ChatTokens
 from video_ma2mba.world import KINDS, WorldDataset, parse_frames
+from video_ma2mba.world.batches import ChatTokens
+from video_ma2mba.world.scoring import LONGEST_ANSWER, read_videos
 
 # name, dtype of the file, dtype between tokens (None: the usual way), tokens between two roundings
 WAYS = [

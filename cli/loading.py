@@ -24,7 +24,7 @@ def resolve_model(model: str | None) -> str:
         if not (BUNDLED_CHECKPOINT / "config.json").is_file():
             raise FileNotFoundError(
                 f"the bundled checkpoint is missing from {BUNDLED_CHECKPOINT}: "
-                "name a model with --model, or train it with `python -m video_ma2mba.trainer.world_sft`"
+                "name a model with --model, or train it with `python -m video_ma2mba.world.train`"
             )
         return str(BUNDLED_CHECKPOINT)
     if not model:

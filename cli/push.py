@@ -37,7 +37,7 @@ def push(
     card_results: Annotated[
         list[Path] | None,
         typer.Option(
-            help="For the card: folder of `eval`, or CSV of eval.world_accuracy; may be repeated.", show_default=False
+            help="For the card: folder of `eval`, or CSV of world.accuracy; may be repeated.", show_default=False
         ),
     ] = None,
     card_measured_on: Annotated[

@@ -1,4 +1,4 @@
-"""The table of `eval/world_accuracy.py`, as a card shows it and as the Hub's metadata name it."""
+"""The table of `world/accuracy.py`, as a card shows it and as the Hub's metadata name it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def read_accuracy(path: Path) -> list[dict[str, str]]:
         FileNotFoundError: no such file. ValueError: it is another table, or a number in it contradicts the counts.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: write it with python -m video_ma2mba.eval.world_accuracy")
+        raise FileNotFoundError(f"{path} does not exist: write it with python -m video_ma2mba.world.accuracy")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := sorted(_FIELDS - set(reader.fieldnames or ())):
-            raise ValueError(f"{path} is no table of video_ma2mba.eval.world_accuracy: it lacks {missing}")
+            raise ValueError(f"{path} is no table of video_ma2mba.world.accuracy: it lacks {missing}")
         rows = [row for row in reader if row["form"] == "all"]
     for row in rows:
         try:
@@ -64,7 +64,7 @@ def accuracy_markdown(rows: list[dict[str, str]]) -> str:
 def accuracy_command(rows: list[dict[str, str]]) -> str:
     """The command that measures the same lengths, to be run in a copy of the checkpoint."""
     lengths = " ".join(dict.fromkeys(row["frames"] for row in rows))
-    return f"python -m video_ma2mba.eval.world_accuracy --model . --frames {lengths} --out accuracy.csv"
+    return f"python -m video_ma2mba.world.accuracy --model . --frames {lengths} --out accuracy.csv"
 
 
 def evaluation_metadata(rows: list[dict[str, str]]) -> list[EvalResult]:

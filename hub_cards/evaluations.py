@@ -1,4 +1,4 @@
-"""Evaluations that a card shows: tables of `eval/world_accuracy.py`, and folders written by `video-ma2mba eval`."""
+"""Evaluations that a card shows: tables of `world/accuracy.py`, and folders written by `video-ma2mba eval`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def read_evaluation(path: Path, measured_on: str | None = None) -> Evaluation:
-    """Read a CSV of `eval/world_accuracy.py`, or the folder of an evaluation.
+    """Read a CSV of `world/accuracy.py`, or the folder of an evaluation.
 
     Args:
         measured_on: hardware, data type and date of a CSV's measurement; a folder says it itself.

@@ -30,9 +30,6 @@ CIRCLES = {
 }
 FORBIDDEN_IMPORTS = {
     ("eval.lmms_adapter", "cli.loading"),
-    ("eval.world_accuracy", "trainer.world_batches"),
-    ("eval.world_scoring", "trainer.world_batches"),
-    ("trainer.world_report", "eval.world_scoring"),
 }
 
 

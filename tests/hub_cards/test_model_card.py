@@ -106,10 +106,10 @@ def test_card_with_benchmarks(tiny_checkpoint: Path, tmp_path: Path):
 def test_the_command_is_one_that_the_program_takes(accuracy):
     from transformers import HfArgumentParser
 
-    from video_ma2mba.eval.world_accuracy import WorldAccuracy
+    from video_ma2mba.world.accuracy import WorldAccuracy
 
     words = accuracy_command(accuracy).split()
-    assert words[:3] == ["python", "-m", "video_ma2mba.eval.world_accuracy"]
+    assert words[:3] == ["python", "-m", "video_ma2mba.world.accuracy"]
     (settings,) = HfArgumentParser(WorldAccuracy).parse_args_into_dataclasses(words[3:])
     assert settings.frames == ["8..64", "256"]
 

@@ -66,7 +66,7 @@ def test_the_folder_must_work_without_the_package(checkpoint: Path, tmp_path: Pa
     target = tmp_path / "out"
     write_hub_folder(checkpoint, target, "me/tiny")
     (target / "ops_ssd.py").unlink()
-    with pytest.raises(ValueError, match=r"does not answer a question: .*ssd_scan"):
+    with pytest.raises(ValueError, match=r"does not answer a question: .*ops_ssd"):
         ask_as_a_stranger(target)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from video_ma2mba.trainer.world_batches import (
+from video_ma2mba.world import KINDS, WorldDataset, chat
+from video_ma2mba.world.batches import (
     IGNORED,
     ChatTokens,
     WorldBatches,
@@ -19,17 +20,16 @@ from video_ma2mba.trainer.world_batches import (
     subject,
     through_a_file,
 )
-from video_ma2mba.trainer.world_clock import WorldClock
-from video_ma2mba.trainer.world_model import (
+from video_ma2mba.world.clock import WorldClock
+from video_ma2mba.world.model import (
     SIZES,
     fit_projector_,
     start_for_recall_,
     world_config,
     world_processor,
 )
-from video_ma2mba.trainer.world_sft import WorldTraining, train
-from video_ma2mba.trainer.world_tokenizer import build_world_tokenizer
-from video_ma2mba.world import KINDS, WorldDataset, chat
+from video_ma2mba.world.tokenizer import build_world_tokenizer
+from video_ma2mba.world.train import WorldTraining, train
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_a_run_stops_resumes_and_exports(tmp_path):
 def test_the_model_learns(tmp_path):
     """A few dozen steps on one tiny batch: the loss on answers falls well below what guessing would leave."""
     from video_ma2mba import VideoMa2mbaForConditionalGeneration
-    from video_ma2mba.trainer.world_sft import build_optimizer
+    from video_ma2mba.world.train import build_optimizer
 
     tokenizer = build_world_tokenizer()
     tokens = ChatTokens(tokenizer, 16)

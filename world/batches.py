@@ -19,9 +19,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..processing.byte_tokenizer import END_TOKEN, ROLE_TOKENS, VIDEO_TOKEN
 from ..processing.chat_format import DEFAULT_FRAME_SEPARATOR, DEFAULT_SYSTEM_PROMPT
-from ..world import KINDS, Question, WorldDataset, render
-from ..world.questions import list_things, name_option
-from ..world.world import COLOURS, SHAPES, whole
+from . import KINDS, Question, WorldDataset, render
+from .questions import list_things, name_option
+from .world import COLOURS, SHAPES, whole
 
 IGNORED = -100
 _TURN_TOKENS = 20  # of one question with its answer, on average

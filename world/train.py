@@ -1,8 +1,8 @@
 """Train the small model on the rendered world with `VideoMa2mbaTrainer`.
 
-    python -m video_ma2mba.trainer.world_sft --out DIR --max-seconds 900        # a GPU
-    python -m video_ma2mba.trainer.world_sft --out DIR --steps 20 --size tiny --frames 8..8   # a CPU, to see it run
-    python -m video_ma2mba.trainer.world_sft --out LONG --start-from DIR/model --frames 64..2048   # longer videos
+    python -m video_ma2mba.world.train --out DIR --max-seconds 900        # a GPU
+    python -m video_ma2mba.world.train --out DIR --steps 20 --size tiny --frames 8..8   # a CPU, to see it run
+    python -m video_ma2mba.world.train --out LONG --start-from DIR/model --frames 64..2048   # longer videos
 
 `--out` holds checkpoints while it trains, `training_log.csv`, `validation.csv`, and at the end `model/`, which
 `from_pretrained` loads. The same command with `--resume` goes on after an interruption.
@@ -26,16 +26,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.vision_features import encode_frames
 from ..planning.planned_step import set_trainable
-from ..world import KINDS, WorldDataset, parse_frames
-from ..world.questions import check_kinds
-from .training_config import VideoMa2mbaTrainingConfig
-from .video_trainer import VideoMa2mbaTrainer
-from .world_batches import SHORTER, ChatTokens, WorldBatches, first
-from .world_clock import ClockCallback, WorldClock
-from .world_model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
-from .world_report import WorldReport
-from .world_tokenizer import build_world_tokenizer
-from .world_tower import train_tower
+from ..trainer.training_config import VideoMa2mbaTrainingConfig
+from ..trainer.video_trainer import VideoMa2mbaTrainer
+from . import KINDS, WorldDataset, parse_frames
+from .batches import SHORTER, ChatTokens, WorldBatches, first
+from .clock import ClockCallback, WorldClock
+from .model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
+from .questions import check_kinds
+from .report import WorldReport
+from .tokenizer import build_world_tokenizer
+from .tower import train_tower
 
 _SINGLE_PRECISION = ("A_log", "D", "dt_bias")  # what decides how long is remembered stays in fp32
 _ENDLESS = 10_000_000  # steps, where only the clock ends training
@@ -187,7 +187,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
 
 
 def see(model: Any, training: WorldTraining) -> None:
-    """The first stage, see `world_tower`; the projector is then scaled to what the tower gives."""
+    """The first stage, see `world/tower.py`; the projector is then scaled to what the tower gives."""
     batch = train_tower(
         model,
         seconds=training.tower_seconds,

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ..processing.byte_tokenizer import END_TOKEN, PAD_TOKEN, ROLE_TOKENS, VIDEO_TOKEN, byte_alphabet
 from ..processing.chat_format import DEFAULT_SYSTEM_PROMPT
-from ..world import WorldDataset
-from ..world.questions import list_things, name_option
-from ..world.world import COLOURS, SHAPES
+from . import WorldDataset
+from .questions import list_things, name_option
+from .world import COLOURS, SHAPES
 
 _LARGEST = 1024  # tokens; the words of the world need about half
 _VIDEOS = 600

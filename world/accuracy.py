@@ -1,6 +1,6 @@
 """Accuracy on unseen rendered videos, per kind of question, beside chance.
 
-    python -m video_ma2mba.eval.world_accuracy --model bundled --per-kind 1000 --frames 8..64 256 1024 --out a.csv
+    python -m video_ma2mba.world.accuracy --model bundled --per-kind 1000 --frames 8..64 256 1024 --out a.csv
 
 Videos come from the test split. Every answer is kept in `a.answers.jsonl` next to the table; the same command
 goes on where it stopped.
@@ -22,10 +22,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..trainer.world_batches import ChatTokens
-from ..world import FORMS, KINDS, Question, WorldDataset, parse_frames
-from ..world.chance import chance_levels
-from .world_scoring import generate_answers, score_forced
+from . import FORMS, KINDS, Question, WorldDataset, parse_frames
+from .batches import ChatTokens
+from .chance import chance_levels
+from .scoring import generate_answers, score_forced
 
 FIELDS = ("frames", "kind", "form", "questions", "right", "accuracy", "chance")
 _BLOCK, _BLOCK_FRAMES = 64, 32768  # between two saves: videos, fewer where they have more frames than this together

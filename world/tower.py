@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..modeling_video_ma2mba.vision_features import encode_frames, used_tower_modules
-from ..world import World, WorldDataset
-from ..world.world import CARD_SYMBOLS, COLOURS, SHAPES, SKY
-from .world_batches import first, through_a_file
+from . import World, WorldDataset
+from .batches import first, through_a_file
+from .world import CARD_SYMBOLS, COLOURS, SHAPES, SKY
 
 _FRAMES_PER_VIDEO = 8
 _CLASSES = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "sign": len(CARD_SYMBOLS) + 1, "sun": 2}
@@ -86,7 +86,7 @@ class TowerFrames(IterableDataset):
             number += workers
 
     def batch(self, rng: random.Random) -> dict[str, Tensor]:
-        from ..world import WorldRenderer
+        from . import WorldRenderer
 
         pictures, classes, places = [], [], []
         for _ in range(max(self.frames_per_batch // _FRAMES_PER_VIDEO, 1)):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from video_ma2mba.processing.byte_tokenizer import byte_alphabet
-from video_ma2mba.trainer.world_tokenizer import build_world_tokenizer
+from video_ma2mba.world.tokenizer import build_world_tokenizer
 from video_ma2mba.world.world import COLOURS, SHAPES
 
 SPECIAL = ["<|endoftext|>", "<pad>", "<video>", "<|system|>", "<|user|>", "<|assistant|>"]

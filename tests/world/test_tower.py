@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from video_ma2mba.trainer.world_model import SIZES, world_config
-from video_ma2mba.trainer.world_tokenizer import build_world_tokenizer
-from video_ma2mba.trainer.world_tower import TowerFrames, cell_labels, train_tower
 from video_ma2mba.world import WorldDataset, render
+from video_ma2mba.world.model import SIZES, world_config
+from video_ma2mba.world.tokenizer import build_world_tokenizer
+from video_ma2mba.world.tower import TowerFrames, cell_labels, train_tower
 from video_ma2mba.world.world import CARD_SYMBOLS, COLOURS, SHAPES
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..eval.world_scoring import score_forced
-from ..world import FORMS, KINDS, WorldDataset, WorldSample
-from .world_batches import ChatTokens
-from .world_clock import WorldClock
+from . import FORMS, KINDS, WorldDataset, WorldSample
+from .batches import ChatTokens
+from .clock import WorldClock
+from .scoring import score_forced
 
 LOSS_FIELDS = ("step", "seconds", "progress", "loss", "grad_norm", "learning_rate")
 ACCURACY_FIELDS = ("step", "seconds", "frames", "all", *FORMS, *KINDS)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..trainer.world_batches import IGNORED, ChatTokens
-from ..world import Question, WorldSample
+from . import Question, WorldSample
+from .batches import IGNORED, ChatTokens
 
 LONGEST_ANSWER = 20  # tokens of a byte-level answer such as "purple triangle", with its end
 

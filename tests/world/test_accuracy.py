@@ -6,14 +6,13 @@ import json
 import pytest
 import torch
 
-from video_ma2mba.eval import world_accuracy
-from video_ma2mba.eval.world_accuracy import WorldAccuracy, measure
-from video_ma2mba.eval.world_scoring import generate_answers, score_forced
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
-from video_ma2mba.trainer.world_batches import ChatTokens
-from video_ma2mba.trainer.world_model import SIZES, world_config
-from video_ma2mba.trainer.world_sft import build_optimizer, export
-from video_ma2mba.world import KINDS, WorldDataset
+from video_ma2mba.world import KINDS, WorldDataset, accuracy
+from video_ma2mba.world.accuracy import WorldAccuracy, measure
+from video_ma2mba.world.batches import ChatTokens
+from video_ma2mba.world.model import SIZES, world_config
+from video_ma2mba.world.scoring import generate_answers, score_forced
+from video_ma2mba.world.train import build_optimizer, export
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def model_folder(half_trained, tokens, tmp_path):
 
 
 def test_the_table(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(world_accuracy, "_BLOCK", 4)
+    monkeypatch.setattr(accuracy, "_BLOCK", 4)
     settings = WorldAccuracy(model=str(model_folder), out=str(tmp_path / "t.csv"), per_kind=3, frames=["8..9", "12"])
     settings.device, settings.dtype = "cpu", "float32"
     table = measure(settings)
@@ -107,8 +106,8 @@ def test_the_table(model_folder, tmp_path, monkeypatch):
     broken = len(lines) * 2 // 3
     answers.write_text("".join(lines[:broken]) + lines[broken][:20])  # the machine died while writing
     calls = []
-    score = world_accuracy._answer
-    monkeypatch.setattr(world_accuracy, "_answer", lambda *a: calls.append(a[3]) or score(*a))
+    score = accuracy._answer
+    monkeypatch.setattr(accuracy, "_answer", lambda *a: calls.append(a[3]) or score(*a))
     assert measure(settings) == table
     assert sorted(answers.read_text().splitlines()) == sorted(complete.splitlines())
     asked = sum(len(indices) for indices in calls)
@@ -122,7 +121,7 @@ def test_the_table(model_folder, tmp_path, monkeypatch):
 
 
 def test_given_answers_are_kept(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(world_accuracy, "_BLOCK", 2)
+    monkeypatch.setattr(accuracy, "_BLOCK", 2)
     settings = WorldAccuracy(model=str(model_folder), out=str(tmp_path / "t.csv"), per_kind=1, frames=["8"])
     settings.device, settings.dtype = "cpu", "float32"
     measure(settings)
