@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .cost_memory import StackShape, Workload
 from .cost_step import Prediction, StepJob, predict_job
 from .cost_time import H200, MeasuredCosts
-from .ops_ssd import backend_for
+from .mixer_mamba2 import CoreBackends
 from .recompute_plan import RecomputePlan, RecomputeSettings, parse_bytes
 
 # Segments are multiples of this: the chunk of the SSD kernels (paper, section 4.1).
@@ -204,7 +204,7 @@ def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
     device = model.norm_f.weight.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-    kernels = backend_for(torch.empty(0, device=device, dtype=dtype)) == "kernels"
+    kernels = CoreBackends.pick(mixer.shape, device, dtype, x.shape[1]).fused
     trainable = sum(p.numel() for p in model.layers.parameters() if p.requires_grad)
     work = Workload(
         tokens=x.shape[1],
