@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .answering_questions import VideoQuestionsMixin
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .decode_loop import FastGenerationMixin
 from .generation_video_ma2mba import PromptGenerationMixin
 from .recompute_chunks import RowLayout
 from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
 from .recompute_plan import RecomputeSettings
 from .stack_language_model import Ma2mbaTextModel
 from .stack_weights import refuse_incomplete
+from .state_outputs import CACHE_NAME, StateCausalLMOutput, StateModelOutput, take_state
 from .state_video import VideoState
 from .vision_features import (
     VideoMa2mbaMultiModalProjector,
@@ -269,21 +268,22 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> StateModelOutput:
         """Read tokens and frames from a state.
 
         Args:
             input_ids: (B, S), with one `config.video_token_id` per frame row; or inputs_embeds: (B, S, D), no pixels.
             attention_mask: (B, at least S), 1 on real tokens. Padding on either side never changes a result.
             pixel_values_videos: (F, 3, h, w), the frames of all videos of the batch in order.
-            past_key_values: state to start from (updated in place); use_cache: return the state after the last token
-                (default: on in evaluation, off in training).
+            past_key_values: state to start from (updated in place), also as `cache`; use_cache: return the state after
+                the last token (default: on in evaluation, off in training).
             num_frames: (videos,) frames of each video; lets a misplaced video be noticed.
             seq_idx: (B, S) numbers of packed samples. output_positions: (B, S) bool, hidden states wanted.
 
         Returns:
             `last_hidden_state` (B, S, D), or (wanted positions, D); `past_key_values`.
         """
+        past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if pixel_values_videos is not None:
@@ -307,7 +307,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
 
 class VideoMa2mbaForConditionalGeneration(
-    VideoQuestionsMixin, PromptGenerationMixin, FastGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin
+    VideoQuestionsMixin, PromptGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin
 ):
     """Answers in words: `VideoMa2mbaModel` with a language modelling head."""
 
@@ -352,7 +352,7 @@ class VideoMa2mbaForConditionalGeneration(
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> StateCausalLMOutput:
         """Arguments beyond those of `VideoMa2mbaModel.forward`:
 
         Args:
@@ -368,14 +368,15 @@ class VideoMa2mbaForConditionalGeneration(
         Returns:
             `loss`; `logits` (B, positions, V); `past_key_values`.
         """
+        past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
         if prompt_copies > 1 and pixel_values_videos is not None:
             if past_key_values is not None and labels is None:
                 return self._read_prompt_once(
                     prompt_copies,
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
+                    past_key_values,
+                    input_ids,
+                    attention_mask,
                     pixel_values_videos=pixel_values_videos,
-                    past_key_values=past_key_values,
                     logits_to_keep=logits_to_keep,
                     num_frames=num_frames,
                     use_cache=use_cache,
@@ -421,7 +422,7 @@ class VideoMa2mbaForConditionalGeneration(
             elif isinstance(logits_to_keep, Tensor):
                 hidden = hidden[:, logits_to_keep.to(hidden.device)]
             logits = self.lm_head(hidden)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return StateCausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
 
 
 def _plain_list(numbers: Tensor | Sequence[int] | None) -> list[int] | None:
