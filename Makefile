@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --dist worksteal
 BIN := $(VENV)/bin
-OLDEST := $(VENV)/oldest-transformers
-# torch comes first and alone, so that the rest is resolved beside the build that this machine found.
-INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-SOURCES := setup.cfg pyproject.toml constraints.txt
+LOCK := requirements.lock
+# torch comes first and alone: its build decides which CUDA packages come along, and those are not in the lock.
+INSTALL = $(BIN)/python -m pip install --quiet --constraint $(LOCK)
+SOURCES := setup.cfg pyproject.toml $(LOCK)
 
-.PHONY: demo test compat lint format clean
+OLDEST := $(VENV)/oldest
+
+.PHONY: demo test compat lock lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -18,9 +20,19 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Checkpoints must also load on the oldest supported transformers, which gets an environment of its own.
+# Checkpoints must also load on the oldest releases that setup.cfg allows, which get an environment of their own.
 compat: $(VENV)/.test $(OLDEST)/.installed
 	VIDEO_MA2MBA_COMPAT_PYTHON=$(abspath $(OLDEST)/bin/python) $(BIN)/python -m pytest tests/compat
+
+# The only way to change the locks: the newest releases for Python 3.10 to 3.13, and the oldest that setup.cfg allows on
+# Python 3.11. torch is named, so that a build of that version which the machine has (for the CPU, say) fits.
+lock:
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/python -m pip install --quiet --upgrade uv
+	$(RESOLVE) --universal --python-version 3.10 --output-file $(LOCK)
+	$(RESOLVE) --resolution lowest-direct --python-version 3.11 --output-file requirements-oldest.lock
+RESOLVE = printf 'torch==2.13.0\nlmms-eval>=0.7.3\n' | $(VENV)/lock/bin/uv pip compile setup.cfg - --extra test \
+	--upgrade --quiet --no-annotate --custom-compile-command 'make lock'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -36,24 +48,24 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+$(VENV)/.torch: $(LOCK) | $(VENV)/bin/python
 	@echo "Installing PyTorch into $(VENV) (once) ..."
-	$(INSTALL) torch
+	$(INSTALL) torch setuptools
 	@touch $@
 
 $(VENV)/.demo: $(SOURCES) $(VENV)/.torch
 	@echo "Installing video-ma2mba into $(VENV) (once) ..."
-	$(INSTALL) --editable .
+	$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) $(VENV)/.torch
 	@echo "Installing video-ma2mba and what its tests need into $(VENV) (once) ..."
-	$(INSTALL) --editable '.[test]'
-	$(INSTALL) --no-deps lmms-eval
+	$(BIN)/python -m pip install --quiet --no-deps --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@ $(VENV)/.demo
 
-$(OLDEST)/.installed: constraints.txt | $(VENV)/bin/python
+$(OLDEST)/.installed: requirements-oldest.lock | $(VENV)/bin/python
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(OLDEST)/bin/python -m pip install --quiet 'transformers==5.10.*' numpy pillow av jinja2
+	$(OLDEST)/bin/python -m pip install --quiet --constraint requirements-oldest.lock torch
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --requirement requirements-oldest.lock
 	@touch $@

@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "bundled"
 """Directory of the small checkpoint that ships with the package (it understands the rendered world only)."""
+EXAMPLE_VIDEOS = Path(__file__).parent / "world" / "examples"
+"""Directory of four short clips of the rendered world, with `questions.jsonl` (`examples/videos` of a checkout)."""
 
 _MODULE_OF = {
     "Ma2mbaTextConfig": "modeling_video_ma2mba.configuration_video_ma2mba",
@@ -30,7 +32,7 @@ _MODULE_OF = {
     "VideoMa2mbaTrainingConfig": "trainer.training_config",
 }
 # The trainer needs the extra [train], which `from video_ma2mba import *` must not ask for.
-__all__ = ["BUNDLED_CHECKPOINT", "__version__", *sorted(n for n in _MODULE_OF if "Train" not in n)]
+__all__ = ["BUNDLED_CHECKPOINT", "EXAMPLE_VIDEOS", "__version__", *sorted(n for n in _MODULE_OF if "Train" not in n)]
 
 
 def __getattr__(name: str):

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from video_ma2mba import EXAMPLE_VIDEOS
+
 from .ask import reading_progress, size_text
 from .loading import load_pipeline
 from .options import Device, Dtype, Model
 
 if TYPE_CHECKING:
     from video_ma2mba import VideoQuestionAnsweringPipeline
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "videos"
 
 
 def load_questions(folder: Path) -> list[dict]:
@@ -36,8 +36,8 @@ def load_questions(folder: Path) -> list[dict]:
 
 def demo(
     folder: Annotated[
-        Path, typer.Argument(help="Folder written by `world render`.", show_default="the repository's examples/videos")
-    ] = EXAMPLES,
+        Path, typer.Argument(help="Folder written by `world render`.", show_default="four example clips")
+    ] = EXAMPLE_VIDEOS,
     model: Model = None,
     fps: Annotated[float, typer.Option(help="Frames read per second of video.")] = 1.0,
     device: Device = "auto",

@@ -6,18 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from video_ma2mba import EXAMPLE_VIDEOS
+
 from .hub_folder import HubFolder, write_hub_folder
 
 _SPACE = Path(__file__).parent / "space"
 _PAGE = ("app.py", "requirements.txt", "README.md")
 CHECKPOINT = "checkpoint"  # where `app.py` looks for the model
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "videos"
 
 
 def write_space_folder(source: Path, target: Path, **card: Any) -> HubFolder:
     """Copy the page and the checkpoint in `source` to `target`; see `write_hub_folder`, whose settings `card` takes.
-
-    Example videos come along where this package lies in its repository: an installed package has none.
 
     Raises:
         ValueError: a LoRA adapter, which a Space cannot run alone; and what `write_hub_folder` raises.
@@ -30,6 +29,5 @@ def write_space_folder(source: Path, target: Path, **card: Any) -> HubFolder:
     for name in _PAGE:
         shutil.copyfile(_SPACE / name, target / name)
     shutil.copytree(_SPACE / "web", target / "web", ignore=shutil.ignore_patterns("__pycache__"))
-    if EXAMPLES.is_dir():
-        shutil.copytree(EXAMPLES, target / "examples")
+    shutil.copytree(EXAMPLE_VIDEOS, target / "examples")
     return written

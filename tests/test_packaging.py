@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -95,7 +96,9 @@ def test_tree_names_no_machine():
     found = []
     for name in tracked_files():
         path = ROOT / name
-        if path.suffix in {".py", ".md", ".cfg", ".toml", ".txt", ".yaml", ".json", ".jinja", ""} and path.is_file():
+        if not path.is_file():
+            continue
+        if path.suffix in {".py", ".md", ".cfg", ".toml", ".txt", ".lock", ".yaml", ".json", ".jinja", ""}:
             found += [f"{name}: {hit.group(0)}" for hit in pattern.finditer(path.read_text(errors="replace"))]
     assert found == []
 
@@ -158,8 +161,8 @@ def test_auto_classes_know_the_package_in_either_import_order(first: str):
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory) -> set[str]:
-    """Names in a wheel built from what Git tracks."""
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from what Git tracks."""
     pytest.importorskip("setuptools")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in tracked_files():
@@ -169,6 +172,11 @@ def wheel_names(tmp_path_factory) -> set[str]:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True, cwd=out)
     (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
@@ -180,6 +188,52 @@ def test_wheel_holds_the_package(wheel_names: set[str]):
         and Path(name).suffix in {".py", ".jinja", ".yaml", ".json", ".safetensors"}
     ]
     assert [name for name in wanted if f"video_ma2mba/{name}" not in wheel_names] == []
+
+
+def test_every_file_that_setup_names_is_there(wheel_names: set[str]):
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    for package, patterns in setup["options.package_data"].items():
+        for pattern in re.split(r"[,\s]+", patterns.strip()):
+            wanted = [
+                path
+                for path in (ROOT / package.replace(".", "/").removeprefix("video_ma2mba").strip("/")).glob(pattern)
+                if path.is_file() and path.suffix != ".pyc"
+            ]
+            assert wanted, f"{package} has no {pattern}"
+            for path in wanted:
+                assert f"video_ma2mba/{path.relative_to(ROOT).as_posix()}" in wheel_names
+
+
+@pytest.mark.bundled
+@pytest.mark.slow
+def test_an_installed_wheel_answers_from_anywhere_and_writes_nothing_there(wheel: Path, tmp_path: Path):
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    before = {path: path.stat().st_mtime_ns for path in site.rglob("*")}
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(home)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    script = (
+        "import video_ma2mba, importlib.metadata as m\n"
+        "from pathlib import Path\n"
+        "print(Path(video_ma2mba.__file__).parent)\n"
+        "print(m.version('video-ma2mba') == video_ma2mba.__version__)\n"
+        "print([p.load().__module__ for p in m.entry_points(group='lmms_eval.models', name='video_ma2mba')])\n"
+    )
+    said = run(sys.executable, "-c", script).splitlines()
+    assert said[0] == str(site / "video_ma2mba")
+    assert said[1] == "True"
+    assert "video_ma2mba.eval.lmms_manifest" in said[2]
+    assert re.search(r"^2[0-9] of 28 answers right", run(str(site / "bin" / "video-ma2mba"), "demo"), re.MULTILINE)
+    assert {path: path.stat().st_mtime_ns for path in site.rglob("*")} == before
 
 
 def test_wheel_leaves_the_repository_out(wheel_names: set[str]):

@@ -44,7 +44,7 @@ def test_the_header_is_one_that_the_hub_takes():
     assert card.data.sdk == "gradio"
     assert (ROOT / "hub_cards" / "space" / card.data.app_file).is_file()
     assert len(card.data.short_description) <= 60
-    pinned = re.search(r"^gradio==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    pinned = re.search(r"^gradio==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)[1]
     assert card.data.sdk_version == pinned  # the version that the tests run with
 
 

@@ -1,14 +1,10 @@
-"""A tiny model together with its processor; makes `stack_gradients.py` importable."""
+"""A tiny model together with its processor."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Recorder(BaseStreamer):

@@ -22,13 +22,13 @@ def model(make_model):
 def used(monkeypatch) -> list[int]:
     """Batch sizes of the runs that really went through the fast loop."""
     runs = []
-    plain = decode_loop._DecoderSteps.read
+    plain = decode_loop._Generation.run
 
-    def counted(self, *args, **kwargs):
-        runs.append(self.state.batch_size)
-        return plain(self, *args, **kwargs)
+    def counted(self, model_kwargs):
+        runs.append(self.ids.shape[0])
+        return plain(self, model_kwargs)
 
-    monkeypatch.setattr(decode_loop._DecoderSteps, "read", counted)
+    monkeypatch.setattr(decode_loop._Generation, "run", counted)
     return runs
 
 

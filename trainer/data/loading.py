@@ -17,7 +17,7 @@ from .row_files import DATA_SUFFIXES, TEXT_SUFFIXES, files_in, read_rows
 from .row_formats import Row, detect_format
 
 Source = str | PathLike[str] | Dataset | IterableDataset
-_VERSION = 2  # of what a row becomes; a new one sets aside what `datasets` has cached
+_VERSION = 1  # of what a row becomes; a new one sets aside what `datasets` has cached
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 

@@ -1,1 +1,0 @@
-../modeling_video_ma2mba/recompute_cell.py
