@@ -5,16 +5,17 @@ decoded by itself, always cut at the same places: the pictures do not depend on 
 picture they may: FFmpeg fills in what it saw before.)
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .frame_fitting import check_frame_pixels
+from .frame_pixels import TRANSPARENT, Look, upright_pixels
 from .read_ahead import in_order
-from .video_decoding import VideoIndex, open_stream, packets_of, reason_of
+from .video_decoding import VideoIndex, decoder_of, every_packet, open_stream, packets_of, reason_of
 
 PART_WANTED = 16
 PART_FRAMES = 200
@@ -74,6 +75,8 @@ def decode_frames(
 
         with closing(in_order(map(part, spans), threads, outstanding, min(max(room, 1), 32))) as frames:
             yield from frames
+        if decoders.transparent:
+            problems.append(TRANSPARENT)
     for kind, text in (
         ("errors", "damaged parts that could not be decoded and were skipped"),
         ("corrupt", "damaged pictures among the frames that were read"),
@@ -94,13 +97,25 @@ def part_cuts(index: VideoIndex, wanted: np.ndarray) -> list[int]:
     return cuts
 
 
+class _Opened(NamedTuple):
+    container: Any
+    stream: Any
+    look: Look
+
+
 class _Decoders:
     """Opened copies of one file, kept for the next part that wants one; all are closed on leaving."""
 
     def __init__(self, target: str | Path | bytes, name: str, problems: list[str]):
         self.target, self.name, self.problems = target, name, problems
-        self._idle: list[tuple[Any, Any]] = []
+        self._idle: list[_Opened] = []
+        self._all: list[_Opened] = []
         self._stack = ExitStack()
+
+    @property
+    def transparent(self) -> bool:
+        """Whether frames with transparent parts were shown."""
+        return any(opened.look.transparent for opened in self._all)
 
     def __enter__(self) -> "_Decoders":
         return self
@@ -108,13 +123,15 @@ class _Decoders:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def take(self) -> tuple[Any, Any]:
+    def take(self) -> "_Opened":
         try:
             return self._idle.pop()
         except IndexError:
-            return self._stack.enter_context(open_stream(self.target, self.name))
+            container, stream = self._stack.enter_context(open_stream(self.target, self.name))
+            self._all.append(_Opened(container, stream, Look.of(stream, decoder_of(stream))))
+            return self._all[-1]
 
-    def give_back(self, opened: tuple[Any, Any]) -> None:
+    def give_back(self, opened: "_Opened") -> None:
         self._idle.append(opened)
 
 
@@ -138,7 +155,7 @@ def _part_frames(
                 while position < end and wanted[position] <= number:
                     if fitted is None:  # a frame that stays on screen is resized once
                         count["corrupt"] += frame.is_corrupt
-                        fitted = fit(upright_pixels(frame, name))
+                        fitted = fit(upright_pixels(frame, name, opened.look))
                     yield fitted, number
                     position += 1
                 if position == end:
@@ -147,16 +164,8 @@ def _part_frames(
         decoders.give_back(opened)
 
 
-def upright_pixels(frame: Any, name: str) -> np.ndarray:
-    """A decoded frame as uint8 `(H, W, 3)`, rotated as the file's display matrix says."""
-    check_frame_pixels(frame.width, frame.height, name)
-    pixels = frame.to_ndarray(format="rgb24")
-    quarters = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
-    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
-
-
 def _decoded(
-    opened: tuple[Any, Any],
+    opened: _Opened,
     problems: list[str],
     index: VideoIndex,
     wanted: np.ndarray,
@@ -167,10 +176,9 @@ def _decoded(
     """Yield `(index, decoded frame)` in display order, leaving out what is not needed for the part's wanted frames."""
     import av.error
 
-    container, stream = opened
-    decoder = stream.codec_context
+    container, stream, decoder = opened.container, opened.stream, opened.look.decoder
 
-    def decode(packet: Any) -> list[Any]:
+    def decode(packet: Any | None) -> list[Any]:
         try:
             return decoder.decode(packet)
         except (av.error.FFmpegError, EOFError):
@@ -178,49 +186,44 @@ def _decoded(
             return []
 
     if index.pts is None:
-        number = 0
-        flushed = False
-        for packet in packets_of(container, stream, problems):
-            flushed = packet.size == 0
-            for frame in decode(None if flushed else packet):
-                yield number, frame
-                number += 1
-        for frame in [] if flushed else decode(None):
-            yield number, frame
-            number += 1
+        frames = (
+            frame for packet in every_packet(packets_of(container, stream, problems)) for frame in decode(packet)
+        )
+        yield from enumerate(frames)
         return
 
     stamps = np.unique(index.pts[wanted[slice(*span)]])
     # H.264 frames that no other refers to are decoded only if wanted. Other decoders define this less sharply.
     selective = decoder.name == "h264"
-    next_wanted, group_end, skipping, flushed = 0, None, len(index.keys) > 0, False
-    for packet in _packets_from(container, stream, problems, index, int(stamps[0])):
-        flushed = packet.size == 0
-        if not flushed and packet.is_keyframe and packet.pts is not None:
-            following = np.searchsorted(index.keys, packet.pts, side="right")
-            group_end = index.keys[following] if following < len(index.keys) else None
-            needed = group_end is None or stamps[next_wanted] < group_end
-            if skipping and needed:
-                decoder.flush_buffers()
-            skipping = not needed
-        if skipping and not flushed:
-            continue
-        if selective:
-            decoder.skip_frame = "DEFAULT" if packet.pts in wanted_stamps else "NONREF"
-        for frame in decode(None if flushed else packet):
-            if frame.pts is None:
+    entry = _entry(index, int(stamps[0]))
+    next_wanted, skipping, newest = 0, entry is not None, -math.inf
+    decoder.flush_buffers()
+    for packet in every_packet(_packets_from(container, stream, problems, index, int(stamps[0]))):
+        if skipping and packet is not None:
+            if not packet.is_keyframe or packet.pts is None or packet.pts < entry:
                 continue
-            if frame.pts >= stamps[next_wanted]:
-                number = int(np.searchsorted(index.pts, frame.pts, side="right")) - 1
-                yield number, frame
-                next_wanted = int(np.searchsorted(stamps, frame.pts, side="right"))
-                if next_wanted == len(stamps):
-                    return
-            if group_end is not None and stamps[next_wanted] >= group_end:
-                skipping = True  # the rest of this group of pictures is not needed
-    for frame in [] if flushed else decode(None):
-        if frame.pts is not None:
+            decoder.flush_buffers()
+            skipping = False
+        if selective and packet is not None and packet.pts is not None:  # a second field goes with its first
+            decoder.skip_frame = "DEFAULT" if packet.pts in wanted_stamps else "NONREF"
+        for frame in decode(packet):
+            if frame.pts is None or frame.pts < stamps[next_wanted]:
+                continue
             yield int(np.searchsorted(index.pts, frame.pts, side="right")) - 1, frame
+            next_wanted = int(np.searchsorted(stamps, frame.pts, side="right"))
+            if next_wanted == len(stamps):
+                return
+        if packet is not None and packet.is_keyframe and packet.pts is not None:
+            newest = max(newest, packet.pts)
+        later = _entry(index, int(stamps[next_wanted]))
+        if later is not None and later > newest:
+            entry, skipping = later, True  # nothing up to there is needed
+
+
+def _entry(index: VideoIndex, stamp: int) -> int | None:
+    """Time stamp of the packet at which decoding begins for a frame; None: at the first."""
+    place = int(np.searchsorted(index.keys, stamp, side="right")) - 1
+    return int(index.entries[place]) if place >= 0 else None
 
 
 def _packets_from(
@@ -232,7 +235,8 @@ def _packets_from(
     if not index.seekable or len(index.keys) == 0:
         yield from packets_of(container, stream, problems)
         return
-    key = int(index.keys[max(int(np.searchsorted(index.keys, first_wanted, side="right")) - 1, 0)])
+    key = _entry(index, first_wanted)
+    key = int(index.entries[0]) if key is None else key
     # Files are sought by decoding times, from which display times may differ: what was found is looked at, and where
     # it lies too late, reading starts at the beginning (times before the first mean the first).
     for place in (key, -(2**62)):

@@ -2,19 +2,22 @@
 
 The first of two passes over the packets: `scan_video` reads time stamps only, so lengths come from packets that exist
 and never from a header. `decode_frames` (frame_decoding.py) then decodes just the groups of pictures that hold a
-wanted frame, each only up to the last one wanted.
+wanted frame, each only up to the last one wanted. Where packets do not tell what will be shown when (see
+`_Packets.differ`), the first pass decodes, too.
 """
 
+import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .clean_starts import NOT_CLEAN, mpeg4_pictures, start_test
 from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
 from .mp4_index import refuse_endless_index
 from .video_source_names import without_secrets
@@ -25,8 +28,29 @@ LONGEST_GAP = 3600.0
 """Seconds between two frames beyond which time stamps count as damaged, and not the picture as standing still."""
 LONGEST_LAST_FRAME = 60.0
 NETWORK_TIMEOUT = (15.0, 60.0)  # seconds to connect, to wait for data
+_DISPOSITIONS = {  # FFmpeg's AV_DISPOSITION_...
+    "default": 1,
+    "comment": 8,
+    "attached_pic": 1 << 10,
+    "timed_thumbnails": 1 << 11,
+    "descriptions": 1 << 17,
+    "dependent": 1 << 19,
+    "still_image": 1 << 20,
+}
+_STILLS = frozenset({"bmp", "gif", "jpeg2000", "mjpeg", "png", "tiff", "webp"})
+"""Decoders of pictures: beside another video, these are its preview."""
 UNTIMED_SHARE = 0.1  # share of packets that may lack a time stamp before all of them are ignored
 UNTIMED_SHARE_OF_FIELDS = 0.6  # interlaced broadcasts send every other field without a time stamp
+
+
+_REORDERED = frozenset(
+    {"av1", "h264", "hevc", "libdav1d", "mpeg1video", "mpeg2video", "mpeg4", "vc1", "vp8", "vp9", "vvc", "wmv3"}
+)
+"""Decoders whose frames may come at other times, or in other numbers, than packets that have no display times."""
+_NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS
+_UNTIMED = frozenset({"mpjpeg", "mjpeg", "mjpeg_2000", "image2pipe", "jpeg_pipe", "png_pipe"})
+MPEG4_STUB = 16
+"""Bytes up to which an MPEG-4 packet may hold no picture at all."""
 
 
 @dataclass
@@ -34,9 +58,10 @@ class VideoIndex:
     """What `scan_video` found. N: number of frames in display order.
 
     `pts` int64 `(N,)` in units of the stream's time base, or None where the stream has no usable time stamps and
-    frames are counted instead; `times` float64 `(N,)` seconds from the first frame; `keys` int64, time stamps of key
-    frames; `duration` seconds; `frame_pixels` width times height as the header says; `seekable`: the file's own index
-    says exactly where each packet is.
+    frames are counted instead; `times` float64 `(N,)` seconds from the first frame; `entries` int64, time stamps of
+    the key frames at which decoding may begin, ascending; `keys` int64, for each entry the time stamp from which on
+    all frames come out right (its own, but for intra refresh); `duration` seconds; `frame_pixels` width times height
+    as the header says; `seekable`: the file's own index says exactly where each packet is.
     """
 
     pts: np.ndarray | None
@@ -46,6 +71,7 @@ class VideoIndex:
     problems: list[str]
     frame_pixels: int = 0
     seekable: bool = False
+    entries: np.ndarray = field(default_factory=lambda: np.array([], np.int64))
 
 
 @contextmanager
@@ -92,12 +118,7 @@ def open_stream(
     if failed is not None:  # outside of `except`: FFmpeg's own error tells the address, and with it its password
         raise failed
     with container:
-        videos = [stream for stream in container.streams.video if not _is_cover(stream)]
-        if not videos:
-            kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
-            reason = f"it contains only {' and '.join(kinds)}" if kinds else "it contains no streams"
-            raise ValueError(f"{name}: there is no video in this file, {reason}")
-        stream = videos[0]
+        stream = choose_stream(container, name)
         if stream.codec_context is None:
             raise ValueError(f"{name}: the video's codec is not supported by the installed FFmpeg")
         check_frame_pixels(stream.codec_context.width, stream.codec_context.height, name)
@@ -106,11 +127,75 @@ def open_stream(
         yield container, stream
 
 
-def _is_cover(stream: Any) -> bool:
-    """Whether a "video" stream is the cover picture of a music file."""
-    from av.stream import Disposition
+def choose_stream(container: Any, name: str) -> Any:
+    """The stream that is the film: no cover picture, no preview; what the file marks as default; the largest.
 
-    return bool(stream.disposition & Disposition.attached_pic)
+    A broadcast's first programme is taken whatever its size, as a television set does.
+
+    Raises:
+        ValueError: there is no video, or a picture cut into tiles that FFmpeg does not put together.
+    """
+
+    def is_marked(stream: Any, *marks: str) -> bool:
+        return any(int(stream.disposition) & _DISPOSITIONS[mark] for mark in marks)
+
+    videos = [
+        stream for stream in container.streams.video if not is_marked(stream, "attached_pic", "timed_thumbnails")
+    ]
+    if not videos:
+        kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+        reason = f"it contains only {' and '.join(kinds)}" if kinds else "it contains no streams"
+        raise ValueError(f"{name}: there is no video in this file, {reason}")
+    if len(videos) == 1:
+        return videos[0]
+    if container.format.name.startswith("mov") and all(is_marked(stream, "dependent") for stream in videos):
+        raise ValueError(
+            f"{name}: a picture cut into {len(videos)} tiles; read it with Pillow 11.3 or newer (AVIF), or install "
+            "and register pillow-heif (HEIC)"
+        )
+    broadcast = container.format.name == "mpegts"
+    filmed = any(stream.codec_context is not None and stream.codec_context.name not in _STILLS for stream in videos)
+    length = max((_length(stream) or 0.0 for stream in videos), default=0.0)
+
+    def rank(stream: Any) -> tuple:
+        decoder, seconds = stream.codec_context, _length(stream)
+        return (
+            decoder is not None,
+            stream.frames != 1 and not (seconds is not None and seconds < 0.02 * length),
+            not (filmed and decoder is not None and decoder.name in _STILLS),
+            not is_marked(stream, "still_image", "dependent", "comment", "descriptions"),
+            is_marked(stream, "default"),
+            0 if broadcast or decoder is None else decoder.width * decoder.height,
+            int(stream.metadata.get("variant_bitrate") or 0),
+            -stream.index,
+        )
+
+    return max(videos, key=rank)
+
+
+def _length(stream: Any) -> float | None:
+    """Seconds of a stream, if the file says so."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    said = next((text for key, text in stream.metadata.items() if key.upper().startswith("DURATION")), "")
+    parts = said.split(":")
+    try:
+        return sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+    except ValueError:
+        return None
+
+
+def decoder_of(stream: Any) -> Any:
+    """The decoder for a stream: its own, but for VP8 and VP9 with an alpha channel, which only libvpx reads."""
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    tags = {key.lower(): text for key, text in stream.metadata.items()}
+    if name is None or tags.get("alpha_mode") != "1" or name not in av.codecs_available:
+        return stream.codec_context
+    decoder = av.CodecContext.create(name, "r")
+    decoder.options = stream.codec_context.options
+    return decoder
 
 
 def reason_of(error: Exception) -> str:
@@ -148,7 +233,7 @@ def packets_of(container: Any, stream: Any, problems: list[str]) -> Iterator[Any
 
 
 def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
-    """Read the time stamps of all packets without decoding any.
+    """Find out which frames will be shown when: from the time stamps of all packets, decoding only where these lie.
 
     Raises:
         ValueError: there is not one video packet; and what `open_stream` raises.
@@ -157,54 +242,190 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
     refuse_endless_index(target, name)
     with open_stream(target, name) as (container, stream):
         time_base = float(stream.time_base or 0) or 1 / FALLBACK_RATE
-        rate = float(stream.guessed_rate or stream.average_rate or 0)
-        rate = rate if PLAUSIBLE_RATES[0] <= rate <= PLAUSIBLE_RATES[1] else FALLBACK_RATE
+        rate = declared_rate(container, stream)
         promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
         container_name, codec_name = container.format.name, stream.codec_context.name
         frame_pixels = stream.codec_context.width * stream.codec_context.height
-        pts, keys, untimed, count, latest, last_duration = array("q"), array("q"), 0, 0, None, 0
+        packets, invented = _Packets(codec_name, stream.codec_context.extradata), is_untimed(container)
         for packet in packets_of(container, stream, problems):
-            if packet.size == 0 or packet.is_discard:  # the final flush; frames an edit list hides
-                continue
-            count += 1
-            if packet.pts is None:
-                untimed += 1
-                continue
-            if packet.is_keyframe:
-                keys.append(packet.pts)
-            if latest is None or packet.pts >= latest:
-                latest, last_duration = packet.pts, packet.duration or 0
-            pts.append(packet.pts)
-    if count == 0:
+            if packet.size:
+                packets.add(packet)
+    if packets.count == 0:
         raise ValueError(f"{name}: the video stream is empty, not one frame could be read")
 
-    key_array, stamps = np.frombuffer(keys, np.int64), np.unique(np.frombuffer(pts, np.int64))
-    if len(key_array):
-        stamps = stamps[stamps >= key_array[0]]  # what precedes the first key frame cannot be decoded
+    stamps = np.unique(np.frombuffer(packets.pts, np.int64))
+    if packets.first_mark is not None:
+        stamps = stamps[stamps >= packets.first_mark]  # what precedes the first key frame cannot be decoded
+    entries = np.frombuffer(packets.entries, np.int64)
+    keys = _recovered(stamps, entries, np.frombuffer(packets.recovery, np.int64))
     times = (stamps - stamps[:1]) * time_base
-    # AVI stores no display times; where frames are reordered those of FFmpeg are decoding times.
-    reordered_avi = container_name == "avi" and codec_name == "h264"
-    fields = container_name == "mpegts" and codec_name == "h264"
-    timed = (
-        not reordered_avi
-        and len(stamps) > 0
-        and untimed <= (UNTIMED_SHARE_OF_FIELDS if fields else UNTIMED_SHARE) * count
-    )
-    if timed and bool(np.all(np.diff(key_array) > 0)) and bool(np.all(np.diff(times) <= LONGEST_GAP)):
-        typical = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate
-        last = last_duration * time_base
-        index = VideoIndex(
-            stamps,
-            times,
-            key_array,
-            float(times[-1]) + (last if 0 < last <= LONGEST_LAST_FRAME else typical),
-            problems,
-        )
-    else:
-        if timed:
-            problems.append(f"its time stamps are not usable; {rate:g} frames per second are assumed")
-        index = VideoIndex(None, np.arange(count) / rate, key_array, count / rate, problems)
+    mp4 = "mp4" in container_name.split(",")
+    share = UNTIMED_SHARE_OF_FIELDS if container_name == "mpegts" and codec_name == "h264" else UNTIMED_SHARE
+    timed = not invented and len(stamps) > 0 and packets.untimed <= share * packets.count
+    ordered = bool(np.all(np.diff(entries) > 0)) and bool(np.all(np.diff(times) <= LONGEST_GAP))
+    index = None
+    reordered = codec_name in _REORDERED and (invented or (container_name == "avi" and codec_name != "mpeg4"))
+    if packets.differ or reordered or not (timed or invented) or (mp4 and not ordered):
+        index = _decoded_index(target, name, rate, problems)
+    elif timed and ordered:
+        typical = float(np.median(np.diff(times))) if len(times) > 1 else 1 / (rate or FALLBACK_RATE)
+        last = packets.last_duration * time_base
+        duration = float(times[-1]) + (last if 0 < last <= LONGEST_LAST_FRAME else typical)
+        index = VideoIndex(stamps, times, keys, duration, problems, entries=entries)
+    if index is None:
+        index = counted_index(packets.count, rate, problems, timed)
     if promised is not None and promised < 1e7 and index.duration < 0.95 * promised - 0.5:
         problems.append(f"the header promises {promised:.1f} s, but only {index.duration:.1f} s are there")
-    index.frame_pixels, index.seekable = frame_pixels, "mp4" in container_name.split(",")
+    index.frame_pixels, index.seekable = frame_pixels, mp4
     return index
+
+
+def declared_rate(container: Any, stream: Any) -> float | None:
+    """Frames a second as the file says, or None where FFmpeg made its number up."""
+    decoder_rate = float(getattr(stream.codec_context, "framerate", None) or 0)
+    made_up = is_untimed(container)
+    rate = decoder_rate if made_up else float(stream.guessed_rate or stream.average_rate or 0)
+    return rate if PLAUSIBLE_RATES[0] <= rate <= PLAUSIBLE_RATES[1] else None
+
+
+def is_untimed(container: Any) -> bool:
+    """Whether the container holds no times, so that those of its packets are FFmpeg's invention."""
+    return container.format.name in _UNTIMED or bool(int(container.format.flags) & _NO_TIMESTAMPS)
+
+
+class _Packets:
+    """What the packets of a stream say: times, places to begin at, and whether frames may come out otherwise."""
+
+    def __init__(self, codec: str, extradata: bytes | None):
+        self.pts, self.entries, self.recovery = array("q"), array("q"), array("q")
+        self.count = self.untimed = self.last_duration = 0
+        self.first_mark: int | None = None
+        self._begun_clean: bool | None = None
+        self._stubs = self._known_start = False
+        self._latest: int | None = None
+        self._codec, self._start = codec, start_test(codec, extradata)
+        self._later_pictures = False  # MPEG-4 pictures shown before the one ahead of them
+        self._display_times = False
+
+    @property
+    def differ(self) -> bool:
+        """Whether there may be other frames than packets, or at other times."""
+        no_start = self._start is not None and not self._begun_clean
+        return self._stubs or no_start or (self._later_pictures and not self._display_times)
+
+    def add(self, packet: Any) -> None:
+        self._display_times |= packet.pts != packet.dts
+        if self._codec == "mpeg4":
+            pictures = mpeg4_pictures(bytes(packet))
+            # Two pictures in one packet, and an empty one to fill the gap: files of DivX and Xvid.
+            self._stubs |= len(pictures) != 1 or packet.size <= MPEG4_STUB
+            self._later_pictures |= 2 in pictures
+        if packet.is_keyframe and packet.pts is not None:
+            recovery = 0 if self._start is None else self._start(bytes(packet))
+            if self.first_mark is None:
+                self.first_mark, self._begun_clean = packet.pts, recovery == 0
+            if recovery != NOT_CLEAN:
+                self.entries.append(packet.pts)
+                self.recovery.append(recovery)
+        if packet.is_discard:  # hidden by an edit list: decoded for others, not shown
+            return
+        self.count += 1
+        if packet.pts is None:
+            self.untimed += 1
+            return
+        if self._latest is None or packet.pts >= self._latest:
+            self._latest, self.last_duration = packet.pts, packet.duration or 0
+        self.pts.append(packet.pts)
+
+
+def _recovered(stamps: np.ndarray, entries: np.ndarray, recovery: np.ndarray) -> np.ndarray:
+    """Time stamps from which on each entry gives right frames; recovery counts reference pictures."""
+    if len(stamps) == 0 or not recovery.any():
+        return entries
+    place = np.searchsorted(stamps, entries) + 4 * (recovery + 1)
+    late = np.where(place < len(stamps), stamps[np.minimum(place, len(stamps) - 1)], np.iinfo(np.int64).max)
+    return np.maximum.accumulate(np.where(recovery > 0, late, entries))
+
+
+def _decoded_index(
+    target: str | Path | bytes, name: str, rate: float | None, problems: list[str]
+) -> VideoIndex | None:
+    """Decode the whole video for the times of its frames; None where there is none."""
+    import av.error
+
+    found, count = array("d"), 0
+    with open_stream(target, name) as (container, stream):
+        decoder, times_of = decoder_of(stream), FrameTimes(container, stream)
+        for packet in every_packet(packets_of(container, stream, [])):
+            try:
+                frames = decoder.decode(packet)
+            except (av.error.FFmpegError, EOFError):
+                continue
+            for frame in frames:
+                count += 1
+                if (seconds := times_of.seconds(frame)) is not None:
+                    found.append(seconds)
+    if count == 0:
+        return None
+    times = np.frombuffer(found, np.float64)
+    steps = np.diff(times)
+    if len(times) < count or not (np.all(steps > 0) and np.all(steps <= LONGEST_GAP)):
+        return counted_index(count, rate, problems, len(times) == count)
+    typical = float(np.median(steps)) if count > 1 else 1 / (rate or FALLBACK_RATE)
+    return VideoIndex(None, times - times[0], np.array([], np.int64), float(times[-1] - times[0]) + typical, problems)
+
+
+def counted_index(count: int, rate: float | None, problems: list[str], unusable: bool) -> VideoIndex:
+    """Frames at a steady rate, for want of times."""
+    if unusable:
+        problems.append(f"its time stamps are not usable; {rate or FALLBACK_RATE:g} frames per second are assumed")
+    elif rate is None:
+        problems.append(f"it holds no times; {FALLBACK_RATE:g} frames per second are assumed")
+    rate = rate or FALLBACK_RATE
+    return VideoIndex(None, np.arange(count) / rate, np.array([], np.int64), count / rate, problems)
+
+
+def every_packet(packets: Iterable[Any]) -> Iterator[Any | None]:
+    """Packets for a decoder: None at the end, and no empty ones before, which FFmpeg would take for the end."""
+    for packet in packets:
+        if packet.size:
+            yield packet
+    yield None
+
+
+class FrameTimes:
+    """Times of the frames that a decoder gives, as FFmpeg guesses them.
+
+    Display times, or decoding times where these are in better order, and always those in AVI, which has no others;
+    without either a step after the frame before.
+    """
+
+    def __init__(self, container: Any, stream: Any):
+        rate = declared_rate(container, stream)
+        self._step = 1 / rate if rate else None
+        self._untimed, self._decoding_times = is_untimed(container), container.format.name == "avi"
+        self._tick = float(stream.time_base or 0) or self._step or 1 / FALLBACK_RATE
+        self._latest = {"pts": -math.inf, "dts": -math.inf}
+        self._faults = {"pts": 0, "dts": 0}
+        self._seconds: float | None = None
+
+    def seconds(self, frame: Any) -> float | None:
+        """The frame's time, None where the file says nothing about it; call once for each frame, in order."""
+        stamp, before = None if self._untimed else self._stamp(frame.pts, frame.dts), self._seconds
+        if stamp is not None:
+            self._seconds = stamp * self._tick
+            if before is not None and self._seconds > before:
+                self._step = self._seconds - before
+        elif self._step is not None:
+            self._seconds = 0.0 if before is None else before + self._step
+        return self._seconds
+
+    def _stamp(self, pts: int | None, dts: int | None) -> int | None:
+        if self._decoding_times:
+            return dts
+        for kind, stamp, other in (("dts", dts, pts), ("pts", pts, dts)):
+            self._faults[kind] += stamp is not None and stamp <= self._latest[kind]
+            if stamp is not None or other is not None:
+                self._latest[kind] = other if stamp is None else stamp
+        in_order = self._faults["pts"] <= self._faults["dts"]
+        return pts if pts is not None and (in_order or dts is None) else dts

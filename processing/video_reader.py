@@ -16,11 +16,12 @@ from .frame_decoding import decode_frames
 from .frame_fitting import check_resize, fit_frame
 from .frame_sampling import Sampling
 from .picture_sources import (
-    IMAGE_SUFFIXES,
     PictureSource,
     is_image_bytes,
+    is_image_file,
     is_picture,
     list_directory,
+    refuse_ambiguous_array,
     split_array,
 )
 from .video_decoding import VideoIndex, scan_video
@@ -243,9 +244,11 @@ def open_video(
     Args:
         source: path of a video or image file; http(s) address; bytes of such a file; directory of images (in natural
             order); a list of pictures (PIL images, arrays, image paths); an array or tensor `(F, H, W, 3)` or
-            `(F, 3, H, W)`, uint8 or floating point within 0..1; one picture (a video of one frame); a dict with
-            "path" or "bytes" as `datasets.Video(decode=False)` gives. Pictures count as already sampled: all are
-            taken, `fps` apart, unless `num_frames` or `max_frames` says otherwise.
+            `(F, 3, H, W)` (grey: 1 instead of 3), uint8 or floating point within 0..1; one picture (a video of one
+            frame); a dict with "path" or "bytes" as `datasets.Video(decode=False)` gives. Pictures count as already
+            sampled: all are taken, `fps` apart, unless `num_frames` or `max_frames` says otherwise. Of a file with
+            several videos, the film is read: neither cover nor preview, marked as default, the largest. Frames come
+            upright, with square pixels, HDR tone-mapped to SDR, and transparent parts on black.
         fps: frames per second to look at: the frame on screen at `start`, `start + 1/fps`, ...
         num_frames: look at so many frames spread evenly instead; takes the place of `fps`.
         start, end: seconds from the first frame; `end` is not included.
@@ -290,6 +293,8 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
         )
     if isinstance(source, str | os.PathLike):
         return _classify_path(source)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        refuse_ambiguous_array(source, f"<array of shape {tuple(source.shape)}>")
     if is_picture(source):
         name = f"<image {source.size[0]}x{source.size[1]}>" if isinstance(source, Image.Image) else "<image array>"
         return name, None, PictureSource([source], name)
@@ -324,6 +329,6 @@ def _classify_path(source: str | os.PathLike) -> tuple[str, Path | None, Picture
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty (0 bytes)")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if is_image_file(path):
         return name, None, PictureSource([path], name)
     return name, path, None

@@ -9,9 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from ..processing.frame_decoding import upright_pixels
+from ..processing.frame_pixels import Look, upright_pixels
 from ..processing.picture_sources import PictureSource, split_array
-from ..processing.video_decoding import LONGEST_GAP, PLAUSIBLE_RATES, open_stream, packets_of
+from ..processing.video_decoding import (
+    FALLBACK_RATE,
+    LONGEST_GAP,
+    FrameTimes,
+    declared_rate,
+    decoder_of,
+    every_packet,
+    is_untimed,
+    open_stream,
+    packets_of,
+)
 from ..processing.video_source_names import without_secrets
 from .frame_clock import FrameClock
 from .live_sources import LiveSource
@@ -141,21 +151,29 @@ class LiveFrames:
         with open_stream(target, source.name, timeout=timeout, **settings) as (container, stream):
             # What has a length, in seconds or at least in bytes, is a recording.
             duration = (container.duration or 0) / 1e6 or (math.inf if container.size > 0 else None)
-            rate = float(stream.guessed_rate or stream.average_rate or 0)
-            self._step = 1 / rate if PLAUSIBLE_RATES[0] <= rate <= PLAUSIBLE_RATES[1] else self._step
-            tick = float(stream.time_base or 0) or self._step
+            rate, untimed = declared_rate(container, stream), is_untimed(container)
+            by_arrival = untimed and rate is None and duration is None and source.kind in ("address", "camera", "pipe")
+            self._step = 1 / (rate or (FALLBACK_RATE if untimed else self.clock.fps))
+            if untimed and self._first_raw is None:
+                assumed = "that of their arrival" if by_arrival else f"{1 / self._step:g} frames a second"
+                self.report.mark("no times in the stream", f"taken instead: {assumed}")
+            times = FrameTimes(container, stream)
+            decoder = decoder_of(stream)
+            look = Look.of(stream, decoder)
             first = True
-            for packet in packets_of(container, stream, problems):
+            for packet in every_packet(packets_of(container, stream, problems)):
                 if self.stop.is_set():
                     return
                 try:
-                    frames = stream.codec_context.decode(packet if packet.size else None)
+                    frames = decoder.decode(packet)
                 except (av.error.FFmpegError, EOFError):
-                    self.report.frames_damaged += packet.size > 0
+                    self.report.frames_damaged += packet is not None
                     continue
                 for frame in frames:
                     self.report.frames_damaged += frame.is_corrupt
-                    raw = self._last_raw + self._step if frame.pts is None else frame.pts * tick
+                    raw = times.seconds(frame)
+                    if raw is None:
+                        raw = time.monotonic() if by_arrival else self._last_raw + self._step
                     if first:
                         if duration and self._first_raw is None and source.kind == "address":
                             self._recording_until = raw + duration
@@ -163,8 +181,8 @@ class LiveFrames:
                         first = False
                     if self._recording_until is not None and self.report.frames_seen and raw <= self._last_raw:
                         continue  # of a recording that is read again from its beginning
-                    yield from self._take(frame, raw)
-                    self._lasts = frame.duration * tick or None
+                    yield from self._take(frame, raw, look)
+                    self._lasts = None if untimed else frame.duration * float(stream.time_base or 0) or None
 
     def _connected(self, raw: float) -> None:
         """The first frame of a connection is there."""
@@ -180,7 +198,7 @@ class LiveFrames:
         self.report.gap_seconds += missed
         self.report.mark("connected again", f"{missed:.1f} s were missed" if missed else "nothing was missed")
 
-    def _take(self, frame: Any, raw: float) -> Iterator[tuple[Any, float]]:
+    def _take(self, frame: Any, raw: float, look: Look) -> Iterator[tuple[Any, float]]:
         seconds = self._offset + raw - self._first_raw
         latest = self.clock.latest
         if latest is not None and not latest - 1 <= seconds <= latest + LONGEST_GAP:
@@ -195,7 +213,7 @@ class LiveFrames:
         if self.realtime and self.source.kind == "file":
             self.stop.wait(max(0.0, self._began + seconds - self._last_came))
         name = self.source.name
-        yield from self._choose(lambda: upright_pixels(frame, name), seconds)
+        yield from self._choose(lambda: upright_pixels(frame, name, look), seconds)
 
     def _choose(self, picture: Any, seconds: float) -> Iterator[tuple[Any, float]]:
         self.report.frames_seen += 1

@@ -1,0 +1,1 @@
+../processing/clean_starts.py
