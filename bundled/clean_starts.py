@@ -1,1 +1,0 @@
-../processing/clean_starts.py

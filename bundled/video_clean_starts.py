@@ -1,0 +1,1 @@
+../processing/video_clean_starts.py
