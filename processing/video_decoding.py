@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .video_clean_starts import NOT_CLEAN, mpeg4_pictures, start_test
 from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
 from .mp4_index import refuse_endless_index
+from .video_clean_starts import NOT_CLEAN, mpeg4_pictures, start_test
 from .video_source_names import without_secrets
 
 FALLBACK_RATE = 25.0  # FFmpeg's own assumption for streams without any timing
