@@ -1,6 +1,5 @@
 """`video-ma2mba ask`: answer questions from a video, read once, or from a state file; without questions, a chat."""
 
-import json
 import sys
 import time
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ import typer
 
 from .loading import load_pipeline
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
+from .terminal import echo_json, given_text
 
 
 def ask(
@@ -36,18 +36,20 @@ def ask(
     A state file written by `read` needs no reading. Without a question, questions are read from standard input.
     Answers go to standard output as they are generated; progress and figures go to standard error.
     """
-    questions = questions or []
-    if any(not question.strip() for question in questions):
+    questions = [given_text(question) for question in questions or []]
+    if not all(questions):
         raise ValueError("a question is empty: ask something about the video")
     if as_json and not questions:
         raise ValueError("--json answers questions given on the command line: add one")
     from video_ma2mba.modeling_video_ma2mba.state_video import VideoState, is_state_file
+    from video_ma2mba.processing.video_source_names import is_address, local_path, shown_name
 
+    name, file = shown_name(video), video if is_address(video) else local_path(video)
     frames_wanted = chosen_frames(fps, num_frames, start, end)
-    loaded = VideoState.load(video) if is_state_file(video) else None
+    loaded = VideoState.load(file) if is_state_file(file) else None
     if loaded is not None and frames_wanted:
         raise ValueError(
-            f"{video} is a state file, whose frames are read already: leave {', '.join(frames_wanted)} out"
+            f"{name} is a state file, whose frames are read already: leave {', '.join(frames_wanted)} out"
         )
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     began = time.perf_counter()
@@ -55,7 +57,7 @@ def ask(
         pipe.check(loaded)
         state = loaded
     else:
-        with reading_progress(f"reading {video}") as on_frames:
+        with reading_progress(f"reading {name}") as on_frames:
             state = pipe.read(video, on_frames=on_frames, **frames_wanted)
     read_seconds = time.perf_counter() - began
     frames = int(state.metadata.get("frames", 0))
@@ -69,7 +71,7 @@ def ask(
         if as_json:
             began = time.perf_counter()
             record = {
-                "video": video,
+                "video": name,
                 "question": question,
                 "answer": pipe.ask(state, question, max_new_tokens=max_new_tokens),
                 "frames": frames,
@@ -77,7 +79,7 @@ def ask(
                 "read_seconds": round(read_seconds, 3),
                 "answer_seconds": round(time.perf_counter() - began, 3),
             }
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            echo_json(record)
         else:
             if len(questions) > 1:
                 typer.echo(question, err=True)
@@ -103,10 +105,11 @@ def stdout_streamer(tokenizer):
 def reading_progress(label: str):
     """A progress bar on standard error, shown only on a terminal. Yields the `on_frames(seen, expected)` callback."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(escape(label), total=None)
         yield lambda seen, expected=None: bar.update(task, completed=seen, total=expected)

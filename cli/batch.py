@@ -117,6 +117,7 @@ def _answered(
 def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[dict, dict]:
     """For each video its state, or what went wrong; and frames read and warnings, for the results."""
     from video_ma2mba.modeling_video_ma2mba.answering_questions import chunks_of_all, video_prefix
+    from video_ma2mba.processing.video_source_names import is_address, local_path
 
     model, processor = pipe.model, pipe.processor
     prefix, size = video_prefix(processor), model.config.read_chunk_frames
@@ -125,7 +126,7 @@ def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[d
     try:
         for video in videos:
             try:
-                path = video if folder is None or "://" in video else str(folder / video)
+                path = video if folder is None or is_address(video) else str(folder / local_path(video))
                 readers[video] = processor.video_processor.open(path, **frames)
             except Exception as error:
                 states[video] = error

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from video_ma2mba.files.text_files import check_text, json_line, parse_json, text_lines
+
 _FIELDS = ("video", "question", "questions", "id")
 
 
@@ -29,7 +31,9 @@ class Item:
         if self.id is not None:
             facts["id"] = self.id
         if self.error is None:
-            facts |= {"video": self.video}
+            from video_ma2mba.processing.video_source_names import shown_name
+
+            facts |= {"video": shown_name(self.video)}
             facts |= {"questions": self.questions} if self.several else {"question": self.questions[0]}
         return facts | found
 
@@ -39,20 +43,16 @@ def read_queue(path: Path) -> list[Item]:
 
     A line that is no item becomes one with an `error`. FileNotFoundError or another OSError: it cannot be read.
     """
-    items = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                items.append(_item(number, line.strip()))
-    return items
+    return [_item(number, line.strip()) for number, line in enumerate(text_lines(path), 1) if line.strip()]
 
 
-def _item(number: int, line: bytes) -> Item:
-    item = Item(number, hashlib.sha256(line).hexdigest()[:12])
+def _item(number: int, line: str) -> Item:
+    item = Item(number, hashlib.sha256(line.encode(errors="surrogateescape")).hexdigest()[:12])
     try:
-        given = json.loads(line.decode("utf-8"))
+        check_text(line)
+        given = parse_json(line, strict=True)
     except ValueError as error:
-        item.error = f"this line is not JSON: {error}"
+        item.error = f"this line is not JSON: {error}"[:300]
         return item
     if not isinstance(given, dict):
         item.error = "this line is not a JSON object"
@@ -70,7 +70,7 @@ def _item(number: int, line: bytes) -> Item:
     elif not questions or not all(isinstance(text, str) and text.strip() for text in questions):
         item.error = "'question' must be a text, 'questions' a list of texts, none of them empty"
     else:
-        item.video, item.questions = given["video"], questions
+        item.video, item.questions = given["video"], [text.strip() for text in questions]
     return item
 
 
@@ -112,7 +112,7 @@ class Results:
 
     def add(self, result: dict[str, Any]) -> None:
         """Write one line. OSError when the disk is full: what was written before stays, the line is not begun."""
-        self._write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+        self._write(json_line(result))
         self.done.add(result["line"])
 
     def flush(self) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 
 import typer
 
 from .ask import stdout_streamer
 from .errors import is_expected, one_line
+from .terminal import given_text, input_lines
 
 _COMMANDS = "/new forgets the conversation, /save FILE keeps it with the state, /quit ends it"
 
@@ -26,7 +28,7 @@ def chat(pipe, state, max_new_tokens: int) -> None:
     if messages:
         typer.echo(f"the conversation goes on after {len(messages) // 2} questions", err=True)
     typer.echo(_COMMANDS, err=True)
-    while (line := _next_line()) is not None:
+    for line in _lines():
         try:
             if line == "/quit":
                 return
@@ -51,14 +53,20 @@ def chat(pipe, state, max_new_tokens: int) -> None:
             typer.echo(f"error: {one_line(error)}", err=True)
 
 
-def _next_line() -> str | None:
-    """The next line without the spaces around it; None at the end of the input."""
-    try:
-        if sys.stdin.isatty():
-            with suppress(ImportError):  # not on every system
-                import readline  # noqa: F401 (arrow keys and history in input())
-            return input("? ").strip()
-        line = sys.stdin.readline()
-    except EOFError:
-        return None
-    return line.strip() if line else None
+def _lines() -> Iterator[str]:
+    """Lines without the spaces around them, up to the end of the input."""
+    if not sys.stdin.isatty():
+        yield from map(given_text, input_lines())
+        return
+    with suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 (arrow keys and history in input())
+    sys.stdin.reconfigure(errors="surrogateescape")
+    while True:
+        try:
+            line = input("? ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            typer.echo()  # the prompt stands in the line
+            raise
+        yield given_text(line)

@@ -3,16 +3,18 @@
 import shlex
 from typing import Any
 
+from .errors import masked
+
 
 def command_line(verb: str, given: dict[str, Any]) -> str:
-    """The command with those options that have a value; True stands for a flag, False leaves it out."""
+    """The command with those options that have a value, without secrets; True is a flag, False leaves it out."""
     words: list[str] = []
     for option, value in given.items():
         if value is True:
             words.append(option)
         elif value is not None and value is not False:
             words += [option, str(value)]
-    return shlex.join(["video-ma2mba", verb, *words])
+    return masked(shlex.join(["video-ma2mba", verb, *words]))
 
 
 def require_matplotlib(what: str) -> None:

@@ -176,7 +176,10 @@ def print_report(report: Any, plans: dict[str, dict[str, Any]], gpu_memory: str)
     if usable:
         console.print(table)
     lists = {
-        "broken, left out in training": [f"{s.id}: {s.error} -> {s.remedy}" for s in report.broken],
+        "broken, left out in training": [
+            f"{s.error} -> {s.remedy}" if s.error.startswith(f"{s.id}: ") else f"{s.id}: {s.error} -> {s.remedy}"
+            for s in report.broken
+        ],
         "damaged, used as far as they can be read": [f"{s.id}: {'; '.join(s.notes)}" for s in report.damaged],
         "shortened, their last turns do not fit into --max-length": [
             f"{s.id}: {s.dropped_turns} answers left out -> raise --max-length" for s in report.shortened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from video_ma2mba import EXAMPLE_VIDEOS
+from video_ma2mba.files.text_files import check_text, parse_json, text_lines
 
 from .ask import reading_progress, size_text
 from .loading import load_pipeline
@@ -24,14 +24,26 @@ def load_questions(folder: Path) -> list[dict]:
     """The objects of `questions.jsonl`: `video, kind, question, options, answer, frames`, videos in turn.
 
     Raises:
-        FileNotFoundError: the folder has no such file.
+        FileNotFoundError: the folder has no such file. ValueError: a line of it is no question.
     """
     file = folder / "questions.jsonl"
     if not file.is_file():
         raise FileNotFoundError(
             f"{folder} holds no questions.jsonl: make one with `video-ma2mba world render --out DIR`"
         )
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    questions = []
+    for number, line in enumerate(text_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            check_text(line)
+            question = parse_json(line)
+            if not all(isinstance(question[name], str) for name in ("video", "question", "answer")):
+                raise ValueError("video, question and answer must be texts")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}, is no question: {error}") from None
+        questions.append(question)
+    return questions
 
 
 def demo(

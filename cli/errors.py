@@ -1,18 +1,25 @@
 """Bad input ends in `error: …` on one line and exit code 2; anything unexpected keeps its traceback.
 
-Warnings (a damaged video, say) are one line each as well, without the place in the code that gave them.
+Warnings (a damaged video, say) are one line each as well, without the place in the code that gave them. Nothing
+that is printed here tells a password or a token.
 """
 
-import textwrap
+import re
+import traceback
 import warnings
 
 import typer
 from typer.core import TyperGroup
 
+from .terminal import prepare_streams
+
 # What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
 # of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
 _EXPECTED = (ValueError, OSError)
 _EXPECTED_RUNTIME_TEXTS = ("out of memory", "size mismatch", "state_dict", "ignore_mismatched_sizes")
+_LONGEST = 600  # characters of a message: no more than a terminal's screen
+_TAIL = 200  # of these, how many of the end are kept: what is wrong often stands there
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_expected(error: Exception) -> bool:
@@ -21,28 +28,64 @@ def is_expected(error: Exception) -> bool:
         return False
     if isinstance(error, ImportError):
         return not (error.name or "").startswith("video_ma2mba")  # an optional package that is not installed
+    if isinstance(error, RecursionError):
+        return "JSON" in str(error)  # a file that is nested too deeply
     if isinstance(error, RuntimeError):
         return any(text in str(error) for text in _EXPECTED_RUNTIME_TEXTS)
     return isinstance(error, _EXPECTED) or type(error).__name__ == "SafetensorError"
 
 
 def one_line(error: Exception | Warning) -> str:
-    """The error's message on a single line, never empty, never longer than a terminal's screen."""
+    """The error's message on a single line, never empty, never longer than a terminal's screen, without secrets."""
     text = str(error)
     if isinstance(error, OSError) and error.filename and text.startswith("[Errno"):  # the system's own words
         text = f"{error.filename2 or error.filename}: {error.strerror}"
-    return textwrap.shorten(text, 600, placeholder=" …") or type(error).__name__
+    text = masked(" ".join(text.split()))
+    text = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - _TAIL - 3]} … {text[-_TAIL:]}"
+    return text or type(error).__name__
+
+
+def masked(text: str) -> str:
+    """A message without passwords and tokens."""
+    if not any(mark in text for mark in "@=:?"):  # nothing that could hold one: errors come at once
+        return text
+    from video_ma2mba.processing.video_source_names import without_secrets
+
+    return without_secrets(text)
 
 
 class OneLineErrors(TyperGroup):
     """A group of commands that reports expected errors on one line, unless `--debug` was given."""
 
+    def main(self, *args, **kwargs):
+        prepare_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx):
         warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {one_line(message)}", err=True)
         try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
         except Exception as error:
-            if ctx.params.get("debug") or not is_expected(error):
+            if hasattr(error, "format_message"):  # of the command line's parser
+                error.message = masked(error.message)
                 raise
-            typer.echo(f"error: {one_line(error)}", err=True)
-            raise typer.Exit(2) from error
+            if not ctx.params.get("debug") and is_expected(error):
+                typer.echo(f"error: {one_line(error)}", err=True)
+                raise typer.Exit(2) from None
+            if not _tells_secrets(error):
+                raise
+            typer.echo(masked("".join(traceback.format_exception(error))), err=True, nl=False)
+            raise typer.Exit(1) from None
+
+
+def _tells_secrets(error: BaseException | None) -> bool:
+    """Whether a message of an error, or of one behind it, would tell a secret."""
+    while error is not None:
+        if masked(str(error)) != str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

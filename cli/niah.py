@@ -7,6 +7,7 @@ import typer
 
 from .ask import reading_progress
 from .circumstances import circumstances, command_line, require_matplotlib
+from .errors import masked
 from .loading import load_pipeline
 from .options import Device, Dtype, Model, TrustRemoteCode
 
@@ -62,7 +63,7 @@ def niah(
     about = {
         "command": command_line("niah", given),
         "model": model or "bundled checkpoint",
-        "haystack": "rendered world" if haystack == "synthetic" else haystack,
+        "haystack": "rendered world" if haystack == "synthetic" else masked(haystack),
         "needles": needles,
         **circumstances(pipe.model),
     }

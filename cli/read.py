@@ -63,8 +63,10 @@ def read_into_file(pipe, video: str, out: Path, state_dtype=None, **settings) ->
     partial = Path(f"{os.fspath(out)}.partial")
     if partial.exists():
         typer.echo(f"continuing from {partial}", err=True)
+    from video_ma2mba.processing.video_source_names import shown_name
+
     try:
-        with reading_progress(f"reading {video}") as on_frames:
+        with reading_progress(f"reading {shown_name(video)}") as on_frames:
             state = pipe.read(video, on_frames=on_frames, partial=partial, **settings)
     except KeyboardInterrupt:
         if partial.exists():

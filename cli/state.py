@@ -22,6 +22,7 @@ from .options import (
 )
 from .out_files import check_out_file
 from .read import read_into_file
+from .terminal import echo_json
 
 app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
 StateFile = Annotated[Path, typer.Argument(help="State file written by `read`.", show_default=False)]
@@ -45,7 +46,7 @@ def show(
     facts = {**found.metadata, "tokens": str(found.seen_tokens), "bytes": str(found.nbytes)}
     parsed = {name: json.loads(facts[name]) for name in _JSON_FACTS if name in facts}
     if as_json:
-        typer.echo(json.dumps({**facts, **parsed}, ensure_ascii=False))
+        echo_json({**facts, **parsed})
         return
     for name, value in facts.items():
         if name not in _JSON_FACTS and value:

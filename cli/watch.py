@@ -1,6 +1,5 @@
 """`video-ma2mba watch`: read a stream while it runs and answer standing questions at an interval."""
 
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import typer
 from .loading import load_pipeline
 from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode
 from .out_files import check_out_file
+from .terminal import echo_json, given_text
 
 
 def watch(
@@ -55,8 +55,8 @@ def watch(
     Ctrl-C ends it: the state is saved if asked for, and counters are printed. Answers go to standard output; what
     happens to the stream goes to standard error.
     """
-    questions = ask or []
-    if any(not question.strip() for question in questions):
+    questions = [given_text(question) for question in ask or []]
+    if not all(questions):
         raise ValueError("a question is empty: ask something about the video")
     if not questions and save is None:
         raise ValueError("there is nothing to do: give a question with --ask, or a file with --save")
@@ -89,7 +89,7 @@ def watch(
         _keep(session, save)
         counters = session.counters()
     if as_json:
-        typer.echo(json.dumps({"counters": counters}))
+        echo_json({"counters": counters})
     else:
         typer.echo(", ".join(f"{name} {value:g}" for name, value in counters.items()), err=True)
 
@@ -112,7 +112,7 @@ def _answering(questions: list[str], as_json: bool, max_new_tokens: int) -> Call
             record |= {"question": question, "answer": text}
             if as_json:
                 record["answer_seconds"] = spent  # of all questions together
-                typer.echo(json.dumps(record, ensure_ascii=False))
+                echo_json(record)
             else:
                 typer.echo(f"{clock_text(seen.until)}  {question if len(questions) > 1 else ''}  {text}")
 

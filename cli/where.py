@@ -10,6 +10,7 @@ from .circumstances import require_matplotlib
 from .loading import load_pipeline
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
 from .out_files import check_out_file
+from .terminal import given_text
 
 
 def where(
@@ -45,7 +46,8 @@ def where(
 
     Prints the answer, the second that speaks most for it, and, where the answer names a time, whether the two agree.
     """
-    if not question.strip():
+    question, answer = given_text(question), None if answer is None else given_text(answer)
+    if not question:
         raise ValueError("the question is empty: ask something about the video")
     if layers and json_file is None:
         raise ValueError("--layers adds to the JSON file: name one with --json")
@@ -56,9 +58,12 @@ def where(
             raise ValueError(f"--out {out}: the picture is a PNG, name a file that ends in .png")
         require_matplotlib("the picture")
     from video_ma2mba.modeling_video_ma2mba.state_video import is_state_file
+    from video_ma2mba.processing.video_source_names import is_address, local_path, shown_name
 
-    if is_state_file(video):
-        raise ValueError(f"{video} is a state file, which holds no frames to look at: name the video itself")
+    if not is_address(video) and is_state_file(local_path(video)):
+        raise ValueError(
+            f"{shown_name(video)} is a state file, which holds no frames to look at: name the video itself"
+        )
     from video_ma2mba.explain import check_time, relevance
 
     chosen = chosen_frames(fps, num_frames, start, end)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..processing.video_source_names import shown_name, without_secrets
 from .answer_log import AnswerLog
 
 _HOPELESS = (400, 401, 403, 404, 405)  # what will not change by asking again
@@ -52,7 +53,7 @@ class Judge:
         wait: float = 2.0,
     ):
         if not re.match(r"https?://", url):
-            raise ValueError(f"--judge {url}: give an address such as http://localhost:8000/v1")
+            raise ValueError(f"--judge {shown_name(url)}: give an address such as http://localhost:8000/v1")
         self.url = url if url.rstrip("/").endswith("completions") else url.rstrip("/") + "/chat/completions"
         self.model, self.key, self.tries, self.timeout, self.wait = model, key, tries, timeout, wait
         self.log = AnswerLog(log)
@@ -124,7 +125,8 @@ class Judge:
                 except OSError as error:
                     raise JudgeFailed(str(error)) from error
             return reply
-        raise JudgeFailed(f"the judge {self.model} at {self.url} gives no usable reply ({reason})")
+        where = shown_name(self.url)
+        raise JudgeFailed(f"the judge {self.model} at {where} gives no usable reply ({without_secrets(reason)})")
 
     def _ask(self, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         import requests

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..processing.frame_fitting import fit_frame
+from ..processing.video_source_names import is_address, local_path
 from ..world import Question, World, WorldRenderer, WorldSettings, ask, build_world, video_seed
 from ..world.world import CARD_SYMBOLS, Backdrop, Card
 
@@ -109,7 +110,7 @@ def open_haystack(source: str, processor: Any, *, fps: float = 1.0, seed: int = 
     size = (video_processor.size["height"], video_processor.size["width"])
     if source == SYNTHETIC:
         return SyntheticHaystack(size, video_processor.resize_mode, seed)
-    if "://" not in source and not os.path.exists(os.path.expanduser(source)):
+    if not is_address(source) and not os.path.exists(local_path(source)):
         raise FileNotFoundError(f"--haystack {source}: no such video file (or write {SYNTHETIC} for rendered videos)")
     return VideoHaystack(video_processor.open(source, fps=fps))
 

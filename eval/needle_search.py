@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..world import FORMS, check_kinds
+from ..world.world import CARD_SYMBOLS
 from .needle_haystack import Needle, make_needles
 from .needle_scoring import NeedleReader, normalised
 
@@ -37,6 +38,8 @@ class NeedleGrid:
     def __post_init__(self) -> None:
         if self.needles < 1:
             raise ValueError(f"--needles {self.needles}: must be at least 1")
+        if self.needles > len(CARD_SYMBOLS):
+            raise ValueError(f"--needles {self.needles}: at most {len(CARD_SYMBOLS)}, each shows a sign of its own")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be at least 0")
         check_kinds(self.forms, FORMS, "form")

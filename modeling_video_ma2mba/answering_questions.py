@@ -145,7 +145,7 @@ def question_ids(processor: Any, question: str | list[dict[str, Any]]) -> Tensor
     Raises:
         ValueError: the question is empty.
     """
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    messages = [{"role": "user", "content": question.strip()}] if isinstance(question, str) else list(question)
     content = messages[0]["content"]
     content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     return _split_prompt(processor, [{**messages[0], "content": [_blank(), *content]}, *messages[1:]])[1]

@@ -24,6 +24,7 @@ from .text_batches import IGNORED_LABEL, pad_batch
 from .video_processing_video_ma2mba import SAMPLING_NAMES
 from .video_reader import FrameReader
 
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # of an emoji that was cut, say: no tokenizer takes them
 TEXT_SETTINGS = ("padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "add_special_tokens")
 
 
@@ -261,7 +262,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
 
     def _encode(self, chat: Chat, add_special_tokens: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of rendered text, one token for each video and image, and the mask of what the assistant wrote."""
-        text = chat.text
+        text = _HALF_CHARACTERS.sub("\ufffd", chat.text)
         cuts = {0, len(text), *(match.start() for match in ROLE_TAG_ENDS.finditer(text))}
         for start, end in chat.answers:
             cuts |= {min(start, len(text)), min(end, len(text))}

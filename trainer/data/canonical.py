@@ -9,15 +9,17 @@ messages leave for them, in order.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .row_formats import Row, check_answers, detect_format
+from .row_formats import Row, RowFormat, check_answers, detect_format
 from .row_text import media_part
 
 if TYPE_CHECKING:
     import datasets
 
+_HALVES = re.compile("[\ud800-\udfff]")
 MEDIA_COLUMNS = ("video", "videos", "image", "images")
 
 
@@ -43,22 +45,45 @@ def canonical_row(row: Row, name: str, base_dir: str | None, merge: bool, held: 
     Never fails: what is wrong with the row becomes its `problem`.
     """
     label = next((str(row[key]) for key in ("id", "question_id", "video_id") if row.get(key) not in (None, "")), name)
+    label = _whole_characters(label)
     try:
-        row = {key: value for key, value in row.items() if value is not None}
-        form = detect_format(list(row), name)
+        form, row = _form(row), {key: _whole_characters(value) for key, value in row.items() if value is not None}
         row |= {column: _places(row[column], column) for column in held if column in row}
         messages = form.convert(row, base_dir)
         check_answers(messages)
         group, start = _group(messages, form.clips, merge)
         messages = [{**m, "content": [_plain(part) for part in m["content"]]} for m in messages]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        return _broken(label, f"{name}: the row is malformed ({type(error).__name__}: {error})")
+        return broken_row(label, f"{name}: the row is malformed ({type(error).__name__}: {error})")
     except (ValueError, OSError) as error:
-        return _broken(label, f"{name}: {error}")
+        return broken_row(label, f"{name}: {error}")
     return {"messages": messages, "id": label, "problem": None, "group": group, "start": start}
 
 
-def _broken(label: str, problem: str) -> Row:
+def _form(row: Row) -> RowFormat:
+    filled = [key for key, value in row.items() if value is not None]
+    try:
+        return detect_format(filled)
+    except ValueError:
+        form = detect_format(list(row))
+        raise ValueError(f"{' and '.join(key for key in form.needs if key not in filled)}: nothing is there") from None
+
+
+def _whole_characters(value: Any) -> Any:
+    """A value whose texts hold no half characters (of an emoji that was cut, say): neither Arrow nor tokenizers take
+    them."""
+    if isinstance(value, str):
+        return _HALVES.sub("\ufffd", value)
+    if isinstance(value, list | tuple):
+        return [_whole_characters(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    return value
+
+
+def broken_row(label: str, problem: str) -> Row:
+    """A row that cannot be used, and why."""
+    label, problem = _whole_characters(label), _whole_characters(problem)
     return {"messages": [], "id": label, "problem": problem, "group": None, "start": None}
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
-from .canonical import canonical_row, features, merge_neighbours
+from ...processing.video_source_names import local_path, shown_name
+from .canonical import broken_row, canonical_row, features, merge_neighbours
 from .dataset_rows import from_dataset, merge_groups
 from .row_files import DATA_SUFFIXES, TEXT_SUFFIXES, files_in, read_rows
 from .row_formats import Row, detect_format
 
 Source = str | PathLike[str] | Dataset | IterableDataset
-_VERSION = 1  # of what a row becomes; a new one sets aside what `datasets` has cached
+_VERSION = 2  # of what a row becomes; a new one sets aside what `datasets` has cached
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
@@ -64,7 +65,7 @@ def load_training_data(
 def _load(source: Source, base: str | None, streaming: bool, split: str, merge: bool) -> Dataset | IterableDataset:
     if isinstance(source, Dataset | IterableDataset):
         return from_dataset(source, base, merge, "the data set")
-    path, name = Path(source).expanduser(), str(source)
+    path, name = local_path(source), shown_name(source)
     if path.is_dir():
         if any((path / mark).exists() for mark in ("dataset_info.json", "state.json", "dataset_dict.json")):
             return from_dataset(_saved(path, split, streaming), base or str(path), merge, name)
@@ -101,17 +102,20 @@ def _from_files(files: list[Path], base: str | None, streaming: bool, merge: boo
         if first is None:
             raise ValueError(f"{file}: there are no rows in this file")
         if isinstance(first, dict):
-            detect_format([column for column, value in first.items() if value is not None], str(file))
+            detect_format(list(first), str(file))
     shards = [(str(file.resolve()), base or str(file.resolve().parent)) for file in files]
     if streaming:
         arguments = {"files": shards, "merge": merge}
         return IterableDataset.from_generator(_merged_rows, features=features(), gen_kwargs=arguments)
     stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    rows = Dataset.from_generator(
-        _canonical_rows,
-        features=features(grouped=True),
-        gen_kwargs={"files": tuple(shards), "merge": merge, "stamps": stamps, "version": _VERSION},
-    )
+    try:
+        rows = Dataset.from_generator(
+            _canonical_rows,
+            features=features(grouped=True),
+            gen_kwargs={"files": tuple(shards), "merge": merge, "stamps": stamps, "version": _VERSION},
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None  # what `read_rows` says
     return merge_groups(rows)
 
 
@@ -119,7 +123,7 @@ def _canonical_rows(files: Sequence[tuple[str, str]], merge: bool, **_: Any) -> 
     for path, base in files:
         for name, row in read_rows(path):
             if isinstance(row, str):
-                yield {"messages": [], "id": name, "problem": f"{name}: {row}", "group": None, "start": None}
+                yield broken_row(name, f"{name}: {row}")
             else:
                 yield canonical_row(row, name, base, merge)
 

@@ -104,6 +104,9 @@ def _chat_messages(row: Row, base_dir: str | None) -> list[Row]:
 
 def _conversations(row: Row, base_dir: str | None) -> list[Row]:
     turns = [(_role(turn["from"]), turn["value"]) for turn in row["conversations"]]
+    # An answer without a question is left out, as LLaVA does; it would be learnt before the video is seen.
+    while turns and turns[0][0] == "assistant" and any(role == "user" for role, _ in turns):
+        turns = turns[1:]
     return _place_media(turns, _media_columns(row, base_dir))
 
 
@@ -117,14 +120,27 @@ def _video_chat_questions(row: Row, base_dir: str | None) -> list[Row]:
 
 
 def _question(row: Row, base_dir: str | None) -> list[Row]:
-    text, options = row["question"], row.get("options") or []
+    text, options = _text(row, "question"), [_words(option, "an option") for option in row.get("options") or []]
+    if not text:
+        raise ValueError("the question is empty")
     if options and not all(option in text for option in options):
         text += "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return _place_media([("user", text), ("assistant", row["answer"])], _media_columns(row, base_dir))
+    return _place_media([("user", text), ("assistant", _text(row, "answer"))], _media_columns(row, base_dir))
+
+
+def _text(row: Row, column: str) -> str:
+    """The text of a column, without the spaces around it."""
+    return _words(row[column], f"the {column}").strip()
+
+
+def _words(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f'the row is malformed: {what} must be a text, not {value!r:.60} (write "…" around it)')
+    return value
 
 
 def _caption(row: Row, base_dir: str | None) -> list[Row]:
-    return _place_media([("user", ""), ("assistant", row["caption"])], _media_columns(row, base_dir))
+    return _place_media([("user", ""), ("assistant", _text(row, "caption"))], _media_columns(row, base_dir))
 
 
 FORMATS = (
@@ -137,10 +153,14 @@ FORMATS = (
     RowFormat("captions of clips", ("video", "caption"), _caption, clips=True),
     RowFormat("captions of images", ("image", "caption"), _caption),
 )
+COLUMNS = frozenset(
+    ["video", "videos", "image", "images", "id", "start", "end", "options", "data_source", "question_id", "video_id"]
+).union(*(form.needs for form in FORMATS))
+"""Names that mean something in a row."""
 
 
-def detect_format(columns: list[str], where: str) -> RowFormat:
-    """The form of a row with these columns.
+def detect_format(columns: list[str], where: str | None = None) -> RowFormat:
+    """The form of a row with these columns. `where`: begins the message.
 
     Raises:
         ValueError: it is none that is known; the message lists what was found and what is understood.
@@ -150,7 +170,9 @@ def detect_format(columns: list[str], where: str) -> RowFormat:
             return form
     known = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMATS)
     raise ValueError(
-        f"{where}: the columns {', '.join(map(repr, columns)) or '(none)'} are of no known form. Understood: {known}"
+        f"{where}: "
+        * (where is not None)
+        + f"the columns {', '.join(map(repr, columns)) or '(none)'} are of no known form. Understood: {known}"
         "; with the columns video, videos, image or images where the messages do not name them. Rename yours"
     )
 

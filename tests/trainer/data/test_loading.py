@@ -344,3 +344,86 @@ def test_the_rendered_world_in_memory():
         assert isinstance(row["video"], np.ndarray) and row["video"].dtype == np.uint8
         assert row["video"].shape == (original["frames"], 64, 64, 3)
         assert drop_empty(row["messages"][0])["content"][0] == {"type": "video"}
+
+
+TABLE = "video,question,answer\na.mp4,Größe?,drei\nb.mp4,Wie\u2028viele?,zwei\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "encoding"),
+    [
+        ("t.csv", TABLE, "utf-8-sig"),
+        ("t.csv", TABLE.replace("\n", "\r\n"), "utf-16"),
+        ("t.csv", TABLE.replace(",", ";"), "utf-8"),
+        ("t.csv", "sep=;\n" + TABLE.replace(",", ";"), "utf-8"),
+        ("t.csv", TABLE.replace(",", "\t"), "utf-16"),
+        ("t.tsv", TABLE.replace(",", "\t"), "utf-8"),
+        ("t.csv", TABLE.replace("video,question,answer", "Video, Question ,ANSWER"), "utf-8"),
+        ("t.csv", TABLE.replace("Größe?", '"Größe?"').replace("video,", '"video",'), "utf-8"),
+    ],
+)
+def test_tables_of_every_kind(name: str, text: str, encoding: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    rows = load_training_data(tmp_path / name)
+    assert rows["problem"] == [None, None]
+    said = [[part["text"] for m in row["messages"] for part in m["content"] if part["text"]] for row in rows]
+    assert said == [["Größe?", "drei"], ["Wie\u2028viele?", "zwei"]]
+
+
+def test_a_table_in_another_encoding_is_refused_with_its_line(tmp_path: Path):
+    (tmp_path / "t.csv").write_bytes(TABLE.replace("\u2028", " ").encode("cp1252"))
+    with pytest.raises(ValueError, match=r"t.csv, line 2: the byte 0xf6 is not UTF-8"):
+        load_training_data(tmp_path / "t.csv")
+    lines = ["video,question,answer", *(f"a{n}.mp4,how many?,{n}" for n in range(50)), "a.mp4,Größe?,1"]
+    (tmp_path / "late.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"late.csv, line 52: the byte 0xf6"):
+        load_training_data(tmp_path / "late.csv")
+
+
+def test_lines_in_another_encoding_or_nested_without_end_are_problems_of_their_own(tmp_path: Path):
+    good = json.dumps({"video": "a.mp4", "question": "Q", "answer": "A"}).encode()
+    odd = '{"video": "a.mp4", "question": "Größe", "answer": "A"}'.encode("latin-1")
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join([good, odd, b"[" * 100_000, good]))
+    found = load_training_data(tmp_path / "t.jsonl")["problem"]
+    assert [bool(problem) for problem in found] == [False, True, True, False]
+    assert "0xf6 is not UTF-8" in found[1]
+    assert "nested too deeply" in found[2]
+
+
+def test_half_characters_of_a_cut_emoji_do_not_stop_a_data_set(tmp_path: Path):
+    row = {"video": "a.mp4", "question": "How \ud83d many?", "answer": "A\ud83d", "id": "x\ud83d"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    (found,) = load_training_data(tmp_path / "t.jsonl")
+    assert (found["problem"], found["id"]) == (None, "x\ufffd")
+    assert "How \ufffd many?" in str(found["messages"])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_empty_question_of_a_table_is_a_problem_of_its_row(place: int, tmp_path: Path):
+    lines = ["a.mp4,Q,A", "a.mp4,Q,A"]
+    lines[place] = "a.mp4,,A"
+    (tmp_path / "t.csv").write_text("\n".join(["video,question,answer", *lines]))
+    found = load_training_data(tmp_path / "t.csv")["problem"]
+    assert [bool(problem) for problem in found] == [place == 0, place == 1]
+    assert found[place].count("t.csv") == 1
+    assert "question" in found[place]
+
+
+def test_an_answer_before_every_question_is_left_out_as_llava_does(write_jsonl):
+    turns = [{"from": who, "value": text} for who, text in (("gpt", "Hello!"), ("human", "Q"), ("gpt", "A"))]
+    (row,) = load_training_data(write_jsonl([{"conversations": turns, "video": "a.mp4"}]))
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert row["messages"][0]["content"][0]["type"] == "video"
+
+
+def test_spaces_around_a_question_and_its_answer_are_not_learnt(write_jsonl):
+    (row,) = load_training_data(write_jsonl([{"video": "a.mp4", "question": " Q \n", "answer": " A "}]))
+    assert [m["content"][-1]["text"] for m in row["messages"]] == ["Q", "A"]
+
+
+def test_devices_and_addresses_of_files(tmp_path: Path):
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    with pytest.raises((ValueError, FileNotFoundError)):
+        load_training_data(tmp_path / "zero.csv")
+    (tmp_path / "my data.csv").write_text(TABLE)
+    assert len(load_training_data((tmp_path / "my data.csv").as_uri())) == 2

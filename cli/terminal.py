@@ -1,0 +1,70 @@
+"""Standard streams as they may be found: closed, without some characters, fed from files of other systems."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import typer
+
+_NAMES = ("stdin", "stdout", "stderr")
+
+
+def prepare_streams() -> None:
+    """Make sure that there are three streams, and that none of them fails at a character."""
+    for descriptor, name in enumerate(_NAMES):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed; the next file to be opened would take its number, and with it what is printed
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (for good)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # replaced by something else, or in use
+            stream.reconfigure(errors="backslashreplace")
+
+
+def echo_json(record: Any) -> None:
+    """Print one object on one line; characters that the terminal lacks are written as JSON escapes them."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(record)
+    typer.echo(text)
+
+
+def given_text(text: str) -> str:
+    """Text from the command line without the spaces around it; bytes foreign to the locale are UTF-8 or Latin-1."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with suppress(UnicodeEncodeError):  # half an emoji is no byte
+            text = decoded(os.fsencode(text))
+    return text.strip()
+
+
+def decoded(line: bytes) -> str:
+    """A line as UTF-8, or where it is not that, as Latin-1."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
+def input_lines() -> Iterator[str]:
+    """Lines of standard input, asked for one by one; a file in UTF-16, or with a byte order mark, is understood."""
+    binary = getattr(sys.stdin, "buffer", None)
+    if binary is None:  # replaced by an object of text
+        yield from sys.stdin
+        return
+    first = binary.readline()
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        yield from (first + binary.read()).decode("utf-16", errors="replace").splitlines()
+        return
+    line = first.removeprefix(b"\xef\xbb\xbf")
+    while first:
+        yield decoded(line)
+        first = line = binary.readline()
