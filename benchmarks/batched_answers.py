@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from read_overlap import SIZES, bundled_pipeline, random_pipeline, seconds
+from random_models import SIZES
+from read_overlap import bundled_pipeline, random_pipeline, seconds
 from result_tables import append_rows, hardware
 
 from video_ma2mba.world import WorldDataset, WorldRenderer

@@ -12,7 +12,6 @@ The second question: 20 tokens asked of a state that is there, until its first t
 """
 
 import argparse
-import csv
 import datetime
 import gc
 import time
@@ -20,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from random_models import SIZES, TINY_TOWER, video_model
+from result_tables import hardware, row_writer
 
-SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 PROMPT, SHORT, LONG = 64, 8, 136
 FIELDS = ["hardware", "date", "model", "batch", "implementation", "way", "tokens_per_s", "ms_per_token", "short_s",
           "peak_gb", "logits_error"]  # fmt: skip
@@ -29,21 +29,9 @@ FIELDS = ["hardware", "date", "model", "batch", "implementation", "way", "tokens
 
 def build_ours(size: str):
     """The whole video model with a vision tower as small as possible."""
-    from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
-    from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-
-    width, layers = SIZES[size]
-    vision = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-              "num_attention_heads": 2}  # fmt: skip
-    text = {"hidden_size": width, "num_hidden_layers": layers}
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = VideoMa2mbaForConditionalGeneration(VideoMa2mbaConfig(text_config=text, vision_config=vision))
-    for name, parameter in model.named_parameters():
-        if not name.endswith(("A_log", "D", "dt_bias")):
-            parameter.data = parameter.data.bfloat16()
+    model = video_model(size, vision_config=TINY_TOWER)
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model
 
 
 def build_mamba_ssm(size: str):
@@ -194,22 +182,13 @@ def main() -> None:
     parser.add_argument("--only", choices=["ours", "peers"], help="measure one side only")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode_speed.csv"))
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        about = {"hardware": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
-
-        def write(row: dict) -> None:
-            print(row, flush=True)
-            writer.writerow(about | {"model": arguments.model} | row)
-            file.flush()
-
-        for side in (ours, peers):
-            if arguments.only in (None, side.__name__):
-                side(arguments.model, arguments.batches, write)
-                gc.collect()
-                torch.cuda.empty_cache()
+    about = {"hardware": hardware("cuda"), "date": datetime.date.today().isoformat(), "model": arguments.model}
+    write = row_writer(arguments.out, FIELDS, **about)
+    for side in (ours, peers):
+        if arguments.only in (None, side.__name__):
+            side(arguments.model, arguments.batches, write)
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

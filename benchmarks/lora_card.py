@@ -9,16 +9,15 @@ are that GPU's.
 """
 
 import argparse
-import csv
 import datetime
 import time
 from pathlib import Path
 
 import torch
-from whole_model_step import ANSWER, SIZES, batch, build
+from random_models import SIZES, processor_of, video_model
+from result_tables import append_rows
+from whole_model_step import ANSWER, batch
 
-from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
-from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 from video_ma2mba.trainer.recipe import read_recipe
 from video_ma2mba.trainer.train_run import lora_config
 from video_ma2mba.trainer.video_trainer import VideoMa2mbaTrainer
@@ -62,19 +61,9 @@ class Card(VideoMa2mbaTrainer):
         }
         print(row, flush=True)
         if self.state.global_step:
-            append(self.table, row)
+            append_rows(self.table, [row])
         self.throughput.restart()
         return loss
-
-
-def append(table: Path, row: dict) -> None:
-    table.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not table.exists()
-    with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def main() -> None:
@@ -87,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     allowed = (options.card_gb - options.context_gb) * 1e9
     torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info()[1])
-    model = build(options.preset)
+    model = video_model(options.preset).train()
     budget = 0.95 * (allowed - torch.cuda.memory_allocated()) - 1e9  # adapters, their optimizer state, fragments
     lengths = [32, *options.frames]
     overrides = ["output_dir=/tmp/lora_card", "eval_share=0", "eval_strategy=no", "early_stopping_patience=null"]
@@ -101,11 +90,7 @@ def main() -> None:
     overrides += ["global_batch_size=1", f"max_steps={len(lengths)}", "train_sampling_strategy=sequential"]
     overrides += ["disable_tqdm=true", f"gradient_checkpointing_kwargs={{memory_budget: {int(budget)}}}"]
     recipe, args = read_recipe("lora", overrides)
-    processor = VideoMa2mbaProcessor(
-        build_byte_tokenizer(),
-        VideoMa2mbaVideoProcessor(size={"height": 336, "width": 336}),
-        tokens_per_frame=model.config.tokens_per_frame,
-    )
+    processor = processor_of(model.config)
     data = Videos(model, lengths)
     trainer = Card(
         model,

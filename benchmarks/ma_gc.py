@@ -20,14 +20,13 @@ import time
 from pathlib import Path
 
 import torch
+from random_models import SIZES, text_model
 from result_tables import append_rows
 from torch import nn
 
-from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 
-SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 LABELS = 1024
 FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "tokens_per_s", "gpu_peak_gb", "host_gb", "loss",
           "grad_norm"]  # fmt: skip
@@ -45,13 +44,7 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=1 << 22,
             )  # fmt: skip
             return LlamaModel(config).to(dtype).train()
-        width, layers = SIZES[name]
-        model = Ma2mbaTextModel(Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
-    # Step-size and decay parameters stay in fp32, as from_pretrained keeps them.
-    for key, parameter in model.named_parameters():
-        if not key.endswith(("A_log", "D", "dt_bias")):
-            parameter.data = parameter.data.to(dtype)
-    return model.train()
+    return text_model(name, dtype).train()
 
 
 class Step:

@@ -14,9 +14,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from random_models import SIZES, text_config
 from result_tables import write_rows
 
-from video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.cost_memory import StackShape, Workload
 from video_ma2mba.modeling_video_ma2mba.cost_step import (
     Prediction,
@@ -29,7 +29,6 @@ from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "ma_gc.md"
-SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 LABELS = 1024  # as in ma_gc.py, and so is which methods keep the input on the host
 FITTED = ("matmul", "scan_forward", "scan_backward", "launch_forward", "launch_backward", "layer")
 FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "measured_gb", "predicted_gb", "gb_error_percent",
@@ -38,8 +37,7 @@ FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "measured_gb"
 
 def job_of(row: dict[str, str]) -> tuple[StepJob, RecomputePlan | None]:
     """The step and the plan behind a row of ma_gc.csv."""
-    width, layers = SIZES[row["model"]]
-    shape = StackShape.of(Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
+    shape = StackShape.of(text_config(row["model"]))
     tokens = int(row["tokens"])
     found = re.fullmatch(r"l=(\d+) s=(\d+) (host|gpu)", row["plan"])
     plan = RecomputePlan(int(found[1]), int(found[2]), found[3] == "host") if found else None

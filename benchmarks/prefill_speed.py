@@ -11,7 +11,6 @@ segments, a peer's of the length itself.
 """
 
 import argparse
-import csv
 import datetime
 import gc
 import time
@@ -20,24 +19,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from decode_speed import SIZES, build_mamba_ssm, build_transformers
+from decode_speed import build_mamba_ssm, build_transformers
+from random_models import SIZES, text_model
+from result_tables import hardware, row_writer
 
 FIELDS = ["hardware", "date", "model", "implementation", "way", "tokens", "segment", "tokens_per_s",
           "gb_above_weights"]  # fmt: skip
-
-
-def build_ours(size: str):
-    from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-    from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
-
-    width, layers = SIZES[size]
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = Ma2mbaTextModel(Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
-    for name, parameter in model.named_parameters():
-        if not name.endswith(("A_log", "D", "dt_bias")):
-            parameter.data = parameter.data.bfloat16()
-    return model.eval()
 
 
 def measure(read: Callable[[], object], tokens: int, base: int, warm: bool = False) -> dict:
@@ -66,7 +53,7 @@ def one_row(tokens: int) -> torch.Tensor:
 
 
 def ours(size: str, lengths: list[int], segments: list[int], write: Callable[[dict], None]) -> None:
-    model = build_ours(size)
+    model = text_model(size)
     base, usual = torch.cuda.memory_allocated(), model.prefill_segment_length
 
     def stream(tokens: int) -> None:
@@ -130,17 +117,9 @@ def main() -> None:
     parser.add_argument("--segments", nargs="*", type=int, default=[4096, 8192, 16384])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prefill_speed.csv"))
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file, torch.no_grad():
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        about = {"hardware": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
-
-        def write(row: dict) -> None:
-            print(row, flush=True)
-            writer.writerow(about | {"model": arguments.model} | row)
-            file.flush()
-
+    about = {"hardware": hardware("cuda"), "date": datetime.date.today().isoformat(), "model": arguments.model}
+    write = row_writer(arguments.out, FIELDS, **about)
+    with torch.no_grad():
         for side, lengths in ((ours, arguments.lengths), (peers, arguments.peer_lengths)):
             side(arguments.model, lengths, arguments.segments, write)
             gc.collect()

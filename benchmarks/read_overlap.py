@@ -19,40 +19,21 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from random_models import SIZES, processor_of, video_model
 from result_tables import append_rows, hardware
 
 from video_ma2mba import BUNDLED_CHECKPOINT, VideoQuestionAnsweringPipeline, VideoState
 from video_ma2mba.processing import frame_decoding
 
 OUT = Path(__file__).parent / "results" / "read_overlap.csv"
-SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 QUESTIONS = ("Which sign did the card show?", "How many squares are there?")
 
 
 def random_pipeline(preset: str, device: torch.device, chunk_frames: int | None, segment: int | None):
     """A pipeline of the paper's sizes with random bf16 weights and the byte tokenizer."""
-    from video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
-    from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
-    from video_ma2mba.processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
-
-    tokenizer = build_byte_tokenizer()
-    width, layers = SIZES[preset]
     settings = {"vision_chunk_frames": chunk_frames, "prefill_segment_length": segment}
-    config = VideoMa2mbaConfig(
-        text_config={"hidden_size": width, "num_hidden_layers": layers},
-        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
-        **{name: value for name, value in settings.items() if value},
-    )
-    torch.manual_seed(0)
-    with device:
-        model = VideoMa2mbaForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        if not name.endswith(("A_log", "D", "dt_bias")):
-            parameter.data = parameter.data.bfloat16()
-    side = config.vision_config.image_size
-    frames = VideoMa2mbaVideoProcessor(size={"height": side, "width": side})
-    processor = VideoMa2mbaProcessor(tokenizer, frames, tokens_per_frame=config.tokens_per_frame)
-    return VideoQuestionAnsweringPipeline(model=model.eval(), processor=processor, device=device)
+    model = video_model(preset, device=device, **{name: value for name, value in settings.items() if value})
+    return VideoQuestionAnsweringPipeline(model=model, processor=processor_of(model.config), device=device)
 
 
 def bundled_pipeline(device: torch.device):

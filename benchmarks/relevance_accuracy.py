@@ -10,7 +10,6 @@ benchmarks/results/relevance_accuracy.csv. A hit is a peak within one second of 
 """
 
 import argparse
-import csv
 import datetime
 import json
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from result_tables import write_rows
 from transformers import AutoTokenizer
 
 from video_ma2mba import BUNDLED_CHECKPOINT, VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
@@ -109,19 +109,18 @@ def table(args: argparse.Namespace) -> None:
         for method, peak in row["peaks"].items():
             key = (row["hardware"], row["date"], row["split"], row["frames"], row["kind"], method)
             groups.setdefault(key, []).append((row, peak))
-    with args.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        for key, members in sorted(groups.items(), key=lambda item: (item[0][2:5], item[0][5])):
-            frames = key[3]
-            near = [abs(peak - row["start"]) <= 1 for row, peak in members]
-            near_chance = [
-                (min(row["start"] + 1, frames - 1) - max(row["start"] - 1, 0) + 1) / frames for row, _ in members
-            ]
-            view = [row["start"] <= peak < row["end"] for row, peak in members]
-            view_chance = [(row["end"] - row["start"]) / frames for row, _ in members]
-            means = [round(float(np.mean(values)), 3) for values in (near, near_chance, view, view_chance)]
-            writer.writerow([*key, len(members), *means])
+    rows = []
+    for key, members in sorted(groups.items(), key=lambda item: (item[0][2:5], item[0][5])):
+        frames = key[3]
+        near = [abs(peak - row["start"]) <= 1 for row, peak in members]
+        near_chance = [
+            (min(row["start"] + 1, frames - 1) - max(row["start"] - 1, 0) + 1) / frames for row, _ in members
+        ]
+        view = [row["start"] <= peak < row["end"] for row, peak in members]
+        view_chance = [(row["end"] - row["start"]) / frames for row, _ in members]
+        means = [round(float(np.mean(values)), 3) for values in (near, near_chance, view, view_chance)]
+        rows.append(dict(zip(FIELDS, [*key, len(members), *means], strict=True)))
+    write_rows(args.out, rows, FIELDS)
     print(args.out.read_text())
 
 

@@ -6,7 +6,7 @@ Scripts import it as a sibling (`python benchmarks/NAME.py` puts this folder fir
 import csv
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], fields: Sequence[s
         writer = csv.DictWriter(file, fields or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def row_writer(path: Path, fields: Sequence[str], **about: Any) -> Callable[[Mapping[str, Any]], None]:
+    """Begin a table anew; what is returned prints a row and adds it, so that a run cut short keeps what it measured.
+
+    Args:
+        about: columns that are the same in all rows.
+    """
+    write_rows(path, [], fields)
+
+    def write(row: Mapping[str, Any]) -> None:
+        print(dict(row), flush=True)
+        append_rows(path, [{**about, **row}], fields)
+
+    return write
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], fields: Sequence[str] | None = None) -> None:

@@ -8,12 +8,12 @@ rounding's relative size. The last rows also keep the state in bf16 between the 
 """
 
 import argparse
-import csv
 import datetime
 import tempfile
 from pathlib import Path
 
 import torch
+from result_tables import row_writer
 from transformers import AutoTokenizer
 
 from video_ma2mba import BUNDLED_CHECKPOINT, VideoState
@@ -92,15 +92,10 @@ def main() -> None:
     arguments = parser.parse_args()
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokens = ChatTokens(AutoTokenizer.from_pretrained(arguments.model), model.config.tokens_per_frame)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        for frames in arguments.frames:
-            for row in measure(model, tokens, frames, arguments.videos):
-                print({name: row[name] for name in FIELDS[2:]}, flush=True)
-                writer.writerow(row)
-            file.flush()
+    write = row_writer(arguments.out, FIELDS)
+    for frames in arguments.frames:
+        for row in measure(model, tokens, frames, arguments.videos):
+            write(row)
 
 
 if __name__ == "__main__":

@@ -15,32 +15,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from random_models import SIZES, processor_of, video_model
 from result_tables import hardware, write_rows
 
-from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoSession
-from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
-from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
+from video_ma2mba import VideoSession
 
-SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 EVERY = 500
 WAITING = 128
-
-
-def build(preset: str, device: str) -> tuple[VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor]:
-    width, layers = SIZES[preset]
-    tokenizer = build_byte_tokenizer()
-    video_token_id = tokenizer.convert_tokens_to_ids("<video>")
-    text = {"hidden_size": width, "num_hidden_layers": layers}
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = VideoMa2mbaForConditionalGeneration(VideoMa2mbaConfig(text_config=text, video_token_id=video_token_id))
-    for name, parameter in model.named_parameters():
-        if not name.endswith(("A_log", "D", "dt_bias")):
-            parameter.data = parameter.data.bfloat16()
-    side = model.config.vision_config.image_size
-    pictures = VideoMa2mbaVideoProcessor(size={"height": side, "width": side})
-    return model.eval(), VideoMa2mbaProcessor(tokenizer, pictures, tokens_per_frame=model.config.tokens_per_frame)
 
 
 def main() -> None:
@@ -52,7 +33,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     cuda = arguments.device.startswith("cuda")
-    model, processor = build(arguments.preset, arguments.device)
+    model = video_model(arguments.preset, device=arguments.device)
+    processor = processor_of(model.config)
     side = processor.video_processor.size["height"]
     pictures = np.random.default_rng(0).integers(0, 256, (64, side, side, 3), np.uint8)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -21,24 +21,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from random_models import SIZES, processor_of, video_model
 from result_tables import append_rows
 from training_clock import CUDA, GpuUse, MeasuredTrainer, TimedCollator, write_trace
 from transformers import TrainerCallback
 
-from video_ma2mba import (
-    VideoMa2mbaConfig,
-    VideoMa2mbaForConditionalGeneration,
-    VideoMa2mbaProcessor,
-    VideoMa2mbaVideoProcessor,
-)
-from video_ma2mba.processing.byte_tokenizer import VIDEO_TOKEN, build_byte_tokenizer
 from video_ma2mba.trainer.data import load_training_data
 from video_ma2mba.trainer.recipe import read_recipe
 from video_ma2mba.trainer.training_inputs import default_collator
 from video_ma2mba.world import WorldDataset, chat
 from video_ma2mba.world.video_files import write_world
 
-SIZES = {"tiny": (64, 2), "370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
+TINY = {
+    "text": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "state_size": 16, "head_dim": 16,
+             "chunk_size": 16},
+    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "image_size": 28,
+                      "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "projection_dim": 32},
+}  # fmt: skip
+"""`--preset tiny`: to see the script run on a CPU."""
 LENGTHS = (16, 32, 64, 128, 256, 512)  # seconds; as many videos of each
 BEGUN = time.perf_counter()
 
@@ -148,28 +148,14 @@ def render_one(folder: Path, size: int, rate: float, index: int) -> dict:
 
 def build(preset: str):
     """Model with random weights in fp32 (bf16 comes from autocast), CLIP-L/14-336, and a byte-level processor."""
-    width, layers = SIZES[preset]
-    tokenizer = build_byte_tokenizer()
-    vision = None
-    text = {"hidden_size": width, "num_hidden_layers": layers}
-    if preset == "tiny":
-        vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "image_size": 28}
-        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "projection_dim": 32}
-        text |= {"vocab_size": 512, "state_size": 16, "head_dim": 16, "chunk_size": 16}
-    config = VideoMa2mbaConfig(
-        text_config=text, vision_config=vision, video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if CUDA else "cpu"):
-        model = VideoMa2mbaForConditionalGeneration(config)
-    side = config.vision_config.image_size
-    video_processor = VideoMa2mbaVideoProcessor(size={"height": side, "width": side})
-    return model, VideoMa2mbaProcessor(tokenizer, video_processor, tokens_per_frame=config.tokens_per_frame)
+    size, settings = ("370m", TINY) if preset == "tiny" else (preset, {})
+    model = video_model(size, torch.float32, "cuda" if CUDA else "cpu", **settings).train()
+    return model, processor_of(model.config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="370m", choices=SIZES)
+    parser.add_argument("--preset", default="370m", choices=["tiny", *SIZES])
     parser.add_argument("--videos", type=int, default=48)
     parser.add_argument("--size", type=int, default=336, help="pixels of a side")
     parser.add_argument("--rate", type=float, default=10.0, help="frames per second in the files")

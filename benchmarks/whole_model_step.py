@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 
 import torch
+from random_models import SIZES, video_model
 from result_tables import append_rows
 
 from video_ma2mba.modeling_video_ma2mba import vision_features
-from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 
-SIZES = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 ANSWER = 32
 
 
@@ -41,18 +40,6 @@ class Clock:
             return result
 
         setattr(owner, name, timed)
-
-
-def build(preset: str) -> VideoMa2mbaForConditionalGeneration:
-    width, layers = SIZES[preset]
-    config = VideoMa2mbaConfig(text_config={"hidden_size": width, "num_hidden_layers": layers})
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = VideoMa2mbaForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        if not name.endswith(("A_log", "D", "dt_bias")):
-            parameter.data = parameter.data.bfloat16()
-    return model.train()
 
 
 def batch(model: VideoMa2mbaForConditionalGeneration, frames: int) -> dict:
@@ -87,7 +74,7 @@ def main() -> None:
     parser.add_argument("--segment-length", type=int, default=16384)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/whole_model_step.csv"))
     arguments = parser.parse_args()
-    model = build(arguments.preset)
+    model = video_model(arguments.preset).train()
     model.gradient_checkpointing_enable(
         {"method": "multi_axis", "layers_per_block": arguments.layers_per_block,
          "segment_length": arguments.segment_length, "offload": True}

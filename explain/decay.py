@@ -60,7 +60,7 @@ class DecayRecorder:
 
 
 def log_decay(mixer: nn.Module, projected: Tensor) -> Tensor:
-    """dt * A of a mixer, (s, H), from the output of its in_proj (s, 2E + 2GN + H); as in `ops_ssd.mixer_core`."""
+    """dt * A of a mixer, (s, H), from the output of its in_proj (s, 2E + 2GN + H); as in `mixer_mamba2.mixer_core`."""
     shape = mixer.shape
     raw = projected[..., -shape.num_heads :].to(torch.promote_types(projected.dtype, torch.float32))
     dt = F.softplus(raw + mixer.dt_bias.to(raw)).clamp(*shape.time_step_limit)

@@ -1,7 +1,7 @@
 """How much memory a training step takes, term by term, from the sizes of the model and the plan of recomputation.
 
-Nothing here is measured: every term is a tensor that the engine (`recompute_engine`), the mixers
-(`ops_ssd_mamba_ssm`, `ops_ssd`), the loss (`recompute_loss`) or the vision part (`vision_features`) allocates, counted
+Nothing here is measured: every term is a tensor that the engine (`recompute_engine`), the mixers (`mixer_mamba2`, on
+`ops_mamba_ssm` or in PyTorch), the loss (`recompute_loss`) or the vision part (`vision_features`) allocates, counted
 at the moments when most of them are alive. `docs/ma_gc.md` walks through the terms and compares them with the paper's.
 
 Legend: B batch, S tokens, F frames, D width, E inner width, L layers, C conv channels, W conv width, H heads, N state
@@ -115,9 +115,9 @@ class Workload:
 def saved_per_token(shape: StackShape, projections_train: bool = True) -> float:
     """What one layer keeps per token between its recomputation and its backward.
 
-    Kernels: the residual sum and its norm's factor (`_AddNorm`); zxbcdt, the scan's output, step sizes, decays, chunk
-    states and the gated norm's factors (`_MixerCore`); what the two projections read. PyTorch: everything autograd
-    records in `mixer_core_torch`, mostly the (Q, Q) decay masks of every head; counted in a test.
+    Kernels: the residual sum and its norm's factor (`ops_norm`); zxbcdt, the scan's output, step sizes, decays, chunk
+    states and the gated norm's factors (`_FusedCore`); what the two projections read. PyTorch: everything autograd
+    records in `_core_torch`, mostly the (Q, Q) decay masks of every head; counted in a test.
     """
     d, e, z, w = shape.width, shape.inner, shape.projected, shape.compute
     if shape.kernels:

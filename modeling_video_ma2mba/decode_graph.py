@@ -132,6 +132,18 @@ class _Kept:
 _kept: "weakref.WeakKeyDictionary[Any, _Kept]" = weakref.WeakKeyDictionary()
 
 
+def decodes_by_graph(model: Any) -> bool:
+    """Whether a `Decoder` could make `model`'s tokens now."""
+    return _usable_weights(model) is not None
+
+
+def _usable_weights(model: Any) -> DecodeWeights | None:
+    weights = DecodeWeights.of(model) if model.fast_decoding and _forced != "eager" else None
+    if weights is None or (_forced is None and weights.embeddings.device.type != "cuda"):
+        return None
+    return weights
+
+
 @contextlib.contextmanager
 def borrow_decoder(model: Any, batch: int, new_tokens: int) -> Iterator[Decoder | None]:
     """A decoder of `model` for a batch of `batch` rows, or None where generation is better off without.
@@ -140,8 +152,8 @@ def borrow_decoder(model: Any, batch: int, new_tokens: int) -> Iterator[Decoder 
         model: a `VideoMa2mbaForConditionalGeneration`.
         new_tokens: expected at most; for very few, nothing is captured.
     """
-    weights = DecodeWeights.of(model) if model.fast_decoding and _forced != "eager" else None
-    if weights is None or (_forced is None and weights.embeddings.device.type != "cuda"):
+    weights = _usable_weights(model)
+    if weights is None:
         yield None
         return
     kept = _kept.setdefault(model, _Kept())

@@ -1,20 +1,30 @@
-"""transformers' sampling loop over a `Decoder`: the same tokens, without a forward pass in Python for each of them."""
+"""The one loop by which our own verbs make tokens: from states and prompts to answers, with or without CUDA graphs.
 
+It gives the tokens of `generate()` for the same settings and, where it draws them, the same random numbers; but it
+knows nothing of transformers' loop. Legend: B rows, S prompt tokens, T new tokens, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig
 
 from .decode_graph import LONGEST_PROMPT, Decoder, borrow_decoder, release_decoders
+from .decode_settings import Prompt, criteria_of, end_tokens, pad_token, processors_of
 from .stack_token_layout import TokenLayout
+from .stack_weights import execution_device
+from .state_outputs import CACHE_NAME
 from .state_video import VideoState
 
 _LARGEST_PROMPT_BATCH = 4096  # tokens; beyond that a pass through the model is no slower than a graph
 
 
-class FastGenerationMixin:
-    """Overrides `GenerationMixin._sample`, by which `generate()` does greedy search and sampling.
+class FastDecodingMixin:
+    """How a model decodes.
 
     Attributes:
         fast_decoding: on CUDA, decode by graphs (`decode_graph`) where the model allows it.
@@ -30,103 +40,180 @@ class FastGenerationMixin:
         """Free the buffers and graphs kept for the next answers."""
         release_decoders(self)
 
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        settings = (input_ids, logits_processor, stopping_criteria, generation_config)
-        longest = getattr(stopping_criteria, "max_length", None)
-        usual = (
-            synced_gpus
-            or longest is None
-            or generation_config.output_attentions
-            or generation_config.output_hidden_states
-            or getattr(generation_config, "is_assistant", False)
-            or not isinstance(model_kwargs.get("past_key_values"), VideoState)
+
+@dataclass
+class Decoded:
+    """What a run made.
+
+    Attributes:
+        tokens: (B, T) int64 on the host, padded behind each row's end.
+        lengths: tokens of each row, the ending one included.
+        ended: for each row whether something else than the length ended it.
+        log_probabilities: (B, T) of the tokens under the model's own distribution, before any processor; or None.
+        scores, logits: T tensors (B, V) after and before the processors, where the configuration asks for them.
+        state: after the last token that was read: all but each row's last one.
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+    ended: list[bool]
+    log_probabilities: Tensor | None
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
+    state: VideoState
+
+
+def decode(
+    model: Any,
+    states: VideoState | Sequence[VideoState],
+    ids: Tensor,
+    config: GenerationConfig,
+    *,
+    mask: Tensor | None = None,
+    processors: Sequence[Any] = (),
+    criteria: Sequence[Any] = (),
+    allowed: Callable[[int, Tensor], list[int]] | None = None,
+    tokenizer: Any = None,
+    streamer: Any = None,
+    seed: int | Sequence[int | None] | None = None,
+    log_probabilities: bool = False,
+) -> Decoded:
+    """Continue states by prompts, one row each.
+
+    Args:
+        model: a `VideoMa2mbaForConditionalGeneration`.
+        states: one of a single row for each prompt (the same one may come several times), or one of B rows. They stay
+            as they are.
+        ids: (B, S) token ids of what follows the states, padded on the left; mask: (B, S), 1 on real tokens.
+        config: settings, complete (`decode_settings.settled`); `decode_settings.beyond_the_loop` tells whether this
+            loop can honour them. With `num_return_sequences` n every row becomes n rows, next to each other.
+        processors, criteria, allowed: the caller's logits processors, stopping criteria and
+            `prefix_allowed_tokens_fn`, as `generate()` takes them.
+        tokenizer: needed by `stop_strings`.
+        streamer: a transformers streamer, told the prompt and the tokens as `generate()` does; or a sequence of
+            them, one a row (None: nobody listens), each of which gets its row's new tokens, and its `end()` with them.
+        seed: draw the tokens from a generator of this seed instead of torch's; or one seed a row, whose tokens then
+            do not depend on the other rows.
+        log_probabilities: compute them.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    device = execution_device(model.get_input_embeddings())
+    ids = ids.to(device)
+    mask = None if mask is None else mask.to(device)
+    copies = config.num_return_sequences or 1
+    if copies > 1:
+        ids = ids.repeat_interleave(copies, dim=0)
+        mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
+    rows, tokens = ids.shape
+    state = one_state(model, states)
+    if state.batch_size * copies != rows:
+        raise ValueError(f"there are states for {state.batch_size} rows, and prompts for {rows // copies}")
+    if copies > 1:
+        state.batch_repeat_interleave(copies)
+    # What a processor counts must not depend on how far the batch was padded: no answer holds a placeholder.
+    history = ids if mask is None else ids.masked_fill(mask[:, -tokens:] == 0, model.config.video_token_id)
+    ends = end_tokens(config)
+    prompt = Prompt(
+        tokens=tokens,
+        device=device,
+        ends=torch.tensor(ends, device=device) if ends else None,
+        longest=tokens + config.max_new_tokens if config.max_new_tokens is not None else config.max_length,
+        vocabulary=model.config.text_config.vocab_size,
+    )
+    if prompt.longest <= tokens:
+        raise ValueError(
+            f"max_length={config.max_length} leaves no room behind a question of {tokens} tokens: set max_new_tokens"
         )
-        if not usual:
-            with borrow_decoder(self, input_ids.shape[0], longest - input_ids.shape[1]) as decoder:
-                if decoder is not None:
-                    return _Generation(self, decoder, *settings, streamer).run(model_kwargs)
-        return super()._sample(*settings, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+    decoding = Decoding(
+        model,
+        state,
+        config,
+        processors=processors_of(config, prompt, processors, allowed),
+        criteria=criteria_of(config, prompt, tokenizer, criteria),
+        streamer=streamer,
+        seed=seed,
+        log_probabilities=log_probabilities,
+        keep_state=False,
+    )
+    if decoding.streamer is not None:
+        decoding.streamer.put(ids.cpu())
+    return decoding.run(ids, mask, history=history)
 
 
-class _Generation:
-    """One run of the loop; the arguments are those of `_sample`."""
+class Decoding:
+    """One run of the loop over processors and criteria that exist already."""
 
     def __init__(
-        self, model: Any, decoder: Decoder, ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any
+        self,
+        model: Any,
+        state: VideoState,
+        config: GenerationConfig,
+        *,
+        processors: Any,
+        criteria: Any,
+        streamer: Any = None,
+        seed: int | Sequence[int | None] | None = None,
+        log_probabilities: bool = False,
+        keep_state: bool = True,
     ) -> None:
-        self.model, self.decoder, self.ids = model, decoder, ids
-        self.processors, self.criteria, self.config, self.streamer = processors, criteria, config, streamer
-        pad = config._pad_token_tensor
-        self.pad = None if pad is None else int(pad)
-        self.scores: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.steps = 0
+        """
+        Args:
+            state: as many rows as there are prompts; it moves on with them.
+            streamer, seed, log_probabilities: see `decode`.
+            keep_state: whether somebody wants the state afterwards. Else what is read twice need not be kept twice: a
+                large batch's states are large.
+        """
+        self.model, self.state, self.config = model, state, config
+        self.processors, self.criteria = processors, criteria
+        self.streams = streamer if isinstance(streamer, list | tuple) else None
+        self.streamer = None if self.streams is not None else streamer
+        self.seed, self.wants_log_probabilities, self.keep_state = seed, log_probabilities, keep_state
+        self.pad = pad_token(config)
+        self.wants_scores = bool(config.return_dict_in_generate and config.output_scores)
+        self.wants_logits = bool(config.return_dict_in_generate and config.output_logits)
 
-    def run(self, model_kwargs: dict[str, Any]) -> Any:
-        state = model_kwargs["past_key_values"]
-        read = self._read_short_prompt(state, model_kwargs)
-        if not read:
-            outputs = self.model._prefill(self.ids, self.config, model_kwargs)
-            self.decoder.buffers.load(outputs.past_key_values)
-            self.decoder.buffers.logits.copy_(outputs.logits[:, -1])
-            self.decoder.buffers.tokens.copy_(outputs.logits[:, -1].argmax(-1))
-        own = getattr(state, "made_by_generate", False)
-        if own:  # nobody else has it: do not keep what was read twice, a large batch's states are large
-            state.conv, state.ssm = self.decoder.buffers.conv, self.decoder.buffers.base
-        simple = not self.config.do_sample and not len(self.processors) and self._known_ends() is not None
-        wants = self.config.return_dict_in_generate and (self.config.output_scores or self.config.output_logits)
-        if simple and not wants:
-            self._greedily()
-        else:
-            self._step_by_step()
-        if self.streamer is not None:
-            self.streamer.end()
-        if self.config.return_dict_in_generate or not own:
-            state.update(*self.decoder.buffers.export(), read + self.steps)
-        if not self.config.return_dict_in_generate:
-            return self.ids
-        return GenerateDecoderOnlyOutput(
-            sequences=self.ids,
-            scores=tuple(self.scores) if self.config.output_scores else None,
-            logits=tuple(self.logits) if self.config.output_logits else None,
-            past_key_values=state,
-        )
+    @torch.no_grad()
+    def run(
+        self,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        *,
+        history: Tensor,
+        embeds: Tensor | None = None,
+        videos: dict[str, Any] | None = None,
+    ) -> Decoded:
+        """Read the prompts and decode.
 
-    def _read_short_prompt(self, state: VideoState, model_kwargs: dict[str, Any]) -> int:
-        """Read a short prompt of text by a graph; returns its length, or 0 when it takes the usual way."""
-        mask = model_kwargs.get("attention_mask")
-        if mask is None or any(
-            model_kwargs.get(name) is not None for name in ("pixel_values_videos", "inputs_embeds")
-        ):
-            return 0
-        ids = self.ids
-        if mask.shape[1] == ids.shape[1]:
-            ids = ids[:, state.seen_tokens :]  # the whole sequence was given, with what the state holds
-        rows, tokens = ids.shape
-        state.check_fits(self.model.config.text_config)
-        unusual = self.config.prefill_chunk_size is not None or rows != state.batch_size
-        if unusual or not 0 < tokens <= LONGEST_PROMPT or rows * tokens > _LARGEST_PROMPT_BATCH:
-            return 0
-        if bool((ids == self.model.config.video_token_id).any()):
-            return 0  # the forward pass says what is wrong with it
-        layout = TokenLayout.of(mask, tokens)
-        if layout.host_lengths is not None and not min(layout.host_lengths):
-            return 0
-        lengths = torch.full((rows,), tokens) if layout.lengths is None else layout.lengths
-        if not self.decoder.prepare_prompt(self.model, tokens):
-            return 0
-        self.decoder.buffers.load(state)
-        self.decoder.read_prompt(self.model, layout.arrange(ids.unsqueeze(-1)).squeeze(-1), lengths)
-        return tokens
+        Args:
+            ids: (B, S) new tokens, or embeds: (B, S, D). mask: (B, at least S).
+            history: (B, any) what processors and criteria see before the new tokens.
+            videos: arguments of the forward pass that reads the prompts.
+        """
+        prompt = {"ids": ids, "embeds": embeds, "mask": mask, "videos": videos or {}}
+        with self._steps(history) as steps:
+            steps.read(**prompt)
+            plain = not self.config.do_sample and not len(self.processors) and self._known_ends() is not None
+            wants = self.wants_scores or self.wants_logits or self.wants_log_probabilities
+            found = self._greedily(steps, history) if plain and not wants else self._step_by_step(steps, history)
+            if self.streamer is not None:
+                self.streamer.end()
+            if self.keep_state:
+                steps.write_back()
+        return found
+
+    @contextlib.contextmanager
+    def _steps(self, history: Tensor):
+        longest = getattr(self.criteria, "max_length", None)
+        if longest is None:
+            yield _ForwardSteps(self.model, self.state)
+            return
+        with borrow_decoder(self.model, history.shape[0], longest - history.shape[1]) as decoder:
+            if decoder is None:
+                yield _ForwardSteps(self.model, self.state)
+            else:
+                yield _DecoderSteps(self.model, self.state, decoder, self.keep_state, self.config.prefill_chunk_size)
 
     def _known_ends(self) -> set[int] | None:
         """The ids that end a row, where nothing but these and the length ends it; else None."""
@@ -137,59 +224,202 @@ class _Generation:
                 ends |= set(criterion.eos_token_id.flatten().tolist())
             elif name != "MaxLengthCriteria":
                 return None
-        return ends
+        return ends if self.criteria.max_length is not None else None
 
-    def _greedily(self) -> None:
-        """The graph picks the tokens; the host only looks whether to go on."""
-        buffers, ends = self.decoder.buffers, self._known_ends()
-        most = self.criteria.max_length - self.ids.shape[1]
+    def _greedily(self, steps: Any, history: Tensor) -> Decoded:
+        """The decoder picks the tokens; the host only looks whether to go on."""
+        ends, rows = self._known_ends(), history.shape[0]
+        most = self.criteria.max_length - history.shape[1]
         columns: list[list[int]] = []
-        going = [True] * self.ids.shape[0]
+        going = [True] * rows
+        lengths = [0] * rows
         while True:
-            picked = buffers.tokens.tolist()
+            picked = steps.likeliest()
             if not all(going):
                 picked = [token if goes else self.pad for token, goes in zip(picked, going, strict=True)]
-                buffers.tokens.copy_(torch.tensor(picked))
             columns.append(picked)
+            before = going
+            lengths = [length + goes for length, goes in zip(lengths, going, strict=True)]
             going = [goes and token not in ends for token, goes in zip(picked, going, strict=True)]
             more = any(going) and len(columns) < most
             if more:
-                self._advance()
-            if self.streamer is not None:  # while the GPU works on the next token
-                self.streamer.put(torch.tensor(picked))
+                steps.advance(picked)
+            self._tell(picked, before, going if more else [False] * rows)  # while the GPU works on the next token
             if not more:
                 break
-        new = torch.tensor(columns, device=self.ids.device).T
-        self.ids = torch.cat([self.ids, new], dim=1)
+        ended = [not goes for goes in going]
+        return Decoded(torch.tensor(columns).T, lengths, ended, None, None, None, self.state)
 
-    def _step_by_step(self) -> None:
+    def _step_by_step(self, steps: Any, history: Tensor) -> Decoded:
         """As transformers does it: processors, sampling and criteria see every token."""
-        buffers, config = self.decoder.buffers, self.config
+        device, rows, start = history.device, history.shape[0], history.shape[1]
         stops_rows = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
-        going = torch.ones(self.ids.shape[0], dtype=torch.long, device=self.ids.device)
+        going = torch.ones(rows, dtype=torch.bool, device=device)
+        lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        longest = getattr(self.criteria, "max_length", None)
+        scores_kept, logits_kept, chosen = [], [], []
+        draw = _drawing(self.seed, rows, device) if self.config.do_sample else None
         while True:
-            logits = buffers.logits.to(self.ids.device, torch.float32, copy=True)
-            scores = self.processors(self.ids, logits)
-            if config.return_dict_in_generate:
-                if config.output_scores:
-                    self.scores.append(scores)
-                if config.output_logits:
-                    self.logits.append(logits)
-            if config.do_sample:
-                picked = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-            else:
-                picked = scores.argmax(-1)
+            logits = steps.logits().to(device, torch.float32, copy=True)
+            scores = self.processors(history, logits)
+            if self.wants_scores:
+                scores_kept.append(scores)
+            if self.wants_logits:
+                logits_kept.append(logits)
+            picked = scores.argmax(-1) if draw is None else draw(torch.softmax(scores, dim=-1))
             if stops_rows:
-                picked = picked * going + self.pad * (1 - going)
-            self.ids = torch.cat([self.ids, picked[:, None]], dim=1)
-            if self.streamer is not None:
+                picked = torch.where(going, picked, self.pad)
+            if self.wants_log_probabilities:
+                chosen.append(torch.log_softmax(logits, dim=-1).gather(1, picked[:, None])[:, 0])
+            history = torch.cat([history, picked[:, None]], dim=1)
+            before, lengths = going, lengths + going
+            going = going & ~self.criteria(history, tuple(scores_kept) or None)
+            more = bool(going.any())
+            if self.streams is not None:
+                self._tell(picked.tolist(), before.tolist(), going.tolist())
+            elif self.streamer is not None:
                 self.streamer.put(picked.cpu())
-            going = going & ~self.criteria(self.ids, tuple(self.scores) or None)
-            if not bool(going.any()):
+            if not more:
                 break
-            buffers.tokens.copy_(picked)
-            self._advance()
+            steps.advance(picked)
+        tokens, count = history[:, start:].cpu(), lengths.tolist()
+        new, ends = tokens.tolist(), set(end_tokens(self.config))
+        return Decoded(
+            tokens=tokens,
+            lengths=count,
+            ended=[
+                longest is None or start + n < longest or row[n - 1] in ends for n, row in zip(count, new, strict=True)
+            ],
+            log_probabilities=torch.stack(chosen, dim=1).cpu() if chosen else None,
+            scores=tuple(scores_kept) if self.wants_scores else None,
+            logits=tuple(logits_kept) if self.wants_logits else None,
+            state=self.state,
+        )
 
-    def _advance(self) -> None:
+    def _tell(self, picked: list[int], before: list[bool], after: list[bool]) -> None:
+        """Hand tokens to whoever listens: `before` and `after` them, rows that had not ended."""
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(picked))
+        for row, stream in enumerate(self.streams or ()):
+            if stream is None or not before[row]:
+                continue
+            stream.put(torch.tensor(picked[row : row + 1]))
+            if not after[row]:
+                stream.end()
+
+
+class _ForwardSteps:
+    """A forward pass of the model for every token."""
+
+    def __init__(self, model: Any, state: VideoState) -> None:
+        self.model, self.state = model, state
+        self._logits: Tensor | None = None
+
+    def read(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, videos: dict[str, Any]) -> None:
+        device = execution_device(self.model.get_input_embeddings())
+        given = {"input_ids": ids.to(device)} if embeds is None else {"inputs_embeds": embeds.to(device)}
+        self._forward(**given, attention_mask=mask, **videos)
+
+    def _forward(self, **arguments: Any) -> None:
+        outputs = self.model(**arguments, **{CACHE_NAME: self.state}, use_cache=True, logits_to_keep=1)
+        self._logits = outputs.logits[:, -1]
+
+    def logits(self) -> Tensor:
+        """(B, V) behind the last token read."""
+        return self._logits
+
+    def likeliest(self) -> list[int]:
+        return self._logits.argmax(-1).tolist()
+
+    def advance(self, picked: Tensor | list[int]) -> None:
+        """Read one token a row."""
+        device = execution_device(self.model.get_input_embeddings())
+        self._forward(input_ids=torch.as_tensor(picked, device=device)[:, None])
+
+    def write_back(self) -> None:
+        """Bring the state up to date: it is already."""
+
+
+class _DecoderSteps(_ForwardSteps):
+    """The kernels of a `Decoder`, replayed."""
+
+    def __init__(
+        self, model: Any, state: VideoState, decoder: Decoder, keep_state: bool, prefill_chunk_size: int | None
+    ) -> None:
+        super().__init__(model, state)
+        self.decoder, self.keep_state, self.chunk = decoder, keep_state, prefill_chunk_size
+        self.read_by_decoder = 0
+
+    def read(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, videos: dict[str, Any]) -> None:
+        buffers = self.decoder.buffers
+        self.state.check_fits(self.model.config.text_config)
+        if ids is not None and not videos:
+            self.read_by_decoder = self._read_short_prompt(ids, mask)
+        if not self.read_by_decoder:
+            super().read(ids, embeds, mask, videos)
+            buffers.load(self.state)
+            buffers.logits.copy_(self._logits)
+            buffers.tokens.copy_(self._logits.argmax(-1))
+        if not self.keep_state:
+            self.state.conv, self.state.ssm = buffers.conv, buffers.base
+
+    def _read_short_prompt(self, ids: Tensor, mask: Tensor | None) -> int:
+        """Read a short prompt of text by a graph; returns its length, or 0 when it takes the usual way."""
+        rows, tokens = ids.shape
+        unusual = self.chunk is not None or rows != self.state.batch_size
+        if unusual or not 0 < tokens <= LONGEST_PROMPT or rows * tokens > _LARGEST_PROMPT_BATCH:
+            return 0
+        if bool((ids == self.model.config.video_token_id).any()):
+            return 0  # the forward pass says what is wrong with it
+        layout = TokenLayout.of(mask, tokens)
+        if layout.host_lengths is not None and not min(layout.host_lengths):
+            return 0
+        lengths = torch.full((rows,), tokens) if layout.lengths is None else layout.lengths
+        if not self.decoder.prepare_prompt(self.model, tokens):
+            return 0
+        self.decoder.buffers.load(self.state)
+        self.decoder.read_prompt(self.model, layout.arrange(ids.unsqueeze(-1)).squeeze(-1), lengths)
+        return tokens
+
+    def logits(self) -> Tensor:
+        return self.decoder.buffers.logits
+
+    def likeliest(self) -> list[int]:
+        self.offered = self.decoder.buffers.tokens.tolist()
+        return self.offered
+
+    def advance(self, picked: Tensor | list[int]) -> None:
+        if isinstance(picked, Tensor) or picked != self.offered:
+            self.decoder.buffers.tokens.copy_(torch.as_tensor(picked))
         self.decoder.step()
-        self.steps += 1
+        self.read_by_decoder += 1
+
+    def write_back(self) -> None:
+        self.state.update(*self.decoder.buffers.export(), self.read_by_decoder)
+
+
+def one_state(model: Any, states: VideoState | Sequence[VideoState]) -> VideoState:
+    """A new state of all rows, where and as the model computes."""
+    embeddings = model.get_input_embeddings()
+    device, dtype = execution_device(embeddings), embeddings.weight.dtype
+    if not isinstance(states, list | tuple):
+        return states.fork().to(device, dtype)
+    states = [state.to(device, dtype) for state in states]
+    conv = torch.cat([state.conv for state in states], dim=1)
+    ssm = torch.cat([state.ssm for state in states], dim=1)
+    return VideoState(conv, ssm, max(state.seen_tokens for state in states))
+
+
+def _drawing(seed: int | Sequence[int | None] | None, rows: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from (B, V) probabilities to (B,) drawn ids."""
+
+    def generator(value: int | None) -> torch.Generator | None:
+        return None if value is None else torch.Generator(device).manual_seed(value)
+
+    if seed is None or isinstance(seed, int):
+        one = generator(seed)
+        return lambda p: torch.multinomial(p, num_samples=1, generator=one).squeeze(1)
+    if len(seed) != rows:
+        raise ValueError(f"{len(seed)} seeds were given for {rows} rows: give one, or one for each")
+    each = [generator(value) for value in seed]
+    return lambda p: torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, each, strict=True)])

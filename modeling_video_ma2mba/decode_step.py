@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decode_reference import partial_sums, scale_residual, square_parts
-from .ops_ssd import MixerShape
+from .mixer_mamba2 import MixerShape
 from .state_video import VideoState
 
 

@@ -1,83 +1,187 @@
-"""What `generate()` needs to know about a model whose memory is a state and whose prompts hold videos."""
+"""`generate()` as people know it, for a model whose memory is a state and whose prompts hold videos.
 
+Only public parts of transformers are used, whose names have changed before. Our own verbs do not come by here but for
+beams: they decode with `decode_loop`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
 
+from .decode_graph import decodes_by_graph
+from .decode_loop import Decoding, FastDecodingMixin
+from .decode_settings import plain_mode, settled, stop_strings_of
 from .stack_weights import execution_device
+from .state_outputs import CACHE_NAME, StateCausalLMOutput, take_state
 from .state_video import VideoState
 
+_TAKES_LOOP = "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
 
-class PromptGenerationMixin:
-    """Overrides of transformers' `GenerationMixin`; comes before it among the bases."""
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A `VideoState` continues as `past_key_values`, with the new tokens as `input_ids`.
+class PromptVideos:
+    """The frames of a prompt on their way through `generate()`.
+
+    They are flat over videos, not one row per sample, and would take as many times their memory as there are beams:
+    an object that transformers does not know is not copied for them.
+
+    Attributes:
+        pixels: (F, 3, h, w); frames_each: (videos,) or None; copies: rows that `generate()` makes of each prompt.
+        read: whether a state holds them by now.
+    """
+
+    def __init__(self, pixels: Tensor, frames_each: Tensor | None, copies: int) -> None:
+        self.pixels, self.frames_each, self.copies = pixels, frames_each, copies
+        self.read = False
+
+    def arguments(self, into_state: bool) -> dict[str, Any]:
+        """What the forward pass takes, while it has to read them."""
+        if self.read:
+            return {}
+        self.read = into_state
+        return {"pixel_values_videos": self.pixels, "num_frames": self.frames_each, "prompt_copies": self.copies}
+
+
+class PromptGenerationMixin(FastDecodingMixin):
+    """Comes before transformers' `GenerationMixin` among the bases."""
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers. A `VideoState` continues as `past_key_values` or `cache`, the new tokens as `input_ids`.
 
         transformers takes `input_ids` for the whole sequence, the part in the state included, unless an
         `attention_mask` of that whole length says otherwise. A video that was streamed into a state has no such
         sequence, so ids that are too few to be all of it are new ones, and the mask is written here.
+
+        Raises:
+            ValueError: the state is no `VideoState`, has other sizes, or comes with `use_cache=False`; and what
+                transformers refuses.
         """
-        state, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", inputs)
-        if state is not None and ids is not None and kwargs.get("attention_mask") is None:
-            seen = state.get_seq_length()
-            if 0 < ids.shape[1] <= seen:
-                kwargs["attention_mask"] = ids.new_ones(ids.shape[0], seen + ids.shape[1])
-        return super().generate(inputs, *args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *args: Any
-    ) -> None:
-        state = model_kwargs.get("past_key_values")
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if generation_config.use_cache is False:
-            if state is not None:
+        state = take_state(kwargs)
+        ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
+        config, _ = settled(self.generation_config, generation_config, kwargs)
+        first = ids if ids is not None else embeds
+        rows = 1 if first is None else first.shape[0]
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        skip, own = 0, False
+        if state is not None:
+            check_state(state, self.config.text_config)
+            if config.use_cache is False:
                 raise ValueError("generate() cannot continue from a state with use_cache=False")
-            return
-        language_model = self.model.language_model
-        if state is None:
+            mask, seen = kwargs.get("attention_mask"), state.get_seq_length()
+            if ids is not None and mask is None and 0 < ids.shape[1] <= seen:
+                kwargs["attention_mask"] = mask = ids.new_ones(rows, seen + ids.shape[1])
+            if first is not None and (mask is None or mask.shape[1] == first.shape[1]):
+                skip = seen  # the whole sequence was given, with what the state holds
+            if state.batch_size == rows and copies > 1:
+                state = state.fork()
+                state.batch_repeat_interleave(copies)
+        elif config.use_cache is not False or embeds is not None:
+            language_model = self.model.language_model
             device, dtype = execution_device(language_model.norm_f), language_model.norm_f.weight.dtype
-            state = VideoState.zeros(language_model.config, batch_size * copies, device, dtype)
-            state.made_by_generate = True
-        elif state.batch_size == batch_size and copies > 1:
-            state = state.fork()
-            state.batch_repeat_interleave(copies)
-        model_kwargs["past_key_values"] = state
+            state, own = VideoState.zeros(language_model.config, rows * copies, device, dtype), True
+        if state is not None:
+            kwargs[CACHE_NAME] = state
+        videos, pixels = None, kwargs.pop("pixel_values_videos", None)
+        frames_each = kwargs.pop("num_frames", None)
+        if pixels is not None:
+            videos = kwargs["pixel_values_videos"] = PromptVideos(pixels, frames_each, copies)
+        with self._segments_of(config.prefill_chunk_size):
+            if config.prefill_chunk_size is not None:
+                kwargs["prefill_chunk_size"] = None
+            if self._decodes_here(config, state, args, kwargs):
+                stop = stop_strings_of(config, kwargs)
+                if stop is not None:  # transformers forgets the tokenizer when it is given a loop
+                    kwargs["stop_strings"] = None
+                    stopping_criteria = [*(stopping_criteria or ()), stop]
+                streamer = args[3] if len(args) > 3 else kwargs.get("streamer")
+                kwargs["custom_generate"] = self._loop(state, own, skip, videos, streamer)
+            return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        # Frames are flat over videos, not one row per sample, and would take `expand_size` times their memory.
-        videos = {name: kwargs.pop(name) for name in ("pixel_values_videos", "num_frames") if name in kwargs}
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        if expand_size > 1 and videos.get("pixel_values_videos") is not None:
-            kwargs["prompt_copies"] = expand_size
-        return input_ids, {**kwargs, **videos}
+    def _decodes_here(self, config: GenerationConfig, state: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether `decode_loop` makes the tokens, over a graph, instead of transformers' loop."""
+        if state is None or not _TAKES_LOOP or not plain_mode(config) or not decodes_by_graph(self):
+            return False
+        others = ("synced_gpus", "assistant_model", "custom_generate", "output_attentions", "output_hidden_states")
+        given = (*args[1:3], *(kwargs.get(name) for name in others))
+        return not (any(given) or config.output_attentions or config.output_hidden_states)
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        # Prompts always run in segments of `prefill_segment_length`. Cutting them once more outside would separate
-        # placeholders from their frames, so a requested chunk size becomes the segment length.
-        chunk, language_model = generation_config.prefill_chunk_size, self.model.language_model
-        if chunk is None:
-            return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+    def _loop(
+        self, state: VideoState, own: bool, skip: int, videos: PromptVideos | None, streamer: Any
+    ) -> Callable[..., Any]:
+        """A decoding loop as `generate(custom_generate=...)` takes it."""
+
+        def loop(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Any:
+            embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+            decoding = Decoding(
+                self,
+                state,
+                generation_config,
+                processors=logits_processor,
+                criteria=stopping_criteria,
+                streamer=streamer,
+                keep_state=generation_config.return_dict_in_generate or not own,
+            )
+            found = decoding.run(
+                input_ids[:, skip:] if embeds is None else None,
+                mask,
+                history=input_ids,
+                embeds=None if embeds is None else embeds[:, skip:],
+                videos={} if videos is None else videos.arguments(into_state=True),
+            )
+            sequences = torch.cat([input_ids, found.tokens.to(input_ids.device)], dim=1)
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            memory = {CACHE_NAME: state}
+            return GenerateDecoderOnlyOutput(sequences=sequences, scores=found.scores, logits=found.logits, **memory)
+
+        return loop
+
+    @contextmanager
+    def _segments_of(self, tokens: int | None) -> Iterator[None]:
+        """Prompts always run in segments of `prefill_segment_length`. Cutting them once more outside would separate
+        placeholders from their frames, so a requested chunk size becomes the segment length."""
+        language_model = self.model.language_model
         usual = language_model.prefill_segment_length
+        language_model.prefill_segment_length = usual if tokens is None else tokens
         try:
-            generation_config.prefill_chunk_size, language_model.prefill_segment_length = None, chunk
-            return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+            yield
         finally:
-            generation_config.prefill_chunk_size, language_model.prefill_segment_length = chunk, usual
+            language_model.prefill_segment_length = usual
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    # The signature is that of the installed transformers, which looks there for the names that it may pass.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, but frames reach only the forward pass that reads the prompt, and stay where they are:
         the model moves them to its device chunk by chunk."""
-        videos = {name: kwargs.pop(name, None) for name in ("pixel_values_videos", "num_frames", "prompt_copies")}
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        if kwargs.get("is_first_iteration") or kwargs.get("past_key_values") is None:
-            model_inputs.update({name: value for name, value in videos.items() if value is not None})
+        videos = kwargs.pop("pixel_values_videos", None)
+        frames_each = kwargs.pop("num_frames", None)
+        model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        state = kwargs.get(CACHE_NAME)
+        if isinstance(videos, PromptVideos):
+            model_inputs.update(videos.arguments(into_state=state is not None))
+        elif videos is not None and (kwargs.get("is_first_iteration") or state is None):
+            model_inputs.update(pixel_values_videos=videos, num_frames=frames_each)
         return model_inputs
 
     def _copy_videos(self, input_ids: Tensor, pixels: Tensor, copies: int) -> Tensor:
@@ -89,23 +193,34 @@ class PromptGenerationMixin:
     def _read_prompt_once(
         self,
         copies: int,
-        *,
+        state: VideoState,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: VideoState,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> StateCausalLMOutput:
         """Read each prompt once, then copy state and logits: beams of one video share its reading."""
-        state = past_key_values.fork()
-        state.batch_select_indices(torch.arange(0, input_ids.shape[0], copies))
+        one_each = state.fork()
+        one_each.batch_select_indices(torch.arange(0, input_ids.shape[0], copies))
         outputs = self(
             input_ids=input_ids[::copies],
             attention_mask=None if attention_mask is None else attention_mask[::copies],
-            past_key_values=state,
+            past_key_values=one_each,
             **kwargs,
         )
-        state.batch_repeat_interleave(copies)
-        past_key_values.update(state.conv, state.ssm, state.seen_tokens - past_key_values.seen_tokens)
-        return CausalLMOutputWithPast(
-            logits=outputs.logits.repeat_interleave(copies, dim=0), past_key_values=past_key_values
+        one_each.batch_repeat_interleave(copies)
+        state.update(one_each.conv, one_each.ssm, one_each.seen_tokens - state.seen_tokens)
+        hidden = outputs.hidden_states
+        if hidden is not None:
+            hidden = tuple(layer.repeat_interleave(copies, dim=0) for layer in hidden)
+        logits = outputs.logits.repeat_interleave(copies, dim=0)
+        return StateCausalLMOutput(logits=logits, hidden_states=hidden, **{CACHE_NAME: state})
+
+
+def check_state(state: Any, text_config: Any) -> None:
+    """ValueError unless a given cache is a state of a model with this `Ma2mbaTextConfig`."""
+    if not hasattr(state, "check_fits"):
+        raise ValueError(
+            f"a {type(state).__name__} cannot be this model's memory, which is a VideoState: pass none to begin, or "
+            "the past_key_values that the model returned"
         )
+    state.check_fits(text_config)

@@ -8,12 +8,271 @@ adds, normalises and casts. Legend: B batch, S tokens, D model width, E inner wi
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .ops_ssd import MixerShape, backend_for, mixer_core
+from .ops_conv import CAUSAL_CONV, add_last_inputs_gradient, causal_conv_torch, last_inputs
+from .ops_norm import GATED_RMS_NORM, add_rms_norm, gated_rms_norm_torch
+from .ops_registry import Backend
+from .ops_ssd import SSD, mask_steps, ssd_sizes, ssd_torch
+
+
+@dataclass(frozen=True)
+class MixerShape:
+    """The sizes of one mixer that its tensors do not tell by themselves."""
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    n_groups: int
+    conv_kernel: int
+    chunk_size: int
+    eps: float
+    time_step_limit: tuple[float, float]
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.inner + 2 * self.n_groups * self.state_size
+
+    @property
+    def projected(self) -> int:
+        """What in_proj writes per token: gate, convolution input, step sizes."""
+        return self.inner + self.conv_dim + self.num_heads
+
+    @property
+    def parts(self) -> list[int]:
+        """The widths of gate, convolution input and step sizes."""
+        return [self.inner, self.conv_dim, self.num_heads]
+
+
+class CoreWeights(NamedTuple):
+    """What a mixer computes with between its projections.
+
+    conv: (C, 1, W); conv_bias: (C,) or None; dt_bias, A_log, D: (H,); norm: (E,).
+    """
+
+    conv: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm: Tensor
+
+
+class CoreBackends(NamedTuple):
+    """The backends of the three operations between the projections: kernels all of them, or PyTorch all of them."""
+
+    conv: Backend
+    ssd: Backend
+    norm: Backend
+
+    @classmethod
+    def pick(
+        cls,
+        shape: MixerShape,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int,
+        padded: bool = False,
+        packed: bool = False,
+    ) -> "CoreBackends":
+        """For `tokens` tokens a row on `device`, computed in `dtype`."""
+        call = {"padded": padded, "packed": packed}
+        ssd = ssd_sizes(*_ssd_arguments(shape))
+        picked = cls(
+            CAUSAL_CONV.pick(device, dtype, tokens, **call, channels=shape.conv_dim, offset=shape.inner),
+            SSD.pick(device, dtype, tokens, **call, **ssd),
+            GATED_RMS_NORM.pick(device, dtype, tokens, **call, width=shape.inner, groups=shape.n_groups),
+        )
+        return picked if all(backend.backward for backend in picked) else cls.named("torch")
+
+    @classmethod
+    def named(cls, name: str) -> "CoreBackends":
+        """Those of one name; ValueError if there are none."""
+        return cls(CAUSAL_CONV.named(name), SSD.named(name), GATED_RMS_NORM.named(name))
+
+    @property
+    def fused(self) -> bool:
+        """Whether kernels run, and one autograd function spans them."""
+        return self.norm.backward is not None
+
+
+def _ssd_arguments(shape: MixerShape) -> tuple[Any, ...]:
+    sizes = (shape.num_heads, shape.head_dim, shape.state_size, shape.n_groups, shape.chunk_size)
+    return (*sizes, shape.time_step_limit)
+
+
+def mixer_core(
+    zxbcdt: Tensor,
+    weights: CoreWeights,
+    conv_state: Tensor | None,
+    ssm_state: Tensor | None,
+    shape: MixerShape,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inside of a mixer between its projections: causal convolution, SSD scan and gated norm.
+
+    Args:
+        zxbcdt: (B, S, 2E + 2GN + H) output of in_proj: gate z, then x, B and C, then the step size before its bias.
+        conv_state: (B, C, W-1) the last raw inputs of the convolution, None for the start of a sequence.
+        ssm_state: (B, H, P, N), fp32 (fp64 for fp64 inputs), None for zeros.
+        lengths: (B,) int64, how many of the S tokens of each row are real; the rest is padding on the right, which
+            leaves the states alone. None means all.
+        seq_idx: (B, W-1+S) int32 sample number of each row of conv_state and of each token of a packed sequence, not
+            decreasing, 0 for the sample that the given ssm_state belongs to. State and convolution restart at every
+            change; padding has the number of the last real token.
+
+    Returns:
+        y (B, S, E) ready for out_proj, conv_state (B, C, W-1), ssm_state (B, H, P, N), both independent copies.
+    """
+    (batch, tokens, _), dtype = zxbcdt.shape, zxbcdt.dtype
+    backends = CoreBackends.pick(
+        shape, zxbcdt.device, dtype, tokens, padded=lengths is not None, packed=seq_idx is not None
+    )
+    work = torch.promote_types(dtype, torch.float32)
+    if conv_state is None:
+        conv_state = zxbcdt.new_zeros(batch, shape.conv_dim, shape.conv_kernel - 1)
+    if ssm_state is None:
+        ssm_state = zxbcdt.new_zeros(batch, shape.num_heads, shape.head_dim, shape.state_size, dtype=work)
+    states = (conv_state.to(dtype), ssm_state.to(work))
+    taps, bias = weights.conv.squeeze(1).to(dtype), None if weights.conv_bias is None else weights.conv_bias.to(dtype)
+    if not backends.fused:
+        return _core_torch(zxbcdt, weights._replace(conv=taps, conv_bias=bias), *states, shape, lengths, seq_idx)
+    if lengths is not None:
+        z_xbc, dt = zxbcdt.split([shape.inner + shape.conv_dim, shape.num_heads], dim=-1)
+        zxbcdt = torch.cat([z_xbc, mask_steps(dt, lengths)], dim=-1)
+    scan = (weights.dt_bias.to(work), weights.A_log.to(work), weights.D.to(work))
+    return _FusedCore.apply(
+        zxbcdt.contiguous(), taps, bias, *scan, weights.norm.to(dtype), *states, shape, backends, lengths, seq_idx
+    )
+
+
+def _core_torch(
+    zxbcdt: Tensor,
+    weights: CoreWeights,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    shape: MixerShape,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mixer_core` in plain PyTorch: any device, any floating dtype, scan in fp32 (fp64 for fp64 inputs)."""
+    z, xbc, dt = zxbcdt.split(shape.parts, dim=-1)
+    xbc, conv_state = causal_conv_torch(xbc, weights.conv, weights.conv_bias, conv_state, lengths, seq_idx)
+    ids = None if seq_idx is None else seq_idx[:, shape.conv_kernel - 1 :]
+    x, b, c = _heads(xbc, shape)
+    a = -torch.exp(weights.A_log.to(ssm_state.dtype))
+    options = (shape.chunk_size, shape.time_step_limit, lengths, ids)
+    y, ssm_state = ssd_torch(x, dt, a, b, c, weights.D, weights.dt_bias, ssm_state, *options)
+    y = gated_rms_norm_torch(y.flatten(2).to(zxbcdt.dtype), z, weights.norm, shape.eps, shape.n_groups)
+    return y, conv_state, ssm_state
+
+
+def _heads(xbc: Tensor, shape: MixerShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Views x (B, S, H, P), B and C (B, S, G, N) of the convolution's output (B, S, C)."""
+    group = shape.n_groups * shape.state_size
+    x, b, c = xbc.split([shape.inner, group, group], dim=-1)
+    return (
+        x.unflatten(-1, (shape.num_heads, shape.head_dim)),
+        b.unflatten(-1, (shape.n_groups, shape.state_size)),
+        c.unflatten(-1, (shape.n_groups, shape.state_size)),
+    )
+
+
+class _FusedCore(torch.autograd.Function):
+    """`mixer_core` on kernels, as one node of autograd: it keeps the projection's output and what the operations say
+    they keep, recomputes the convolution, and writes every gradient in place into one buffer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        zxbcdt: Tensor,
+        taps: Tensor,
+        conv_bias: Tensor | None,
+        dt_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        norm_weight: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        shape: MixerShape,
+        backends: CoreBackends,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, xbc_raw, dt = zxbcdt.split(shape.parts, dim=-1)
+        halo_ids = _contiguous(seq_idx)
+        ids = None if seq_idx is None else _contiguous(seq_idx[:, shape.conv_kernel - 1 :])
+        (xbc,), _ = backends.conv.forward(xbc_raw, taps, conv_bias, conv_state, halo_ids)
+        x, b, c = _heads(xbc, shape)
+        (y, new_ssm_state), ssd_kept = backends.ssd.forward(
+            x, dt, -torch.exp(A_log), b, c, D, dt_bias, ssm_state, ids, **_scan_options(shape)
+        )
+        y = y.flatten(2)
+        (out,), norm_kept = backends.norm.forward(y, z, norm_weight, **_norm_options(shape))
+        new_conv_state = last_inputs(xbc_raw, conv_state, lengths)
+        ctx.save_for_backward(
+            zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, y,
+            *ssd_kept, *norm_kept,
+        )  # fmt: skip
+        ctx.shape, ctx.backends, ctx.ssd_kept = shape, backends, len(ssd_kept)
+        ctx.set_materialize_grads(False)
+        return out, new_conv_state, new_ssm_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor, dconv_out: Tensor | None, dssm_out: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        shape, backends = ctx.shape, ctx.backends
+        (zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, y,
+         *kept) = ctx.saved_tensors  # fmt: skip
+        ssd_kept, norm_kept = kept[: ctx.ssd_kept], kept[ctx.ssd_kept :]
+        if dout is None:  # only a state was used
+            dout = torch.zeros_like(y)
+        z, xbc_raw, dt = zxbcdt.split(shape.parts, dim=-1)
+        grad = torch.empty_like(zxbcdt)
+        dz, dxbc_raw, ddt = grad.split(shape.parts, dim=-1)
+        # The convolution is recomputed: cheaper than keeping its output.
+        conv_inputs = (xbc_raw, taps, conv_bias, conv_state, halo_ids)
+        (xbc,), _ = backends.conv.forward(*conv_inputs)
+        x, b, c = _heads(xbc, shape)
+        a = -torch.exp(A_log)
+
+        dy, _, dnorm = backends.norm.backward((y, z, norm_weight), norm_kept, (dout,), dz, **_norm_options(shape))
+        dxbc = torch.empty_like(xbc)
+        dx, db, dc = _heads(dxbc, shape)
+        # The state's values are not looked at: the states entering the chunks were kept.
+        _, _, da, _, _, dD, ddt_bias, dssm_in, _ = backends.ssd.backward(
+            (x, dt, a, b, c, D, dt_bias, None, ids), ssd_kept, (dy.view(x.shape), dssm_out), (dx, ddt, db, dc),
+            **_scan_options(shape),
+        )  # fmt: skip
+        _, dtaps, dconv_bias, dconv_in, _ = backends.conv.backward(conv_inputs, (), (dxbc,), dxbc_raw)
+        if dconv_out is not None:
+            add_last_inputs_gradient(dconv_out, dxbc_raw, dconv_in, lengths)
+        # d(-exp(A_log)) = a, because a is its own derivative.
+        return grad, dtaps, dconv_bias, ddt_bias, da * a, dD, dnorm, dconv_in, dssm_in, None, None, None, None
+
+
+def _scan_options(shape: MixerShape) -> dict[str, Any]:
+    return {"chunk_size": shape.chunk_size, "dt_limit": shape.time_step_limit}
+
+
+def _norm_options(shape: MixerShape) -> dict[str, Any]:
+    return {"eps": shape.eps, "groups": shape.n_groups}
+
+
+def _contiguous(seq_idx: Tensor | None) -> Tensor | None:
+    return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
 
 
 class Ma2mbaRMSNorm(nn.Module):
@@ -26,16 +285,7 @@ class Ma2mbaRMSNorm(nn.Module):
 
     def forward(self, residual: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """residual (B, S, D), delta (B, S, D) or None -> normed (B, S, D) in `dtype`, residual + delta."""
-        if backend_for(residual, dtype) == "kernels":
-            from .ops_norm_mamba_ssm import add_rms_norm
-
-            return add_rms_norm(residual, delta, self.weight, self.eps, dtype)
-        if delta is not None:
-            residual = residual + delta.to(residual.dtype)
-        work = torch.promote_types(residual.dtype, torch.float32)
-        x = residual.to(work)
-        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight.to(work)).to(dtype), residual
+        return add_rms_norm(residual, delta, self.weight, self.eps, dtype)
 
 
 def _compute_dtype(weight: Tensor, kind: str) -> torch.dtype:
@@ -105,19 +355,9 @@ class Ma2mbaMixer(nn.Module):
         With `unread`, the caller promises never to look at y, only to send a gradient into it (recomputation).
         """
         conv_weight, conv_bias = self.conv1d()
+        weights = CoreWeights(conv_weight, conv_bias, self.dt_bias, self.A_log, self.D, self.norm())
         y, conv_state, ssm_state = mixer_core(
-            self.in_proj(u),
-            conv_weight,
-            conv_bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.norm(),
-            conv_state,
-            ssm_state,
-            self.shape,
-            lengths,
-            seq_idx,
+            self.in_proj(u), weights, conv_state, ssm_state, self.shape, lengths, seq_idx
         )
         if unread and _is_plain_linear(self.out_proj):
             return _UnreadLinear.apply(y, self.out_proj.weight.to(y.dtype)), conv_state, ssm_state

@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .answering_questions import VideoQuestionsMixin
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .decode_loop import FastGenerationMixin
 from .generation_video_ma2mba import PromptGenerationMixin
 from .recompute_chunks import RowLayout
 from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
 from .recompute_plan import RecomputeSettings
 from .stack_language_model import Ma2mbaTextModel
 from .stack_weights import refuse_incomplete
+from .state_outputs import CACHE_NAME, StateCausalLMOutput, StateModelOutput, take_state
 from .state_video import VideoState
 from .vision_features import (
     VideoMa2mbaMultiModalProjector,
@@ -34,6 +33,11 @@ from .vision_features import (
     video_rows,
 )
 from .vision_towers import TOWERS
+
+logger = logging.get_logger(__name__)
+
+MOST_EVALUATED_LOGITS = 2**30
+"""Numbers that logits may take which nobody asked for (4 GB in fp32): evaluating hours of video gives a loss only."""
 
 
 class VideoMa2mbaPreTrainedModel(PreTrainedModel):
@@ -197,8 +201,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         is_video = input_ids == self.config.video_token_id
         self._check_placeholders(is_video, len(pixel_values_videos), num_frames)
         flat = is_video.flatten().cpu()
-        embeddings = self.get_input_embeddings()
-        text = embeddings(input_ids.flatten()[(~flat).nonzero()[:, 0].to(input_ids.device)])
+        text = self._embed_text(input_ids, ~is_video)
         offload = self.offload_inputs and self.training and torch.is_grad_enabled()
         layout = RowLayout(
             total_rows=flat.numel(),
@@ -217,6 +220,16 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             num_frames=_plain_list(num_frames) if self.config.clip_frames > 1 else None,
         )
         return rows.view(*input_ids.shape, -1)
+
+    def _embed_text(self, input_ids: Tensor, is_text: Tensor) -> Tensor:
+        """Embeddings (text tokens, D) of the text of all rows, by one call with (B, longest text) ids: what hooks into
+        the embedding (NEFTune's noise) expects is a batch of sequences, and placeholders are not worth embedding."""
+        ids = [row[text] for row, text in zip(input_ids, is_text, strict=True)]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        embedded = self.get_input_embeddings()(padded)
+        if len(ids) == 1:
+            return embedded[0]
+        return torch.cat([row[: len(own)] for row, own in zip(embedded, ids, strict=True)])
 
     def _check_placeholders(self, is_video: Tensor, frames: int, num_frames: Tensor | None) -> None:
         per_frame = self.config.tokens_per_frame
@@ -269,21 +282,22 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> StateModelOutput:
         """Read tokens and frames from a state.
 
         Args:
             input_ids: (B, S), with one `config.video_token_id` per frame row; or inputs_embeds: (B, S, D), no pixels.
             attention_mask: (B, at least S), 1 on real tokens. Padding on either side never changes a result.
             pixel_values_videos: (F, 3, h, w), the frames of all videos of the batch in order.
-            past_key_values: state to start from (updated in place); use_cache: return the state after the last token
-                (default: on in evaluation, off in training).
+            past_key_values: state to start from (updated in place), also as `cache`; use_cache: return the state after
+                the last token (default: on in evaluation, off in training).
             num_frames: (videos,) frames of each video; lets a misplaced video be noticed.
             seq_idx: (B, S) numbers of packed samples. output_positions: (B, S) bool, hidden states wanted.
 
         Returns:
             `last_hidden_state` (B, S, D), or (wanted positions, D); `past_key_values`.
         """
+        past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if pixel_values_videos is not None:
@@ -307,7 +321,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
 
 class VideoMa2mbaForConditionalGeneration(
-    VideoQuestionsMixin, PromptGenerationMixin, FastGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin
+    VideoQuestionsMixin, PromptGenerationMixin, VideoMa2mbaPreTrainedModel, GenerationMixin
 ):
     """Answers in words: `VideoMa2mbaModel` with a language modelling head."""
 
@@ -349,33 +363,34 @@ class VideoMa2mbaForConditionalGeneration(
         num_frames: Tensor | None = None,
         seq_idx: Tensor | None = None,
         prompt_copies: int = 1,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> StateCausalLMOutput:
         """Arguments beyond those of `VideoMa2mbaModel.forward`:
 
         Args:
-            labels: (B, S) token ids aligned with `input_ids`, -100 where nothing is to be learned; or shift_labels,
-                aligned with the positions that predict them. Hidden states and logits then exist at labelled positions
-                only, the latter a chunk at a time.
+            labels: (B, S) token ids aligned with `input_ids`, -100 where nothing is to be learned; or (by keyword)
+                `shift_labels`, aligned with the positions that predict them. While gradients are on, hidden states
+                and logits then exist at labelled positions only, the latter a chunk at a time. (In the signature,
+                transformers' Trainer would take `shift_labels` for a label that every evaluated batch must hold.)
             num_items_in_batch: divisor of the summed loss (Trainer's count over accumulation steps); None: the mean.
-            logits_to_keep: int n: the last n positions (0: all); 1-D tensor: these positions. Default: all positions
-                without labels, **no logits at all with labels**.
+            logits_to_keep: int n: the last n positions (0: all); 1-D tensor: these positions. Default: all positions;
+                with labels, **no logits at all while gradients are on**, nor beyond `MOST_EVALUATED_LOGITS` numbers.
             prompt_copies: rows come in groups of this many copies of one prompt while `pixel_values_videos` holds each
                 video once (generation with beams or several samples).
 
         Returns:
             `loss`; `logits` (B, positions, V); `past_key_values`.
         """
+        past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
         if prompt_copies > 1 and pixel_values_videos is not None:
             if past_key_values is not None and labels is None:
                 return self._read_prompt_once(
                     prompt_copies,
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
+                    past_key_values,
+                    input_ids,
+                    attention_mask,
                     pixel_values_videos=pixel_values_videos,
-                    past_key_values=past_key_values,
                     logits_to_keep=logits_to_keep,
                     num_frames=num_frames,
                     use_cache=use_cache,
@@ -383,10 +398,18 @@ class VideoMa2mbaForConditionalGeneration(
             pixel_values_videos, num_frames = self._copy_videos(input_ids, pixel_values_videos, prompt_copies), None
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        shift_labels = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None:
             shift_labels = shift_labels_left(labels)
         inputs = input_ids if input_ids is not None else inputs_embeds
         rows, tokens = inputs.shape[:2]
+        if shift_labels is not None and logits_to_keep is None and not torch.is_grad_enabled() and not self.training:
+            if rows * tokens * self.config.text_config.vocab_size <= MOST_EVALUATED_LOGITS:
+                logits_to_keep = 0  # what Trainer hands to `compute_metrics`
+            else:
+                logger.warning_once(
+                    f"logits of {rows} x {tokens} positions are left out beside the loss: pass logits_to_keep for them"
+                )
 
         # Which hidden states are wanted: None is all of them.
         last = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < tokens else None
@@ -421,7 +444,7 @@ class VideoMa2mbaForConditionalGeneration(
             elif isinstance(logits_to_keep, Tensor):
                 hidden = hidden[:, logits_to_keep.to(hidden.device)]
             logits = self.lm_head(hidden)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return StateCausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
 
 
 def _plain_list(numbers: Tensor | Sequence[int] | None) -> list[int] | None:

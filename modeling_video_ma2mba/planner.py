@@ -8,7 +8,7 @@ predictions of some microseconds, once per shape of batch.
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .cost_memory import StackShape, Workload
 from .cost_step import Prediction, StepJob, predict_job
 from .cost_time import H200, MeasuredCosts
-from .ops_ssd import backend_for
+from .mixer_mamba2 import CoreBackends
+from .parallel_shards import is_unit
 from .recompute_plan import RecomputePlan, RecomputeSettings, parse_bytes
 
 # Segments are multiples of this: the chunk of the SSD kernels (paper, section 4.1).
@@ -55,15 +56,16 @@ def candidate_plans(
     offload: Iterable[bool] = (False, True),
     segment_length: int | None = None,
     layers_per_block: int | None = None,
+    **orders: str,
 ) -> Iterator[RecomputePlan]:
-    """Every plan worth predicting, with fixed fields as given."""
+    """Every plan worth predicting, with fixed fields as given (`orders`: the plan's `forward_order`, …)."""
     longest = job.shape.longest_segment // job.work.batch
     segments = [segment_length] if segment_length else segment_lengths(job.work.tokens, longest)
     sizes = [min(layers_per_block, job.shape.layers)] if layers_per_block else block_sizes(job.shape.layers)
     for place in offload:
         for layers in sizes:
             for segment in segments:
-                yield RecomputePlan(layers, segment, place)
+                yield RecomputePlan(layers, segment, place, **orders)
 
 
 @dataclass(frozen=True)
@@ -135,15 +137,9 @@ def _with_tokens(job: StepJob, tokens: int) -> StepJob:
 
 
 # ------------------------------------------------------------------------------------------ for the engine
-@dataclass
-class _Memo:
-    """What was planned for one model: predictions by situation, and the last step for error messages."""
-
-    plans: dict[Any, Prediction] = field(default_factory=dict)
-    last: StepJob | None = None
-
-
-_memos: WeakKeyDictionary[nn.Module, _Memo] = WeakKeyDictionary()
+# What was planned for each model, by situation.
+_known: WeakKeyDictionary[nn.Module, dict[Any, Prediction]] = WeakKeyDictionary()
+_MOST_KNOWN = 1024
 
 
 def choose_plan(settings: RecomputeSettings, model: nn.Module, x: Tensor, keep: Tensor | None) -> RecomputePlan:
@@ -157,33 +153,66 @@ def choose_plan(settings: RecomputeSettings, model: nn.Module, x: Tensor, keep: 
     """
     if not len(model.layers):
         raise ValueError("multi-axis checkpointing needs Mamba-2 blocks, and this model has none")
-    memo = _memos.setdefault(model, _Memo())
-    device = model.norm_f.weight.device
-    on_gpu = device.type == "cuda"
-    job = describe_batch(model, x, keep)
-    fixed: dict[str, Any] = {
+    job, device = describe_batch(model, x, keep), model.norm_f.weight.device
+    # Host memory that the engine has pinned already counts as available to it.
+    pinned = getattr(getattr(model, "engine", None), "last_host_bytes", 0)
+    limits = step_limits(settings, model, device, pinned, x.nbytes if x.device == device else 0)
+    best = best_plan(settings, model, job, limits)
+    if best is None:
+        raise ValueError(_nothing_fits(job, limits, choices(settings, model, job)))
+    return best.plan
+
+
+def best_plan(settings: RecomputeSettings, model: nn.Module, job: StepJob, limits: Limits) -> Prediction | None:
+    """The fastest plan within the limits that the settings leave for a step of a `Ma2mbaTextModel`; None if none is.
+
+    A plan that the settings fix in all its parts is held against the limits only if they name a memory budget, too.
+
+    Raises:
+        ValueError: the settings fix what cannot be run.
+    """
+    fixed = choices(settings, model, job)
+    _refuse_too_long(job, fixed["segment_length"])
+    if settings.memory_budget is None and settings.fixed_plan(job.shape.layers, job.work.tokens) is not None:
+        return predict_job(job, next(candidate_plans(job, **fixed)))
+    known = _known.setdefault(model, {})
+    situation = (settings, job, model.norm_f.weight.device.type)
+    # Free memory changes a little from step to step; a plan that still fits is kept, so that its pinned memory is too.
+    if situation in known and limits.allow(known[situation], H200.slack):
+        return known[situation]
+    best = fastest(job, candidate_plans(job, **fixed), limits)
+    if best is not None:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[situation] = best
+    return best
+
+
+def choices(settings: RecomputeSettings, model: nn.Module, job: StepJob) -> dict[str, Any]:
+    """What the settings leave to choose, as arguments of `candidate_plans`.
+
+    Raises:
+        ValueError: orders of cells that layers spread over processes cannot follow.
+    """
+    on_gpu, sharded = model.norm_f.weight.device.type == "cuda", is_unit(model.layers[0])
+    orders = {
+        # Layers that are FSDP units are gathered once for each block, not once for each cell.
+        "forward_order": settings.forward_order or ("block_major" if sharded else "segment_major"),
+        "backward_order": settings.backward_order or "block_major",
+    }
+    for name, order in orders.items():
+        if sharded and order != "block_major":
+            raise ValueError(f"{name}={order!r} does not go with layers that are FSDP units: leave {name} unset")
+    plan = settings.fixed_plan(job.shape.layers, job.work.tokens)
+    if plan is not None:
+        cells = {"segment_length": plan.segment_length, "layers_per_block": plan.layers_per_block}
+        return {**cells, "offload": (plan.offload,), **orders}
+    return {
         "segment_length": settings.segment_length,
         "layers_per_block": settings.layers_per_block,
         "offload": (settings.offload,) if settings.offload is not None else (False, True) if on_gpu else (False,),
+        **orders,
     }
-    memo.last = job
-    plan = settings.fixed_plan(len(model.layers), x.shape[1])
-    _refuse_too_long(job, plan.segment_length if plan is not None else settings.segment_length)
-    if plan is not None and settings.memory_budget is None:
-        return plan
-    limits = _limits(settings, model, job, x)
-    if plan is not None:
-        fixed = asdict(plan) | {"offload": (plan.offload,)}
-    situation = (settings, job.shape, job.work, on_gpu)
-    known = memo.plans.get(situation)
-    # Free memory changes a little from step to step; a plan that still fits is kept, so that its pinned memory is too.
-    if known is not None and limits.allow(known, H200.slack):
-        return known.plan
-    best = fastest(job, candidate_plans(job, **fixed), limits)
-    if best is None:
-        raise ValueError(_nothing_fits(job, limits, fixed))
-    memo.plans[situation] = best
-    return best.plan
 
 
 def _refuse_too_long(job: StepJob, segment_length: int | None) -> None:
@@ -204,7 +233,7 @@ def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
     device = model.norm_f.weight.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-    kernels = backend_for(torch.empty(0, device=device, dtype=dtype)) == "kernels"
+    kernels = CoreBackends.pick(mixer.shape, device, dtype, x.shape[1]).fused
     trainable = sum(p.numel() for p in model.layers.parameters() if p.requires_grad)
     work = Workload(
         tokens=x.shape[1],
@@ -219,13 +248,6 @@ def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
         input_gradient=x.requires_grad,
     )
     return StepJob(StackShape.of(model.config, dtype.itemsize, kernels), work)
-
-
-def _limits(settings: RecomputeSettings, model: nn.Module, job: StepJob, x: Tensor) -> Limits:
-    device = model.norm_f.weight.device
-    # Host memory that the engine has pinned already counts as available to it.
-    pinned = getattr(getattr(model, "engine", None), "last_host_bytes", 0)
-    return step_limits(settings, model, device, pinned, x.nbytes if x.device == device else 0)
 
 
 def step_limits(
@@ -267,7 +289,7 @@ def _nothing_fits(job: StepJob, limits: Limits, fixed: dict[str, Any]) -> str:
     remedies = []
     anything = {"offload": (False, True), "segment_length": None, "layers_per_block": None}
     if any(fixed[name] != anything[name] for name in anything):
-        other = fastest(job, candidate_plans(job, **anything), limits)
+        other = fastest(job, candidate_plans(job, **(fixed | anything)), limits)
         if other is not None:
             remedies.append(f"the plan '{other.plan}' instead of what the settings fix")
     longest = longest_that_fits(job, limits, job.work.tokens, **fixed)
@@ -292,17 +314,14 @@ def _round_up(nbytes: float) -> str:
     return f"{math.ceil(nbytes / 1e8) / 10:.1f}GB"
 
 
-def out_of_memory_message(plan: RecomputePlan, model: nn.Module, tokens: int, phase: str, error: Any) -> str:
+def out_of_memory_message(
+    plan: RecomputePlan, job: StepJob, device: torch.device, phase: str, error: BaseException
+) -> str:
     """What to tell a user whose step ran out of GPU memory: the plan, both peaks, and the next smaller plan."""
-    device = model.norm_f.weight.device
     reached = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-    text = f"out of GPU memory in the {phase} pass of {tokens} tokens under the plan '{plan}': "
-    memo = _memos.get(model)
-    if memo is None or memo.last is None:
-        return f"{text}{reached:.1f} GB were allocated in all. {error}"
-    job = memo.last
     predicted = predict_job(job, plan)
-    text += (
+    text = (
+        f"out of GPU memory in the {phase} pass of {job.work.tokens} tokens under the plan '{plan}': "
         f"{predicted.above_weights / 1e9:.1f} GB above weights and gradients were predicted, and {reached:.1f} GB "
         "were allocated in all, weights and everything else included. "
     )

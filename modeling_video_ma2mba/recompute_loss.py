@@ -51,11 +51,10 @@ def chunked_causal_lm_loss(
         wanted = targets[first : first + len(piece)].to(logits.device)
         return F.cross_entropy(logits, wanted, reduction="none").unsqueeze(1)
 
-    vocabulary = next(p.shape[0] for p in lm_head.parameters())
     wide = torch.promote_types(hidden.dtype, torch.float32)
     job = ChunkJob(
         run=losses,
-        chunk=chunk or max(1, LOGITS_PER_CHUNK // vocabulary),
+        chunk=chunk or max(1, LOGITS_PER_CHUNK // lm_head.out_features),
         rows_per_item=1,
         width=1,
         dtype=wide,

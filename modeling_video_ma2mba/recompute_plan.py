@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from .recompute_schedule import ORDERS
+
 METHODS = ("multi_axis", "per_layer", "sqrt")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -16,17 +18,24 @@ class RecomputePlan:
         layers_per_block: layers of one cell (l in the paper).
         segment_length: tokens of one cell (s in the paper); at least the sequence length means one segment.
         offload: whether what is kept (block inputs, border states) lives in pinned host memory, not on the GPU.
+        forward_order, backward_order: in which order cells run, by name (`recompute_schedule.ORDERS`; backward runs
+            it in reverse). All give the same gradients.
     """
 
     layers_per_block: int
     segment_length: int
     offload: bool = False
+    forward_order: str = "segment_major"
+    backward_order: str = "block_major"
 
     def __post_init__(self) -> None:
         for field in ("layers_per_block", "segment_length"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field}={value!r} is not valid: it must be an integer of at least 1")
+        for field in ("forward_order", "backward_order"):
+            if getattr(self, field) not in ORDERS:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not valid: use one of {sorted(ORDERS)}")
 
     def blocks(self, layers: int) -> list[range]:
         """Layer indices of each block, bottom to top."""
@@ -40,7 +49,10 @@ class RecomputePlan:
 
     def __str__(self) -> str:
         place = "in host memory" if self.offload else "on the GPU"
-        return f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, kept {place}"
+        cells = f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, kept {place}"
+        orders = (self.forward_order, self.backward_order)
+        usual = orders == (RecomputePlan.forward_order, RecomputePlan.backward_order)
+        return cells if usual else f"{cells}, forward {orders[0]}, backward {orders[1]}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class RecomputeSettings:
     Attributes:
         method: "multi_axis"; "per_layer" and "sqrt" are the classical plans (whole sequence, every layer or every
             square root of the number of layers) run by the same engine.
-        segment_length, layers_per_block, offload: fix parts of the plan.
+        segment_length, layers_per_block, offload, forward_order, backward_order: fix parts of the plan.
         memory_budget: GPU bytes the step may use above weights, gradients and optimizer state (a number of bytes, or
             a text such as "8GB"). None takes what is free when the step starts.
         host_memory_budget: host bytes for kept activations there. None takes half of what is free.
@@ -61,6 +73,8 @@ class RecomputeSettings:
     segment_length: int | None = None
     layers_per_block: int | None = None
     offload: bool | None = None
+    forward_order: str | None = None
+    backward_order: str | None = None
     memory_budget: int | float | str | None = None
     host_memory_budget: int | float | str | None = None
     detect_anomaly: bool = False
@@ -69,21 +83,26 @@ class RecomputeSettings:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not valid: use one of {METHODS}")
         # The plan checks its own fields: a wrong value fails here, not in the first training step.
-        RecomputePlan(self.layers_per_block or 1, self.segment_length or 1)
+        RecomputePlan(self.layers_per_block or 1, self.segment_length or 1, **self._orders)
         for field in ("segment_length", "layers_per_block"):
             if getattr(self, field) == 0:
                 raise ValueError(f"{field}=0 is not valid: it must be an integer of at least 1")
         for field in ("memory_budget", "host_memory_budget"):
             parse_bytes(getattr(self, field), field)
 
+    @property
+    def _orders(self) -> dict[str, str]:
+        orders = {"forward_order": self.forward_order, "backward_order": self.backward_order}
+        return {name: order for name, order in orders.items() if order is not None}
+
     def fixed_plan(self, layers: int, tokens: int) -> RecomputePlan | None:
         """The plan when the settings leave nothing to choose, else None."""
         if self.method == "per_layer":
-            return RecomputePlan(1, tokens, bool(self.offload))
+            return RecomputePlan(1, tokens, bool(self.offload), **self._orders)
         if self.method == "sqrt":
-            return RecomputePlan(max(1, round(math.sqrt(layers))), tokens, bool(self.offload))
+            return RecomputePlan(max(1, round(math.sqrt(layers))), tokens, bool(self.offload), **self._orders)
         if self.segment_length is not None and self.layers_per_block is not None and self.offload is not None:
-            return RecomputePlan(min(self.layers_per_block, layers), self.segment_length, self.offload)
+            return RecomputePlan(min(self.layers_per_block, layers), self.segment_length, self.offload, **self._orders)
         return None
 
 

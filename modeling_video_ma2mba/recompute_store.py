@@ -31,6 +31,10 @@ class DeviceStore:
     def prefetch(self, key: Hashable) -> None:
         """Nothing to do: the tensors are here."""
 
+    def read(self, key: Hashable) -> list[Tensor]:
+        """Hand the tensors out, and keep them."""
+        return self._items[key]
+
     def take(self, key: Hashable) -> list[Tensor]:
         """Hand the tensors out and forget them."""
         return self._items.pop(key)
@@ -166,12 +170,17 @@ class HostStore:
                 tensor.copy_(slot, non_blocking=True)
         self._coming[key] = (arrived, self._in.record_event())
 
-    def take(self, key: Hashable) -> list[Tensor]:
-        """Wait, on the device, for the tensors; their host memory becomes free for later copies."""
+    def read(self, key: Hashable) -> list[Tensor]:
+        """Wait, on the device, for the tensors."""
         self.prefetch(key)
         arrived, event = self._coming.pop(key)
-        slots, _ = self._items.pop(key)
         torch.cuda.current_stream(self._device).wait_event(event)
+        return arrived
+
+    def take(self, key: Hashable) -> list[Tensor]:
+        """Wait, on the device, for the tensors; their host memory becomes free for later copies."""
+        arrived = self.read(key)
+        slots, _ = self._items.pop(key)
         for piece, _ in slots:
             # Safe: a later copy into this piece runs on the out stream, which first waits for the computation.
             self._pool.give_back(piece)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_video_ma2mba import Ma2mbaTextConfig
 from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
@@ -20,6 +19,7 @@ from .recompute_engine import MultiAxisEngine
 from .recompute_plan import RecomputeSettings
 from .stack_token_layout import TokenLayout, kept_rows, original_order
 from .stack_weights import execution_device
+from .state_outputs import CACHE_NAME, StateModelOutput, take_state
 from .state_video import VideoState
 
 CPU_SEGMENT = 512
@@ -83,13 +83,13 @@ class Ma2mbaTextModel(PreTrainedModel):
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> StateModelOutput:
         """Read tokens from a state.
 
         Args:
             input_ids: (B, S), or inputs_embeds: (B, S, D); the latter may live on the CPU while the model is on a GPU.
             attention_mask: (B, at least S), 1 on real tokens; padding on either side never touches the state.
-            past_key_values: the state to start from (updated in place), or None for the beginning.
+            past_key_values: the state to start from (updated in place), or None for the beginning; also as `cache`.
             use_cache: return the state after the last token. Default: on, but off in training.
             seq_idx: (B, S) numbers of packed samples, 0, 1, 2, … along each row; the state restarts at each change.
             output_positions: (B, S) bool, the positions whose hidden states are wanted; the others are never kept.
@@ -97,6 +97,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         Returns:
             `last_hidden_state`: (B, S, D), or (number of wanted positions, D) in row-major order; `past_key_values`.
         """
+        past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -114,7 +115,7 @@ class Ma2mbaTextModel(PreTrainedModel):
                 state = VideoState(conv, ssm, tokens)
             else:
                 state.update(conv, ssm, tokens)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=state if use_cache else None)
+        return StateModelOutput(last_hidden_state=hidden, **{CACHE_NAME: state if use_cache else None})
 
     @property
     def recomputes(self) -> bool:

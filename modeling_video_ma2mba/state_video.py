@@ -31,6 +31,7 @@ class VideoState:
     is_croppable = False
     is_initialized = True
     is_sliding = ()
+    is_linear = (False,)  # whole sequences that are given again are cut to what is new, as for attention
 
     def __init__(self, conv: Tensor, ssm: Tensor, seen_tokens: int = 0, metadata: Mapping[str, str] | None = None):
         real = conv.is_floating_point() and ssm.is_floating_point()

@@ -12,9 +12,11 @@ default.
 import base64
 import binascii
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -63,19 +65,50 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_MEDIA_PARTS = {"video": "video", "video_url": "video", "input_video": "video"}
+_MEDIA_PARTS |= {"image": "image", "image_url": "image", "input_image": "image"}
+_SOURCES = ("path", "url", "base64", "image_url", "video_url", "image", "video")
+
 # Text behind a role tag is tokenized on its own, so that an answer has the same tokens in training, where it follows
 # its tag, and in generation, where the prompt ends with the tag. (In GPT-NeoX's vocabulary tags are ordinary text.)
-ROLE_TAG_ENDS = re.compile(r"(?<=<\|system\|>)|(?<=<\|user\|>)|(?<=<\|assistant\|>)")
+ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>")
+ROLE_TAG_ENDS = re.compile("|".join(f"(?<={re.escape(tag)})" for tag in ROLE_TAGS))
 
 
 @dataclass
 class Chat:
-    """A rendered conversation: its text, the character spans the assistant wrote, and its media in order."""
+    """A rendered conversation: its text, the character spans the assistant wrote, and its media in order.
+
+    Where somebody's words hold a string that the tokenizer would take for a special token (`<video>`,
+    `<|endoftext|>`), `text` has one character in its place, which `typed` maps to the string.
+    """
 
     text: str
     answers: list[tuple[int, int]]
     videos: list[Any] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
+    typed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The text as it was written."""
+        return restored(self.text, self.typed)
+
+
+def restored(text: str, typed: dict[str, str]) -> str:
+    """`text` with the strings that stand-ins of `typed` stand for."""
+    return text.translate({ord(mark): string for mark, string in typed.items()})
+
+
+def stand_ins(strings: Iterable[str], texts: Sequence[str]) -> dict[str, str]:
+    """A private character, which no text holds, for each of `strings` that occurs in `texts`: character -> string."""
+    found = [string for string in strings if string and any(string in text for text in texts)]
+    if not found:
+        return {}
+    used = set().union(*texts)
+    free = (mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in used)
+    return dict(zip(free, sorted(found, key=len, reverse=True), strict=False))  # longest first: one may hold another
 
 
 def is_conversation(messages: Any) -> bool:
@@ -85,16 +118,19 @@ def is_conversation(messages: Any) -> bool:
     )
 
 
-def render_chat(messages: Any, template: str, require_question: bool, **variables: Any) -> Chat:
+def render_chat(
+    messages: Any, template: str, require_question: bool, special: Iterable[str] = (), **variables: Any
+) -> Chat:
     """Render one conversation.
 
     Args:
-        messages: role/content dicts, content a string or a list of `{"type": "text", "text": ...}`,
+        messages: role/content dicts, content a string, None (nothing) or a list of `{"type": "text", "text": ...}`,
             `{"type": "video", "video" | "path" | "url": source}` and
-            `{"type": "image", "image" | "path" | "url" | "base64": source}`; media without a source are placeholders,
-            filled from elsewhere.
+            `{"type": "image", "image" | "path" | "url" | "base64": source}` (`plain_part` tells other spellings);
+            media without a source are placeholders, filled from elsewhere.
         template: Jinja chat template.
         require_question: refuse a conversation whose last message asks nothing.
+        special: strings that mean something to the tokenizer; in the words of messages they are words.
         variables: passed on to the template (`add_generation_prompt`, `continue_final_message`, `system_prompt`, ...).
 
     Raises:
@@ -107,12 +143,20 @@ def render_chat(messages: Any, template: str, require_question: bool, **variable
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"a message must be a dict with 'role' and 'content', not {message!r:.100}")
-        content = message["content"]
+        content = message["content"] or ""
         if not isinstance(content, str):
-            content = [_plain_part(part, videos, images) for part in content]
+            content = [plain_part(part) for part in content]
+            videos += [part.get("video") for part in content if part["type"] == "video"]
+            images += [part.get("image") for part in content if part["type"] == "image"]
+            content = [part if part["type"] == "text" else {"type": part["type"]} for part in content]
         plain.append({**message, "content": content})
     if require_question and not _text_of(plain[-1]).strip():
         raise ValueError("the question is empty: say what you want to know about the video")
+    system = variables.get("system_prompt")
+    typed = stand_ins(special, [*map(_text_of, plain), *([system] if isinstance(system, str) else [])])
+    if typed:
+        plain = [{**message, "content": _marked(message["content"], typed)} for message in plain]
+        variables = {**variables, **({"system_prompt": _marked(system, typed)} if isinstance(system, str) else {})}
     try:
         texts, spans = render_jinja_template(
             conversations=[plain], chat_template=template, return_assistant_tokens_mask=True, **variables
@@ -121,37 +165,67 @@ def render_chat(messages: Any, template: str, require_question: bool, **variable
         if type(error).__module__.startswith("jinja2"):
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         raise
-    return Chat(texts[0], [tuple(span) for span in spans[0]], videos, images)
+    return Chat(texts[0], [tuple(span) for span in spans[0]], videos, images, typed)
 
 
-def _plain_part(part: Any, videos: list[Any], images: list[Any]) -> dict[str, Any]:
-    """One part of a message without its medium, which is appended to `videos` or `images` (None: a placeholder)."""
+def _marked(content: Any, typed: dict[str, str]) -> Any:
+    """Content of a message with stand-ins in the place of special strings."""
+    if isinstance(content, str):
+        for mark, string in typed.items():
+            content = content.replace(string, mark)
+        return content
+    return [{**part, "text": _marked(part["text"], typed)} if part["type"] == "text" else part for part in content]
+
+
+def plain_part(part: Any) -> dict[str, Any]:
+    """A part of a message in this package's spelling: `{"type": "text", "text"}`, or `{"type": "video" | "image"}`
+    with its source under the type's name, where there is one.
+
+    Other spellings: "path", "url", "base64" (of an image) as the source's name; and OpenAI's `image_url`, `video_url`
+    (an address, or `{"url": ...}`), `input_text`, `input_image`, `output_text`, `refusal`.
+
+    Raises:
+        ValueError: a part of another kind.
+    """
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part
-    if kind == "video":
-        videos.append(_source_of(part, ("video", "path", "url")))
-        return {"type": "video"}
-    if kind == "image":
-        if part.get("base64") is not None:
-            images.append(image_from_base64(part["base64"]))
-        else:
-            source = _source_of(part, ("image", "path", "url"))
-            is_data = isinstance(source, str) and source.startswith("data:")
-            images.append(image_from_base64(source.partition(",")[2]) if is_data else source)
-        return {"type": "image"}
+    if kind in _TEXT_PARTS:
+        text = part.get(_TEXT_PARTS[kind])
+        if isinstance(text, str) or (text is None and _TEXT_PARTS[kind] in part):
+            return {"type": "text", "text": text or ""}
+    elif kind in _MEDIA_PARTS:
+        medium = _MEDIA_PARTS[kind]
+        rest = {name: value for name, value in part.items() if name not in _SOURCES and name != "type"}
+        source = next((part[name] for name in (medium, *_SOURCES) if part.get(name) is not None), None)
+        if isinstance(source, dict) and "url" in source:
+            source = source["url"]
+        if medium == "image" and part.get("base64") is not None:
+            source = image_from_base64(part["base64"])
+        elif isinstance(source, str) and source[:5].lower() == "data:":
+            source = _from_data_address(source, medium)
+        return {**rest, "type": medium, **({} if source is None else {medium: source})}
     raise ValueError(f"a part of a message must be of the type video, image or text, not {part!r:.100}")
-
-
-def _source_of(part: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((part[key] for key in keys if part.get(key) is not None), None)
 
 
 def _text_of(message: dict[str, Any]) -> str:
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _from_data_address(address: str, medium: str) -> Any:
+    """What a `data:` address holds: an image, or the bytes of a video."""
+    head, comma, data = address.partition(",")
+    if not comma:
+        raise ValueError(f"the address {address!r:.60} holds no data: write data:{medium}/...;base64,...")
+    if not head.lower().endswith(";base64"):
+        data = base64.b64encode(unquote_to_bytes(data)).decode()
+    if medium == "image":
+        return image_from_base64(data)
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the base64 data of a video cannot be read ({error})") from error
 
 
 def image_from_base64(data: str) -> Image.Image:
@@ -161,6 +235,6 @@ def image_from_base64(data: str) -> Image.Image:
         ValueError: not base64, or not an image.
     """
     try:
-        return Image.open(BytesIO(base64.b64decode(data, validate=True)))
+        return Image.open(BytesIO(base64.b64decode("".join(data.split()), validate=True)))
     except (binascii.Error, OSError) as error:
         raise ValueError(f"the base64 data of an image cannot be read ({error})") from error

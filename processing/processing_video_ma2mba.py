@@ -15,9 +15,11 @@ from .chat_format import (
     DEFAULT_SYSTEM_PROMPT,
     IMAGE_MARK,
     ROLE_TAG_ENDS,
+    ROLE_TAGS,
     Chat,
     is_conversation,
     render_chat,
+    restored,
 )
 from .placeholder_media import deal_out, fill_placeholders, require_sources
 from .text_batches import IGNORED_LABEL, pad_batch
@@ -168,7 +170,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             for messages in ([conversation] if single else conversation)
         ]
         if not tokenize:
-            return chats[0].text if single else [chat.text for chat in chats]
+            return chats[0].shown if single else [chat.shown for chat in chats]
         for chat in chats:
             require_sources(chat)
         text_settings, video_settings = self._settings(settings)
@@ -232,12 +234,17 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         del batch["attention_mask"]
         return {"input_ids": input_ids, "labels": torch.where(mask == 1, input_ids, IGNORED_LABEL), **batch}
 
-    def conversation_tokens(self, messages: Any, chat_template: str | None = None) -> tuple[list[int], list[int]]:
-        """Token ids of one conversation, each video and image being ONE token, and 1 for what the assistant wrote.
+    def conversation_tokens(
+        self, messages: Any, chat_template: str | None = None, given_answers: int = 0
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of one conversation, each video and image being ONE token, and 1 for what the assistant wrote, its
+        first `given_answers` answers excepted.
 
         Nothing is opened: videos may lack a source. Raises what `render_chat` raises.
         """
-        return self._encode(self._render(messages, chat_template, require_question=False))
+        chat = self._render(messages, chat_template, require_question=False)
+        chat.answers = chat.answers[given_answers:]
+        return self._encode(chat)
 
     def _settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sort the settings of a call into those for text and those for videos."""
@@ -256,9 +263,13 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             "video_token": self.video_token,
             "eos_token": self.tokenizer.eos_token,
         }
-        return render_chat(
-            messages, chat_template or self.chat_template, require_question, **{**defaults, **variables}
-        )
+        template = chat_template or self.chat_template
+        return render_chat(messages, template, require_question, self._special_strings(), **{**defaults, **variables})
+
+    def _special_strings(self) -> set[str]:
+        """What a tokenizer takes for more than text, and what stands for media and roles."""
+        added = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return {*added, *self.tokenizer.all_special_tokens, self.video_token, self.image_token, *ROLE_TAGS}
 
     def _encode(self, chat: Chat, add_special_tokens: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of rendered text, one token for each video and image, and the mask of what the assistant wrote."""
@@ -270,10 +281,32 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         ids, mask = [], []
         for start, end in pairwise(bounds):
             piece = text[start:end].replace(self.image_token, self.video_token)
-            tokens = self.tokenizer(piece, add_special_tokens=add_special_tokens and start == 0)["input_ids"]
+            if chat.typed and any(mark in piece for mark in chat.typed):
+                tokens = self._encode_words(piece, chat.typed)
+            else:
+                tokens = self.tokenizer(piece, add_special_tokens=add_special_tokens and start == 0)["input_ids"]
             ids += tokens
             mask += [int(any(first <= start < last for first, last in chat.answers))] * len(tokens)
         return ids, mask
+
+    def _encode_words(self, text: str, typed: dict[str, str]) -> list[int]:
+        """Token ids of a text in which what looks like a special token is a word where `typed` stands for it."""
+        strings = sorted(self._special_strings(), key=len, reverse=True)
+        special = {
+            self.tokenizer.convert_tokens_to_ids(token) for token in strings if token in self.tokenizer.get_vocab()
+        }
+        ids: list[int] = []
+        for piece in re.split("(" + "|".join(map(re.escape, strings)) + ")", text):
+            words = restored(piece, typed)
+            tokens = self.tokenizer(words, add_special_tokens=False, split_special_tokens=words != piece)["input_ids"]
+            if words != piece and special.intersection(tokens):  # a tokenizer that knows no better: cut them in two
+                halves = {ord(mark): string[0] + mark + string[1:] for mark, string in typed.items()}
+                cuts = re.split("[" + "".join(typed) + "]", piece.translate(halves))
+                tokens = [
+                    token for cut in cuts for token in self.tokenizer(cut, add_special_tokens=False)["input_ids"]
+                ]
+            ids += tokens
+        return ids
 
     def _open_media(self, chat: Chat, video_settings: dict[str, Any]) -> list[FrameReader]:
         """A reader for each placeholder of a prompt, in the order of the text; an image is a video of one frame.

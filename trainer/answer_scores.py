@@ -8,6 +8,8 @@ of them at a time. Shapes: B batch, S tokens, n labelled positions, D width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -46,7 +48,7 @@ def score_answers(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[
     parameters: list[Any] = [p for p in lm_head.parameters() if p.requires_grad]
     job = ChunkJob(
         run=scores,
-        chunk=max(1, LOGITS_PER_CHUNK // next(p.shape[0] for p in lm_head.parameters())),
+        chunk=max(1, LOGITS_PER_CHUNK // lm_head.out_features),
         rows_per_item=1,
         width=3,
         dtype=torch.promote_types(hidden.dtype, torch.float32),
@@ -63,9 +65,19 @@ def score_answers(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[
     return log_probs.clone(), entropy.detach().clone(), is_top1.detach().clone()  # FSDP dislikes views
 
 
-def install_answer_scores(model: nn.Module) -> None:
+@dataclass
+class AnswerScores:
+    """Of one batch: `label_mask` (B, S) bool, and what `score_answers` gives for its n True positions, row by row."""
+
+    label_mask: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+
+
+def install_answer_scores(model: nn.Module, on_scores: Callable[[AnswerScores], None]) -> None:
     """Let `model(..., labels=..., fused_lm_head=True)`, TRL's way to ask for scores, return those of the labelled
-    positions only. `model` is the Video-Ma2mba model itself, not a wrapper of it.
+    positions only. `model` is the Video-Ma2mba model itself, not a wrapper of it; `on_scores` is told them, too.
     """
     plain_forward = model.forward
 
@@ -88,6 +100,7 @@ def install_answer_scores(model: nn.Module) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, output_positions=labelled, **kwargs).last_hidden_state
         log_probs, entropy, is_top1 = score_answers(self.get_output_embeddings(), hidden, shift_labels[labelled])
+        on_scores(AnswerScores(labelled, log_probs.detach(), entropy, is_top1))
         divisor = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / divisor,

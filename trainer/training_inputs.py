@@ -38,6 +38,29 @@ def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_data
     )
 
 
+def checked_rows(data: Any) -> Any:
+    """A data set that the default collator is to read, its videos and images left undecoded until then.
+
+    Raises:
+        ValueError: its columns are of no form that is understood.
+    """
+    from datasets import Dataset, IterableDataset
+
+    from .data.dataset_rows import undecoded
+    from .data.row_formats import UnknownFormError, detect_format
+
+    if isinstance(data, dict):
+        return {name: checked_rows(part) for name, part in data.items()}
+    if not isinstance(data, Dataset | IterableDataset):
+        return data
+    if data.column_names and not {"messages", "problem"} <= set(data.column_names):
+        try:
+            detect_format(data.column_names, "the data set")
+        except UnknownFormError as error:
+            raise ValueError(f"{error}, or give the trainer a data_collator that understands them") from error
+    return undecoded(data)
+
+
 def evaluation_collator(collator: Any, args: VideoMa2mbaTrainingConfig) -> Any:
     """The collator for evaluation: ours without replacements, listing in output_dir/broken_eval_samples.jsonl; any
     other as it is."""

@@ -25,7 +25,7 @@ from trl import SFTTrainer
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..planning.planned_step import set_trainable
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
-from .answer_scores import install_answer_scores
+from .answer_scores import AnswerScores, install_answer_scores
 from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
 from .evaluation_losses import EvaluationLosses
 from .length_groups import EpochLengthSampler
@@ -34,7 +34,15 @@ from .parameter_groups import decays, split_by_part
 from .throughput import Throughput, ThroughputBar
 from .training_card import write_training_card
 from .training_config import VideoMa2mbaTrainingConfig
-from .training_inputs import default_collator, evaluation_collator, load_for_training, on_host, sample_lengths
+from .training_inputs import (
+    BROKEN_SAMPLES,
+    checked_rows,
+    default_collator,
+    evaluation_collator,
+    load_for_training,
+    on_host,
+    sample_lengths,
+)
 
 _PIXELS = "pixel_values_videos"
 _TOTALS = "video_totals.json"
@@ -46,15 +54,15 @@ class VideoMa2mbaTrainer(SFTTrainer):
     Args:
         model: a model, a PEFT model, or a directory or Hub id to load.
         args: see `VideoMa2mbaTrainingConfig`.
-        train_dataset, eval_dataset: rows with `messages` (`video_ma2mba.trainer.data`), or any torch data set whose
-            items the given `data_collator` understands. For evaluation also a dictionary of several.
+        train_dataset, eval_dataset: rows of any form that `video_ma2mba.trainer.data` knows, TRL's among them, or any
+            torch data set whose items the given `data_collator` understands. For evaluation also a dictionary.
         data_collator: rows to model inputs; default: `VideoChatCollator` as `args` says.
         processing_class: default: the processor saved beside the model.
         data_name: what the model card calls the data.
         other: as in `SFTTrainer` (`peft_config`, `callbacks`, `optimizers`, `compute_metrics`, …).
 
     Raises:
-        ValueError: an argument makes no sense, in one sentence.
+        ValueError: an argument makes no sense, in one sentence; in `train`, nothing was learnt at all.
     """
 
     _tag_names = ["trl", "sft", "video-ma2mba"]
@@ -87,6 +95,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
         if args.parts is not None:
             set_trainable(model, args.parts)
         if data_collator is None:
+            train_dataset, eval_dataset = checked_rows(train_dataset), checked_rows(eval_dataset)
             data_collator = default_collator(processing_class, args, train_dataset)
         self._eval_collator = evaluation_collator(data_collator, args)
         self._evaluation: EvaluationLosses | None = None
@@ -97,6 +106,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
         self.data_name = data_name
         self._retry: MemoryRetry | None = None
         self._total_frames = 0
+        self._labelled = self._unlabelled = 0  # micro-batches of a training run
         super().__init__(
             model=model,
             args=args,
@@ -109,7 +119,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
         )
         self.train_dataset = train_dataset
         self.video_model.model.freeze_unused_parameters()  # adapters may have come into layers that never run
-        install_answer_scores(self.video_model)
+        install_answer_scores(self.video_model, self._note_scores)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(ThroughputBar(self.throughput))
@@ -171,6 +181,11 @@ class VideoMa2mbaTrainer(SFTTrainer):
         """One micro-batch under a plan of its own; out of memory, the whole optimizer step once more under a smaller
         one (alone or under DDP: where parameters are spread over processes, others would wait for ever)."""
         self.throughput.count(inputs)
+        labels = inputs["labels"][:, 1:] if "labels" in inputs else inputs.get("shift_labels")
+        if labels is not None and bool((labels != -100).any()):
+            self._labelled += 1
+        else:
+            self._unlabelled += 1
         if self._retry is None:
             self._retry = MemoryRetry(self, super().training_step, model)
         return self._retry.run(model, inputs, num_items_in_batch)
@@ -180,11 +195,15 @@ class VideoMa2mbaTrainer(SFTTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and self._evaluation is not None:
-            self._evaluation.add(loss, inputs.get("labels"))
+            self._evaluation.add(loss)
         return loss, logits, labels
 
+    def _note_scores(self, scores: AnswerScores) -> None:
+        if self._evaluation is not None:
+            self._evaluation.scores = scores
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As in transformers; batches whose samples are all broken do not count."""
+        """As in transformers, but loss and scores are means over labelled tokens, whatever the batch size."""
         self._evaluation = EvaluationLosses(self, getattr(self._eval_collator, "report", None))
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -233,7 +252,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
         """As in transformers, but `True` takes the newest checkpoint that is complete.
 
         Raises:
-            ValueError: the checkpoint named is not complete, or there is none.
+            ValueError: the checkpoint named is not complete, or there is none; or not one batch had anything to learn.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -247,7 +266,16 @@ class VideoMa2mbaTrainer(SFTTrainer):
                 self._total_train_tokens, self._total_frames = found["num_tokens"], found["num_frames"]
         self._retry = None  # settings of checkpointing may have changed
         self.throughput.restart()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._labelled = self._unlabelled = 0
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        counts = torch.tensor([self._labelled, self._unlabelled], device=self.accelerator.device)
+        labelled, unlabelled = self.accelerator.reduce(counts, "sum").tolist()
+        if unlabelled and not labelled:
+            raise ValueError(
+                f"nothing was learnt: not one of {unlabelled} batches held a label. Look at the samples with "
+                f"`video-ma2mba data check`; broken ones are listed in {Path(self.args.output_dir, BROKEN_SAMPLES)}"
+            )
+        return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, then its list of files, and only then delete older ones and upload."""

@@ -1,10 +1,14 @@
-"""A tiny model together with its processor."""
+"""A tiny model together with its processor; makes `stack_gradients.py` importable."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Recorder(BaseStreamer):

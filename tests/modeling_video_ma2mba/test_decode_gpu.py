@@ -152,8 +152,10 @@ def test_sampling_is_that_of_transformers(cuda_model):
 
 def test_default_on_cuda_is_graphs(cuda_model, monkeypatch):
     model, runs = cuda_model(torch.bfloat16), []
-    plain = decode_loop._Generation.run
-    monkeypatch.setattr(decode_loop._Generation, "run", lambda self, kw: (runs.append(self), plain(self, kw))[1])
+    plain = decode_loop._DecoderSteps.read
+    monkeypatch.setattr(
+        decode_loop._DecoderSteps, "read", lambda self, *a, **k: (runs.append(self), plain(self, *a, **k))
+    )
     ids = text(1, 5)
     model.generate(ids, max_new_tokens=8)
     assert len(runs) == 1 and runs[0].decoder.settings[0]

@@ -22,13 +22,13 @@ def model(make_model):
 def used(monkeypatch) -> list[int]:
     """Batch sizes of the runs that really went through the fast loop."""
     runs = []
-    plain = decode_loop._Generation.run
+    plain = decode_loop._DecoderSteps.read
 
-    def counted(self, model_kwargs):
-        runs.append(self.ids.shape[0])
-        return plain(self, model_kwargs)
+    def counted(self, *args, **kwargs):
+        runs.append(self.state.batch_size)
+        return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(decode_loop._Generation, "run", counted)
+    monkeypatch.setattr(decode_loop._DecoderSteps, "read", counted)
     return runs
 
 

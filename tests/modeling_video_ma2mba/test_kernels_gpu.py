@@ -12,9 +12,16 @@ from torch import Tensor
 
 from video_ma2mba.modeling_video_ma2mba import recompute_store
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
-from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import Ma2mbaRMSNorm
-from video_ma2mba.modeling_video_ma2mba.ops_ssd import MixerShape, backend_for, force_backend, mixer_core
-from video_ma2mba.modeling_video_ma2mba.ops_ssd_mamba_ssm import kernels_available
+from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import (
+    CoreBackends,
+    CoreWeights,
+    Ma2mbaRMSNorm,
+    MixerShape,
+    mixer_core,
+)
+from video_ma2mba.modeling_video_ma2mba.ops_mamba_ssm import kernels_available
+from video_ma2mba.modeling_video_ma2mba.ops_norm import ADD_RMS_NORM
+from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.stack_token_layout import TokenLayout
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
@@ -56,6 +63,14 @@ def mixer_inputs(shape: MixerShape, batch: int, tokens: int, dtype: torch.dtype,
     }
 
 
+def run_core(leaves: dict, shape: MixerShape, lengths=None, seq_idx=None) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
+    states = (leaves["conv_state"], leaves["ssm_state"])
+    return mixer_core(
+        leaves["zxbcdt"], CoreWeights(*(leaves[n] for n in names)), *states, shape, lengths, seq_idx
+    )  # fmt: skip
+
+
 def run_mixer(values: dict, shape, device, dtype, backend, lengths=None, seq_idx=None, state=True) -> dict:
     """Outputs, new states and every gradient of a weighted sum of all three, as fp64 on the CPU."""
     exact = dtype == torch.float64
@@ -67,7 +82,7 @@ def run_mixer(values: dict, shape, device, dtype, backend, lengths=None, seq_idx
     lengths = None if lengths is None else lengths.to(device)
     seq_idx = None if seq_idx is None else seq_idx.to(device)
     with force_backend(backend):
-        y, conv, ssm = mixer_core(**leaves, shape=shape, lengths=lengths, seq_idx=seq_idx)
+        y, conv, ssm = run_core(leaves, shape, lengths, seq_idx)
     if lengths is not None:  # what stands on padding is nobody's business
         y = y * (torch.arange(y.shape[1], device=device) < lengths[:, None]).unsqueeze(-1)
     outputs = {"y": y, "conv": conv, "ssm": ssm}
@@ -113,7 +128,7 @@ def compare_mixer(shape, batch, tokens, dtype=torch.bfloat16, bias=True, **kwarg
     values = mixer_inputs(shape, batch, tokens, dtype, bias)
     reference = run_mixer(values, shape, "cpu", torch.float64, "torch", **kwargs)
     plain = run_mixer(values, shape, "cuda", dtype, "torch", **kwargs)
-    kernels = run_mixer(values, shape, "cuda", dtype, "kernels", **kwargs)
+    kernels = run_mixer(values, shape, "cuda", dtype, "mamba_ssm", **kwargs)
     assert_as_good_as_torch(reference, plain, kernels, dtype)
 
 
@@ -212,7 +227,7 @@ def test_states_own_their_memory():
     shape = mixer_shape()
     values = mixer_inputs(shape, 1, 600, torch.bfloat16)
     leaves = {n: v.to("cuda", torch.float32 if n in IN_FP32 else torch.bfloat16) for n, v in values.items()}
-    _, conv, ssm = mixer_core(**leaves, shape=shape)
+    _, conv, ssm = run_core(leaves, shape)
     assert conv.untyped_storage().nbytes() == conv.nbytes
     assert ssm.untyped_storage().nbytes() == ssm.nbytes
 
@@ -256,16 +271,19 @@ def test_add_rms_norm(tokens, dtype, residual_dtype, size, with_delta):
     }
     reference = run_norm(values, "cpu", torch.float64, "torch", residual_dtype)
     plain = run_norm(values, "cuda", dtype, "torch", residual_dtype)
-    kernels = run_norm(values, "cuda", dtype, "kernels", residual_dtype)
+    kernels = run_norm(values, "cuda", dtype, "mamba_ssm", residual_dtype)
     assert_as_good_as_torch(reference, plain, kernels, dtype)
 
 
 @needs_kernels
 def test_the_backend_is_chosen_by_device_and_type():
-    assert backend_for(torch.zeros(1, device="cuda", dtype=torch.bfloat16)) == "kernels"
-    assert backend_for(torch.zeros(1, device="cuda", dtype=torch.float16)) == "kernels"
-    assert backend_for(torch.zeros(1, device="cuda")) == "torch"
-    assert backend_for(torch.zeros(1, dtype=torch.bfloat16)) == "torch"
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for device, dtype, expected in (
+        (cuda, torch.bfloat16, True), (cuda, torch.float16, True), (cuda, torch.float32, False),
+        (cpu, torch.bfloat16, False),
+    ):  # fmt: skip
+        assert CoreBackends.pick(mixer_shape(), device, dtype, 10).fused == expected
+        assert (ADD_RMS_NORM.pick(device, dtype, 10, width=64).name == "mamba_ssm") == expected
 
 
 # ----------------------------------------------------------------------------------------------- whole language model

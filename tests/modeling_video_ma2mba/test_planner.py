@@ -308,12 +308,14 @@ def test_a_training_step_asks_the_planner(make_text_config):
 def test_running_out_of_memory_names_the_next_smaller_plan(make_text_config):
     model, x = small_model(make_text_config), torch.randn(1, 4096, 16)
     plan = choose_plan(RecomputeSettings(layers_per_block=6, segment_length=4096, offload=False), model, x, None)
-    message = out_of_memory_message(plan, model, 4096, "backward", RuntimeError("tried to allocate 2 GiB"))
+    job, device = planner.describe_batch(model, x, None), torch.device("cpu")
+    message = out_of_memory_message(plan, job, device, "backward", RuntimeError("tried to allocate 2 GiB"))
     assert str(plan) in message and "backward" in message and "tried to allocate 2 GiB" in message
     smaller = [int(message.split(f"{name}=")[1].split(",")[0]) for name in ("layers_per_block", "segment_length")]
     assert smaller[0] * smaller[1] < 6 * 4096
-    unplanned = out_of_memory_message(plan, small_model(make_text_config), 9, "forward", RuntimeError("full"))
-    assert str(plan) in unplanned and "full" in unplanned
+    smallest = RecomputePlan(1, 256)
+    last = out_of_memory_message(smallest, job, device, "forward", RuntimeError("full"))
+    assert str(smallest) in last and "full" in last
 
 
 # ------------------------------------------------------------------------------------------------- plan(...)

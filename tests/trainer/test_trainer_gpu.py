@@ -9,7 +9,7 @@ from tensor_chats import VIDEO, losses, settings, tiny_processor
 
 from video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from video_ma2mba.modeling_video_ma2mba import mixer_mamba2
-from video_ma2mba.modeling_video_ma2mba.ops_ssd import force_backend
+from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.trainer.video_trainer import VideoMa2mbaTrainer
 
 TOKENS = 24_000

@@ -7,12 +7,10 @@ import sys
 import av
 import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.world import app
 from video_ma2mba.world import KINDS, WorldDataset, build_world, render
-from video_ma2mba.world.contact_sheet import save_contact_sheet
 from video_ma2mba.world.video_files import render_to_folder, write_video, write_world
 from video_ma2mba.world.world import CARD_SYMBOLS, COLOURS, Card
 
@@ -155,11 +153,3 @@ def test_the_command(tmp_path):
         failed = run.invoke(app, ["render", "--out", str(tmp_path / "x"), "--count", "1", *wrong])
         assert isinstance(failed.exception, ValueError)
         assert not (tmp_path / "x").exists()
-
-
-def test_contact_sheet(tmp_path):
-    sample = WorldDataset(frames=(10, 10), questions=3)[0]
-    save_contact_sheet(tmp_path / "sheet.png", sample, columns=5, enlarge=2)
-    with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.size == (5 * 132, 2 * 132 + 3 * 14 + 4)
-        assert np.array_equal(np.asarray(picture)[:128:2, :128:2], sample.frames[0])

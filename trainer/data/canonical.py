@@ -30,7 +30,8 @@ def features(grouped: bool = False) -> datasets.Features:
     text = Value("string")
     part = {"type": text, "text": text, "video": text, "image": text, "frames": [text]}
     part |= {"start": Value("float64"), "end": Value("float64")}
-    columns = {"messages": [{"role": text, "content": [part]}], "id": text, "problem": text}
+    message = {"role": text, "content": [part], "learn": Value("bool")}
+    columns = {"messages": [message], "id": text, "problem": text}
     return Features(columns | ({"group": text, "start": Value("float64")} if grouped else {}))
 
 
@@ -52,7 +53,10 @@ def canonical_row(row: Row, name: str, base_dir: str | None, merge: bool, held: 
         messages = form.convert(row, base_dir)
         check_answers(messages)
         group, start = _group(messages, form.clips, merge)
-        messages = [{**m, "content": [_plain(part) for part in m["content"]]} for m in messages]
+        messages = [
+            {"role": m["role"], "content": [_plain(part) for part in m["content"]], "learn": m.get("learn")}
+            for m in messages
+        ]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         return broken_row(label, f"{name}: the row is malformed ({type(error).__name__}: {error})")
     except (ValueError, OSError) as error:
@@ -160,7 +164,7 @@ def drop_empty(message: Row) -> Row:
         if "frames" in part:
             part["video"] = part.pop("frames")
         parts.append(part)
-    return {"role": message["role"], "content": parts}
+    return {"role": message["role"], "content": parts, **({"learn": False} if message.get("learn") is False else {})}
 
 
 __all__ = ["MEDIA_COLUMNS", "canonical_row", "drop_empty", "features", "media_part", "merge_neighbours", "merged"]

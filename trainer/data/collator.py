@@ -1,4 +1,4 @@
-"""`VideoChatCollator`: canonical rows to a batch of model inputs, broken samples left out and reported."""
+"""`VideoChatCollator`: rows to a batch of model inputs, broken samples left out and reported."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...processing.text_batches import IGNORED_LABEL
 from .broken_samples import BrokenSamples, TooManyBrokenError
+from .row_formats import UnknownFormError
 from .sample_encoding import EncodingSettings, Sample, encode_row
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ _TRIES = 16
 
 
 class VideoChatCollator:
-    """Makes a batch of canonical rows; give it to a data loader as `collate_fn`, so that workers decode the videos.
+    """Makes a batch of rows, canonical or of any form in `row_formats.FORMATS`; give it to a data loader as
+    `collate_fn`, so that workers decode the videos.
 
     A sample that cannot be used is left out, counted and listed. Where that leaves nothing of a batch, another row of
     `replacements` takes its place, else the last row that worked in this worker, else a text without labels: the batch
@@ -77,7 +79,8 @@ class VideoChatCollator:
             `(videos,)`. B is smaller than the number of rows where some are broken.
 
         Raises:
-            TooManyBrokenError: see `BrokenSamples`. With on_broken="raise": what is wrong with a sample.
+            TooManyBrokenError: see `BrokenSamples`. UnknownFormError: columns that are not understood. With
+                on_broken="raise": what is wrong with a sample.
         """
         samples = [sample for row in rows if (sample := self._encode(row)) is not None]
         return self._batch(samples or [self._replacement(rows)])
@@ -95,7 +98,7 @@ class VideoChatCollator:
         try:
             sample = encode_row(self.processor, row, self.settings)
         except Exception as error:  # of any kind: files can be damaged in ways that nobody has thought of
-            if self.on_broken == "raise" or isinstance(error, TooManyBrokenError):
+            if self.on_broken == "raise" or isinstance(error, TooManyBrokenError | UnknownFormError):
                 raise
             self.report.add("broken", row, describe(error), counts=drawn)
             return None

@@ -52,9 +52,7 @@ def from_dataset(
     if not types:  # rows that stream from a generator: the first one tells
         first = next(iter(rows))
         held = tuple(column for column in MEDIA_COLUMNS if not _is_path(first.get(column)))
-    for column in MEDIA_COLUMNS:
-        if column in types and (undecoded := _undecoded(types[column])) is not None:
-            rows = rows.cast_column(column, undecoded)
+    rows = undecoded(rows)
     if types:
         held = tuple(column for column in MEDIA_COLUMNS if column in types and _holds_data(types[column]))
     if isinstance(rows, IterableDataset):
@@ -118,6 +116,15 @@ def _list_lengths(rows: Dataset, column: str) -> list[int]:
 
     lists = rows.select_columns([column]).with_format("arrow")
     return [found or 0 for batch in lists.iter(1000) for found in pc.list_value_length(batch[column]).to_pylist()]
+
+
+def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows, videos and images in their columns left as path and bytes."""
+    types = rows.features or {}
+    for column in MEDIA_COLUMNS:
+        if column in types and (kind := _undecoded(types[column])) is not None:
+            rows = rows.cast_column(column, kind)
+    return rows
 
 
 def _undecoded(kind: Any) -> Any:

@@ -1,7 +1,8 @@
 """The forms in which training rows come, told by their columns, and each turned into chat messages.
 
 A canonical row is one chat: `messages`, a list of `{"role", "content": [parts]}`, a part being
-`{"type": "text", "text"}` or `{"type": "video" | "image", "video" | "image" | "frames": source, "start", "end"}`.
+`{"type": "text", "text"}` or `{"type": "video" | "image", "video" | "image" | "frames": source, "start", "end"}`. An
+answer with `"learn": False` is part of the question.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...processing.chat_format import plain_part
 from .row_text import Part, locate, media_part, seconds, take_marks, text_part
 from .scenewalk import scenewalk_clip, scenewalk_video
 
@@ -17,6 +19,10 @@ Row = dict[str, Any]
 _ROLES = {"system": "system", "human": "user", "user": "user"}
 _ROLES |= dict.fromkeys(("gpt", "assistant", "model"), "assistant")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class UnknownFormError(ValueError):
+    """Columns of no form that is understood: not one row that is broken, but all of them."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,24 @@ def _media_columns(row: Row, base_dir: str | None) -> list[Part]:
     return parts
 
 
-def _place_media(turns: list[tuple[str, str]], media: list[Part]) -> list[Row]:
+def _place_media(turns: list[tuple[str, str]], media: list[Part], within: bool = True) -> list[Row]:
     """Messages of `(role, text)` turns, media put where the texts have placeholders, else into the first user turn.
+
+    A text may also speak of `<image>` and `<video>`. Placeholders are those at the beginning of a line of a question;
+    else, where that makes one for each medium, all in questions; else all. `within=False`: the first of these only.
 
     Raises:
         ValueError: placeholders and media differ in number.
     """
-    cleaned = [(role, *take_marks(text)) for role, text in turns]
-    marks = sum(count for _, _, count in cleaned)
+    readings = [
+        [(role, *(take_marks(text, leading) if role in roles else (text, 0))) for role, text in turns]
+        for roles, leading in ((("user",), True), (("user",), False), (("user", "assistant", "system"), False))
+    ]
+    counts = [sum(count for _, _, count in reading) for reading in readings]
+    fits = [place for place in range(3 if within and media else 1) if counts[place] == len(media)]
+    cleaned, marks = (readings[fits[0]], len(media)) if fits else (readings[0], counts[0])
+    if within and media and not fits:
+        marks = counts[2]
     if marks and marks != len(media):
         raise ValueError(f"the text has {marks} placeholders (<image> or <video>) for {len(media)} videos and images")
     if not marks and media:
@@ -79,16 +95,15 @@ def _role(name: Any) -> str:
 def _chat_messages(row: Row, base_dir: str | None) -> list[Row]:
     media = iter(found := _media_columns(row, base_dir))
     messages, placeholders = [], 0
-    if all(isinstance(message["content"], str) for message in row["messages"]):
-        turns = [(_role(message["role"]), message["content"]) for message in row["messages"]]
+    turns = [(_role(message["role"]), message["content"] or "") for message in row["messages"]]
+    if all(isinstance(content, str) for _, content in turns):
         return _place_media(turns, found)
-    for message in row["messages"]:
-        content = message["content"]
+    for role, content in turns:
         parts = []
         for given in [text_part(content)] if isinstance(content, str) else content:
-            part = {key: value for key, value in given.items() if value is not None}
-            if (kind := part.get("type")) in ("video", "image"):
-                source = next((part[key] for key in (kind, "path", "url", "frames") if key in part), None)
+            part = plain_part({key: value for key, value in given.items() if value is not None})
+            if (kind := part["type"]) != "text":
+                source = part.get("frames", part.get(kind))
                 if source is None:
                     placeholders += 1
                     part = next(media, None) or {"type": kind}
@@ -96,8 +111,13 @@ def _chat_messages(row: Row, base_dir: str | None) -> list[Row]:
                     window = {name: seconds(part.get(name), name) for name in ("start", "end")}
                     part = media_part(kind, locate(source, base_dir), **window)
             parts.append(part)
-        messages.append({"role": _role(message["role"]), "content": parts})
-    if placeholders != len(found):
+        messages.append({"role": role, "content": parts})
+    if placeholders == 0 and found:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise ValueError("there is no question to which the video could belong")
+        first["content"][:0] = found
+    elif placeholders != len(found):
         raise ValueError(f"the messages have {placeholders} places for {len(found)} videos and images")
     return messages
 
@@ -120,15 +140,17 @@ def _video_chat_questions(row: Row, base_dir: str | None) -> list[Row]:
 
 
 def _question(row: Row, base_dir: str | None) -> list[Row]:
-    text, options = _text(row, "question"), [_words(option, "an option") for option in row.get("options") or []]
+    text, options = _cell(row, "question"), [_words(option, "an option") for option in row.get("options") or []]
     if not text:
         raise ValueError("the question is empty")
     if options and not all(option in text for option in options):
         text += "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return _place_media([("user", text), ("assistant", _text(row, "answer"))], _media_columns(row, base_dir))
+    return _place_media(
+        [("user", text), ("assistant", _cell(row, "answer"))], _media_columns(row, base_dir), within=False
+    )
 
 
-def _text(row: Row, column: str) -> str:
+def _cell(row: Row, column: str) -> str:
     """The text of a column, without the spaces around it."""
     return _words(row[column], f"the {column}").strip()
 
@@ -140,7 +162,30 @@ def _words(value: Any, what: str) -> str:
 
 
 def _caption(row: Row, base_dir: str | None) -> list[Row]:
-    return _place_media([("user", ""), ("assistant", _text(row, "caption"))], _media_columns(row, base_dir))
+    return _place_media(
+        [("user", ""), ("assistant", _cell(row, "caption"))], _media_columns(row, base_dir), within=False
+    )
+
+
+def _prompt_and_completion(row: Row, base_dir: str | None) -> list[Row]:
+    """TRL's form; both are texts or lists of messages. Only the completion is learnt, as there."""
+    prompt, completion = (
+        [{"role": role, "content": row[name]}] if isinstance(row[name], str) else list(row[name])
+        for name, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    messages = _chat_messages({**row, "messages": [*prompt, *completion]}, base_dir)
+    return [{**message, "learn": place >= len(prompt)} for place, message in enumerate(messages)]
+
+
+def _text(row: Row, base_dir: str | None) -> list[Row]:
+    """A text that is learnt whole, without roles; with videos or images, it is what is said about them."""
+    text, media = _words(row["text"], "the text"), _media_columns(row, base_dir)
+    if not media:
+        return [{"role": "assistant", "content": [text_part(text)]}]
+    text, marks = take_marks(text)
+    if marks not in (0, len(media)):
+        raise ValueError(f"the text has {marks} placeholders (<image> or <video>) for {len(media)} videos and images")
+    return [{"role": "user", "content": media}, {"role": "assistant", "content": [text_part(text)]}]
 
 
 FORMATS = (
@@ -152,6 +197,8 @@ FORMATS = (
     RowFormat("questions", ("question", "answer"), _question),
     RowFormat("captions of clips", ("video", "caption"), _caption, clips=True),
     RowFormat("captions of images", ("image", "caption"), _caption),
+    RowFormat("prompts and completions", ("prompt", "completion"), _prompt_and_completion),
+    RowFormat("plain text", ("text",), _text),
 )
 COLUMNS = frozenset(
     ["video", "videos", "image", "images", "id", "start", "end", "options", "data_source", "question_id", "video_id"]
@@ -163,15 +210,14 @@ def detect_format(columns: list[str], where: str | None = None) -> RowFormat:
     """The form of a row with these columns. `where`: begins the message.
 
     Raises:
-        ValueError: it is none that is known; the message lists what was found and what is understood.
+        UnknownFormError: it is none that is known; the message lists what was found and what is understood.
     """
     for form in FORMATS:
         if set(form.needs) <= set(columns):
             return form
     known = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMATS)
-    raise ValueError(
-        f"{where}: "
-        * (where is not None)
+    raise UnknownFormError(
+        f"{where}: " * (where is not None)
         + f"the columns {', '.join(map(repr, columns)) or '(none)'} are of no known form. Understood: {known}"
         "; with the columns video, videos, image or images where the messages do not name them. Rename yours"
     )
@@ -183,6 +229,7 @@ def check_answers(messages: list[Row]) -> None:
     Raises:
         ValueError: no message, or not one answer with a text.
     """
-    written = [part for m in messages if m["role"] == "assistant" for part in m["content"] if part["type"] == "text"]
+    answers = [m for m in messages if m["role"] == "assistant" and m.get("learn") is not False]
+    written = [part for m in answers for part in m["content"] if part["type"] == "text"]
     if not any(part.get("text", "").strip() for part in written):
         raise ValueError("there is no answer (or caption) to learn from")

@@ -9,6 +9,7 @@ from typing import Any
 
 Part = dict[str, Any]
 _MARKS = re.compile(r"[ \t]*\n?(<image>|<video>)\n?[ \t]*")
+_LEADING_MARKS = re.compile(r"^(?:[ \t]*(?:<image>|<video>))+[ \t]*\n?", re.M)
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 
@@ -31,9 +32,16 @@ def text_part(text: str) -> Part:
     return {"type": "text", "text": text}
 
 
-def take_marks(text: str) -> tuple[str, int]:
-    """The text without its `<image>` and `<video>` placeholders and the line breaks beside them, and their number."""
-    rest, count = _MARKS.subn("\n", text)
+def take_marks(text: str, leading: bool = False) -> tuple[str, int]:
+    """The text without its `<image>` and `<video>` placeholders and the line breaks beside them, and their number.
+
+    `leading`: only those at the beginning of a line.
+    """
+    if not leading:
+        rest, count = _MARKS.subn("\n", text)
+    else:
+        count = sum(len(_MARKS.findall(found)) for found in _LEADING_MARKS.findall(text))
+        rest = _LEADING_MARKS.sub("", text)
     return (rest.strip("\n") if count else text), count
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ...processing.text_batches import IGNORED_LABEL
 from .canonical import drop_empty
+from .row_formats import check_answers, detect_format
 
 LABELS = ("answers", "captions")
 LEAST_DECODED = 0.5
@@ -63,6 +64,14 @@ class EncodingSettings:
     def chat_template(self) -> str | None:
         return CAPTION_TEMPLATE if self.labels == "captions" else None
 
+    def tokens(self, processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Token ids, each video and image being ONE token, and 1 for what is to be learnt."""
+        given = 0
+        if self.labels == "answers":
+            given = sum(m["role"] == "assistant" and m.get("learn") is False for m in messages)
+        is_text = all(message["role"] == "assistant" for message in messages)  # which nobody asked for: no roles
+        return processor.conversation_tokens(messages, CAPTION_TEMPLATE if is_text else self.chat_template, given)
+
 
 @dataclass
 class Sample:
@@ -97,11 +106,17 @@ class Layout:
 
 
 def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chat of a canonical row, videos and images of other columns in the places left for them.
+    """The chat of a row in canonical or another form, videos and images of other columns in the places left for them.
 
     Raises:
+        UnknownFormError: the row has columns that are not understood.
         ValueError: the row has a problem, or its places and videos differ in number.
     """
+    if "problem" not in row and not _has_places(row.get("messages") or ()):
+        row = {key: value for key, value in row.items() if value is not None}
+        messages = detect_format(list(row), "a training row").convert(row, None)
+        check_answers(messages)
+        return [drop_empty(message) for message in messages]
     if row.get("problem"):
         raise ValueError(row["problem"])
     if not row["messages"]:
@@ -120,6 +135,14 @@ def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
+def _has_places(messages: Any) -> bool:
+    """Whether messages are written in parts, and some of them are (places for) media."""
+    contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
+    if not all(isinstance(content, list) for content in contents):
+        return False
+    return any(isinstance(part, dict) and part.get("type") in ("video", "image") for c in contents for part in c)
+
+
 def media_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Parts that are videos or images, in the order of the text."""
     return [p for m in messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] != "text"]
@@ -131,7 +154,7 @@ def lay_out(processor: Any, messages: list[dict[str, Any]], frames: list[int], s
     Raises:
         ValueError: there is no answer, or the first answer does not fit even with one frame of each video.
     """
-    tokens, written = processor.conversation_tokens(messages, settings.chat_template)
+    tokens, written = settings.tokens(processor, messages)
     wanted = sum(frames)
     limit = settings.max_length
     if limit is None:
@@ -148,7 +171,7 @@ def lay_out(processor: Any, messages: list[dict[str, Any]], frames: list[int], s
                 f"max_length={limit}; raise max_length"
             )
         messages, dropped = shorter, dropped + 1
-        tokens, written = processor.conversation_tokens(messages, settings.chat_template)
+        tokens, written = settings.tokens(processor, messages)
         frames = frames[: len(media_of(messages))]
     room = (limit - (len(tokens) - len(frames))) // processor.tokens_per_frame
     return Layout(tokens, written, thin(frames, min(room, settings.max_frames or room)), wanted, dropped)
@@ -156,7 +179,11 @@ def lay_out(processor: Any, messages: list[dict[str, Any]], frames: list[int], s
 
 def without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     """The conversation without its last answer and the question before it; None where only one answer is left."""
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("learn") is not False
+    ]
     return messages[: answers[-2] + 1] if len(answers) > 1 else None
 
 

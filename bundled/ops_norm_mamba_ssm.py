@@ -1,1 +1,0 @@
-../modeling_video_ma2mba/ops_norm_mamba_ssm.py

@@ -1,1 +1,0 @@
-../modeling_video_ma2mba/ops_ssd_mamba_ssm.py
