@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from result_tables import row_writer
-from transformers import AutoTokenizer
 
-from video_ma2mba import BUNDLED_CHECKPOINT, VideoState
+from video_ma2mba import BUNDLED_CHECKPOINT, VideoMa2mbaProcessor, VideoState
+from video_ma2mba.modeling_video_ma2mba.answering_questions import question_ids
 from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from video_ma2mba.world import KINDS, WorldDataset, parse_frames
-from video_ma2mba.world.batches import ChatTokens
 from video_ma2mba.world.scoring import LONGEST_ANSWER, read_videos
 
 # name, dtype of the file, dtype between tokens (None: the usual way), tokens between two roundings
@@ -35,11 +34,11 @@ FIELDS = ["hardware", "date", "frames", "way", "videos", "questions", "right", "
 
 
 @torch.inference_mode()
-def answer(model, tokens: ChatTokens, state: VideoState, questions, way) -> list[str]:
+def answer(model, processor, state: VideoState, questions, way) -> list[str]:
     """Greedy answers to all questions from one state."""
     _, _, between, slots = way
-    prompts = [tokens.encode_question(question, with_answer=False)[0] for question in questions]
-    longest, pad = max(map(len, prompts)), tokens.tokenizer.pad_token_id
+    prompts = [question_ids(processor, question.text)[0].tolist() for question in questions]
+    longest, pad = max(map(len, prompts)), processor.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     mask = torch.cat([torch.ones(len(prompts), state.seen_tokens, dtype=torch.long), mask], dim=1)
@@ -50,10 +49,10 @@ def answer(model, tokens: ChatTokens, state: VideoState, questions, way) -> list
         found = model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=state, max_new_tokens=LONGEST_ANSWER, do_sample=False
         )
-    return tokens.tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+    return processor.tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
 
 
-def measure(model, tokens: ChatTokens, frames: str, videos: int) -> list[dict]:
+def measure(model, processor, frames: str, videos: int) -> list[dict]:
     data = WorldDataset("test", videos, frames=parse_frames(frames), questions=len(KINDS), seed=7)
     rows = [
         dict.fromkeys(("questions", "right", "changed", "file_bytes"), 0) | {"state_error": 0.0, "way": way[0]}
@@ -63,13 +62,13 @@ def measure(model, tokens: ChatTokens, frames: str, videos: int) -> list[dict]:
         for index in range(videos):
             sample = data.sample(index)
             with torch.inference_mode():
-                read = read_videos(model, tokens, [sample], [1])
+                read = read_videos(model, processor, [sample], [1])
             expected = None
             for row, way in zip(rows, WAYS, strict=True):
                 file = Path(folder) / "film.state"
                 read.save(file, way[1])
                 state = VideoState.load(file)
-                given = answer(model, tokens, state, sample.questions, way)
+                given = answer(model, processor, state, sample.questions, way)
                 expected = expected or given
                 row["questions"] += len(given)
                 row["right"] += sum(a.strip() == q.answer for a, q in zip(given, sample.questions, strict=True))
@@ -91,10 +90,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/state_rounding.csv"))
     arguments = parser.parse_args()
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tokens = ChatTokens(AutoTokenizer.from_pretrained(arguments.model), model.config.tokens_per_frame)
+    processor = VideoMa2mbaProcessor.from_pretrained(arguments.model)
     write = row_writer(arguments.out, FIELDS)
     for frames in arguments.frames:
-        for row in measure(model, tokens, frames, arguments.videos):
+        for row in measure(model, processor, frames, arguments.videos):
             write(row)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from .training_clock import ENDLESS
+
 LABELS = ("answers", "captions")
 _OTHER_DEFAULTS = {"packing": "pack by hand with seq_idx", "padding_free": "padding costs nothing here, leave it on"}
 
@@ -52,6 +54,11 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
     early_stopping_patience: int | None = _option(
         None, "Stop after this many evaluations without improvement (needs eval_strategy)."
     )
+    max_seconds: float | None = _option(
+        None, "Length of training by the clock, over all resumed parts; the learning rate follows it."
+    )
+    stop_after: float | None = _option(None, "Seconds after which this part of a run saves and stops, to be resumed.")
+    save_seconds: float | None = _option(None, "Seconds between checkpoints, beside what save_strategy asks for.")
     base_model: str | None = _option(None, "Hub id of the model that training starts from, for the model card.")
     license: str | None = _option(None, "Licence of the result, for the model card, such as apache-2.0.")
 
@@ -78,6 +85,11 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
                 raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch")
             self.load_best_model_at_end = True
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        for name in ("max_seconds", "stop_after", "save_seconds"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if self.max_seconds is not None and self.max_steps <= 0:
+            self.max_steps = ENDLESS
         for old, new in _NEW_NAMES.items():  # of transformers 5.23, which warns about the old ones, TRL's default too
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from . import FORMS, KINDS, Question, WorldDataset, parse_frames
-from .batches import ChatTokens
 from .chance import chance_levels
 from .scoring import generate_answers, score_forced
 
@@ -107,7 +107,7 @@ def measure(settings: WorldAccuracy) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{folder} holds no model: there is no model.safetensors in it.")
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
     model = model.to(settings.device).eval()
-    tokens = ChatTokens(AutoTokenizer.from_pretrained(folder), model.config.tokens_per_frame)
+    processor = VideoMa2mbaProcessor.from_pretrained(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
@@ -117,13 +117,13 @@ def measure(settings: WorldAccuracy) -> list[dict[str, Any]]:
     }
     answers = Answers(out.with_suffix(".answers.jsonl"), about)
     for frames in settings.frames:
-        _ask(model, tokens, settings, frames, answers)
+        _ask(model, processor, settings, frames, answers)
     table = [row for frames in settings.frames for row in summary(answers.rows, frames)]
     _write(out, table)
     return table
 
 
-def _ask(model: Any, tokens: ChatTokens, settings: WorldAccuracy, frames: str, answers: Answers) -> None:
+def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answers: Answers) -> None:
     # Not every video settles every kind, so there is no telling beforehand how many videos it takes.
     data = WorldDataset("test", 10**9, frames=parse_frames(frames), questions=len(KINDS), seed=settings.seed)
     asked = Counter(row["kind"] for row in answers.rows if row["frames"] == frames)
@@ -133,7 +133,7 @@ def _ask(model: Any, tokens: ChatTokens, settings: WorldAccuracy, frames: str, a
             if (frames, block) not in answers.blocks:
                 rows = []
                 for indices in _batches(data, range(block * videos, (block + 1) * videos), settings.frames_at_once):
-                    for question, given in _answer(model, tokens, data, indices, settings.method):
+                    for question, given in _answer(model, processor, data, indices, settings.method):
                         rows.append(_row(frames, question, given))
                 answers.add(frames, block, rows)
                 asked.update(row["kind"] for row in rows)
@@ -153,10 +153,10 @@ def _batches(data: WorldDataset, videos: range, frames_at_once: int) -> Iterator
 
 
 def _answer(
-    model: Any, tokens: ChatTokens, data: WorldDataset, indices: list[int], method: str
+    model: Any, processor: Any, data: WorldDataset, indices: list[int], method: str
 ) -> list[tuple[Question, str | bool]]:
     samples = [data.sample(index) for index in indices]
-    return (generate_answers if method == "generate" else score_forced)(model, tokens, samples)
+    return (generate_answers if method == "generate" else score_forced)(model, processor, samples)
 
 
 def _row(frames: str, question: Question, given: str | bool) -> dict[str, Any]:

@@ -17,13 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..processing.byte_tokenizer import END_TOKEN, ROLE_TOKENS, VIDEO_TOKEN
-from ..processing.chat_format import DEFAULT_FRAME_SEPARATOR, DEFAULT_SYSTEM_PROMPT
-from . import KINDS, Question, WorldDataset, render
+from ..trainer.data import VideoChatCollator
+from . import KINDS, Question, WorldDataset, chat, render
 from .questions import list_things, name_option
 from .world import COLOURS, SHAPES, whole
 
-IGNORED = -100
 _TURN_TOKENS = 20  # of one question with its answer, on average
 _NAMED_OPTIONS = 2  # turns of a chat that say which option is right and ask for its letter, at most
 _LIST_ALONE, _LIST_LAST = 0.3, 0.5  # shares of chats that only list the things, and that end with the list, at first
@@ -33,75 +31,6 @@ SHORTER = 0.15  # share of batches below the shortest length asked for, once tra
 _TURNS = ("needle", "count", "colour", "shape", "direction", "order", "time", "list")
 _WORDS = re.compile("[a-z]+")
 _NAMES = frozenset([*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", "card"])
-_SYSTEM, _USER, _ASSISTANT = ROLE_TOKENS
-
-
-class ChatTokens:
-    """Token ids and labels of a chat about one video, in the paper's schema.
-
-    Labels are the answers, and the end of the first one: in every turn, that easy token would be half of the loss.
-    """
-
-    def __init__(self, tokenizer: Any, tokens_per_frame: int, system_prompt: str = DEFAULT_SYSTEM_PROMPT):
-        self.tokenizer = tokenizer
-        self.tokens_per_frame = tokens_per_frame
-        self.video_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-        self.opening = self._ids([f"{_SYSTEM}{system_prompt}{END_TOKEN}{_USER}"])[0]
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-
-    def encode(self, chats: Sequence[Sequence[Question]], frames: int) -> list[tuple[list[int], list[int]]]:
-        """(ids, labels) of each chat; every one is about a video of `frames` frames."""
-        texts = []
-        for chat in chats:
-            for number, question in enumerate(chat):
-                texts += [_asked(question, first=number == 0), f"{question.answer}{END_TOKEN}"]
-        pieces = iter(self._ids(texts) if texts else [])
-        encoded = []
-        for chat in chats:
-            ids = self.opening + [self.video_id] * (frames * self.tokens_per_frame)
-            labels = [IGNORED] * len(ids)
-            for number in range(len(chat)):
-                asked, answer = next(pieces), next(pieces)
-                ids += asked + answer
-                labels += [IGNORED] * len(asked) + (answer if number == 0 else [*answer[:-1], IGNORED])
-            encoded.append((ids, labels))
-        return encoded
-
-    def encode_question(self, question: Question, with_answer: bool = True) -> tuple[list[int], list[int]]:
-        """(ids, labels) of what follows the frames when `question` is the first one asked."""
-        asked, answer = self._ids([_asked(question, first=True), f"{question.answer}{END_TOKEN}"])
-        if not with_answer:
-            answer = []
-        return asked + answer, [IGNORED] * len(asked) + answer
-
-
-def _asked(question: Question, first: bool) -> str:
-    """A turn up to the point where the answer begins; the first one follows the frames after a newline."""
-    return (DEFAULT_FRAME_SEPARATOR if first else _USER) + f"{question.text}{END_TOKEN}{_ASSISTANT}"
-
-
-def collate(
-    chats: Sequence[tuple[list[int], list[int]]], frames: Sequence[np.ndarray], pad_id: int
-) -> dict[str, torch.Tensor]:
-    """Model inputs: `input_ids`, `labels` (B, S), `pixel_values_videos` uint8 (B * F, 3, H, W), `num_frames` (B,).
-
-    Padding is on the right, where a causal model reads it last and no label looks at it; so no mask is needed.
-    """
-    longest = max(len(ids) for ids, _ in chats)
-    input_ids = torch.full((len(chats), longest), pad_id)
-    labels = torch.full((len(chats), longest), IGNORED)
-    for row, (ids, targets) in enumerate(chats):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        labels[row, : len(targets)] = torch.tensor(targets)
-    pixels = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2).contiguous()
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "pixel_values_videos": pixels,
-        "num_frames": torch.tensor([len(video) for video in frames]),
-    }
 
 
 def through_a_file(frames: np.ndarray, noise_seed: int) -> np.ndarray:
@@ -166,7 +95,7 @@ class WorldBatches(IterableDataset):
     def __init__(
         self,
         dataset: WorldDataset,
-        chat_tokens: ChatTokens,
+        processor: Any,
         tokens_per_batch: int,
         progress: torch.Tensor,
         weights: torch.Tensor,
@@ -175,7 +104,8 @@ class WorldBatches(IterableDataset):
         ramp_from: int = 2,
         shorter: float = SHORTER,
     ):
-        self.dataset, self.chat_tokens, self.tokens_per_batch = dataset, chat_tokens, tokens_per_batch
+        self.dataset, self.processor, self.tokens_per_batch = dataset, processor, tokens_per_batch
+        self.collator = VideoChatCollator(processor, ends="first", on_broken="raise")
         self.progress, self.weights, self.first_batch = progress, weights, first_batch
         self.ramp, self.ramp_from, self.shorter = ramp, ramp_from, shorter
 
@@ -188,7 +118,7 @@ class WorldBatches(IterableDataset):
         while True:
             rng = random.Random(f"{self.dataset.seed} {number}")
             frames = draw_length(rng, self._longest(longest), shortest, self.shorter)
-            length = frames * self.chat_tokens.tokens_per_frame + (self.turns(frames) + 3) * _TURN_TOKENS
+            length = frames * self.processor.tokens_per_frame + (self.turns(frames) + 3) * _TURN_TOKENS
             videos = max(self.tokens_per_batch // length, 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
             yield self.batch(indices, frames, files=0.5)
@@ -205,21 +135,22 @@ class WorldBatches(IterableDataset):
         """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files."""
         weights = dict(zip(KINDS, self.weights.tolist(), strict=True))
         lists = 1 - 0.7 * float(self.progress)
-        chats, pictures = [], []
+        rows = []
         for place, index in enumerate(indices):
             world, asked = self.dataset.asked(index, frames)
             rng = random.Random(f"turns {world.seed} {frames}")
             mark, listed = rng.random(), list_things(world)
             if mark < _LIST_ALONE * lists or not asked:
-                chats.append([listed])
+                turns = [listed]
             else:
-                chosen = choose_questions(rng, asked, self.turns(frames), weights)
-                spare = [question for question in asked if question.options and question not in chosen]
-                chosen += [name_option(question) for question in spare[:_NAMED_OPTIONS]]
-                chats.append([*chosen, listed] if mark < (_LIST_ALONE + _LIST_LAST) * lists else chosen)
+                turns = choose_questions(rng, asked, self.turns(frames), weights)
+                spare = [question for question in asked if question.options and question not in turns]
+                turns += [name_option(question) for question in spare[:_NAMED_OPTIONS]]
+                turns += [listed] if mark < (_LIST_ALONE + _LIST_LAST) * lists else []
             video = render(world, self.dataset.fps, self.dataset.resolution)
-            pictures.append(through_a_file(video, index % 2**32) if place < files * len(indices) else video)
-        return collate(self.chat_tokens.encode(chats, frames), pictures, self.chat_tokens.tokenizer.pad_token_id)
+            video = through_a_file(video, index % 2**32) if place < files * len(indices) else video
+            rows.append({"id": str(index), "messages": chat(turns, video)})
+        return self.collator(rows)
 
 
 def first(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

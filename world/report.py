@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..trainer.training_clock import TrainingClock
 from . import FORMS, KINDS, WorldDataset, WorldSample
-from .batches import ChatTokens
-from .clock import WorldClock
 from .scoring import score_forced
 
 LOSS_FIELDS = ("step", "seconds", "progress", "loss", "grad_norm", "learning_rate")
@@ -51,14 +50,14 @@ class WorldReport(TrainerCallback):
     def __init__(
         self,
         out: Path,
-        clock: WorldClock,
-        tokens: ChatTokens,
+        clock: TrainingClock,
+        processor: Any,
         data: WorldDataset,
         weights: torch.Tensor,
         seconds: float,
         bf16: bool,
     ) -> None:
-        self.out, self.clock, self.tokens, self.seconds, self.bf16 = out, clock, tokens, seconds, bf16
+        self.out, self.clock, self.processor, self.seconds, self.bf16 = out, clock, processor, seconds, bf16
         self.data, self.weights = data, weights
         self.measured = 0.0
         shortest, longest = data.frames
@@ -100,7 +99,7 @@ class WorldReport(TrainerCallback):
                 scored = [
                     pair
                     for first in range(0, len(samples), share)
-                    for pair in score_forced(model, self.tokens, samples[first : first + share])
+                    for pair in score_forced(model, self.processor, samples[first : first + share])
                 ]
             row: dict[str, Any] = {"step": step, "seconds": self.clock.elapsed, "frames": frames}
             row["all"] = sum(hit for _, hit in scored) / len(scored)

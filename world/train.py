@@ -14,23 +14,20 @@ import dataclasses
 import os
 import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.vision_features import encode_frames
-from ..planning.planned_step import set_trainable
+from ..trainer.training_clock import ENDLESS, TrainingClock
 from ..trainer.training_config import VideoMa2mbaTrainingConfig
 from ..trainer.video_trainer import VideoMa2mbaTrainer
 from . import KINDS, WorldDataset, parse_frames
-from .batches import SHORTER, ChatTokens, WorldBatches, first
-from .clock import ClockCallback, WorldClock
+from .batches import SHORTER, WorldBatches, first
 from .model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
 from .questions import check_kinds
 from .report import WorldReport
@@ -38,7 +35,6 @@ from .tokenizer import build_world_tokenizer
 from .tower import train_tower
 
 _SINGLE_PRECISION = ("A_log", "D", "dt_bias")  # what decides how long is remembered stays in fp32
-_ENDLESS = 10_000_000  # steps, where only the clock ends training
 
 
 def _option(default: Any, text: str) -> Any:
@@ -91,28 +87,6 @@ class WorldTraining:
         self.kind_names = check_kinds(self.kinds.split(","))
 
 
-def build_optimizer(model: torch.nn.Module, training: WorldTraining) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay (not embeddings, norms, biases or the state-space parameters).
-
-    The tower, which sees already, learns at a fifth of the rate.
-    """
-    members: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim == 2 and "embedding" not in name and "lm_head" not in name
-            members["vision_tower" in name, decays].append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "weight_decay": training.weight_decay if decays else 0.0,
-            "lr": training.learning_rate * (0.2 if in_tower else 1.0),
-        }
-        for (in_tower, decays), parameters in sorted(members.items(), key=lambda item: item[0])
-    ]
-    cuda = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.95), fused=cuda)
-
-
 def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     """Run or resume a training; returns the last validation accuracy per length and kind."""
     out = Path(training.out)
@@ -132,14 +106,10 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     config.vision_chunk_frames = 2048  # the small tower takes many frames at once
     if not checkpoint and not training.start_from:
         see(model, training)
-    tokens = ChatTokens(tokenizer, config.tokens_per_frame)
+    processor = world_processor(config, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
 
     arguments = _arguments(training, cuda)
-    if arguments.parts is not None:
-        set_trainable(model, arguments.parts)
-    clock = WorldClock(training.steps, training.max_seconds, training.warmup_steps, training.decay_from)
-    optimizer = build_optimizer(model, training)
     progress, weights = torch.zeros(1).share_memory_(), torch.ones(len(KINDS)).share_memory_()
     done = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     batches = WorldBatches(
@@ -151,7 +121,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
             kinds=training.kind_names,
             seed=training.seed,
         ),
-        tokens,
+        processor,
         training.tokens_per_batch,
         progress,
         weights,
@@ -168,17 +138,17 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         kinds=training.kind_names,
         seed=training.seed,
     )
-    report = WorldReport(out, clock, tokens, validation, weights, training.eval_seconds, cuda)
     trainer = VideoMa2mbaTrainer(
         model=model,
         args=arguments,
         train_dataset=batches,
         data_collator=first,
-        processing_class=world_processor(config, tokenizer),
+        processing_class=processor,
         data_name="the rendered world",
-        optimizers=(optimizer, LambdaLR(optimizer, clock)),
-        callbacks=[ClockCallback(clock, progress, training.save_seconds, training.stop_after), report],
     )
+    report = WorldReport(out, trainer.clock, processor, validation, weights, training.eval_seconds, cuda)
+    trainer.add_callback(Curriculum(trainer.clock, progress))
+    trainer.add_callback(report)
     trainer.train(resume_from_checkpoint=checkpoint)
     results = report.measure(model, trainer.state.global_step)
     config.vision_chunk_frames = exported_chunk
@@ -214,6 +184,19 @@ def _model(training: WorldTraining, tokenizer: Any) -> VideoMa2mbaForConditional
     return model
 
 
+class Curriculum(TrainerCallback):
+    """Tells the workers that draw videos how far training is."""
+
+    def __init__(self, clock: TrainingClock, progress: torch.Tensor) -> None:
+        self.clock, self.progress = clock, progress
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self.progress.fill_(self.clock.progress(state.global_step))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self.progress.fill_(self.clock.progress(state.global_step))
+
+
 def _arguments(training: WorldTraining, cuda: bool) -> VideoMa2mbaTrainingConfig:
     return VideoMa2mbaTrainingConfig(
         output_dir=training.out,
@@ -221,7 +204,17 @@ def _arguments(training: WorldTraining, cuda: bool) -> VideoMa2mbaTrainingConfig
         gradient_checkpointing=True,  # chosen per batch: none where it is not needed
         gradient_checkpointing_kwargs={"method": "multi_axis", "memory_budget": training.memory_budget},
         per_device_train_batch_size=1,  # an item of the data set is a batch
-        max_steps=training.steps or _ENDLESS,
+        max_steps=training.steps or ENDLESS,
+        max_seconds=training.max_seconds,
+        stop_after=training.stop_after,
+        save_seconds=training.save_seconds,
+        learning_rate=training.learning_rate,
+        vision_learning_rate=0.2 * training.learning_rate,  # it sees already
+        weight_decay=training.weight_decay,
+        adam_beta2=0.95,
+        warmup_steps=training.warmup_steps,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs=_falling(training),
         bf16=cuda,
         use_cpu=not cuda,
         max_grad_norm=1.0,
@@ -238,6 +231,16 @@ def _arguments(training: WorldTraining, cuda: bool) -> VideoMa2mbaTrainingConfig
         disable_tqdm=True,
         seed=training.seed,
     )
+
+
+def _falling(training: WorldTraining) -> dict[str, Any]:
+    """Settings of transformers' schedule: the rate is constant to `decay_from`, then falls in a straight line.
+
+    Shares of the whole where the clock counts, steps otherwise.
+    """
+    share = 1 - training.decay_from
+    steps = share if training.max_seconds is not None else round(share * (training.steps or ENDLESS))
+    return {"num_decay_steps": steps, "decay_type": "linear", "min_lr_ratio": 0.02}
 
 
 def export(model: Any, tokenizer: Any, out: Path, dtype: str) -> None:

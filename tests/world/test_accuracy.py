@@ -6,36 +6,39 @@ import json
 import pytest
 import torch
 
+from video_ma2mba.modeling_video_ma2mba.answering_questions import question_ids, video_prefix
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 from video_ma2mba.world import KINDS, WorldDataset, accuracy
 from video_ma2mba.world.accuracy import WorldAccuracy, measure
-from video_ma2mba.world.batches import ChatTokens
-from video_ma2mba.world.model import SIZES, world_config
+from video_ma2mba.world.model import SIZES, world_config, world_processor
 from video_ma2mba.world.scoring import generate_answers, score_forced
-from video_ma2mba.world.train import build_optimizer, export
+from video_ma2mba.world.train import export
 
 
 @pytest.fixture(scope="module")
-def tokens():
-    return ChatTokens(build_byte_tokenizer(), 16)
+def processor():
+    tokenizer = build_byte_tokenizer()
+    return world_processor(world_config(SIZES["tiny"], tokenizer), tokenizer)
 
 
 @pytest.fixture(scope="module")
-def half_trained(tokens):
+def half_trained(processor):
     """A tiny model that has learnt a few answers by heart, so that some are right and some wrong."""
     from video_ma2mba import VideoMa2mbaForConditionalGeneration
 
     torch.manual_seed(0)
-    model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], tokens.tokenizer))
+    model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], processor.tokenizer))
     data = WorldDataset("test", 4, frames=(4, 4), questions=4, kinds=("count", "time"))
     questions = [question for index in range(4) for question in data.asked(index)[1]]
-    pieces = [tokens.encode_question(question) for question in questions[::2]]
+    pieces = []
+    for question in questions[::2]:
+        asked = question_ids(processor, question.text)[0].tolist()
+        answer = processor.tokenizer(f"{question.answer}<|endoftext|>")["input_ids"]
+        pieces.append((asked + answer, [-100] * len(asked) + answer))
     longest = max(len(ids) for ids, _ in pieces)
     ids = torch.tensor([ids + [1] * (longest - len(ids)) for ids, _ in pieces])
     labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in pieces])
-    from types import SimpleNamespace
-
-    optimizer = build_optimizer(model, SimpleNamespace(weight_decay=0.0, learning_rate=1e-2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(40):
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
@@ -48,27 +51,27 @@ def samples(count=4):
     return [data[index] for index in range(count)]
 
 
-def test_forced_scores_equal_greedy_decoding(half_trained, tokens):
-    forced = score_forced(half_trained, tokens, samples())
-    greedy = generate_answers(half_trained, tokens, samples())
+def test_forced_scores_equal_greedy_decoding(half_trained, processor):
+    forced = score_forced(half_trained, processor, samples())
+    greedy = generate_answers(half_trained, processor, samples())
     assert [question for question, _ in forced] == [question for question, _ in greedy]
     hits = [given == question.answer for question, given in greedy]
     assert [hit for _, hit in forced] == hits
     assert 0 < sum(hits) < len(hits)
 
 
-def test_scores_do_not_depend_on_the_batch(half_trained, tokens):
-    together = generate_answers(half_trained, tokens, samples())
-    alone = [pair for sample in samples() for pair in generate_answers(half_trained, tokens, [sample])]
+def test_scores_do_not_depend_on_the_batch(half_trained, processor):
+    together = generate_answers(half_trained, processor, samples())
+    alone = [pair for sample in samples() for pair in generate_answers(half_trained, processor, [sample])]
     assert together == alone
 
 
-def test_one_question_equals_the_plain_way(half_trained, tokens):
+def test_one_question_equals_the_plain_way(half_trained, processor):
     """Reading the video once and asking from its state gives what one ordinary `generate` call gives."""
     (sample,) = samples(1)
-    for question, given in generate_answers(half_trained, tokens, [sample]):
-        asked, _ = tokens.encode_question(question, with_answer=False)
-        ids = torch.tensor([tokens.opening + [tokens.video_id] * 4 * 16 + asked])
+    for question, given in generate_answers(half_trained, processor, [sample]):
+        opening, asked = video_prefix(processor), question_ids(processor, question.text)
+        ids = torch.cat([opening[:, :-1], opening[:, -1:].expand(1, 4 * 16), asked], dim=1)
         out = half_trained.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -77,12 +80,12 @@ def test_one_question_equals_the_plain_way(half_trained, tokens):
             max_new_tokens=20,
             pad_token_id=1,
         )
-        assert tokens.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == given
+        assert processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == given
 
 
 @pytest.fixture
-def model_folder(half_trained, tokens, tmp_path):
-    export(half_trained, tokens.tokenizer, tmp_path / "model", "float32")
+def model_folder(half_trained, processor, tmp_path):
+    export(half_trained, processor.tokenizer, tmp_path / "model", "float32")
     return tmp_path / "model"
 
 

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from video_ma2mba.modeling_video_ma2mba.answering_questions import question_ids, video_prefix
+from video_ma2mba.processing.text_batches import IGNORED_LABEL
+from video_ma2mba.trainer.training_clock import TrainingClock
 from video_ma2mba.world import KINDS, WorldDataset, chat
 from video_ma2mba.world.batches import (
-    IGNORED,
-    ChatTokens,
     WorldBatches,
     choose_questions,
-    collate,
     draw_length,
     longest_at,
     subject,
     through_a_file,
 )
-from video_ma2mba.world.clock import WorldClock
 from video_ma2mba.world.model import (
     SIZES,
     fit_projector_,
@@ -33,59 +32,60 @@ from video_ma2mba.world.train import WorldTraining, train
 
 
 @pytest.fixture(scope="module")
-def tokens():
-    return ChatTokens(build_world_tokenizer(), 16)
+def processor():
+    tokenizer = build_world_tokenizer()
+    return world_processor(world_config(SIZES["bundled"], tokenizer), tokenizer)
 
 
-def batches(tokens, **options):
+def batches(processor, **options):
     data = WorldDataset("train", 1000, frames=(8, 16), questions=4)
     fields = {"tokens_per_batch": 2000, "progress": torch.ones(1), "weights": torch.ones(len(KINDS))}
-    return WorldBatches(data, tokens, **fields | options)
+    return WorldBatches(data, processor, **fields | options)
 
 
-def test_batches_hold_what_the_processor_would_write(tokens):
+def test_batches_hold_what_the_processor_would_write(processor):
     """One tokenization for training here and for everybody who uses the processor."""
-    config = world_config(SIZES["bundled"], tokens.tokenizer)
-    processor = world_processor(config, tokens.tokenizer)
     sample = WorldDataset(frames=(9, 9), questions=3)[4]
-    ((ids, labels),) = tokens.encode([sample.questions], 9)
-    written = processor.apply_chat_template(
-        chat(sample.questions, sample.frames), tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    assert written["input_ids"][0].tolist() == ids
-    pixels = collate([(ids, labels)], [sample.frames], 1)["pixel_values_videos"]
+    messages = chat(sample.questions, sample.frames)
+    batch = batches(processor).collator([{"messages": messages}])
+    written = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(written["input_ids"], batch["input_ids"])
+    assert torch.equal(written["pixel_values_videos"], batch["pixel_values_videos"])
+    pixels = torch.from_numpy(sample.frames).permute(0, 3, 1, 2)
     assert torch.equal(written["pixel_values_videos"], pixels)
     first, *others = (question.answer for question in sample.questions)
     answers = f"{first}<|endoftext|>" + "".join(others)  # the end is learnt from the first turn
-    assert tokens.tokenizer.decode([label for label in labels if label != IGNORED]) == answers
+    labels = batch["labels"][0].tolist()
+    assert processor.tokenizer.decode([label for label in labels if label != IGNORED_LABEL]) == answers
 
 
-def test_a_question_alone_starts_as_a_chat_does(tokens):
+def test_a_question_alone_starts_as_a_chat_does(processor):
+    """What scoring puts behind a video that was read before is what training puts there."""
     sample = WorldDataset(frames=(8, 8), questions=1)[0]
-    ((ids, labels),) = tokens.encode([sample.questions], 8)
-    question_ids, question_labels = tokens.encode_question(sample.questions[0])
-    assert ids[-len(question_ids) :] == question_ids
-    assert ids[: -len(question_ids)] == tokens.opening + [tokens.video_id] * 8 * 16
-    assert labels[-len(question_ids) :] == question_labels
+    (ids,) = batches(processor).collator([{"messages": chat(sample.questions, sample.frames)}])["input_ids"].tolist()
+    asked = question_ids(processor, sample.questions[0].text)[0].tolist()
+    answer = processor.tokenizer(f"{sample.questions[0].answer}<|endoftext|>")["input_ids"]
+    opening = video_prefix(processor)[0].tolist()
+    assert ids == opening[:-1] + opening[-1:] * 8 * 16 + asked + answer
 
 
-def test_batch_shapes_and_labels(tokens):
-    for batch in itertools.islice(batches(tokens), 3):
+def test_batch_shapes_and_labels(processor):
+    for batch in itertools.islice(batches(processor), 3):
         videos, length = batch["input_ids"].shape
         assert batch["labels"].shape == (videos, length)
         frames = batch["num_frames"]
         assert len(set(frames.tolist())) == 1
         assert batch["pixel_values_videos"].shape == (int(frames.sum()), 3, 64, 64)
         assert batch["pixel_values_videos"].dtype == torch.uint8
-        assert int((batch["input_ids"] == tokens.video_id).sum()) == int(frames.sum()) * 16
-        labelled = batch["labels"] != IGNORED
+        assert int((batch["input_ids"] == processor.video_token_id).sum()) == int(frames.sum()) * 16
+        labelled = batch["labels"] != IGNORED_LABEL
         assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
         assert labelled.any(1).all()
 
 
-def test_the_curriculum_lengthens_videos(tokens):
-    early = {int(b["num_frames"][0]) for b in itertools.islice(batches(tokens, progress=torch.zeros(1)), 5)}
-    late = {int(b["num_frames"][0]) for b in itertools.islice(batches(tokens), 12)}
+def test_the_curriculum_lengthens_videos(processor):
+    early = {int(b["num_frames"][0]) for b in itertools.islice(batches(processor, progress=torch.zeros(1)), 5)}
+    late = {int(b["num_frames"][0]) for b in itertools.islice(batches(processor), 12)}
     assert early <= {1, 2}
     assert max(late) > 11
     tops = [longest_at(p / 100, 64, 0.5) for p in range(101)]
@@ -147,11 +147,11 @@ def test_the_projector_starts_from_standardised_features(make_model):
     torch.testing.assert_close(linear(features), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_batches_follow_from_their_number(tokens):
-    one, two = (next(iter(batches(tokens))) for _ in range(2))
+def test_batches_follow_from_their_number(processor):
+    one, two = (next(iter(batches(processor))) for _ in range(2))
     assert torch.equal(one["input_ids"], two["input_ids"])
     assert torch.equal(one["pixel_values_videos"], two["pixel_values_videos"])
-    later = next(iter(batches(tokens, first_batch=7)))
+    later = next(iter(batches(processor, first_batch=7)))
     assert not torch.equal(one["pixel_values_videos"][:8], later["pixel_values_videos"][:8])
 
 
@@ -164,7 +164,8 @@ def test_pictures_as_from_a_file_stay_close():
 
 
 def test_the_clock():
-    clock = WorldClock(steps=100, seconds=50.0, warmup_steps=10, decay_from=0.6, floor=0.0)
+    falling = {"num_decay_steps": 0.4, "decay_type": "linear", "min_lr_ratio": 0.0}
+    clock = TrainingClock(100, 50.0, 10, "warmup_stable_decay", falling)
     assert clock.progress(50) == 0.5
     clock.elapsed = 40.0
     assert clock.progress(50) == 0.8
@@ -173,9 +174,10 @@ def test_the_clock():
     assert [clock(step) for step in (0, 9, 59)] == pytest.approx([0.1, 1.0, 1.0])  # warm-up, then constant
     clock.elapsed = 500.0
     assert clock.progress(0) == 1.0
-    assert WorldClock(100, None, 10)(0) == pytest.approx(0.1, abs=1e-3)
+    assert TrainingClock(100, None, 10)(0) == pytest.approx(0.1, abs=1e-3)
+    assert TrainingClock(100, None, 0, "cosine")(50) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="steps"):
-        WorldClock(None, None, 10)
+        TrainingClock(None, None, 10)
 
 
 def test_recall_start_reaches_every_layer(make_model):
@@ -210,9 +212,7 @@ def small(out, **options):
 def test_a_run_stops_resumes_and_exports(tmp_path):
     import csv
 
-    from transformers import AutoTokenizer
-
-    from video_ma2mba import VideoMa2mbaForConditionalGeneration
+    from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 
     train(small(tmp_path, steps=50, stop_after=0.0))  # stops after its first step
     assert (tmp_path / "checkpoint-1").is_dir()
@@ -230,8 +230,7 @@ def test_a_run_stops_resumes_and_exports(tmp_path):
     assert (tmp_path / "validation.csv").is_file()
 
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    batch = next(iter(batches(ChatTokens(tokenizer, 16))))
+    batch = next(iter(batches(VideoMa2mbaProcessor.from_pretrained(tmp_path / "model"))))
     assert torch.isfinite(model(**batch).loss)
     assert model.config.vision_chunk_frames == 64
 
@@ -240,14 +239,12 @@ def test_a_run_stops_resumes_and_exports(tmp_path):
 def test_the_model_learns(tmp_path):
     """A few dozen steps on one tiny batch: the loss on answers falls well below what guessing would leave."""
     from video_ma2mba import VideoMa2mbaForConditionalGeneration
-    from video_ma2mba.world.train import build_optimizer
 
     tokenizer = build_world_tokenizer()
-    tokens = ChatTokens(tokenizer, 16)
     model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], tokenizer))
     start_for_recall_(model)
-    batch = batches(tokens).batch([1, 2], 8)
-    optimizer = build_optimizer(model, small(tmp_path, steps=1, learning_rate=1e-2))
+    batch = batches(world_processor(model.config, tokenizer)).batch([1, 2], 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
     losses = []
     for _ in range(60):
         loss = model(**batch).loss

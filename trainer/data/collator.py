@@ -41,6 +41,7 @@ class VideoChatCollator:
         report: counts and lists; None makes one without a file.
         replacements: rows of the training data, for a batch of which nothing is left. replace: off for evaluation.
         pad_to_multiple_of: pad to a multiple of so many tokens.
+        ends: "all", or "first" to learn the end of the first answer only; see `EncodingSettings`.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class VideoChatCollator:
         replacements: Dataset | None = None,
         replace: bool = True,
         pad_to_multiple_of: int = 1,
+        ends: str = "all",
     ):
         if on_broken not in ("skip", "raise"):
             raise ValueError(f"on_broken={on_broken!r}: use skip or raise")
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; add one with add_video_tokens")
         self.processor = processor
-        self.settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
+        self.settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length, ends)
         self.on_broken = on_broken
         self.report = report if report is not None else BrokenSamples()
         self.replacements, self.replace = replacements, replace

@@ -17,6 +17,7 @@ from .canonical import drop_empty
 from .row_formats import check_answers, detect_format
 
 LABELS = ("answers", "captions")
+ENDS = ("all", "first")
 LEAST_DECODED = 0.5
 """Share of a video's frames that must come out of the decoder: with fewer, what is asked may not be seen."""
 FEW_FRAMES = 8
@@ -45,15 +46,19 @@ CAPTION_TEMPLATE = """\
 @dataclass(frozen=True)
 class EncodingSettings:
     """How rows become samples. `fps` and `num_frames` as for `open_video`, None taking the processor's; `max_frames`
-    bounds the frames of a whole sample, `max_length` its tokens."""
+    bounds the frames of a whole sample, `max_length` its tokens. `ends`: which answers' end-of-text tokens are learnt;
+    after answers of one word they would be half of the loss, and are easy, so "first" learns one of them only."""
 
     labels: str = "answers"
     fps: float | None = None
     num_frames: int | None = None
     max_frames: int | None = None
     max_length: int | None = None
+    ends: str = "all"
 
     def __post_init__(self) -> None:
+        if self.ends not in ENDS:
+            raise ValueError(f"ends={self.ends!r}: use one of {', '.join(ENDS)}")
         if self.labels not in LABELS:
             raise ValueError(f"labels={self.labels!r}: use one of {', '.join(LABELS)}")
         for name in ("max_frames", "max_length"):
@@ -247,11 +252,16 @@ def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, 
         if frames[-1] < LEAST_DECODED * count:
             raise ValueError(f"{reader.name}: only {frames[-1]} of {count} frames could be decoded")
         notes += [note for note in reader.warnings if note not in notes]
-    return assemble(processor, layout, None if pixels is None else pixels[:place], frames, notes)
+    return assemble(processor, layout, None if pixels is None else pixels[:place], frames, notes, settings.ends)
 
 
 def assemble(
-    processor: Any, layout: Layout, pixels: torch.Tensor | None, frames: list[int], notes: list[str]
+    processor: Any,
+    layout: Layout,
+    pixels: torch.Tensor | None,
+    frames: list[int],
+    notes: list[str],
+    ends: str = "all",
 ) -> Sample:
     """Repeat each placeholder for the frames that were read, and label what the assistant wrote."""
     ids, written = torch.tensor(layout.tokens), torch.tensor(layout.written)
@@ -259,6 +269,8 @@ def assemble(
     repeats[ids == processor.video_token_id] = torch.tensor(frames, dtype=torch.int64) * processor.tokens_per_frame
     ids, written = ids.repeat_interleave(repeats), written.repeat_interleave(repeats)
     learnt = (written == 1) & (ids != processor.video_token_id)
+    if ends == "first":
+        learnt[(learnt & (ids == processor.tokenizer.eos_token_id)).nonzero()[1:, 0]] = False
     if not learnt.any():
         raise ValueError("there is no answer (or caption) to learn from")
     return Sample(
