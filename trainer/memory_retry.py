@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerState
 
 from .rank_agreement import OtherProcessShortage, RankAgreement
 from .step_planner import StepPlan, StepPlanner
-
-if TYPE_CHECKING:
-    from .video_trainer import VideoMa2mbaTrainer
+from .throughput import Throughput
+from .training_config import VideoMa2mbaTrainingConfig
 
 _log = logging.getLogger(__name__)
+
+
+class RunningTrainer(Protocol):
+    """What is asked of the trainer (`VideoMa2mbaTrainer`, an `SFTTrainer`)."""
+
+    video_model: nn.Module
+    args: VideoMa2mbaTrainingConfig
+    accelerator: Any
+    state: TrainerState
+    throughput: Throughput
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
 
 
 class MemoryRetry:
@@ -29,7 +42,7 @@ class MemoryRetry:
     step, all begin anew, and only the one that ran out of memory under a smaller plan.
     """
 
-    def __init__(self, trainer: VideoMa2mbaTrainer, step: Callable[..., Tensor], model: nn.Module) -> None:
+    def __init__(self, trainer: RunningTrainer, step: Callable[..., Tensor], model: nn.Module) -> None:
         self.trainer, self.step = trainer, step
         settings = trainer.video_model.model.language_model.engine.settings
         adaptive = settings is not None and trainer.args.adaptive_plan
@@ -81,21 +94,16 @@ class MemoryRetry:
 
     def _attempt(self, model: nn.Module, inputs: dict[str, Any], num_items: Any, plan: StepPlan | None) -> Tensor:
         predicted = 0
-        if self.planner is not None:
-            self.planner.apply(plan)
         cuda = self.device.type == "cuda"
         if plan is not None:
             predicted = plan.step_bytes + (self._resident() if cuda else 0)
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        try:
+        with contextlib.nullcontext() if self.planner is None else self.planner.applied(plan):
             if self.ranks is None:
                 loss = self.step(model, inputs, num_items)
             else:
                 loss = self.ranks.run(lambda: self.step(model.module, inputs, num_items))
-        finally:
-            if self.planner is not None:
-                self.planner.apply(None)  # evaluations run as the settings say
         self.trainer.throughput.peak(predicted, self.device)
         return loss
 

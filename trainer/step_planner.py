@@ -1,13 +1,14 @@
-"""Chooses per batch how a training step runs: without recomputation where that fits, else under the fastest plan.
+"""Decides per batch how a training step runs: without recomputation where that fits, else under the fastest plan.
 
-The same predictions and limits as the engine's own planner (`planner`), asked before the step begins, with the
-vision tower counted in. Shapes: B batch, S tokens, F frames.
+The planner (`planner`) is asked once, before the step begins and with the vision tower counted in; the engine gets the
+plan and does not ask again. Shapes: B batch, S tokens, F frames.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200
 from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
 from ..modeling_video_ma2mba.parallel_shards import is_unit
-from ..modeling_video_ma2mba.planner import Limits, candidate_plans, describe_batch, fastest, step_limits
+from ..modeling_video_ma2mba.planner import Limits, best_plan, describe_batch, step_limits
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
 
@@ -64,7 +65,6 @@ class StepPlanner:
         self._usual_segment = self.stack.prefill_segment_length
         self.last: StepPlan | None = None
         self._ceiling = math.inf  # bytes that no step may be planned to take, since one ran out of memory
-        self._known: dict[Any, StepPlan] = {}
         self._vision = self._vision_facts()
         before_stack = (self.base.get_input_embeddings(), *self._vision_parts())
         self._input_trains = any(p.requires_grad for part in before_stack for p in part.parameters())
@@ -113,8 +113,8 @@ class StepPlanner:
         return self.last
 
     def _without_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
-        fixed = (self.settings.segment_length, self.settings.layers_per_block, self.settings.offload)
-        if self.settings.method != "multi_axis" or any(value is not None for value in fixed):
+        parts = ("segment_length", "layers_per_block", "offload", "forward_order", "backward_order")
+        if self.settings.method != "multi_axis" or any(getattr(self.settings, part) is not None for part in parts):
             return None
         if is_unit(self.stack.layers[0]):  # FSDP: the engine gathers layers for segments, all processes alike
             return None
@@ -138,23 +138,8 @@ class StepPlanner:
         return lengths
 
     def _with_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
-        situation = (job.work, job.vision)
-        known = self._known.get(situation)
-        if known is not None and limits.allow(known.prediction, H200.slack):
-            return known
-        settings, on_gpu = self.settings, self.stack.norm_f.weight.device.type == "cuda"
-        plan = settings.fixed_plan(job.shape.layers, job.work.tokens)
-        if plan is not None:
-            return self._remember(situation, predict_job(job, plan))
-        places = (settings.offload,) if settings.offload is not None else (False, True) if on_gpu else (False,)
-        plans = candidate_plans(job, places, settings.segment_length, settings.layers_per_block)
-        best = fastest(job, plans, limits)
-        return None if best is None else self._remember(situation, best)
-
-    def _remember(self, situation: Any, prediction: Prediction) -> StepPlan:
-        plan = StepPlan(prediction, True, prediction.above_weights)
-        self._known[situation] = plan
-        return plan
+        best = best_plan(self.settings, self.stack, job, limits)
+        return None if best is None else StepPlan(best, True, best.above_weights)
 
     def smaller(self, inputs: Mapping[str, Any]) -> StepPlan | None:
         """After a step that ran out of memory: the fastest way that takes clearly less; None if there is none.
@@ -164,29 +149,33 @@ class StepPlanner:
         if self.last is None or self.settings.fixed_plan(len(self.stack.layers), inputs["input_ids"].shape[1]):
             return None
         self._ceiling = _SMALLER * self.last.step_bytes
-        self._known.clear()
         limits = replace(self.limits(), allocated=0)
         job = self.describe(inputs)
         self.last = self._without_recomputation(job, limits) or self._with_recomputation(job, limits)
         return self.last
 
-    def apply(self, step: StepPlan | None) -> None:
-        """Switch the model to a step's plan; None to what the settings say."""
-        plan = None if step is None else step.plan
-        self.stack.gradient_checkpointing = step is None or plan is not None
-        self.stack.prefill_segment_length = (step and step.segment) or self._usual_segment
-        self.base.recompute_vision = step is None or step.recompute_vision
-        self.base.offload_inputs = bool(self.settings.offload) if plan is None else plan.offload
-        self.stack.engine.settings = self.settings
-        if plan is not None:
-            self.stack.engine.settings = replace(
-                self.settings,
-                method="multi_axis",
-                layers_per_block=plan.layers_per_block,
-                segment_length=plan.segment_length,
-                offload=plan.offload,
-                memory_budget=None,  # was heeded here
-            )
+    @contextlib.contextmanager
+    def applied(self, step: StepPlan | None) -> Iterator[None]:
+        """Inside, the model runs under a step's plan; before, afterwards and for None as the settings say."""
+        if step is None:
+            yield
+            return
+        plan = step.plan
+        switches = [
+            (self.stack, "gradient_checkpointing", plan is not None),
+            (self.stack, "prefill_segment_length", step.segment or self._usual_segment),
+            (self.base, "recompute_vision", step.recompute_vision),
+            (self.base, "offload_inputs", bool(self.settings.offload) if plan is None else plan.offload),
+        ]
+        before = [getattr(part, name) for part, name, _ in switches]
+        try:
+            for part, name, value in switches:
+                setattr(part, name, value)
+            with self.stack.engine.planned(plan):
+                yield
+        finally:
+            for (part, name, _), value in zip(switches, before, strict=True):
+                setattr(part, name, value)
 
 
 def _round_up(labels: int, step: int = 256) -> int:

@@ -16,6 +16,7 @@ from tensor_chats import (
     weights,
 )
 
+from video_ma2mba.modeling_video_ma2mba import recompute_engine
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputeSettings
 from video_ma2mba.trainer.step_planner import StepPlanner
 
@@ -69,6 +70,25 @@ def test_plan_follows_the_length_of_the_batch(tmp_path):
     plain.train()
     assert plain.video_model.model.language_model.engine.last_plan is None
     assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_a_step_is_planned_once(tmp_path, monkeypatch):
+    """The trainer decides and hands the plan to the engine, which asks nobody."""
+    monkeypatch.setattr(recompute_engine, "choose_plan", lambda *_: pytest.fail("planned a second time"))
+    decisions, budget = [], middle_budget()
+    monkeypatch.setattr(
+        StepPlanner, "choose", lambda *a, choose=StepPlanner.choose: decisions.append(choose(*a)) or decisions[-1]
+    )
+    kwargs = {"memory_budget": budget, "backward_order": "anti_diagonal"}
+    trainer = make_trainer(tmp_path, data=OneLength(), max_steps=4, gradient_checkpointing_kwargs=kwargs, **ORDER)
+    stack = trainer.video_model.model.language_model
+    ran = []
+    stack.register_forward_hook(lambda *_: ran.append(stack.engine.last_plan))
+    trainer.train()
+    assert len(decisions) == 4, "one decision a step"
+    assert ran == [decision.plan for decision in decisions]
+    assert {plan.backward_order for plan in ran} == {"anti_diagonal"}
+    assert stack.gradient_checkpointing and stack.engine.settings == RecomputeSettings(**kwargs), "nothing stays"
 
 
 def test_fixed_plans_stay_fixed(tmp_path):
