@@ -50,11 +50,14 @@ def batch(
     identity = pipe.identity()
     settings = {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
     settings |= {**frames, "max_new_tokens": max_new_tokens}
+    _note_contents(items, videos)
     began, errors = time.perf_counter(), 0
     with Results(out, settings, items, retry_errors) as results, reading_progress("answered") as tell:
         there = len(results.done)
         if results.torn:
             typer.echo(f"{out}: an unfinished line at the end was taken away", err=True)
+        if results.stale:
+            typer.echo(f"{out}: {results.stale} results are about other contents of their videos: done anew", err=True)
         if there:
             typer.echo(f"{out}: {there} of {len(items)} results are there already", err=True)
         tell(there, len(items))
@@ -71,6 +74,27 @@ def batch(
             raise
     seconds = time.perf_counter() - began
     typer.echo(f"{out}: {len(items) - there - errors} answered, {errors} errors in {seconds:.1f} s", err=True)
+
+
+def _path(video: str, folder: Path | None) -> str:
+    from video_ma2mba.processing.video_source_names import is_address, local_path
+
+    return video if folder is None or is_address(video) else str(folder / local_path(video))
+
+
+def _note_contents(items: list[Item], folder: Path | None) -> None:
+    """Give each item the digest of what its video holds now."""
+    from video_ma2mba.eval.media import Medium
+
+    known: dict[str, str | None] = {}
+    for item in items:
+        if item.error is None:
+            if item.video not in known:
+                try:
+                    known[item.video] = Medium(_path(item.video, folder)).digest()[:16]
+                except (OSError, ValueError):  # what is wrong with it is told when it is read
+                    known[item.video] = None
+            item.shown = known[item.video]
 
 
 def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
@@ -117,7 +141,6 @@ def _answered(
 def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[dict, dict]:
     """For each video its state, or what went wrong; and frames read and warnings, for the results."""
     from video_ma2mba.modeling_video_ma2mba.answering_questions import chunks_of_all, video_prefix
-    from video_ma2mba.processing.video_source_names import is_address, local_path
 
     model, processor = pipe.model, pipe.processor
     prefix, size = video_prefix(processor), model.config.read_chunk_frames
@@ -126,8 +149,7 @@ def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[d
     try:
         for video in videos:
             try:
-                path = video if folder is None or is_address(video) else str(folder / local_path(video))
-                readers[video] = processor.video_processor.open(path, **frames)
+                readers[video] = processor.video_processor.open(_path(video, folder), **frames)
             except Exception as error:
                 states[video] = error
         opened = list(readers)

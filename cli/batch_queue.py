@@ -15,7 +15,8 @@ _FIELDS = ("video", "question", "questions", "id")
 
 @dataclass
 class Item:
-    """One line of the queue. `error` says why it cannot be asked; `digest` tells whether a result belongs to it."""
+    """One line of the queue. `error` says why it cannot be asked; `digest` and `shown`, that of the video's content,
+    tell whether a result belongs to it."""
 
     line: int
     digest: str
@@ -24,12 +25,15 @@ class Item:
     several: bool = False
     id: Any = None
     error: str | None = None
+    shown: str | None = None
 
     def result(self, **found: Any) -> dict[str, Any]:
         """The line of results for this item; what was asked is repeated, so that it can be read by itself."""
         facts: dict[str, Any] = {"line": self.line, "item": self.digest}
         if self.id is not None:
             facts["id"] = self.id
+        if self.shown is not None:
+            facts["shown"] = self.shown
         if self.error is None:
             from video_ma2mba.processing.video_source_names import shown_name
 
@@ -86,6 +90,7 @@ class Results:
     Attributes:
         done: lines of the queue that have their result.
         torn: whether an unfinished line at the end, left by an interruption, was taken away.
+        stale: results that were taken out because their videos have another content now.
 
     Raises:
         ValueError: the file holds something else, results of another queue or with other settings, or is being
@@ -98,7 +103,8 @@ class Results:
         try:
             _lock(self._descriptor, path)
             self._claim(settings)
-            self.torn, kept = self._whole_lines({item.line: item.digest for item in items}, retry_errors)
+            self.stale = 0
+            self.torn, kept = self._whole_lines({item.line: item for item in items}, retry_errors)
             self.done = {result["line"] for result in kept}
         except BaseException:
             os.close(self._descriptor)
@@ -151,8 +157,9 @@ class Results:
                 f"{self.path} holds results with another {' and another '.join(differing)}: name another file"
             )
 
-    def _whole_lines(self, digests: dict[int, str], retry_errors: bool) -> tuple[bool, list[dict[str, Any]]]:
-        """Results that are there; what follows the last whole line is cut off, and by request the errors."""
+    def _whole_lines(self, items: dict[int, Item], retry_errors: bool) -> tuple[bool, list[dict[str, Any]]]:
+        """Results that are there; what follows the last whole line is cut off, results about another content of a
+        video are taken out, and by request the errors."""
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         kept, whole, lines = [], 0, []
         with open(self._descriptor, "rb", closefd=False) as file:
@@ -160,15 +167,18 @@ class Results:
                 if not line.endswith(b"\n"):
                     break
                 result = _parsed(line)
-                if result is None or digests.get(result["line"]) != result.get("item"):
+                item = None if result is None else items.get(result["line"])
+                if item is None or item.digest != result.get("item"):
                     raise ValueError(f"{self.path}, line {number}, is no result of this queue: name another file")
                 whole += len(line)
-                if not (retry_errors and "error" in result):
+                stale = "error" not in result and result.get("shown") != item.shown
+                self.stale += stale
+                if not stale and not (retry_errors and "error" in result):
                     kept.append(result)
                     lines.append(line)
         torn = os.fstat(self._descriptor).st_size > whole
         os.ftruncate(self._descriptor, whole)
-        if retry_errors and sum(map(len, lines)) < whole:
+        if sum(map(len, lines)) < whole:
             self._replace(lines)
         return torn, kept
 

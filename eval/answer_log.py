@@ -1,9 +1,14 @@
-"""Every answer of an evaluation, written as it comes, one JSON object a line: what a crash leaves is used again."""
+"""Every answer of an evaluation, written as it comes, one JSON object a line: what a crash leaves is used again.
+
+An answer is found again by its key, which covers all that it depends on. A row with an "error" is a record, no answer:
+what it says could not be done is tried again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ class AnswerLog:
     def __init__(self, path: Path | None, rank: int = 0):
         self.path = path
         self.answers: dict[str, dict[str, Any]] = {}
+        self.expected: dict[tuple[str, int, int], set[str]] = {}  # keys of what is asked now, by place
         if path is None:
             return
         if rank:
@@ -28,9 +34,48 @@ class AnswerLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in files_of(path):
             for entry in read_rows(file):
-                self.answers[entry["key"]] = entry
+                if "error" not in entry or entry["key"] not in self.answers:
+                    self.answers[entry["key"]] = entry
         if self.path.exists():
             _drop_torn_line(self.path)
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an answer; an error of an earlier run is none."""
+        return key in self.answers and "error" not in self.answers[key]
+
+    def expect(self, place: tuple[str, int, int], key: str) -> None:
+        """Note what is asked now in a place (task, document, round)."""
+        self.expected.setdefault(place, set()).add(key)
+
+    def drop_others(self, only_own: bool = False) -> int:
+        """Take rows out of the files in whose place something else is expected, and all but the last of one key.
+
+        Args:
+            only_own: leave files of other ranks alone.
+
+        Returns:
+            How many rows were taken out.
+        """
+        if self.path is None:
+            return 0
+        first = self.path.with_name(re.sub(r"\.rank\d+(?=\.)", "", self.path.name))
+        dropped = 0
+        for file in [self.path] if only_own else files_of(first):
+            rows = read_rows(file)
+            last = {row["key"]: number for number, row in enumerate(rows)}
+            kept = [row for number, row in enumerate(rows) if last[row["key"]] == number and self._fits(row)]
+            if len(kept) < len(rows):
+                dropped += len(rows) - len(kept)
+                draft = file.with_name(file.name + ".part")
+                draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+                draft.replace(file)
+        return dropped
+
+    def _fits(self, row: dict[str, Any]) -> bool:
+        place = (row.get("task"), row.get("doc_id"), row.get("round", 0))
+        if "error" in row and self.holds(row["key"]):
+            return False
+        return place not in self.expected or row["key"] in self.expected[place]
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep an answer; `entry` holds its "key".

@@ -47,11 +47,12 @@ class Answerer:
         self.answered = self.reused = self.spared = self.output_tokens = 0
         self.seconds_answering = self.seconds_saved = 0.0
 
-    def key(self, job: Job) -> str:
-        """By which an answer is found again: the question, the model's weights and how it looks at videos."""
+    def key(self, job: Job, prompt: Prompt) -> str:
+        """By which an answer is found again: the question, the content of what is shown, the model's weights and how
+        it looks at videos."""
         identity = self.pipe.identity()
         facts = [identity[name] for name in ("weights", "model_config", "processor", "dtype")]
-        return job.key([*facts, vars(self.store.reading), self.stop_ngram])
+        return job.key([prompt.digest(), *facts, vars(self.store.reading), self.stop_ngram])
 
     def answer(self, asked: Sequence[Asked]) -> None:
         """Answer requests that all show the same media, `batch` at a time.

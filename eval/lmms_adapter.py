@@ -18,7 +18,7 @@ from loguru import logger
 from .answer_log import AnswerLog
 from .answering import Answerer
 from .harness import join_ranks
-from .lmms_ranks import answer_together
+from .lmms_ranks import answer_together, gathered
 from .lmms_requests import Job, is_padding, job_of
 from .lmms_rounds import answer_rounds
 from .state_store import Reading, StateStore
@@ -36,7 +36,8 @@ class VideoMa2mbaSimple(lmms):
         fps, num_frames, max_frames, folder_fps: which frames are read; see `Reading`.
         stop_repeat_ngram: end an answer when its latest so many tokens occurred before; 0: never.
         cache_states: states kept in memory. cache_dir: folder for states on disk, limited to `cache_gb`.
-        answers: file (JSON lines) for every answer as it comes; answers that it holds are not given again.
+        answers: file (JSON lines) for every answer as it comes; answers that it holds to the same questions about the
+            same content are not given again.
         broken: `stop` at a video that cannot be read, or `skip` it: its answers are empty.
         trust_remote_code: run code that comes with the checkpoint.
         pipe: a loaded pipeline, instead of `pretrained` (from Python).
@@ -77,7 +78,7 @@ class VideoMa2mbaSimple(lmms):
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
         self.store = StateStore(self.pipe, reading, cache_states, folder, int(cache_gb * 1e9))
         self.log = AnswerLog(None if answers is None else Path(answers).expanduser(), self._rank)
-        self.summary = "nothing was asked"
+        self.summary, self.replaced = "nothing was asked", ""
         self.answerer = Answerer(self.pipe, self.store, self.log, stop_repeat_ngram, self.batch_size, broken == "skip")
 
     def _load(self, pretrained: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
@@ -109,6 +110,7 @@ class VideoMa2mbaSimple(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
         """For each request the answers of its rounds; each round may show other media."""
         answers = [answer_rounds(self.answerer, job_of(request), self._document) for request in requests]
+        self._forget_others()
         self._tell()
         return answers
 
@@ -135,15 +137,34 @@ class VideoMa2mbaSimple(lmms):
             if job.generation["do_sample"] and not padding:
                 plain = job.key(None)
                 job.repeat = seen[plain] = seen.get(plain, -1) + 1
-            keys.append(self.answerer.key(job))
+            keys.append(self.answerer.key(job, job.prompt(self._document(job))))
+            self.log.expect(job.place, keys[-1])
         jobs = dict(zip(keys, (job for job, _ in asked), strict=True))
         rows = answer_together(self.answerer, jobs, self._document, self._rank, self._world_size)
+        self._forget_others()
         self._tell()
         counted = [TokenCounts(rows[key]["input_tokens"], rows[key]["output_tokens"]) for key in keys]
         return [GenerationResult(rows[key]["answer"], count) for key, count in zip(keys, counted, strict=True)]
 
     def _document(self, job: Job) -> Any:
         return self.task_dict[job.task][job.split][job.doc_id]
+
+    def _forget_others(self) -> None:
+        """Drop recorded answers in whose place another question, or another video, stands by now."""
+        import torch.distributed as dist
+
+        together = self._world_size > 1 and dist.is_available() and dist.is_initialized()
+        if together:
+            for expected in gathered(self.log.expected, self._world_size):
+                for place, keys in expected.items():
+                    self.log.expected.setdefault(place, set()).update(keys)
+        if self._rank == 0 or not together:
+            dropped = self.log.drop_others(only_own=self._world_size > 1 and not together)
+            if dropped:
+                self.replaced = f"{dropped} answers there were to other questions, about other videos, or errors, and "
+                self.replaced += "are replaced"
+        if together:
+            dist.barrier()
 
     def _tell(self) -> None:
         """What reading each video once has saved, to the log and into the harness's results."""
@@ -153,7 +174,7 @@ class VideoMa2mbaSimple(lmms):
             f"{self.answerer.answered} answers given, {self.answerer.reused} known from an earlier run; "
             f"{tally.videos_read} videos read ({tally.frames_read} frames, {tally.seconds_reading:.1f} s); "
             f"{self.answerer.spared} answers needed no reading of their own{disk}, which saved "
-            f"{self.answerer.seconds_saved:.1f} s"
+            f"{self.answerer.seconds_saved:.1f} s" + (f"; {self.replaced}" if self.replaced else "")
         )
         logger.info(f"video_ma2mba: {self.summary}")
         log_metrics(

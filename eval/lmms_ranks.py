@@ -40,7 +40,7 @@ def answer_together(
         The log's rows of `jobs`.
     """
     log = answerer.log
-    todo = {key: job for key, job in jobs.items() if key not in log.answers}
+    todo = {key: job for key, job in jobs.items() if not log.holds(key)}
     answerer.reused += len(jobs) - len(todo)
     works = _works(todo, document)
     shared = world > 1 and dist.is_available() and dist.is_initialized()
@@ -51,7 +51,7 @@ def answer_together(
             answerer.answer([(key, todo[key], todo[key].prompt(document(todo[key]))) for key in work.keys])
             bar.update(len(work.keys))
     if shared:
-        new = _gathered({key: log.answers[key] for work in works for key in work.keys}, world)
+        new = gathered({key: log.answers[key] for work in works for key in work.keys}, world)
         for rows in new:
             log.answers.update(rows)  # each is in the file of the rank that gave it
     return {key: log.answers[key] for key in jobs}
@@ -85,7 +85,7 @@ def _dealt_out(
 ) -> tuple[list[Work], dict[str, Job]]:
     """This rank's share of all ranks' work. Heaviest first, to whom has least."""
     told = [(work.label, work.weight, [(key, _told(todo[key])) for key in work.keys]) for work in works]
-    everyone = _gathered((told, {job.task for job in jobs.values()}), world)
+    everyone = gathered((told, {job.task for job in jobs.values()}), world)
     merged: dict[str, Work] = {}
     requests: dict[str, tuple] = {}
     for shares, _ in everyone:
@@ -118,7 +118,8 @@ def _job(told: tuple, like: Mapping[str, Job]) -> Job:
     return Job(task, split, doc_id, context, settings, model.source, model.is_chat, model.rounds, repeat)
 
 
-def _gathered(mine: Any, world: int) -> list[Any]:
+def gathered(mine: Any, world: int) -> list[Any]:
+    """`mine` of every rank."""
     found = [None] * world
     dist.all_gather_object(found, mine)
     return found

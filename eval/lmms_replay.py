@@ -32,11 +32,16 @@ class ReplaySimple(lmms):
         if not files:
             raise FileNotFoundError(f"answers={answers}: there is no file of answers")
         self.known: dict[tuple[str, int, int], str] = {}
+        failed: dict[tuple[str, int, int], str] = {}
         for file in files:
             for row in read_rows(file):
                 place = (row["task"], int(row["doc_id"]), row.get("round", 0))
+                if "error" in row:
+                    failed.setdefault(place, row["answer"])
+                    continue
                 if self.known.setdefault(place, row["answer"]) != row["answer"]:
                     raise ValueError(f"{file} holds a second answer to {place[0]}, document {place[1]}")
+        self.known = failed | self.known
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """ValueError for questions that have no recorded answer."""

@@ -28,6 +28,19 @@ class Prompt:
     messages: list[dict[str, Any]]
     whole: bool = False
 
+    def digest(self) -> str:
+        """SHA-256 of all that is shown and said, whatever files are called."""
+
+        def content(part: dict[str, Any]) -> Any:
+            source = part.get(part["type"])
+            if part["type"] == "text":
+                return ["text", source]
+            return [part["type"], Medium(source if isinstance(source, str) else (source,)).digest()]
+
+        said = [[message["role"], [content(part) for part in message["content"]]] for message in self.messages]
+        facts = [[medium.digest() for medium in self.media], said]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
 
 @dataclass
 class Job:
@@ -49,8 +62,13 @@ class Job:
     def __post_init__(self) -> None:
         self.generation, self.until = _generation(self.settings)
 
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Where the task will look for the answer."""
+        return self.task, int(self.doc_id), self.round or 0
+
     def key(self, facts: Any) -> str:
-        """Digest of the question and of `facts` about who answers it."""
+        """Digest of the question and of `facts` about what is shown and who answers."""
         asked = [self.task, self.split, self.doc_id, self.context, self.generation, self.until, self.repeat]
         return hashlib.sha256(json.dumps([asked, facts], sort_keys=True, default=str).encode()).hexdigest()[:32]
 

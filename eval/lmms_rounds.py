@@ -16,13 +16,14 @@ def answer_rounds(answerer: Answerer, job: Job, document: Callable[[Job], Any]) 
     outputs: list[str] = []
     told: Any = None
     prompt: Prompt | None = job.prompt(doc)
-    base = answerer.key(job)
     while prompt is not None:
-        key = f"{base}-{len(outputs)}"
-        if key in answerer.log.answers:
+        this = replace(job, round=len(outputs))
+        key = f"{answerer.key(job, prompt)}-{len(outputs)}"
+        answerer.log.expect(this.place, key)
+        if answerer.log.holds(key):
             answerer.reused += 1
         else:
-            answerer.answer([(key, replace(job, round=len(outputs)), prompt)])
+            answerer.answer([(key, this, prompt)])
         outputs.append(answerer.log.answers[key]["answer"])
         prompt, told = _next(job, doc, outputs, told)
     return outputs

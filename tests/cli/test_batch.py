@@ -106,6 +106,23 @@ def test_it_goes_on_where_it_stopped(run, queue, tmp_path, tiny_video):
     assert len(results(out)) == 8 and sum("error" in result for result in results(out)) == 4
 
 
+def test_a_video_of_another_content_is_asked_about_again(run, queue, tmp_path, tiny_video):
+    out, clip = tmp_path / "out.jsonl", tmp_path / "clip.mp4"
+    clip.write_bytes(tiny_video.read_bytes())
+    items = write(tmp_path / "two.jsonl", [{"video": str(v), "question": "What?"} for v in (clip, tiny_video)])
+    run(items, out)
+    before = results(out)
+    assert before[0]["shown"] == before[1]["shown"]
+    clip.write_bytes(b"no video at all")
+    said = run(items, out)
+    assert "1 results are about other contents" in said and "1 of 2 results are there already" in said
+    after = {row["line"]: row for row in results(out)}
+    assert "error" in after[1] and after[1]["shown"] != before[0]["shown"] and after[2] == before[1]
+    clip.write_bytes(tiny_video.read_bytes())
+    run(items, out, "--retry-errors")
+    assert {row["line"]: row for row in results(out)} == {1: before[0], 2: before[1]}
+
+
 def test_results_of_something_else_are_not_touched(run, queue, tmp_path, tiny_video):
     out = tmp_path / "out.jsonl"
     run(queue, out)

@@ -217,7 +217,8 @@ def detect_format(columns: list[str], where: str | None = None) -> RowFormat:
             return form
     known = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMATS)
     raise UnknownFormError(
-        f"{where}: " * (where is not None)
+        f"{where}: "
+        * (where is not None)
         + f"the columns {', '.join(map(repr, columns)) or '(none)'} are of no known form. Understood: {known}"
         "; with the columns video, videos, image or images where the messages do not name them. Rename yours"
     )
