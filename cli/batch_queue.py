@@ -171,7 +171,7 @@ class Results:
                 if item is None or item.digest != result.get("item"):
                     raise ValueError(f"{self.path}, line {number}, is no result of this queue: name another file")
                 whole += len(line)
-                stale = "error" not in result and result.get("shown") != item.shown
+                stale = "error" not in result and item.shown not in (None, result.get("shown"))
                 self.stale += stale
                 if not stale and not (retry_errors and "error" in result):
                     kept.append(result)
