@@ -61,7 +61,7 @@ def base_state(seed: int):
     ssm = torch.randn(3, 1, 4, 8, 16, generator=generator)
     sources = json.dumps([{"name": f"film{seed}.mp4", "sha256": "0" * 64, "frames": 64, "seconds": 64.0}])
     facts = {"model": "bundled", "weights": "f" * 64, "frames": "64", "seconds": "64.0", "sources": sources}
-    return VideoState(conv, ssm, 1033 + seed, facts)
+    return VideoState.from_stacked(conv, ssm, 1033 + seed, facts)
 
 
 @lru_cache
@@ -87,7 +87,7 @@ def resealed(data: bytes, random: np.random.Generator) -> tuple[str, bytes]:
     import torch
     from safetensors.torch import load, save
 
-    from video_ma2mba.modeling_video_ma2mba.state_video import _checksum
+    from video_ma2mba.modeling_video_ma2mba.state_files import checksum
 
     length = int.from_bytes(data[:8], "little")
     facts = json.loads(data[8 : 8 + length])["__metadata__"]
@@ -108,25 +108,25 @@ def resealed(data: bytes, random: np.random.Generator) -> tuple[str, bytes]:
         nested,
         "\0",
     ]
-    field = ("seen_tokens", "metadata", "format_version")[int(random.integers(3))]
+    fields = ("seen_tokens", "metadata", "format_version", "layers", "kinds")
+    field = fields[int(random.integers(len(fields)))]
     choice = int(random.integers(4))
     if choice == 0:
         facts[field] = texts[int(random.integers(len(texts)))]
     elif choice == 1:
-        name = ("conv", "ssm")[int(random.integers(2))]
+        name = sorted(tensors)[int(random.integers(2))]
         dtypes = [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn, torch.float64, torch.complex64]
         tensors[name] = tensors[name].to(dtypes[int(random.integers(len(dtypes)))])
     elif choice == 2:
-        name = ("conv", "ssm")[int(random.integers(2))]
+        name = sorted(tensors)[int(random.integers(2))]
         shapes = [(-1,), (1, -1), (3, 1, 0, 4), (1, 1, 1, 1, 1, 1, -1), (-1, 1, 1, 1), (1, -1, 1, 1, 1)]
         shape = shapes[int(random.integers(len(shapes)))]
         tensors[name] = torch.zeros(shape) if 0 in shape else tensors[name].reshape(shape)
     else:
-        name = ("conv", "ssm")[int(random.integers(2))]
+        name = sorted(tensors)[int(random.integers(2))]
         value = (float("nan"), float("inf"), -float("inf"))[int(random.integers(3))]
         tensors[name].view(-1)[int(random.integers(tensors[name].numel()))] = value
-    facts.setdefault("seen_tokens", "0")
-    facts["checksum"] = _checksum(tensors, facts)
+    facts["checksum"] = checksum(tensors, facts)
     return "resealed", save(tensors, metadata=facts)
 
 

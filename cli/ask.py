@@ -41,7 +41,8 @@ def ask(
         raise ValueError("a question is empty: ask something about the video")
     if as_json and not questions:
         raise ValueError("--json answers questions given on the command line: add one")
-    from video_ma2mba.modeling_video_ma2mba.state_video import VideoState, is_state_file
+    from video_ma2mba.modeling_video_ma2mba.state_files import is_state_file
+    from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
     from video_ma2mba.processing.video_source_names import is_address, local_path, shown_name
 
     name, file = shown_name(video), video if is_address(video) else local_path(video)

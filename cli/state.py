@@ -1,8 +1,9 @@
 """`video-ma2mba state`: what is in a state file, whether it is whole and whose it is, and reading on from it."""
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +45,7 @@ def show(
 
     found = VideoState.load(file)
     facts = {**found.metadata, "tokens": str(found.seen_tokens), "bytes": str(found.nbytes)}
+    facts |= {"format": str(found.format_version), "layers": _layers(found)}
     parsed = {name: json.loads(facts[name]) for name in _JSON_FACTS if name in facts}
     if as_json:
         echo_json({**facts, **parsed})
@@ -70,7 +72,13 @@ def check(
     found = VideoState.load(file)
     pipe = load_pipeline(model, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
     pipe.check(found)
-    typer.echo(f"{file}: whole, and read by this model ({pipe.identity()['model']})")
+    kept = f"format {found.format_version}, {_layers(found)}"
+    typer.echo(f"{file}: whole ({kept}), and read by this model ({pipe.identity()['model']})")
+
+
+def _layers(found: Any) -> str:
+    """How many layers of which kinds a state has, such as `24 mamba2`."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(found.kinds).items())
 
 
 @app.command()

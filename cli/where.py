@@ -57,7 +57,7 @@ def where(
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: the picture is a PNG, name a file that ends in .png")
         require_matplotlib("the picture")
-    from video_ma2mba.modeling_video_ma2mba.state_video import is_state_file
+    from video_ma2mba.modeling_video_ma2mba.state_files import is_state_file
     from video_ma2mba.processing.video_source_names import is_address, local_path, shown_name
 
     if not is_address(video) and is_state_file(local_path(video)):

@@ -66,17 +66,17 @@ class VideoReading:
         engine.configure(_settings(language, self.x, nothing, memory))
         start = VideoState.zeros(language.config, 1, device, language.norm_f.weight.dtype)
         with torch.enable_grad():
-            _, self.conv, self.ssm = engine.run(language, self.x, start, TokenLayout(), nothing)
+            _, layers = engine.run(language, self.x, start, TokenLayout(), nothing)
+        self._after = VideoState(layers, self.x.shape[1])
 
     def state(self) -> VideoState:
         """What the model remembers of the frames, cut off from this reading."""
-        return VideoState(self.conv.detach().clone(), self.ssm.detach().clone(), self.x.shape[1])
+        return self._after.detach().fork()
 
     def log_probability(self, answer: Tensor) -> Tensor:
         """Log-probability (A,) of each token of `answer` (A,) behind the question; gradients flow to the frames."""
         with torch.enable_grad():
-            state = VideoState(self.conv, self.ssm, self.x.shape[1])
-            return answer_log_probability(self.model, state, self.prompt.asked, answer)[0]
+            return answer_log_probability(self.model, self._after, self.prompt.asked, answer)[0]
 
     def gradient(self, value: Tensor) -> Tensor:
         """Gradient (F, T, D) of a number made from `log_probability`; once for each reading."""
@@ -104,7 +104,7 @@ def answer_log_probability(model: Any, state: VideoState, asked: Tensor, answer:
     rows = embeddings(ids[None].to(execution_device(embeddings))).expand(state.batch_size, -1, -1)
     wanted = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
     wanted[:, len(asked) - 1 :] = True
-    hidden, _, _ = model.model.language_model.scan(rows, state, output_positions=wanted)
+    hidden, _ = model.model.language_model.scan(rows, state, output_positions=wanted)
     scores = model.lm_head(hidden).float().log_softmax(-1).view(state.batch_size, len(answer), -1)
     return scores.gather(-1, answer.to(scores.device).expand(state.batch_size, -1)[..., None])[..., 0]
 

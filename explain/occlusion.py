@@ -71,5 +71,5 @@ def _advance(language: Any, state: VideoState, rows: Tensor, mask: Tensor | None
     """Read embeddings (B, S, D) into `state`, whose rows skip what their mask (B, S) leaves out."""
     unwanted = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
     unwanted[:, -1] = True  # one row keeps every kernel's input non-empty
-    _, conv, ssm = language.scan(rows.to(state.conv.device), state, mask, None, unwanted.to(state.conv.device))
-    state.update(conv, ssm, rows.shape[1])
+    _, after = language.scan(rows.to(state.device), state, mask, None, unwanted.to(state.device))
+    state.take(after)

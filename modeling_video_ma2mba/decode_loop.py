@@ -361,7 +361,7 @@ class _DecoderSteps(_ForwardSteps):
             buffers.logits.copy_(self._logits)
             buffers.tokens.copy_(self._logits.argmax(-1))
         if not self.keep_state:
-            self.state.conv, self.state.ssm = buffers.conv, buffers.base
+            self.state.layers = buffers.layers()
 
     def _read_short_prompt(self, ids: Tensor, mask: Tensor | None) -> int:
         """Read a short prompt of text by a graph; returns its length, or 0 when it takes the usual way."""
@@ -395,7 +395,7 @@ class _DecoderSteps(_ForwardSteps):
         self.read_by_decoder += 1
 
     def write_back(self) -> None:
-        self.state.update(*self.decoder.buffers.export(), self.read_by_decoder)
+        self.state.update(self.decoder.buffers.export().layers, self.read_by_decoder)
 
 
 def one_state(model: Any, states: VideoState | Sequence[VideoState]) -> VideoState:
@@ -405,9 +405,7 @@ def one_state(model: Any, states: VideoState | Sequence[VideoState]) -> VideoSta
     if not isinstance(states, list | tuple):
         return states.fork().to(device, dtype)
     states = [state.to(device, dtype) for state in states]
-    conv = torch.cat([state.conv for state in states], dim=1)
-    ssm = torch.cat([state.ssm for state in states], dim=1)
-    return VideoState(conv, ssm, max(state.seen_tokens for state in states))
+    return VideoState.concatenate(states)
 
 
 def _drawing(seed: int | Sequence[int | None] | None, rows: int, device: torch.device) -> Callable[[Tensor], Tensor]:

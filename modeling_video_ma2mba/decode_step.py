@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .decode_reference import partial_sums, scale_residual, square_parts
 from .mixer_mamba2 import MixerShape
+from .state_layers import Mamba2State, unstack
 from .state_video import VideoState
 
 
@@ -101,10 +102,10 @@ def prompt_step(
     Everything goes through the model's own blocks; the buffers must have been loaded, and not stepped since.
     """
     x, delta = language_model.embeddings(ids).to(language_model.stream_dtype), None
-    for block, conv, ssm in zip(language_model.layers, buffers.conv, buffers.base, strict=True):
-        x, delta, new_conv, new_ssm = block(x, delta, conv, ssm, lengths)
-        conv.copy_(new_conv)  # at once: all layers' new states together would be as large as the buffers
-        ssm.copy_(new_ssm)
+    for block, state in zip(language_model.layers, buffers.layers(), strict=True):
+        x, delta, new = block(x, delta, state, lengths)
+        for own, value in zip(state, new, strict=True):
+            own.copy_(value)  # at once: all layers' new states together would be as large as the buffers
     last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
     hidden = language_model.norm_f(x.gather(1, last), delta.gather(1, last), head.dtype)[0][:, 0]
     torch.mm(hidden, head.T, out=buffers.logits)
@@ -161,8 +162,7 @@ class DecodeBuffers:
 
     def load(self, state: VideoState) -> None:
         """Begin from `state`, which stays as it is."""
-        self.conv.copy_(state.conv)
-        self.base.copy_(state.ssm)
+        state.copy_into(Mamba2State(self.conv, self.base))
         self.slot.zero_()
         self.position = 0
 
@@ -171,8 +171,12 @@ class DecodeBuffers:
         self.position = (self.position + 1) % self.xbc.shape[2]
         return self.position == 0
 
-    def export(self) -> tuple[Tensor, Tensor]:
-        """conv (L, B, C, W-1) and ssm (L, B, H, P, N) as a `VideoState` holds them; these buffers stay as they are."""
+    def layers(self) -> list[Mamba2State]:
+        """Views of `conv` and `base`, layer by layer."""
+        return unstack(Mamba2State(self.conv, self.base))
+
+    def export(self) -> VideoState:
+        """The state after the tokens read, those of `load` not counted; these buffers stay as they are."""
         ssm = self.base.to(torch.float32, copy=True)
         count, heads, size = int(self.slot), ssm.shape[2], ssm.shape[4]
         if count:
@@ -185,7 +189,7 @@ class DecodeBuffers:
                 weights = self.steps[layer, :, :count] * torch.exp(totals[:, -1:] - totals)
                 out *= torch.exp(totals[:, -1])[..., None, None]
                 out += torch.einsum("bkhp,bkhn->bhpn", weights[..., None] * x, b)
-        return self.conv.clone(), ssm
+        return VideoState.from_stacked(self.conv.clone(), ssm)
 
 
 def token_step(ops: SimpleNamespace, weights: DecodeWeights, buffers: DecodeBuffers, fold: bool) -> None:

@@ -208,7 +208,7 @@ class PromptGenerationMixin(FastDecodingMixin):
             **kwargs,
         )
         one_each.batch_repeat_interleave(copies)
-        state.update(one_each.conv, one_each.ssm, one_each.seen_tokens - state.seen_tokens)
+        state.take(one_each)
         hidden = outputs.hidden_states
         if hidden is not None:
             hidden = tuple(layer.repeat_interleave(copies, dim=0) for layer in hidden)

@@ -19,6 +19,7 @@ from .ops_conv import CAUSAL_CONV, add_last_inputs_gradient, causal_conv_torch, 
 from .ops_norm import GATED_RMS_NORM, add_rms_norm, gated_rms_norm_torch
 from .ops_registry import Backend
 from .ops_ssd import SSD, mask_steps, ssd_sizes, ssd_torch
+from .state_layers import LayerState, Mamba2State
 
 
 @dataclass(frozen=True)
@@ -113,68 +114,66 @@ def _ssd_arguments(shape: MixerShape) -> tuple[Any, ...]:
 def mixer_core(
     zxbcdt: Tensor,
     weights: CoreWeights,
-    conv_state: Tensor | None,
-    ssm_state: Tensor | None,
+    state: Mamba2State | None,
     shape: MixerShape,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Mamba2State]:
     """The inside of a mixer between its projections: causal convolution, SSD scan and gated norm.
 
     Args:
         zxbcdt: (B, S, 2E + 2GN + H) output of in_proj: gate z, then x, B and C, then the step size before its bias.
-        conv_state: (B, C, W-1) the last raw inputs of the convolution, None for the start of a sequence.
-        ssm_state: (B, H, P, N), fp32 (fp64 for fp64 inputs), None for zeros.
+        state: what the layer carries so far, None for the start of a sequence.
         lengths: (B,) int64, how many of the S tokens of each row are real; the rest is padding on the right, which
-            leaves the states alone. None means all.
-        seq_idx: (B, W-1+S) int32 sample number of each row of conv_state and of each token of a packed sequence, not
-            decreasing, 0 for the sample that the given ssm_state belongs to. State and convolution restart at every
-            change; padding has the number of the last real token.
+            leaves the state alone. None means all.
+        seq_idx: (B, W-1+S) int32 sample number of each remembered row of the convolution and of each token of a packed
+            sequence, not decreasing, 0 for the sample that the given state belongs to. State and convolution restart
+            at every change; padding has the number of the last real token.
 
     Returns:
-        y (B, S, E) ready for out_proj, conv_state (B, C, W-1), ssm_state (B, H, P, N), both independent copies.
+        y (B, S, E) ready for out_proj, the new state, an independent copy.
     """
     (batch, tokens, _), dtype = zxbcdt.shape, zxbcdt.dtype
     backends = CoreBackends.pick(
         shape, zxbcdt.device, dtype, tokens, padded=lengths is not None, packed=seq_idx is not None
     )
     work = torch.promote_types(dtype, torch.float32)
-    if conv_state is None:
-        conv_state = zxbcdt.new_zeros(batch, shape.conv_dim, shape.conv_kernel - 1)
-    if ssm_state is None:
-        ssm_state = zxbcdt.new_zeros(batch, shape.num_heads, shape.head_dim, shape.state_size, dtype=work)
-    states = (conv_state.to(dtype), ssm_state.to(work))
+    if state is None:
+        conv = zxbcdt.new_zeros(batch, shape.conv_dim, shape.conv_kernel - 1)
+        ssm = zxbcdt.new_zeros(batch, shape.num_heads, shape.head_dim, shape.state_size, dtype=work)
+        state = Mamba2State(conv, ssm)
+    state = Mamba2State(state.conv.to(dtype), state.ssm.to(work))
     taps, bias = weights.conv.squeeze(1).to(dtype), None if weights.conv_bias is None else weights.conv_bias.to(dtype)
     if not backends.fused:
-        return _core_torch(zxbcdt, weights._replace(conv=taps, conv_bias=bias), *states, shape, lengths, seq_idx)
+        return _core_torch(zxbcdt, weights._replace(conv=taps, conv_bias=bias), state, shape, lengths, seq_idx)
     if lengths is not None:
         z_xbc, dt = zxbcdt.split([shape.inner + shape.conv_dim, shape.num_heads], dim=-1)
         zxbcdt = torch.cat([z_xbc, mask_steps(dt, lengths)], dim=-1)
     scan = (weights.dt_bias.to(work), weights.A_log.to(work), weights.D.to(work))
-    return _FusedCore.apply(
-        zxbcdt.contiguous(), taps, bias, *scan, weights.norm.to(dtype), *states, shape, backends, lengths, seq_idx
+    y, *new = _FusedCore.apply(
+        zxbcdt.contiguous(), taps, bias, *scan, weights.norm.to(dtype), *state, shape, backends, lengths, seq_idx
     )
+    return y, Mamba2State(*new)
 
 
 def _core_torch(
     zxbcdt: Tensor,
     weights: CoreWeights,
-    conv_state: Tensor,
-    ssm_state: Tensor,
+    state: Mamba2State,
     shape: MixerShape,
     lengths: Tensor | None,
     seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Mamba2State]:
     """`mixer_core` in plain PyTorch: any device, any floating dtype, scan in fp32 (fp64 for fp64 inputs)."""
     z, xbc, dt = zxbcdt.split(shape.parts, dim=-1)
-    xbc, conv_state = causal_conv_torch(xbc, weights.conv, weights.conv_bias, conv_state, lengths, seq_idx)
+    xbc, conv = causal_conv_torch(xbc, weights.conv, weights.conv_bias, state.conv, lengths, seq_idx)
     ids = None if seq_idx is None else seq_idx[:, shape.conv_kernel - 1 :]
     x, b, c = _heads(xbc, shape)
-    a = -torch.exp(weights.A_log.to(ssm_state.dtype))
+    a = -torch.exp(weights.A_log.to(state.ssm.dtype))
     options = (shape.chunk_size, shape.time_step_limit, lengths, ids)
-    y, ssm_state = ssd_torch(x, dt, a, b, c, weights.D, weights.dt_bias, ssm_state, *options)
+    y, ssm = ssd_torch(x, dt, a, b, c, weights.D, weights.dt_bias, state.ssm, *options)
     y = gated_rms_norm_torch(y.flatten(2).to(zxbcdt.dtype), z, weights.norm, shape.eps, shape.n_groups)
-    return y, conv_state, ssm_state
+    return y, Mamba2State(conv, ssm)
 
 
 def _heads(xbc: Tensor, shape: MixerShape) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,24 +343,21 @@ class Ma2mbaMixer(nn.Module):
     def forward(
         self,
         u: Tensor,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
+        state: Mamba2State | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
         unread: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (B, S, D) -> y (B, S, D), conv_state (B, C, W-1), ssm_state (B, H, P, N). Arguments as in `mixer_core`.
+    ) -> tuple[Tensor, Mamba2State]:
+        """u (B, S, D) -> y (B, S, D) and the new state. Arguments as in `mixer_core`.
 
         With `unread`, the caller promises never to look at y, only to send a gradient into it (recomputation).
         """
         conv_weight, conv_bias = self.conv1d()
         weights = CoreWeights(conv_weight, conv_bias, self.dt_bias, self.A_log, self.D, self.norm())
-        y, conv_state, ssm_state = mixer_core(
-            self.in_proj(u), weights, conv_state, ssm_state, self.shape, lengths, seq_idx
-        )
+        y, state = mixer_core(self.in_proj(u), weights, state, self.shape, lengths, seq_idx)
         if unread and _is_plain_linear(self.out_proj):
-            return _UnreadLinear.apply(y, self.out_proj.weight.to(y.dtype)), conv_state, ssm_state
-        return self.out_proj(y), conv_state, ssm_state
+            return _UnreadLinear.apply(y, self.out_proj.weight.to(y.dtype)), state
+        return self.out_proj(y), state
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -400,51 +396,47 @@ class Ma2mbaBlock(nn.Module):
         self,
         residual: Tensor,
         delta: Tensor | None,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
+        state: Mamba2State | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
         unread: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(residual, delta, state) -> (residual, delta, conv_state, ssm_state); the stream is residual + delta."""
+    ) -> tuple[Tensor, Tensor, Mamba2State]:
+        """(residual, delta, state) -> the same after the layer; the stream is residual + delta."""
         # Under autocast at once what in_proj would cast to: in 16 bits the fused kernel serves, and keeps less.
         normed, residual = self.norm(residual, delta, _compute_dtype(self.norm.weight, residual.device.type))
-        delta, conv_state, ssm_state = self.mixer(normed, conv_state, ssm_state, lengths, seq_idx, unread)
-        return residual, delta, conv_state, ssm_state
+        delta, state = self.mixer(normed, state, lengths, seq_idx, unread)
+        return residual, delta, state
 
 
 def run_blocks(
     blocks: Sequence[nn.Module],
     x: Tensor,
-    conv_states: Sequence[Tensor | None],
-    ssm_states: Sequence[Tensor | None],
+    states: Sequence[LayerState | None],
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
     unread: bool = False,
     around: Callable[[nn.Module], AbstractContextManager] | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[LayerState]]:
     """Run consecutive blocks over one segment.
 
     Args:
-        x: (B, S, D) residual stream. conv_states, ssm_states: one entry per block, None for the start of a sequence.
+        x: (B, S, D) residual stream. states: one per block, None for the start of a sequence.
         unread: the values of the last delta will not be looked at, only its gradient is wanted.
         around: runs each block's `forward` within this context, past hooks on the block; see `parallel_shards`.
 
     Returns:
-        residual and delta (B, S, D), whose sum is the stream, the blocks' new conv states and SSM states.
+        residual and delta (B, S, D), whose sum is the stream, the blocks' new states.
     """
-    delta, new_conv, new_ssm = None, [], []
-    for index, (block, conv_state, ssm_state) in enumerate(zip(blocks, conv_states, ssm_states, strict=True)):
-        last = unread and index == len(blocks) - 1
-        arguments = (x, delta, conv_state, ssm_state, lengths, seq_idx, last)
+    delta, new = None, []
+    for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        arguments = (x, delta, state, lengths, seq_idx, unread and index == len(blocks) - 1)
         if around is None:
-            x, delta, conv_state, ssm_state = block(*arguments)
+            x, delta, state = block(*arguments)
         else:
             with around(block):
-                x, delta, conv_state, ssm_state = block.forward(*arguments)
-        new_conv.append(conv_state)
-        new_ssm.append(ssm_state)
-    return x, delta, new_conv, new_ssm
+                x, delta, state = block.forward(*arguments)
+        new.append(state)
+    return x, delta, new
 
 
 @torch.no_grad()

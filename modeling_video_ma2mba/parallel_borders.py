@@ -1,8 +1,8 @@
 """What neighbouring cells of a block hand each other: the state at a segment's end, and back its gradient.
 
 Every state that a segment starts from is kept, so recomputation reads what forward received: it never communicates.
-States are lists: the conv states (B, C, W-1) of a block's layers, then their SSM states (B, H, P, N); None stands for
-the start of a sequence, or for no gradient.
+States are lists of all tensors of a block's layers, layer after layer (`state_layers.flatten`); an empty list stands
+for the start of a sequence, or for no gradients.
 """
 
 from collections.abc import Sequence
@@ -21,23 +21,13 @@ class LocalBorders:
 
     Args:
         store: keeps border states between forward and backward (`recompute_store`).
-        blocks: layer indices of each block.
-        conv, ssm: states before the first token, (L, B, C, W-1) and (L, B, H, P, N), or None.
+        start: states before the first token, by block.
     """
 
-    def __init__(self, store: Any, blocks: Sequence[range], conv: Tensor | None, ssm: Tensor | None) -> None:
-        self._store, self._blocks = store, blocks
-        self._start = self._by_block(conv, ssm)
-        self._states: list[States] = list(self._start)
+    def __init__(self, store: Any, start: Sequence[States]) -> None:
+        self._store, self._start = store, list(start)
+        self._states: list[States] = list(start)
         self._gradients: list[States] = []
-
-    def _by_block(self, conv: Sequence[Tensor] | None, ssm: Sequence[Tensor] | None) -> list[States]:
-        return [[None if t is None else t[n] for t in (conv, ssm) for n in block] for block in self._blocks]
-
-    def _by_layer(self, states: list[States]) -> tuple[States, States]:
-        half = [len(s) // 2 for s in states]
-        conv = [c for s, n in zip(states, half, strict=True) for c in s[:n]]
-        return conv, [c for s, n in zip(states, half, strict=True) for c in s[n:]]
 
     # --------------------------------------------------------------------------------------------- forward
     def state_before(self, block: int, segment: int) -> States:
@@ -51,15 +41,15 @@ class LocalBorders:
         """Hand on the state at a cell's end."""
         self._states[block] = states
 
-    def end(self) -> tuple[States, States]:
-        """Conv and SSM states of all layers after the last token."""
+    def end(self) -> list[States]:
+        """The states after the last token, by block."""
         ends, self._states = self._states, []
-        return self._by_layer(ends)
+        return ends
 
     # -------------------------------------------------------------------------------------------- backward
-    def start_backward(self, dconv: Sequence[Tensor] | None, dssm: Sequence[Tensor] | None) -> None:
-        """Take the gradients of the states after the last token."""
-        self._gradients = self._by_block(dconv, dssm)
+    def start_backward(self, gradients: Sequence[States]) -> None:
+        """Take the gradients of the states after the last token, by block."""
+        self._gradients = list(gradients)
 
     def kept_state(self, block: int, segment: int) -> States:
         """The state that a cell started from; handed out once."""
@@ -73,6 +63,6 @@ class LocalBorders:
         """Hand back the gradient of the state that a cell started from."""
         self._gradients[block] = gradients
 
-    def start_gradients(self) -> tuple[States, States]:
-        """Gradients of the conv and SSM states of all layers before the first token."""
-        return self._by_layer(self._gradients)
+    def start_gradients(self) -> list[States]:
+        """Gradients of the states before the first token, by block."""
+        return self._gradients

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -97,4 +96,4 @@ def _mark(state: VideoState | None) -> str:
     """Tells states apart by what they hold."""
     if state is None:
         return ""
-    return f"{state.seen_tokens}:{zlib.crc32(state.ssm.detach().cpu().contiguous().numpy()):08x}"
+    return f"{state.seen_tokens}:{state.fingerprint():08x}"

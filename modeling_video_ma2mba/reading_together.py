@@ -115,7 +115,7 @@ def _finished(
     if frames.count == 0:
         return ValueError(f"video {row} has no frames")
     seen = start.seen_tokens + frames.count * model.config.tokens_per_frame
-    alone = VideoState(state.conv, state.ssm, seen, {"frames": str(frames.count)})
+    alone = VideoState(state.layers, seen, {"frames": str(frames.count)})
     alone.batch_select_indices(torch.tensor([place]))
     if frames.seconds is not None:
         alone.metadata["seconds"] = str(frames.seconds)

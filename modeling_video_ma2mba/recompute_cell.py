@@ -18,6 +18,7 @@ from .mixer_mamba2 import run_blocks
 from .parallel_borders import States
 from .recompute_schedule import Cell
 from .stack_token_layout import TokenLayout
+from .state_layers import LayerState, flatten, layer_kinds, regroup
 
 
 class CellRunner:
@@ -43,7 +44,7 @@ class CellRunner:
         self.layers, self.norm, self.stream_dtype = model.layers, model.norm_f, model.stream_dtype
         self.blocks, self.segments, self.layout, self.keep = blocks, segments, layout, keep
         self.around, self.detect_anomaly = around, detect_anomaly
-        self.halo = model.config.conv_kernel - 1
+        self.halo, self.kinds = model.config.conv_kernel - 1, layer_kinds(model.config)
         self.device = model.norm_f.weight.device
         kind = self.device.type
         self.autocast = {
@@ -99,22 +100,23 @@ class CellRunner:
             gradients of x, of the states and of the given parameters.
         """
         x = x.detach().to(self.stream_dtype).requires_grad_()
-        states = [None if s is None else s.detach().requires_grad_() for s in states]
+        states = [s.detach().requires_grad_() for s in states]
         with torch.enable_grad(), torch.autocast(**self.autocast), self._same_randomness(cell, replay=True):
             y, delta, ends = self._run(cell, x, states, again=True)
         outputs, gradients = [], []
+        dstates = dstates or [None] * len(ends)
         for value, gradient in zip([y, delta, *ends], [dout, dout, *dstates], strict=True):
             if value is not None and gradient is not None:
                 outputs.append(value)
                 gradients.append(gradient.to(value.device, value.dtype, non_blocking=True))
-        wanted = [x, *(s for s in states if s is not None), *parameters]
+        wanted = [x, *states, *parameters]
         if outputs:
             results = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
         else:
             results = [None] * len(wanted)
         dx = results.pop(0)
         dx = torch.zeros_like(x) if dx is None else dx
-        return dx, [None if s is None else results.pop(0) for s in states], results
+        return dx, results[: len(states)], results[len(states) :]
 
     def _run(
         self, cell: Cell, x: Tensor, states: States, again: bool = False
@@ -125,27 +127,27 @@ class CellRunner:
         lengths, seq_idx = self.layout.segment(start, stop, self.halo)
         last = self.is_last(block)
         layers = [self.layers[i] for i in self.blocks[block]]
-        conv, ssm = states[: len(layers)], states[len(layers) :]
+        starts = regroup((self.kinds[i] for i in self.blocks[block]), states) if states else [None] * len(layers)
         # In recomputation nobody looks at the stream after the block, only its gradient comes in.
-        y, delta, conv, ssm = run_blocks(layers, x, conv, ssm, lengths, seq_idx, again and not last, self.around)
+        y, delta, ends = run_blocks(layers, x, starts, lengths, seq_idx, again and not last, self.around)
         if self.detect_anomaly and not again and not bool(torch.isfinite(y + delta).all()):
-            raise FloatingPointError(self._name_bad_layer(cell, x, conv, ssm))
+            raise FloatingPointError(self._name_bad_layer(cell, x, ends))
         if not last:
-            return y, delta, [*conv, *ssm]
+            return y, delta, flatten(ends)
         if self.keep is not None:
             rows = self.keep[:, start:stop]
             y, delta = y[rows].unsqueeze(0), delta[rows].unsqueeze(0)
             if y.shape[1] == 0:
-                return None, None, [*conv, *ssm]
-        return self.norm(y, delta, self.norm.weight.dtype)[0], None, [*conv, *ssm]
+                return None, None, flatten(ends)
+        return self.norm(y, delta, self.norm.weight.dtype)[0], None, flatten(ends)
 
-    def _name_bad_layer(self, cell: Cell, x: Tensor, conv: list[Tensor], ssm: list[Tensor]) -> str:
+    def _name_bad_layer(self, cell: Cell, x: Tensor, states: Sequence[LayerState]) -> str:
         layers, (start, stop) = self.blocks[cell[0]], self.segments[cell[1]]
         where = f"tokens {start} to {stop - 1} (segment {cell[1]})"
         if not bool(torch.isfinite(x).all()):
             return f"values that are not finite enter layer {layers[0]} at {where}"
-        for layer, c, s in zip(layers, conv, ssm, strict=True):
-            if not bool(torch.isfinite(c).all() and torch.isfinite(s).all()):
+        for layer, state in zip(layers, states, strict=True):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in state):
                 return f"layer {layer} produces values that are not finite at {where}"
         return f"layer {layers[-1]} produces values that are not finite at {where}"
 

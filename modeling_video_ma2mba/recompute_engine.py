@@ -19,17 +19,17 @@ Legend: B batch, S tokens, D width, L layers, C conv channels, W conv width, H h
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .parallel_borders import LocalBorders
+from .parallel_borders import LocalBorders, States
 from .parallel_shards import ShardedLayers
 from .planner import choose_plan, describe_batch, out_of_memory_message
 from .recompute_cell import CellRunner
@@ -37,6 +37,7 @@ from .recompute_plan import RecomputePlan, RecomputeSettings
 from .recompute_schedule import Cell, CellOrder, named_order
 from .recompute_store import DeviceStore, HostStore, PinnedPool
 from .stack_token_layout import TokenLayout
+from .state_layers import KINDS, LayerState, flatten, regroup
 
 
 class MultiAxisEngine:
@@ -78,17 +79,17 @@ class MultiAxisEngine:
 
     def run(
         self, model: nn.Module, x: Tensor, state: Any, layout: TokenLayout, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, list[LayerState]]:
         """The stack of `model` (a `Ma2mbaTextModel`) over x (B, S, D), on any device; a backward of exact gradients.
 
-        Returns normed hidden states (B, S, D) or (kept, D) on x's device, conv (L, B, C, W-1), ssm (L, B, H, P, N).
+        Returns normed hidden states (B, S, D) or (kept, D) on x's device, and the layers' states.
         """
         sharded = ShardedLayers.of(model.layers)
         plan = self._given or choose_plan(self.settings, model, x, keep)
         if sharded is not None:  # all processes gather alike: the smallest blocks
             plan = replace(plan, layers_per_block=-sharded.largest(-plan.layers_per_block)[0])
         self.last_plan = plan
-        inputs = (x, None, None) if state is None else (x, state.conv, state.ssm)
+        inputs = (x,) if state is None else (x, *flatten(state.layers))
         work = _StackRun(self, model, plan, layout, keep, inputs, sharded)
         with torch.no_grad(), work.guarded("forward"):
             results = work.forward()
@@ -98,7 +99,8 @@ class MultiAxisEngine:
                                *work.runner.parameters(block))  # fmt: skip
             below = (out,)
         work.inputs = ()  # the nodes have them
-        return out
+        hidden, *states = out
+        return hidden, regroup(work.runner.kinds, states)
 
     @contextlib.contextmanager
     def planned(self, plan: RecomputePlan | None) -> Iterator[None]:
@@ -130,11 +132,12 @@ class _Block(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         work, block = ctx.work, ctx.block
-        needs = ctx.needs_input_grad[3 : 6 if block == 0 else 4]
+        inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3 : 3 + len(inputs) if block == 0 else 4]
         with work.guarded("backward"):
             if block == len(work.blocks) - 1:
                 work.start_backward(*gradients)
-            return None, None, None, *work.backward_block(block, ctx.saved_tensors, needs)
+            return None, None, None, *work.backward_block(block, inputs, needs)
 
 
 class _StackRun:
@@ -148,24 +151,24 @@ class _StackRun:
         plan: RecomputePlan,
         layout: TokenLayout,
         keep: Tensor | None,
-        inputs: tuple[Tensor, Tensor | None, Tensor | None],
+        inputs: tuple[Tensor, ...],
         sharded: ShardedLayers | None,
     ) -> None:
         self.engine, self.plan = engine, plan
         self.model, self.layers, self.norm = model, model.layers, model.norm_f
         self.sharded = sharded
         self.device = model.norm_f.weight.device
-        x, conv, ssm = self.inputs = inputs
+        x, *start = self.inputs = inputs
         self.segments = plan.segments(x.shape[1])
         self.blocks = plan.blocks(len(self.layers))
         self.keep = None if keep is None else keep.to(self.device)
         self.store = engine.store_for(plan, self.device)
-        self.borders = LocalBorders(self.store, self.blocks, conv, ssm)
         # Layers that are FSDP units are gathered here, block by block, and called past their hooks.
         around = None if sharded is None else contextlib.nullcontext
         self.runner = CellRunner(
             model, self.blocks, self.segments, layout, self.keep, around, engine.settings.detect_anomaly
         )
+        self.borders = LocalBorders(self.store, self.by_block(start))
         self.like_input = torch.empty(*x.shape[:2], 0, device=x.device, requires_grad=x.requires_grad)
         self.spent = False
         self.lowest = len(self.blocks)  # the lowest block that has anything to differentiate
@@ -179,6 +182,11 @@ class _StackRun:
     def order(self, name: str) -> CellOrder:
         return named_order(name, len(self.blocks), len(self.segments))
 
+    def by_block(self, tensors: Sequence[Tensor | None]) -> list[States]:
+        """Tensors of all layers' states, or none at all, as the borders want them."""
+        left, fields = iter(tensors), [len(KINDS[kind]._fields) for kind in self.runner.kinds]
+        return [list(islice(left, sum(fields[i] for i in block))) for block in self.blocks]
+
     def gathered(self, block: int) -> AbstractContextManager:
         """Inside, the layers of a block hold whole parameters."""
         if self.sharded is None:
@@ -186,8 +194,8 @@ class _StackRun:
         return self.sharded.gathered(*(self.layers[i] for i in self.blocks[block]))
 
     # --------------------------------------------------------------------------------------------- forward
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All cells; hidden states, conv and SSM states as `MultiAxisEngine.run` returns them."""
+    def forward(self) -> tuple[Tensor, ...]:
+        """All cells; hidden states as `MultiAxisEngine.run` returns them, and the tensors of all layers' states."""
         x = self.inputs[0]
         out = None
         if self.keep is None:
@@ -225,8 +233,7 @@ class _StackRun:
             out = out[self.row_order().argsort()] if self.keep.shape[0] > 1 else out
         self.engine.last_host_bytes = self.store.host_bytes
         _wait_for_host_copies(out, self.device)
-        conv, ssm = self.borders.end()
-        return out, torch.stack(conv), torch.stack(ssm)
+        return out, *chain(*self.borders.end())
 
     def row_order(self) -> Tensor:
         """Row-major rank of the kept positions in the order the segments produce them."""
@@ -235,13 +242,13 @@ class _StackRun:
         return torch.cat([rank[:, a:b][self.keep[:, a:b]] for a, b in self.segments])
 
     # -------------------------------------------------------------------------------------------- backward
-    def start_backward(self, dout: Tensor | None, dconv: Tensor | None, dssm: Tensor | None) -> None:
-        """Take the gradients of the stack's three results."""
+    def start_backward(self, dout: Tensor | None, *dstates: Tensor | None) -> None:
+        """Take the gradients of the stack's results."""
         if self.spent:
             raise RuntimeError("the gradients of this forward pass were already computed; what it kept is gone")
         self.spent = True
         self.douts = self.split_output_gradient(dout)
-        self.borders.start_backward(dconv, dssm)
+        self.borders.start_backward(self.by_block(dstates))
         self.to_do.extend(self.order(self.plan.backward_order).backward())
 
     def backward_block(
@@ -250,7 +257,7 @@ class _StackRun:
         """Run cells in the plan's order up to the one that completes the block's parameter gradients.
 
         Args:
-            inputs: the stack's x (B, S, D), conv and ssm.
+            inputs: the stack's x (B, S, D) and the tensors of its states.
             needs: for block 0 which of these want a gradient; for the others whether anything below does.
 
         Returns:
@@ -275,11 +282,10 @@ class _StackRun:
         if not first:
             return [self.norm.weight.new_empty(0) if needs[0] else None, *gradients]
         _wait_for_host_copies(self.dx, self.device)
-        conv, ssm = self.borders.start_gradients()
-        dconv = _stack_or_zeros(conv, inputs[1]) if needs[1] else None
-        dssm = _stack_or_zeros(ssm, inputs[2]) if needs[2] else None
         dx, self.dx = self.dx, None
-        return [dx, dconv, dssm, *gradients]
+        states = zip(chain(*self.borders.start_gradients()), inputs[1:], needs[1:], strict=True)
+        dstates = [None if not need else torch.zeros_like(s) if g is None else g.to(s) for g, s, need in states]
+        return [dx, *dstates, *gradients]
 
     def run_next(self, x: Tensor) -> Cell:
         """Backward of the next cell."""
@@ -370,12 +376,6 @@ def _accumulate(sums: list[Tensor | None] | None, new: list[Tensor | None]) -> l
         total = total if total.dtype == wide else total.to(wide)
         result.append(total.add_(gradient))
     return result
-
-
-def _stack_or_zeros(gradients: list[Tensor | None], like: Tensor) -> Tensor:
-    shape = like.shape[1:]
-    filled = [torch.zeros(shape, dtype=like.dtype, device=like.device) if g is None else g for g in gradients]
-    return torch.stack([g.to(like.device, like.dtype) for g in filled])
 
 
 def _pinned(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ from .recompute_engine import MultiAxisEngine
 from .recompute_plan import RecomputeSettings
 from .stack_token_layout import TokenLayout, kept_rows, original_order
 from .stack_weights import execution_device
+from .state_layers import LayerState
 from .state_outputs import CACHE_NAME, StateModelOutput, take_state
 from .state_video import VideoState
 
@@ -108,13 +109,10 @@ class Ma2mbaTextModel(PreTrainedModel):
         if use_cache and self.recomputes:
             raise ValueError("use_cache=True cannot be combined with gradient checkpointing: pass use_cache=False")
         use_cache = not self.training if use_cache is None else use_cache
-        hidden, conv, ssm = self.scan(inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions)
-        state = past_key_values
-        if use_cache:
-            if state is None:
-                state = VideoState(conv, ssm, tokens)
-            else:
-                state.update(conv, ssm, tokens)
+        hidden, state = self.scan(inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions)
+        if use_cache and past_key_values is not None:
+            past_key_values.take(state)
+            state = past_key_values
         return StateModelOutput(last_hidden_state=hidden, **{CACHE_NAME: state if use_cache else None})
 
     @property
@@ -129,13 +127,13 @@ class Ma2mbaTextModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, VideoState]:
         """Differentiable from state to state, with or without checkpointing: truncated backpropagation through time
         cuts wherever it likes. Arguments as in `forward`.
 
         Returns:
-            hidden states (B, S, D) or (wanted, D), conv (L, B, C, W-1), ssm (L, B, H, P, N); gradients flow from all
-            three to the inputs, the parameters and the given state's tensors.
+            hidden states (B, S, D) or (wanted, D), and the new state; gradients flow from both to the inputs, the
+            parameters and the given state's tensors.
         """
         batch, tokens = inputs_embeds.shape[:2]
         if state is not None:
@@ -151,27 +149,28 @@ class Ma2mbaTextModel(PreTrainedModel):
         x = layout.arrange(inputs_embeds)
         keep = kept_rows(output_positions, layout)
         if self.recomputes:
-            hidden, conv, ssm = self.engine.run(self, x, state, layout, keep)
+            hidden, layers = self.engine.run(self, x, state, layout, keep)
         else:
-            hidden, conv, ssm = self._run_segments(x, state, layout, keep)
+            hidden, layers = self._run_segments(x, state, layout, keep)
         if keep is None:
             hidden = layout.restore(hidden)
         elif (order := original_order(output_positions, layout)) is not None:
             hidden = hidden[order]
-        return hidden, layout.forget_other_samples(conv), ssm
+        others = layout.other_samples(self.config.conv_kernel - 1)
+        if others is not None:
+            layers = [layer.without(others) for layer in layers]
+        return hidden, VideoState(layers, (0 if state is None else state.seen_tokens) + tokens)
 
     def _run_segments(
         self, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, list[LayerState]]:
         """All layers over one segment after the other; plain autograd when gradients are on.
 
-        Returns hidden states (B, S, D) or (kept, D), conv (L, B, C, W-1) and ssm (L, B, H, P, N).
+        Returns hidden states (B, S, D) or (kept, D), and the layers' states.
         """
         batch, tokens = x.shape[:2]
         device, own = execution_device(self.norm_f), self.norm_f.weight.dtype
-        layers = len(self.layers)
-        conv = [None] * layers if state is None else list(state.conv)
-        ssm = [None] * layers if state is None else list(state.ssm)
+        states = [None] * len(self.layers) if state is None else state.layers
         pieces, rows = [], []
         sharded = ShardedLayers.of(self.layers) if is_unit(self.layers[0]) else None
         if sharded is not None and torch.is_grad_enabled():
@@ -188,7 +187,7 @@ class Ma2mbaTextModel(PreTrainedModel):
             lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
             segment = x[:, start:stop].to(device, self.stream_dtype)
             around = None if sharded is None else sharded.gathered
-            segment, delta, conv, ssm = run_blocks(self.layers, segment, conv, ssm, lengths, seq_idx, around=around)
+            segment, delta, states = run_blocks(self.layers, segment, states, lengths, seq_idx, around=around)
             if keep is not None:
                 row, column = keep[:, start:stop].nonzero(as_tuple=True)
                 rows.append(row * tokens + column + start)
@@ -203,5 +202,5 @@ class Ma2mbaTextModel(PreTrainedModel):
             hidden = hidden[0]
             if batch > 1:  # segments come one after the other, the result is row after row
                 hidden = hidden[torch.cat(rows).argsort()]
-        # Layers may live on several GPUs; the state is one tensor, and hooks bring its parts to where they are used.
-        return hidden, torch.stack([c.to(device) for c in conv]), torch.stack([s.to(device) for s in ssm])
+        # Layers may live on several GPUs; the state is in one place, and hooks bring its parts to where they are used.
+        return hidden, [layer._make(tensor.to(device) for tensor in layer) for layer in states]

@@ -90,17 +90,16 @@ class TokenLayout:
             seq_idx = torch.cat([seq_idx[:, :1].expand(-1, missing), seq_idx], dim=1) if missing else seq_idx
         return lengths, seq_idx
 
-    def forget_other_samples(self, conv: Tensor) -> Tensor:
-        """Blank those rows of the final convolution states (L, B, C, W-1) that come from packed samples before the
-        last one: whoever continues from the state continues the last sample alone."""
+    def other_samples(self, halo: int) -> Tensor | None:
+        """Which of the last `halo` tokens of each row come from packed samples before the last one, (B, halo) bool;
+        None where none can: whoever continues from the state continues the last sample alone."""
         if self.seq_idx is None:
-            return conv
-        tokens, halo = self.seq_idx.shape[1], conv.shape[-1]
+            return None
+        tokens = self.seq_idx.shape[1]
         samples = torch.cat([self.seq_idx[:, :1].expand(-1, halo), self.seq_idx], dim=1)
         ends = samples.new_full((len(samples),), tokens) if self.lengths is None else self.lengths
         samples = samples.gather(1, ends[:, None].long() + torch.arange(halo, device=samples.device))
-        other = samples != samples[:, -1:]
-        return conv.masked_fill(other.to(conv.device)[:, None], 0)
+        return samples != samples[:, -1:]
 
 
 def _checked_samples(seq_idx: Tensor | None) -> Tensor | None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..modeling_video_ma2mba.answering_questions import video_prefix
 from ..modeling_video_ma2mba.state_video import VideoState
@@ -82,12 +81,9 @@ class RollingMemory:
         fresh = self._opening
         self._starting = Remembered(fresh, moment, moment, 0, {})
         self._rows = self._rows[-1:]
-        conv, ssm = self._batch.conv[:, -1:], self._batch.ssm[:, -1:]
-        self._batch = VideoState(
-            torch.cat([conv, fresh.conv.to(conv)], dim=1),
-            torch.cat([ssm, fresh.ssm.to(ssm)], dim=1),
-            self._batch.seen_tokens,
-        )
+        seen = self._batch.seen_tokens
+        self._batch = VideoState.concatenate([self._batch.select(slice(-1, None)), fresh])
+        self._batch.seen_tokens = seen
 
     def _advance(self, pixels: np.ndarray, seconds: np.ndarray) -> None:
         if len(pixels) == 0:
@@ -98,9 +94,7 @@ class RollingMemory:
         self._rows = [
             replace(
                 row,
-                state=VideoState(
-                    batch.conv[:, i : i + 1], batch.ssm[:, i : i + 1], row.state.seen_tokens + new_tokens
-                ),
+                state=VideoState(batch.select(slice(i, i + 1)).layers, row.state.seen_tokens + new_tokens),
                 until=float(seconds[-1]),
                 frames=row.frames + len(pixels),
             )

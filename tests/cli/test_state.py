@@ -67,6 +67,14 @@ def test_show_says_what_is_in_a_file(film, tiny_video):
     assert facts["sources"][0]["fps"] == 4
     assert facts["model_config"]["text_config.num_hidden_layers"] == 2
     assert int(facts["bytes"]) == VideoState.load(film).nbytes
+    assert (facts["format"], facts["layers"]) == ("2", "2 mamba2")
+    assert "format: 2" in shown.stdout and "layers: 2 mamba2" in shown.stdout
+
+
+def test_a_file_of_the_first_release_is_shown_with_its_format():
+    old = Path(__file__).resolve().parents[1] / "modeling_video_ma2mba" / "data" / "format_1.state"
+    shown = CliRunner().invoke(app, ["state", "show", str(old)])
+    assert "format: 1" in shown.stdout and "layers: 2 mamba2" in shown.stdout and "tokens: 1033" in shown.stdout
 
 
 def test_append_reads_on(run, film, tiny_video, tmp_path):
@@ -104,7 +112,10 @@ def test_an_interrupted_append_goes_on(run, film, tiny_video, tmp_path, monkeypa
 
 def test_check_names_what_is_wrong(run, film, make_model, tiny_checkpoint, tmp_path):
     whole = run("state", "check", film)
-    assert (whole.exit_code, whole.stdout.strip()) == (0, f"{film}: whole, and read by this model (checkpoint)")
+    assert (whole.exit_code, whole.stdout.strip()) == (
+        0,
+        f"{film}: whole (format 2, 2 mamba2), and read by this model (checkpoint)",
+    )
     other = tmp_path / "other"
     make_model(seed=1).save_pretrained(other)
     for file in tiny_checkpoint.iterdir():

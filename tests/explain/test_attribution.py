@@ -16,7 +16,7 @@ def plain(model, prompt, features):
     features = features.clone().requires_grad_()
     embed = model.get_input_embeddings()
     parts = [embed(prompt.opening), features.flatten(0, 1), embed(torch.cat([prompt.asked, ANSWER[:-1]]))]
-    hidden, _, _ = model.model.language_model._run_segments(torch.cat(parts)[None], None, _layout(), None)
+    hidden, _ = model.model.language_model._run_segments(torch.cat(parts)[None], None, _layout(), None)
     scores = model.lm_head(hidden[0, -len(ANSWER) :]).log_softmax(-1)
     total = scores.gather(-1, ANSWER[:, None]).sum()
     return total, torch.autograd.grad(total, features)[0]

@@ -22,7 +22,7 @@ def make_model(layers: int = 3, dtype: torch.dtype = torch.float64, seed: int = 
 
 def random_state(model: Ma2mbaTextModel, batch: int) -> VideoState:
     state = VideoState.zeros(model.config, batch, dtype=torch.float64)
-    state.conv, state.ssm = torch.randn_like(state.conv), torch.randn_like(state.ssm)
+    state = VideoState.from_stacked(torch.randn_like(state.conv), torch.randn_like(state.ssm))
     state.conv.requires_grad_()
     state.ssm.requires_grad_()
     return state
@@ -34,10 +34,11 @@ def gradients(model, x, state=None, keep=None, final_state_weight=0.0, **kwargs)
     x = x.clone().requires_grad_()
     start = None
     if state is not None:
-        start = VideoState(state.conv, state.ssm)
+        start = VideoState.from_stacked(state.conv, state.ssm)
         state.conv.grad = state.ssm.grad = None
     torch.manual_seed(1)
-    hidden, conv, ssm = model.scan(x, start, output_positions=keep, **kwargs)
+    hidden, after = model.scan(x, start, output_positions=keep, **kwargs)
+    conv, ssm = after.stacked()
     real = kwargs.get("attention_mask")
     if keep is None and real is not None:
         hidden = hidden[real.bool()]

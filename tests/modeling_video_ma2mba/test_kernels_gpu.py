@@ -24,7 +24,7 @@ from video_ma2mba.modeling_video_ma2mba.ops_norm import ADD_RMS_NORM
 from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.stack_token_layout import TokenLayout
-from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
+from video_ma2mba.modeling_video_ma2mba.state_layers import Mamba2State
 
 pytestmark = pytest.mark.gpu
 
@@ -63,11 +63,11 @@ def mixer_inputs(shape: MixerShape, batch: int, tokens: int, dtype: torch.dtype,
     }
 
 
-def run_core(leaves: dict, shape: MixerShape, lengths=None, seq_idx=None) -> tuple[Tensor, Tensor, Tensor]:
+def run_core(leaves: dict, shape: MixerShape, lengths=None, seq_idx=None) -> tuple[Tensor, Mamba2State]:
     names = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
-    states = (leaves["conv_state"], leaves["ssm_state"])
+    state = None if leaves["ssm_state"] is None else Mamba2State(leaves["conv_state"], leaves["ssm_state"])
     return mixer_core(
-        leaves["zxbcdt"], CoreWeights(*(leaves[n] for n in names)), *states, shape, lengths, seq_idx
+        leaves["zxbcdt"], CoreWeights(*(leaves[n] for n in names)), state, shape, lengths, seq_idx
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def run_mixer(values: dict, shape, device, dtype, backend, lengths=None, seq_idx
     lengths = None if lengths is None else lengths.to(device)
     seq_idx = None if seq_idx is None else seq_idx.to(device)
     with force_backend(backend):
-        y, conv, ssm = run_core(leaves, shape, lengths, seq_idx)
+        y, (conv, ssm) = run_core(leaves, shape, lengths, seq_idx)
     if lengths is not None:  # what stands on padding is nobody's business
         y = y * (torch.arange(y.shape[1], device=device) < lengths[:, None]).unsqueeze(-1)
     outputs = {"y": y, "conv": conv, "ssm": ssm}
@@ -227,7 +227,7 @@ def test_states_own_their_memory():
     shape = mixer_shape()
     values = mixer_inputs(shape, 1, 600, torch.bfloat16)
     leaves = {n: v.to("cuda", torch.float32 if n in IN_FP32 else torch.bfloat16) for n, v in values.items()}
-    _, conv, ssm = run_core(leaves, shape)
+    _, (conv, ssm) = run_core(leaves, shape)
     assert conv.untyped_storage().nbytes() == conv.nbytes
     assert ssm.untyped_storage().nbytes() == ssm.nbytes
 
@@ -535,9 +535,8 @@ def test_states_carry_gradients_between_calls():
         own.set_checkpointing(plan is not None, **(plan or {}))
         state, loss = None, 0.0
         for part in x.to(own.dtype).split(cuts, dim=1):
-            hidden, conv, ssm = own.scan(part, state)
+            hidden, state = own.scan(part, state)
             loss = loss + (hidden.float() * torch.linspace(-1, 1, 1024, device="cuda")).sum()
-            state = VideoState(conv, ssm)
         (loss / 700).backward()
         return {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
 

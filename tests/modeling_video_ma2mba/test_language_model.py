@@ -46,11 +46,11 @@ def random_tokens(*shape: int) -> Tensor:
 
 def random_state(model: Ma2mbaTextModel, batch: int) -> VideoState:
     state = VideoState.zeros(model.config, batch, dtype=torch.float64)
-    return VideoState(torch.randn_like(state.conv), torch.randn_like(state.ssm), seen_tokens=5)
+    return VideoState.from_stacked(torch.randn_like(state.conv), torch.randn_like(state.ssm), seen_tokens=5)
 
 
 def row_of(state: VideoState, row: int) -> VideoState:
-    return VideoState(state.conv[:, row : row + 1], state.ssm[:, row : row + 1], state.seen_tokens)
+    return VideoState.from_stacked(state.conv[:, row : row + 1], state.ssm[:, row : row + 1], state.seen_tokens)
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = EXACT, name: str = "") -> None:
@@ -88,7 +88,7 @@ def state_from_transformers(cache, config: Ma2mbaTextConfig) -> VideoState:
         states = [getattr(layer, name) for layer in cache.layers]
         return torch.stack([s[0] if isinstance(s, dict) else s for s in states])  # a dictionary in newer versions
 
-    return VideoState(
+    return VideoState.from_stacked(
         stacked("conv_states")[..., 1 - config.conv_kernel :].clone(), stacked("recurrent_states").clone()
     )
 
@@ -192,19 +192,18 @@ def read(model, x: Tensor, start: VideoState | None, cuts: list[int], **kwargs) 
     if start is not None:
         conv, ssm = start.conv.clone().requires_grad_(), start.ssm.clone().requires_grad_()
         leaves |= {"start conv": conv, "start ssm": ssm}
-        state = VideoState(conv, ssm)
+        state = VideoState.from_stacked(conv, ssm)
     pieces = []
     offset = 0
     for part in x.split(cuts, dim=1):
         piece = {name: value[:, offset : offset + part.shape[1]] for name, value in kwargs.items()}
-        hidden, conv, ssm = model.scan(part, state, **piece)
-        state = VideoState(conv, ssm)
+        hidden, state = model.scan(part, state, **piece)
         pieces.append(hidden)
         offset += part.shape[1]
     hidden = torch.cat(pieces, dim=1)
     if "attention_mask" in kwargs:
         hidden = hidden * kwargs["attention_mask"].unsqueeze(-1)
-    outputs = {"hidden": hidden, "conv": conv, "ssm": ssm}
+    outputs = {"hidden": hidden, "conv": state.conv, "ssm": state.ssm}
     return outputs | gradients_of(model, leaves, outputs)
 
 
@@ -320,7 +319,8 @@ def test_padding_is_never_read(kind, filler, from_state):
     if from_state:  # as in generate(): the mask also covers what was read before
         given_mask = torch.cat([torch.ones(3, 5, dtype=torch.long), given_mask], dim=1)
     with torch.no_grad():
-        hidden, conv, ssm = model.scan(x, start, given_mask)
+        hidden, after = model.scan(x, start, given_mask)
+        conv, ssm = after.stacked()
         for row in range(3):
             real = mask[row]
             own_start = None if start is None else row_of(start, row)
@@ -329,7 +329,8 @@ def test_padding_is_never_read(kind, filler, from_state):
                 assert torch.equal(conv[:, row : row + 1], expected.conv)
                 assert torch.equal(ssm[:, row : row + 1], expected.ssm)
                 continue
-            own_hidden, own_conv, own_ssm = model.scan(x[row : row + 1, real], own_start)
+            own_hidden, own_after = model.scan(x[row : row + 1, real], own_start)
+            own_conv, own_ssm = own_after.stacked()
             assert_close(hidden[row : row + 1, real], own_hidden, name="hidden")
             assert_close(conv[:, row : row + 1], own_conv, name="conv")
             assert_close(ssm[:, row : row + 1], own_ssm, name="ssm")
@@ -341,7 +342,7 @@ def test_padding_of_nan_gets_no_gradient(checkpointing):
     model.set_checkpointing(checkpointing, **({"segment_length": 5} if checkpointing else {}))
     mask = masks(16)["holes"]
     x = random_tokens(3, 16).masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
-    hidden, _, _ = model.scan(x, None, mask.long())
+    hidden, _ = model.scan(x, None, mask.long())
     (hidden[mask] ** 2).sum().backward()
     assert (x.grad[~mask] == 0).all()
     assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if n != "embeddings.weight")
@@ -398,11 +399,11 @@ def test_packed_samples_equal_separate_runs(data):
     pieces, at = [], 0
     leaf = x.clone().requires_grad_()
     for number, length in enumerate(lengths):
-        hidden, conv, ssm = model.scan(leaf[:, at : at + length], start if number == 0 else None)
+        hidden, after = model.scan(leaf[:, at : at + length], start if number == 0 else None)
         pieces.append(hidden)
         at += length
     hidden = torch.cat([*pieces, torch.zeros(1, padding, WIDTH, dtype=torch.float64)], dim=1)
-    separate = {"hidden": hidden, "conv": conv, "ssm": ssm}
+    separate = {"hidden": hidden, "conv": after.conv, "ssm": after.ssm}
     separate |= gradients_of(model, {"input": leaf}, separate)
     for name, expected in separate.items():
         assert_close(packed[name], expected, name=name)

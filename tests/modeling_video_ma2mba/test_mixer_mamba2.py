@@ -13,6 +13,7 @@ from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import CoreWeights, MixerSh
 from video_ma2mba.modeling_video_ma2mba.ops_conv import CAUSAL_CONV, causal_conv_torch
 from video_ma2mba.modeling_video_ma2mba.ops_norm import GATED_RMS_NORM, gated_rms_norm_torch
 from video_ma2mba.modeling_video_ma2mba.ops_ssd import SSD, ssd_torch
+from video_ma2mba.modeling_video_ma2mba.state_layers import Mamba2State
 
 from .stand_in_kernels import pair_of, standing_in
 
@@ -25,7 +26,10 @@ WEIGHTS = {"conv_weight": "conv", "conv_bias": "conv_bias", "dt_bias": "dt_bias"
 def mixer_core(**values):
     """`mixer_mamba2.mixer_core` with its weights given one by one."""
     weights = CoreWeights(**{field: values.pop(name) for name, field in WEIGHTS.items()})
-    return mixer_mamba2.mixer_core(weights=weights, **values)
+    conv, ssm = (values.pop(name) for name in STATES)
+    state = None if ssm is None else Mamba2State(conv, ssm)
+    y, state = mixer_mamba2.mixer_core(weights=weights, state=state, **values)
+    return y, *state
 
 
 def mixer_shape(chunk_size: int = 8, groups: int = 1, heads: int = 4, width: int = 4, **overrides) -> MixerShape:

@@ -5,6 +5,7 @@ The ranks are threads here, each with a model of its own, and hand states to eac
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from queue import Queue
 
 import pytest
@@ -16,6 +17,8 @@ from video_ma2mba.modeling_video_ma2mba.recompute_cell import CellRunner
 from video_ma2mba.modeling_video_ma2mba.recompute_schedule import CellOrder, wavefront
 from video_ma2mba.modeling_video_ma2mba.recompute_store import DeviceStore
 from video_ma2mba.modeling_video_ma2mba.stack_token_layout import TokenLayout
+from video_ma2mba.modeling_video_ma2mba.state_layers import flatten, regroup
+from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 
 
 class QueueBorders(LocalBorders):
@@ -53,7 +56,7 @@ def run_rank(rank: int, order: CellOrder, model, plan, x, dout, start, mail: dic
     """Forward and backward of one rank's cells; values by segment."""
     blocks, segments = plan
     store = DeviceStore()
-    borders = QueueBorders(order, rank, mail, store, blocks, *start)
+    borders = QueueBorders(order, rank, mail, store, [flatten(start[i] for i in block) for block in blocks])
     runner = CellRunner(model, blocks, segments, TokenLayout(), None)
     parameters = [runner.parameters(k) for k in range(len(blocks))]
     found = {"out": {}, "dx": {}, "start": None, "sums": [[torch.zeros_like(p) for p in own] for own in parameters]}
@@ -67,7 +70,7 @@ def run_rank(rank: int, order: CellOrder, model, plan, x, dout, start, mail: dic
             borders.state_after(k, i, states)
             if k == len(blocks) - 1:
                 found["out"][i] = stream
-    borders.start_backward(None, None)
+    borders.start_backward([[] for _ in blocks])
     gradient = None
     for k, i in order.backward(rank):
         a, b = segments[i]
@@ -93,8 +96,8 @@ def test_ranks_that_share_segments_compute_what_one_computes(ranks, cells):
     conv = torch.randn(6, 2, model.layers[0].mixer.shape.conv_dim, 3, dtype=torch.float64, requires_grad=True)
     ssm = torch.randn(6, 2, 4, 8, 6, dtype=torch.float64, requires_grad=True)
     model.set_checkpointing(True, layers_per_block=layers, segment_length=length, offload=False)
-    state = type("State", (), {"conv": conv, "ssm": ssm})
-    out, _, _ = model.engine.run(model, x, state, TokenLayout(), None)
+    state = VideoState.from_stacked(conv, ssm)
+    out, _ = model.engine.run(model, x, state, TokenLayout(), None)
     dout = torch.randn_like(out)
     out.backward(dout)
 
@@ -103,7 +106,7 @@ def test_ranks_that_share_segments_compute_what_one_computes(ranks, cells):
     order = wavefront(len(parts[0]), len(parts[1]), ranks)
     mail = {(kind, *cell): Queue() for kind in ("states", "gradients") for cell in order.cells}
     models = [copy.deepcopy(model) for _ in range(ranks)]
-    start = conv.detach(), ssm.detach()
+    start = state.detach().layers
     with ThreadPoolExecutor(ranks) as pool:
         arguments = (parts, x.detach(), dout, start, mail)
         jobs = [pool.submit(run_rank, r, order, models[r], *arguments) for r in range(ranks)]
@@ -112,7 +115,7 @@ def test_ranks_that_share_segments_compute_what_one_computes(ranks, cells):
     for name, whole in (("out", out), ("dx", x.grad)):
         pieces = {i: piece for rank in found for i, piece in rank[name].items()}
         assert torch.equal(torch.cat([pieces[i] for i in sorted(pieces)], dim=1), whole)
-    dconv, dssm = found[0]["start"]
+    dconv, dssm = zip(*regroup(state.kinds, chain(*found[0]["start"])), strict=True)
     assert torch.equal(torch.stack(dconv), conv.grad) and torch.equal(torch.stack(dssm), ssm.grad)
     runner = CellRunner(model, *parts, TokenLayout(), None)
     for block in range(len(parts[0])):

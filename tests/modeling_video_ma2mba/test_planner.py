@@ -84,7 +84,7 @@ def test_saved_activations_of_the_plain_scan(make_text_config, sizes: dict):
         recorder = Recorder(model)
         x = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor):
-            run_blocks(model.layers[:layers], x, [None] * layers, [None] * layers)
+            run_blocks(model.layers[:layers], x, [None] * layers)
         nbytes.append(recorder.nbytes)
     expected = saved_per_token(StackShape.of(config, compute=4, kernels=False))
     assert (nbytes[1] - nbytes[0]) / tokens == pytest.approx(expected, rel=0.02)
@@ -136,7 +136,7 @@ def test_kept_activations_are_what_the_engine_stores(make_text_config, monkeypat
     model = Ma2mbaTextModel(config).train()
     model.set_checkpointing(True, layers_per_block=plan[0], segment_length=plan[1], offload=False)
     tokens = 23
-    hidden, _, _ = model.scan(torch.randn(batch, tokens, config.hidden_size, requires_grad=True))
+    hidden, _ = model.scan(torch.randn(batch, tokens, config.hidden_size, requires_grad=True))
     forward = most
     hidden.sum().backward()
     shape = StackShape.of(config, compute=4, kernels=False)

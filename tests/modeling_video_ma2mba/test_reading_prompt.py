@@ -66,7 +66,9 @@ def test_several_videos_and_continuing(make_model, raw_pixels):
 def test_rows_read_on_from_where_they_are(make_model, raw_pixels):
     model = make_model(dtype=torch.float64)
     states = [model.read(torch.tensor([[7, VIDEO]]), [[raw_pixels(n, n)]]) for n in (3, 1)]
-    both = type(states[0])(torch.cat([s.conv for s in states], 1), torch.cat([s.ssm for s in states], 1), 5)
+    both = type(states[0]).from_stacked(
+        torch.cat([s.conv for s in states], 1), torch.cat([s.ssm for s in states], 1), 5
+    )
     found = model.read(torch.tensor([[VIDEO, 9]]), [[raw_pixels(6, 6)]], state=both)
     for row, state in enumerate(states):
         alone = model.read(torch.tensor([[VIDEO, 9]]), [[raw_pixels(6, 6)]], state=state)

@@ -10,8 +10,8 @@ from PIL import Image
 
 import video_ma2mba
 from video_ma2mba import VideoQuestionAnsweringPipeline, VideoState, open_video
+from video_ma2mba.modeling_video_ma2mba.state_files import is_state_file
 from video_ma2mba.modeling_video_ma2mba.state_identity import PACKAGE_VERSION, weights_digest
-from video_ma2mba.modeling_video_ma2mba.state_video import is_state_file
 
 ASKED = "What is shown?"
 
@@ -115,7 +115,7 @@ def test_other_models_and_processors_are_refused(pipe, make_pipe, raw_video):
             with pytest.raises(ValueError, match=named):
                 use()
     pipe.check(state)
-    pipe.check(VideoState(state.conv, state.ssm, state.seen_tokens))  # made by model.read(): nothing to compare
+    pipe.check(VideoState(state.layers, state.seen_tokens))  # made by model.read(): nothing to compare
 
 
 def test_training_makes_another_model(make_pipe, raw_video):

@@ -10,7 +10,7 @@ from video_ma2mba import VideoState
 @pytest.fixture
 def state() -> VideoState:
     conv, ssm = torch.randn(2, 3, 96, 3), torch.randn(2, 3, 4, 16, 64) * 10
-    return VideoState(conv, ssm, 7, {"model": "tiny"})
+    return VideoState.from_stacked(conv, ssm, 7, {"model": "tiny"})
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)], ids=str)
@@ -53,7 +53,7 @@ def test_types_that_are_never_written_are_not_read(state, tmp_path):
     file = tmp_path / "film.state"
     state.save(file)
     tensors = load_file(file)
-    tensors["ssm"] = tensors["ssm"].to(torch.float8_e4m3fn)
+    tensors["mamba2.ssm"] = tensors["mamba2.ssm"].to(torch.float8_e4m3fn)
     save_file(tensors, file, metadata={"format_version": "1", "seen_tokens": "7", "metadata": "{}"})
     with pytest.raises(ValueError, match="is not a video state"):
         VideoState.load(file)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
+from video_ma2mba.modeling_video_ma2mba.state_layers import Mamba2State
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 
 METADATA = {"fps": "1.0", "frames": "3600", "video": "Katze auf dem Dach 🐈.mp4"}
@@ -24,7 +25,7 @@ def text_config(**overrides) -> Ma2mbaTextConfig:
 
 def random_state(batch: int = 1, dtype: torch.dtype = torch.float32) -> VideoState:
     state = VideoState.zeros(text_config(), batch, dtype=dtype)
-    return VideoState(torch.randn_like(state.conv), torch.randn_like(state.ssm), 518_400, METADATA)
+    return VideoState.from_stacked(torch.randn_like(state.conv), torch.randn_like(state.ssm), 518_400, METADATA)
 
 
 def assert_identical(a: VideoState, b: VideoState) -> None:
@@ -59,7 +60,7 @@ def test_a_loaded_state_continues_as_if_never_saved(tmp_path):
 
 def test_views_and_gradients_are_saved_by_value(tmp_path):
     whole = random_state(3)
-    view = VideoState(whole.conv[:, 1:2].requires_grad_(), whole.ssm[:, 1:2])
+    view = VideoState.from_stacked(whole.conv[:, 1:2].requires_grad_(), whole.ssm[:, 1:2])
     view.save(tmp_path / "row")
     loaded = VideoState.load(tmp_path / "row")
     assert torch.equal(loaded.conv, whole.conv[:, 1:2]) and not loaded.conv.requires_grad
@@ -140,7 +141,7 @@ def test_foreign_files_are_refused(tmp_path):
     good.save(tmp_path / "good")
     with safetensors.safe_open(tmp_path / "good", framework="pt") as file:
         facts = file.metadata()
-    tensors = {"conv": good.conv, "ssm": good.ssm}
+    tensors = {"mamba2.conv": good.conv, "mamba2.ssm": good.ssm}
     (tmp_path / "text").write_text("not a tensor in sight")
     assert "is not a readable state file" in fails_clearly(tmp_path / "text")
     assert "is not a video state" in foreign(tmp_path, {"model.weight": torch.ones(3)}, None)
@@ -152,7 +153,7 @@ def test_foreign_files_are_refused(tmp_path):
     assert "damaged header" in foreign(tmp_path, tensors, facts | {"metadata": json.dumps([1, 2])})
     assert "not all text" in foreign(tmp_path, tensors, facts | {"metadata": json.dumps({"frames": 3})})
     assert "damaged header" in foreign(tmp_path, tensors, {k: v for k, v in facts.items() if k != "metadata"})
-    assert "damaged" in foreign(tmp_path, tensors | {"ssm": good.ssm + 1}, facts)
+    assert "damaged" in foreign(tmp_path, tensors | {"mamba2.ssm": good.ssm + 1}, facts)
 
 
 def test_states_of_impossible_shape_or_type_are_refused(tmp_path):
@@ -165,7 +166,7 @@ def test_states_of_impossible_shape_or_type_are_refused(tmp_path):
         (state.conv, state.ssm.to(torch.complex64)),
     ]:
         with pytest.raises(ValueError, match="a state needs"):
-            VideoState(conv, ssm)
+            VideoState.from_stacked(conv, ssm)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -266,3 +267,67 @@ def test_to_a_device_keeps_everything():
     assert (moved.conv.device.type, moved.ssm.device.type) == ("meta", "meta")
     assert (moved.seen_tokens, moved.metadata) == (state.seen_tokens, METADATA)
     assert state.conv.device.type == "cpu"
+
+
+def test_stacking_happens_once_and_layers_are_views():
+    """What a batch's decoder reads is not copied again and again, and what is written into the one is in the other."""
+    layers = [Mamba2State(torch.randn(2, 3, 3), torch.randn(2, 2, 4, 5)) for _ in range(3)]
+    state = VideoState(layers)
+    stacked = state.stacked()
+    assert state.stacked() is stacked and state.fork().stacked() is not stacked
+    assert torch.equal(stacked.ssm, torch.stack([layer.ssm for layer in layers]))
+    assert all(layer.ssm.data_ptr() == stacked.ssm[i].data_ptr() for i, layer in enumerate(state.layers))
+    state.layers[1].ssm.zero_()
+    assert not stacked.ssm[1].any()
+    state.update(layers, 4)
+    assert torch.equal(state.ssm[1], layers[1].ssm) and state.seen_tokens == 4
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_written_into_buffers(already):
+    state = VideoState([Mamba2State(torch.randn(2, 3, 3), torch.randn(2, 2, 4, 5)) for _ in range(3)])
+    if already:
+        state.stacked()
+    buffers = Mamba2State(torch.zeros(3, 2, 3, 3), torch.zeros(3, 2, 2, 4, 5, dtype=torch.bfloat16))
+    before = [tensor.data_ptr() for tensor in buffers]
+    state.copy_into(buffers)
+    assert torch.equal(buffers.conv, state.conv) and torch.equal(buffers.ssm, state.ssm.bfloat16())
+    assert [tensor.data_ptr() for tensor in buffers] == before
+
+
+def test_stacking_loses_no_gradient_and_makes_no_inference_tensors():
+    """A state that is asked without gradients can still be differentiated, and trained on, afterwards."""
+    leaf = torch.randn(2, 3, 3, requires_grad=True)
+    state = VideoState([Mamba2State(leaf * 2, torch.randn(2, 2, 4, 5))])
+    with torch.inference_mode():
+        fork = state.fork()
+    assert fork.conv.is_inference() and not state.conv.is_inference()
+    (gradient,) = torch.autograd.grad(state.layers[0].conv.sum(), leaf)
+    assert torch.equal(gradient, torch.full_like(leaf, 2))
+    assert not state.detach().conv.requires_grad
+
+
+def test_rows_are_views_or_copies():
+    state = random_state(3)
+    row = state.select(slice(1, 2))
+    assert torch.equal(row.conv, state.conv[:, 1:2]) and torch.equal(row.ssm, state.ssm[:, 1:2])
+    assert row.layers[0].ssm.data_ptr() != state.layers[0].ssm.data_ptr()  # stacked: a copy of its own by now
+    assert state.select(slice(1, 2)).layers[0].ssm.data_ptr() == state.layers[0].ssm[1:2].data_ptr()
+    state.select(torch.tensor([0, 2])).conv.zero_()
+    assert state.conv.any()
+    both = VideoState.concatenate([row, state.to("cpu", torch.float64)])
+    assert both.batch_size == 4 and both.conv.dtype == torch.float32 and both.seen_tokens == 518_400
+    assert torch.equal(both.ssm, torch.cat([row.ssm, state.ssm], 1))
+
+
+def test_to_the_same_place_is_no_copy():
+    state = VideoState([Mamba2State(torch.randn(2, 3, 3), torch.randn(2, 2, 4, 5)) for _ in range(2)])
+    same = state.to("cpu", torch.float32)
+    assert all(a is b for x, y in zip(same.layers, state.layers, strict=True) for a, b in zip(x, y, strict=True))
+    assert state.to("cpu", torch.float64).ssm.dtype == torch.float64
+    assert state.to("cpu", torch.bfloat16).ssm.dtype == torch.float32
+
+
+def test_a_state_without_layers_is_refused():
+    with pytest.raises(ValueError, match="at least one layer"):
+        VideoState([])
