@@ -7,7 +7,8 @@ that transformers' Auto classes and pipelines know this package's classes once t
 import importlib
 from pathlib import Path
 
-__version__ = "0.1.0"
+# Read, not imported: the folder it travels in imports transformers.
+__version__ = (Path(__file__).parent / "modeling_video_ma2mba" / "state_version.py").read_text().split('"')[-2]
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "bundled"
 """Directory of the small checkpoint that ships with the package (it understands the rendered world only)."""

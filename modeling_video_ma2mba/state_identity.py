@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-PACKAGE_VERSION = "0.1.0"
-"""Version of this code; it travels with a saved model, where the package itself may not be installed."""
+from .state_version import PACKAGE_VERSION
+from .vision_towers import tower_adapter
 
 _SAMPLES = 1024
 _MODEL_FIELDS = (
@@ -19,10 +19,6 @@ _MODEL_FIELDS = (
 _TEXT_FIELDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim", "n_groups"),
     *("conv_kernel", "hidden_act", "layer_norm_epsilon", "residual_in_fp32", "time_step_limit"),
-)
-_VISION_FIELDS = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"),
-    *("patch_size", "hidden_act", "layer_norm_eps"),
 )
 
 _RECORDED_SOURCES = 64
@@ -95,7 +91,8 @@ def model_facts(config: Any) -> str:
     """
     facts = {name: getattr(config, name) for name in _MODEL_FIELDS}
     facts |= {f"text_config.{name}": getattr(config.text_config, name) for name in _TEXT_FIELDS}
-    facts |= {f"vision_config.{name}": getattr(config.vision_config, name) for name in _VISION_FIELDS}
+    vision = config.vision_config
+    facts |= {f"vision_config.{name}": getattr(vision, name) for name in tower_adapter(vision).identity_fields}
     return json.dumps(facts)
 
 

@@ -67,6 +67,8 @@ class TowerAdapter:
         no_split_modules: classes that `device_map` must keep on one device.
         lora_targets: names of the linear layers that adapters are put on.
         no_decay: names of parameters without weight decay, beside biases and norms.
+        identity_fields: of the vision configuration, those that decide what the tower computes: states made with other
+            values are refused.
     """
 
     model_type: str
@@ -77,6 +79,10 @@ class TowerAdapter:
     no_split_modules: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     no_decay: tuple[str, ...] = ()
+    identity_fields: tuple[str, ...] = (
+        *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"),
+        *("patch_size", "hidden_act", "layer_norm_eps"),
+    )
 
     def clip_frames(self, vision_config: Any) -> int:
         """Frames that the tower looks at together; clips begin with the video, and its last one may be shorter."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import video_ma2mba
+
 ROOT = Path(__file__).resolve().parents[1]
 HUB_FOLDERS = ("modeling_video_ma2mba", "processing")
 HUB_FILES = [path for folder in HUB_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
@@ -88,6 +90,13 @@ def test_setup_lists_every_package():
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")
     assert set(setup["options"]["packages"].split()) == python_folders()
+
+
+def test_one_version():
+    """It stands in one file; what people read agrees with it."""
+    version = video_ma2mba.__version__
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
 
 
 def test_tree_names_no_machine():
