@@ -4,14 +4,14 @@ Legend: B batch, S tokens, C model width, E inner channels, N state per channel,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .ops_selective_scan import directional_conv, selective_scan
+from .ops_selective_scan import core_backend, mamba1_core
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,6 @@ def scan_passes(scan_order: str, layer: int, layers: int, share_weights: bool) -
     return tuple(ScanPass(*which, "temporal" if temporal else "spatial") for which in (forward, backward))
 
 
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 class VideoMambaMixer(nn.Module):
     """`out_proj` of the sum of all scans of `in_proj(hidden)`; parameters are named as in released checkpoints."""
 
@@ -58,7 +54,6 @@ class VideoMambaMixer(nn.Module):
             config.scan_order, layer, config.num_hidden_layers, getattr(config, "share_scan_weights", True)
         )
         inner, state, rank = config.inner_size, config.state_size, config.time_step_rank
-        self.rank, self.state = rank, state
         self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
         for suffix in self.weight_sets:
@@ -98,23 +93,59 @@ class VideoMambaMixer(nn.Module):
 
     def _scan(self, projected: Tensor, passes: list[ScanPass]) -> Tensor:
         """Sum (B, S, E) of the gated scans of `projected` (B, S, 2E), all in its order of tokens."""
-        sets, reverse = [each.weights for each in passes], [each.reverse for each in passes]
-        x, z = projected.chunk(2, dim=-1)
+        return mamba1_core(projected, *self.scan_weights(passes), [each.reverse for each in passes])
+
+    def scan_weights(self, passes: Sequence[ScanPass]) -> list[Tensor]:
+        """Parameters of these scans, stacked, in the order in which `mamba1_core` takes them."""
+        sets = [each.weights for each in passes]
         convs = [getattr(self, f"conv1d{name}") for name in sets]
         steps = [getattr(self, f"dt_proj{name}") for name in sets]
-        weights = {
-            "conv_weight": torch.stack([conv.weight.squeeze(1) for conv in convs]),
-            "conv_bias": torch.stack([conv.bias for conv in convs]),
-            "A": torch.stack([-torch.exp(at_least_fp32(getattr(self, self.rates_name(name)))) for name in sets]),
-            "D": torch.stack([getattr(self, f"D{name}") for name in sets]),
-            "dt_bias": torch.stack([step.bias for step in steps]),
-        }
-        u = directional_conv(x, weights["conv_weight"], weights["conv_bias"], reverse)
-        parts = [getattr(self, f"x_proj{name}")(part) for name, part in zip(sets, u, strict=True)]
-        low, B, C = torch.stack(parts).split([self.rank, self.state, self.state], dim=-1)
-        dt = torch.stack([F.linear(part, step.weight.to(part.dtype)) for part, step in zip(low, steps, strict=True)])
-        y, _ = selective_scan(u, dt, weights["A"], B, C, weights["D"], weights["dt_bias"], z, reverse=reverse)
-        return y.sum(dim=0)
+        return [
+            torch.stack(list(parts))
+            for parts in (
+                (conv.weight.squeeze(1) for conv in convs),
+                (conv.bias for conv in convs),
+                (getattr(self, f"x_proj{name}").weight for name in sets),
+                (step.weight for step in steps),
+                (step.bias for step in steps),
+                (getattr(self, self.rates_name(name)) for name in sets),
+                (getattr(self, f"D{name}") for name in sets),
+            )
+        ]
+
+
+def add_norm_mix(
+    mixer: VideoMambaMixer, norm: nn.Module, delta: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """A whole block, `mixer(norm(residual + delta))` and the sum, as one node of autograd that keeps little more than
+    the sum; None where that is not possible: without our kernels, in temporal order, with adapters or hooks on the
+    projections, or under a residual stream that is not fp32."""
+    projections = (mixer.in_proj, mixer.out_proj)
+    if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in projections):
+        return None
+    if any(each.order != "spatial" for each in mixer.passes):
+        return None
+    if residual is not None and residual.dtype != torch.float32:
+        return None
+    device = delta.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else norm.weight.dtype
+    if core_backend(device, dtype, delta.shape[1], mixer.A_log).name != "triton":
+        return None
+    from .ops_mamba1_triton import MixerBlock
+
+    return MixerBlock.apply(
+        delta,
+        residual,
+        norm.weight,
+        mixer.in_proj.weight,
+        mixer.out_proj.weight,
+        norm.eps,
+        [each.reverse for each in mixer.passes],
+        dtype,
+        torch.is_grad_enabled(),
+        *mixer.scan_weights(mixer.passes),
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
-from .mixer_mamba1 import VideoMambaMixer, init_mixer_
+from .mixer_mamba1 import VideoMambaMixer, add_norm_mix, init_mixer_
 
 # The optimizer of the released models leaves these without weight decay, beside biases and vectors.
 NO_DECAY = ("pos_embed", "cls_token", "temporal_pos_embedding")
@@ -113,7 +113,10 @@ class VideoMambaBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor]:
         """delta: what the block before added (the first: the tokens). Returns this block's delta, and the residual
         stream before it."""
-        residual = add_to_residual(residual, drop_path(delta, self.drop_path_rate, self.training), self)
+        delta = drop_path(delta, self.drop_path_rate, self.training)
+        if self.residual_in_fp32 and (both := add_norm_mix(self.mixer, self.norm, delta, residual)) is not None:
+            return both
+        residual = add_to_residual(residual, delta, self)
         return self.mixer(self.norm(residual), temporal, spatial), residual
 
 

@@ -1,19 +1,23 @@
-"""The selective scan of Mamba-1 (S6) and its convolution, for several directions at once, in plain PyTorch.
+"""The inside of a Mamba-1 mixer: convolution and selective scan (S6) for several directions at once, in PyTorch.
 
 `s_t = exp(dt_t A) s_(t-1) + dt_t B_t u_t`, `y_t = C_t s_t + D u_t`, gated by `silu(z_t)`; a reversed direction runs
 from the last token to the first. Memory is linear in length: only the state between groups of tokens is kept, all else
 is computed again in backward. `ops_selective_scan_triton` holds the same functions as kernels for CUDA.
 
-Legend: K directions, B batch, S tokens, E channels, N state per channel, W conv width.
+Legend: K directions, B batch, S tokens, E channels, N state per channel, R rank of the step, W conv width.
 Equations: Gu and Dao, arXiv 2312.00752, section 3.
 """
 
+import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .ops_registry import Backend, Call, Operation, run
 
 # Tokens of a chunk are walked one after the other, all chunks of a group together; a group's states are held at once.
 CHUNK, GROUP = 16, 1024
@@ -112,3 +116,89 @@ def _scan_group(u: Tensor, step: Tensor, B: Tensor, C: Tensor, A: Tensor, state:
     states = torch.stack(local, dim=3) + passed * torch.stack(entering, dim=2).unsqueeze(3)
     y = (states @ C.unsqueeze(-1)).squeeze(-1)
     return y.flatten(2, 3)[:, :, :tokens], state
+
+
+def mamba1_core(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """What stands between the two projections of a Mamba-1 mixer, summed over its directions.
+
+    Args:
+        xz: (B, S, 2E) what enters and its gate, of the input projection.
+        conv_weight: (K, E, W). conv_bias, dt_bias, D: (K, E). x_weight: (K, R + 2N, E). dt_weight: (K, E, R).
+        A_log: (K, E, N). reverse: for each direction whether it runs from the last token to the first.
+
+    Returns:
+        (B, S, E) in xz's type.
+    """
+    backend = core_backend(xz.device, xz.dtype, xz.shape[1], A_log)
+    tensors = (xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D)
+    return run(backend, *tensors, reverse=tuple(reverse), keep=torch.is_grad_enabled())
+
+
+def core_backend(device: torch.device, dtype: torch.dtype, tokens: int, A_log: Tensor) -> Backend:
+    """Which backend `mamba1_core` takes for rows of `tokens` tokens; A_log: (..., E, N)."""
+    return MAMBA1_CORE.pick(device, dtype, tokens, channels=A_log.shape[-2], state=A_log.shape[-1])
+
+
+def mamba1_core_torch(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    reverse: Sequence[bool],
+    keep: bool = True,
+) -> Tensor:
+    """`mamba1_core` in plain PyTorch: in fp32, fp64 for fp64 inputs, but for the products."""
+    x, z = xz.chunk(2, dim=-1)
+    rank, state = dt_weight.shape[-1], A_log.shape[-1]
+    u = directional_conv(x, conv_weight, conv_bias, reverse)
+    parts = (u.flatten(1, 2) @ x_weight.to(u.dtype).transpose(1, 2)).unflatten(1, u.shape[1:3])
+    low, B, C = parts.split([rank, state, state], dim=-1)
+    dt = (low.flatten(1, 2) @ dt_weight.to(u.dtype).transpose(1, 2)).view_as(u)
+    A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+    return selective_scan(u, dt, A, B, C, D, dt_bias, z, reverse=reverse)[0].sum(dim=0)
+
+
+def _triton_forward(*tensors: Tensor, **options: Any) -> Any:
+    from .ops_mamba1_triton import core_forward
+
+    return core_forward(*tensors, **options)
+
+
+def _triton_backward(*arguments: Any, **options: Any) -> Any:
+    from .ops_mamba1_triton import core_backward
+
+    return core_backward(*arguments, **options)
+
+
+def _triton_fits(call: Call) -> bool:
+    state = int(call.sizes["state"])
+    return call.tokens > 0 and call.sizes["channels"] % 32 == 0 and state in (4, 8, 16, 32, 64)
+
+
+_TRITON = Backend(
+    "triton",
+    _triton_forward,
+    _triton_backward,
+    kept_bytes=lambda itemsize, channels, state: 2 * 4 * channels * state / 128,  # two directions' states a chunk
+    device="cuda",
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    available=lambda: importlib.util.find_spec("triton") is not None,
+    fits=_triton_fits,
+)
+_TORCH = Backend("torch", mamba1_core_torch, kept_bytes=lambda itemsize, channels, state: 12 * itemsize * channels)
+MAMBA1_CORE = Operation("mamba1_core", (_TRITON, _TORCH))
+"""Sizes: channels E, state N. Kernels take what `mamba1_core` takes, and `keep`: whether there will be a backward."""
