@@ -29,6 +29,8 @@ _MODULE_OF = {
     "convert_checkpoint": "conversion.convert_checkpoint",
     "plan": "planning.plan_report",
     "open_video": "processing.video_reader",
+    "VideoMa2mbaGRPOTrainer": "trainer.reward_trainers",
+    "VideoMa2mbaRLOOTrainer": "trainer.reward_trainers",
     "VideoMa2mbaTrainer": "trainer.video_trainer",
     "VideoMa2mbaTrainingConfig": "trainer.training_config",
 }

@@ -241,6 +241,11 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         _require(all(s > 0 for s in self.image_std), "image_std", self.image_std, "every number must be positive")
 
     @property
+    def image_token_id(self) -> int:
+        """Images are videos of one frame. TRL keeps models from sampling this token."""
+        return self.video_token_id
+
+    @property
     def patches_per_side(self) -> int:
         """Patch tokens along one side of a frame."""
         return tower_adapter(self.vision_config).patches_per_side(self.vision_config)

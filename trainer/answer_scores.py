@@ -22,8 +22,10 @@ from ..modeling_video_ma2mba.recompute_chunks import ChunkedRows, ChunkJob, RowL
 from ..modeling_video_ma2mba.recompute_loss import IGNORE_INDEX, LOGITS_PER_CHUNK, shift_labels_left
 
 
-def score_answers(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of `targets` (n,) at hidden states (n, D), in fp32.
+def score_answers(
+    lm_head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of `targets` (n,) at hidden states (n, D), in fp32, of logits divided by `temperature`.
 
     Returns:
         log-probability (differentiable), entropy of the prediction, and whether the target is its most likely token;
@@ -36,7 +38,7 @@ def score_answers(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[
 
     def scores(piece: Tensor, first: int) -> Tensor:
         logits = lm_head(piece)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         wanted = targets[first : first + len(piece)].to(logits.device)
         chosen = -F.cross_entropy(logits, wanted, reduction="none")
         if torch.is_grad_enabled():  # the recomputation in backward: the other two have no gradient

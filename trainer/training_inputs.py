@@ -46,7 +46,6 @@ def checked_rows(data: Any) -> Any:
     """
     from datasets import Dataset, IterableDataset
 
-    from .data.dataset_rows import undecoded
     from .data.row_formats import UnknownFormError, detect_format
 
     if isinstance(data, dict):
@@ -58,7 +57,18 @@ def checked_rows(data: Any) -> Any:
             detect_format(data.column_names, "the data set")
         except UnknownFormError as error:
             raise ValueError(f"{error}, or give the trainer a data_collator that understands them") from error
-    return undecoded(data)
+    return undecoded_rows(data)
+
+
+def undecoded_rows(data: Any) -> Any:
+    """A data set (or a dictionary of several) whose videos and images are left as path and bytes."""
+    from datasets import Dataset, IterableDataset
+
+    from .data.dataset_rows import undecoded
+
+    if isinstance(data, dict):
+        return {name: undecoded_rows(part) for name, part in data.items()}
+    return undecoded(data) if isinstance(data, Dataset | IterableDataset) else data
 
 
 def evaluation_collator(collator: Any, args: VideoMa2mbaTrainingConfig) -> Any:

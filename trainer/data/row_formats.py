@@ -92,7 +92,12 @@ def _role(name: Any) -> str:
     return _ROLES[name]
 
 
-def _chat_messages(row: Row, base_dir: str | None) -> list[Row]:
+def chat_messages(row: Row, base_dir: str | None) -> list[Row]:
+    """Messages in parts, from `messages` and the columns with videos and images of a row.
+
+    Raises:
+        ValueError: places for media and media differ in number, a role or a part of an unknown kind.
+    """
     media = iter(found := _media_columns(row, base_dir))
     messages, placeholders = [], 0
     turns = [(_role(message["role"]), message["content"] or "") for message in row["messages"]]
@@ -173,7 +178,7 @@ def _prompt_and_completion(row: Row, base_dir: str | None) -> list[Row]:
         [{"role": role, "content": row[name]}] if isinstance(row[name], str) else list(row[name])
         for name, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    messages = _chat_messages({**row, "messages": [*prompt, *completion]}, base_dir)
+    messages = chat_messages({**row, "messages": [*prompt, *completion]}, base_dir)
     return [{**message, "learn": place >= len(prompt)} for place, message in enumerate(messages)]
 
 
@@ -189,7 +194,7 @@ def _text(row: Row, base_dir: str | None) -> list[Row]:
 
 
 FORMATS = (
-    RowFormat("chat messages", ("messages",), _chat_messages),
+    RowFormat("chat messages", ("messages",), chat_messages),
     RowFormat("SceneWalk clips", ("conversations", "time_stamp", "url"), scenewalk_clip, clips=True),
     RowFormat("SceneWalk videos", ("conversations", "scenes", "video"), scenewalk_video),
     RowFormat("LLaVA conversations", ("conversations",), _conversations),
