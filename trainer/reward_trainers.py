@@ -22,7 +22,6 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..modeling_video_ma2mba.state_video import VideoState
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import score_answers
 from .data.row_formats import chat_messages
@@ -223,13 +222,12 @@ def _hidden_states(model: Any, prompt: KeptPrompt, completions: Tensor, mask: Te
         embedded = model._touch_vision(embeddings(ids))
     last = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
     last[:, -1] = True
-    first, *state = language_model.scan(embedded, output_positions=last)
-    state = state[0] if len(state) == 1 else VideoState(*state, ids.shape[1])
+    first, state = language_model.scan(embedded, output_positions=last)
     first = first.expand(len(completions), 1, -1)
     if completions.shape[1] == 1:
         return first
     state.batch_repeat_interleave(len(completions))
-    rest, *_ = language_model.scan(embeddings(completions[:, :-1]), state, attention_mask=mask[:, :-1].long())
+    rest, _ = language_model.scan(embeddings(completions[:, :-1]), state, attention_mask=mask[:, :-1].long())
     return torch.cat([first, rest.to(first)], dim=1)
 
 
