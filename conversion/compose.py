@@ -3,26 +3,26 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.vision_towers import TOWERS
+from .layouts import OURS, detect_layout, unused
+from .tensor_store import TensorStore
 
 # Width and layers of state-spaces/mamba2-*, the language models of the paper's three sizes (0.7B, 1.8B, 3.1B).
 PRESETS = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 # The state-spaces checkpoints come without tokenizer files; this is what they were trained with.
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
-_LANGUAGE = "model.language_model."
 
 
 def compose(
@@ -167,12 +167,8 @@ def language_tensors(folder: Path, config: Ma2mbaTextConfig, name: str) -> dict[
     Raises:
         ValueError: tensors are missing, of another shape, or not expected.
     """
-    renamed = {}
-    for key, tensor in _stored_tensors(folder, name):
-        key = key.removeprefix("backbone.").removeprefix("model.language_model.").removeprefix("language_model.")
-        key = re.sub(r"^embedding\.", "embeddings.", key)
-        renamed["lm_head.weight" if key == "lm_head.weight" else _LANGUAGE + key] = tensor
-    embedding = renamed.get(_LANGUAGE + "embeddings.weight")
+    renamed = part_tensors(folder, name)
+    embedding = renamed.get(f"{OURS.language}embeddings.weight")
     if embedding is None:
         raise ValueError(f"{name} has no embedding weights: it is not a whole language model")
     config.vocab_size = embedding.shape[0]
@@ -183,30 +179,30 @@ def language_tensors(folder: Path, config: Ma2mbaTextConfig, name: str) -> dict[
         whole = VideoMa2mbaForConditionalGeneration(
             VideoMa2mbaConfig(config, video_token_id=0, tie_word_embeddings=config.tie_word_embeddings)
         )
-    wanted = {k: v.shape for k, v in whole.state_dict().items() if k.startswith((_LANGUAGE, "lm_head."))}
+    wanted = {k: v.shape for k, v in whole.state_dict().items() if k.startswith((OURS.language, "lm_head."))}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
     missing, extra = sorted(wanted.keys() - renamed.keys()), sorted(renamed.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(f"{name} does not fit its configuration: missing tensors {missing[:5]}, unknown {extra[:5]}")
-    for key, shape in wanted.items():
-        if renamed[key].shape != shape:
-            found = tuple(renamed[key].shape)
-            raise ValueError(f"{name}: tensor {key} has the shape {found}, its configuration says {tuple(shape)}")
+    _check_shapes(renamed, wanted, name)
     return renamed
 
 
-def _stored_tensors(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
-    shards = sorted(folder.glob("*.safetensors"))
-    if shards:
-        for shard in shards:
-            yield from load_file(shard).items()
-        return
-    shards = sorted(folder.glob("pytorch_model*.bin"))
-    if not shards:
-        raise FileNotFoundError(f"{name} holds no weights (model.safetensors or pytorch_model.bin)")
-    for shard in shards:
-        yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items()
+def part_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that holds one part of the model, by canonical name (see `layouts`); unknown ones by
+    their own."""
+    store = TensorStore(folder, name)
+    layout = detect_layout(store.specs, name)
+    with closing(store):
+        return {layout.canonical(key) or key: store.read(key) for key in store.specs if not unused(key)}
+
+
+def _check_shapes(tensors: dict[str, Tensor], wanted: Mapping[str, torch.Size], name: str) -> None:
+    for key, shape in wanted.items():
+        if tensors[key].shape != shape:
+            found = tuple(tensors[key].shape)
+            raise ValueError(f"{name}: tensor {key} has the shape {found}, its configuration says {tuple(shape)}")
 
 
 def _preset_text_config(preset: str | None) -> Ma2mbaTextConfig | None:
@@ -240,17 +236,14 @@ def pixel_statistics(folder: Path) -> dict[str, list[float]]:
 
 
 def _tower_tensors(source: str, config: VideoMa2mbaConfig) -> dict[str, Tensor]:
-    tower_class = getattr(transformers, TOWERS[config.vision_config.model_type].model_class)
-    with quiet():
-        tower, report = tower_class.from_pretrained(
-            local_folder(source), config=config.vision_config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    missing, mismatched = sorted(report["missing_keys"]), sorted(str(key) for key in report["mismatched_keys"])
-    if missing or mismatched:
-        raise ValueError(
-            f"{source} lacks tensors of a vision tower: {missing[:5]}, or has other shapes: {mismatched[:5]}"
-        )
-    return {f"model.vision_tower.{key}": tensor for key, tensor in tower.state_dict().items()}
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config.vision_config)
+    wanted = {f"{OURS.tower}{key}": tensor.shape for key, tensor in tower.state_dict().items()}
+    tensors = part_tensors(local_folder(source), source)
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise ValueError(f"{source} lacks tensors of a vision tower: {missing[:5]}")
+    _check_shapes(tensors, wanted, source)
+    return {key: tensors[key] for key in wanted}
 
 
 def _config(
@@ -286,7 +279,7 @@ def text_tokenizer(
     video_token_id = add_video_tokens(tokenizer)
     if len(tokenizer) > text_config.vocab_size:
         text_config.vocab_size = -(-len(tokenizer) // 16) * 16
-        for key in (_LANGUAGE + "embeddings.weight", "lm_head.weight"):
+        for key in (OURS.language + "embeddings.weight", "lm_head.weight"):
             if key in tensors:
                 rows = tensors[key]
                 average = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)

@@ -61,7 +61,6 @@ class TowerAdapter:
 
     Attributes:
         model_type: `vision_config.model_type` that it serves.
-        model_class: name of the transformers class that loads the tower out of a checkpoint.
         image_mean, image_std: with which its checkpoints were trained, of pixels scaled to 0..1.
         leading_rows: rows in front of the patches that say nothing about a place in the frame (class tokens).
         no_split_modules: classes that `device_map` must keep on one device.
@@ -72,7 +71,6 @@ class TowerAdapter:
     """
 
     model_type: str
-    model_class: str
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     leading_rows: int = 0

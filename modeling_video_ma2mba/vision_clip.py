@@ -15,7 +15,6 @@ class ClipAdapter(TowerAdapter):
     """transformers' `CLIPVisionModel`."""
 
     model_type = "clip_vision_model"
-    model_class = "CLIPVisionModel"
     image_mean = (0.48145466, 0.4578275, 0.40821073)
     image_std = (0.26862954, 0.26130258, 0.27577711)
     leading_rows = 1

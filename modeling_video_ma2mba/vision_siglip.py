@@ -7,5 +7,4 @@ class SiglipAdapter(TowerAdapter):
     """transformers' `SiglipVisionModel`."""
 
     model_type = "siglip_vision_model"
-    model_class = "SiglipVisionModel"
     no_split_modules = ("SiglipVisionEmbeddings", "SiglipEncoderLayer")
