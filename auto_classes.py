@@ -23,6 +23,7 @@ def register() -> None:
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
     from transformers.pipelines import PIPELINE_REGISTRY
 
+    from .conversion.released_auto import ReleasedConfig, auto_loader
     from .modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
     from .modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
     from .modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
@@ -36,10 +37,15 @@ def register() -> None:
     transformers.AutoConfig.register("video_ma2mba_text", Ma2mbaTextConfig, exist_ok=True)
     transformers.AutoModel.register(VideoMa2mbaConfig, VideoMa2mbaModel, exist_ok=True)
     transformers.AutoModel.register(Ma2mbaTextConfig, Ma2mbaTextModel, exist_ok=True)
+    released = auto_loader(VideoMa2mbaForConditionalGeneration)  # converts checkpoints in the authors' layout
+    transformers.AutoConfig.register(ReleasedConfig.model_type, ReleasedConfig, exist_ok=True)
+    transformers.AutoModel.register(ReleasedConfig, auto_loader(VideoMa2mbaModel), exist_ok=True)
     for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"):
         if hasattr(transformers, name):  # AutoModelForMultimodalLM came in the course of transformers 5
             getattr(transformers, name).register(VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, exist_ok=True)
+            getattr(transformers, name).register(ReleasedConfig, released, exist_ok=True)
     transformers.AutoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaProcessor, exist_ok=True)
+    transformers.AutoProcessor.register(ReleasedConfig, auto_loader(VideoMa2mbaProcessor), exist_ok=True)
     AutoVideoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaVideoProcessor, exist_ok=True)
 
     transformers.AutoConfig.register("videomamba", VideoMambaConfig, exist_ok=True)

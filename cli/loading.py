@@ -17,8 +17,11 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def resolve_model(model: str | None) -> str:
     """Directory or Hub id to load from; None is the bundled checkpoint.
 
+    A checkpoint in the released layout is converted into the cache, once: see `usable_folder`.
+
     Raises:
         FileNotFoundError: the directory does not exist or holds no `config.json`.
+        OSError, ValueError: the checkpoint cannot be fetched or converted.
     """
     if model is None:
         if not (BUNDLED_CHECKPOINT / "config.json").is_file():
@@ -30,15 +33,15 @@ def resolve_model(model: str | None) -> str:
     if not model:
         raise ValueError("--model is empty: name a directory or a Hub id, or leave it out")
     path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model directory {model} holds no config.json: it is not a saved model")
-        return str(path)
-    if path.exists():
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model directory {model} holds no config.json: it is not a saved model")
+    if path.is_file():
         raise FileNotFoundError(f"--model {model} is a file: name the directory that holds config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+    if not path.is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith(".")):
         raise FileNotFoundError(f"model directory {model} does not exist (and it is no Hub id such as owner/name)")
-    return model
+    from video_ma2mba.conversion.released import usable_folder
+
+    return usable_folder(str(path) if path.is_dir() else model)
 
 
 def pick_device(device: str):

@@ -29,11 +29,10 @@ from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mba
 
 from .layouts import OURS
 from .official_layout import official_config, official_target
-from .report import ConversionReport
+from .report import RECORD, ConversionReport
 from .tensor_plan import CheckpointSource, TensorPlan, plan_tensors
 from .tensor_store import DTYPES, TensorSpec, TensorStore, write_shards
 
-RECORD = "conversion.json"
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
@@ -47,6 +46,7 @@ def convert_checkpoint(
     leave_out: Sequence[str] = (),
     max_shard_bytes: int = 5_000_000_000,
     dry_run: bool = False,
+    on_bytes: Callable[[int], Any] | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint, or several that hold a part each, to one of this package's layout (or back).
 
@@ -63,6 +63,7 @@ def convert_checkpoint(
         leave_out: patterns (`mm_model.image_*`) of tensors that may be left out although nothing is known of them.
         max_shard_bytes: largest file to write.
         dry_run: check everything and write nothing.
+        on_bytes: called with the size of every tensor that is about to be written, in bytes.
 
     Returns:
         What became of every tensor; also written to `out/conversion.json`.
@@ -98,9 +99,14 @@ def convert_checkpoint(
         return plan.report
     specs = {canonical: opened[i].specs[name] for canonical, (i, name) in plan.tensors.items()}
 
+    def read(canonical: str) -> Tensor:
+        if on_bytes is not None:
+            on_bytes(specs[canonical].nbytes)
+        return _read(opened, plan.tensors[canonical])
+
     def write(folder: Path) -> None:
         _write_model_files(folder, plan.config, specs, text)
-        _write_shards(folder, specs, lambda canonical: _read(opened, plan.tensors[canonical]), opened, max_shard_bytes)
+        _write_shards(folder, specs, read, opened, max_shard_bytes)
         record = plan.report.to_dict() | {"official": _way_back(plan, opened)}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+RECORD = "conversion.json"
+"""File of a conversion that lists every tensor; written last."""
 _SHOWN = 5
 
 

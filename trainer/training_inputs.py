@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 
+from ..conversion.released import usable_folder
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from .training_config import VideoMa2mbaTrainingConfig
 
@@ -19,7 +20,9 @@ BROKEN_EVAL_SAMPLES = "broken_eval_samples.jsonl"
 def load_for_training(source: str, args: VideoMa2mbaTrainingConfig) -> VideoMa2mbaForConditionalGeneration:
     """Load a model from a directory or the Hub, in fp32 unless `args.model_init_kwargs` says otherwise."""
     options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-    return VideoMa2mbaForConditionalGeneration.from_pretrained(source, **options)
+    return VideoMa2mbaForConditionalGeneration.from_pretrained(
+        usable_folder(source, options.get("revision")), **options
+    )
 
 
 def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_dataset: Any) -> Any:

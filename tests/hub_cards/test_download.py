@@ -25,11 +25,11 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def run(hub: HubServer, home: Path, *words: str) -> subprocess.CompletedProcess:
+def run(hub: HubServer, home: Path, *words: str, offline: bool = False) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_OFFLINE": str(int(offline)),
         "HF_HUB_DISABLE_XET": "1",
     }
     return subprocess.run([COMMAND, *words], capture_output=True, text=True, env=environment)
@@ -49,6 +49,23 @@ def test_convert_by_hub_id_then_ask(hub, released, tiny_video: Path, tmp_path: P
     answer = run(hub, tmp_path / "home", "ask", str(tiny_video), "What is shown?", "--model", str(out), "--json")
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["frames"] == 6
+
+
+def test_ask_by_hub_id_fetches_and_converts_once(hub, released, tiny_video: Path, tmp_path: Path):
+    hub.repos[f"models/{RELEASED}"] = Repo(private=False, commits={"a" * 40: released})
+    ask = ["ask", str(tiny_video), "What is shown?", "--model", RELEASED, "--json"]
+    first = run(hub, tmp_path / "home", *ask)
+    assert first.returncode == 0, first.stderr
+    fetched, converted = (line for line in first.stderr.splitlines() if line.startswith(RELEASED))
+    weights = sum(len(content) for name, content in released.items() if name.endswith(".safetensors"))
+    assert f"{weights / 1e6:.1f} MB, once, into" in converted
+    assert "MB to fetch" in fetched
+    again = run(hub, tmp_path / "home", *ask, offline=True)
+    assert again.returncode == 0, again.stderr
+    assert RELEASED not in again.stderr
+    assert json.loads(again.stdout)["answer"] == json.loads(first.stdout)["answer"]
+    hub.repos[f"models/{RELEASED}"].commits["b" * 40] = released  # a new revision
+    assert "once, into" in run(hub, tmp_path / "home", *ask).stderr
 
 
 def test_names_from_the_hub_stay_in_their_folder(hub, released, tmp_path: Path):
