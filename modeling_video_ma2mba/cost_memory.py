@@ -8,9 +8,11 @@ Legend: B batch, S tokens, F frames, D width, E inner width, L layers, C conv ch
 size, G groups, Q chunk length; Z = E + C + H is the output width of in_proj. Everything is in bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from .mixer_mamba2 import CoreBackends, MixerShape
+from .ops_norm import ADD_RMS_NORM
 from .recompute_plan import RecomputePlan
 
 # Numbers in one chunk of logits (`recompute_loss`).
@@ -25,7 +27,7 @@ _MATMUL_WORKSPACE = 32 << 20
 class StackShape:
     """Sizes of a Mamba-2 stack; `compute` and `stream` are bytes per number of activations and residual stream.
 
-    `kernels`: fused kernels run the mixers (CUDA in 16 bits); otherwise plain PyTorch, which keeps far more.
+    `backends`: what runs the mixers: kernels (CUDA in 16 bits), or plain PyTorch, which keeps far more.
     """
 
     layers: int
@@ -40,11 +42,13 @@ class StackShape:
     vocabulary: int
     compute: int = 2
     stream: int = 4
-    kernels: bool = True
+    backends: CoreBackends = field(default_factory=CoreBackends.preferred)
 
     @classmethod
-    def of(cls, config: Any, compute: int = 2, kernels: bool = True) -> "StackShape":
-        """From a `Ma2mbaTextConfig`; `compute` is 2 for bf16 and fp16, 4 for fp32."""
+    def of(cls, config: Any, compute: int = 2, kernels: bool | CoreBackends = True) -> "StackShape":
+        """From a `Ma2mbaTextConfig`; `compute` is 2 for bf16 and fp16, 4 for fp32. `kernels`: the mixers' backends,
+        or whether they are the preferred ones or PyTorch."""
+        backends = kernels if isinstance(kernels, tuple) else CoreBackends.preferred() if kernels else None
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
@@ -58,8 +62,19 @@ class StackShape:
             vocabulary=config.vocab_size,
             compute=compute,
             stream=max(compute, 4) if config.residual_in_fp32 else compute,
-            kernels=kernels,
+            backends=backends or CoreBackends.named("torch"),
         )
+
+    @property
+    def kernels(self) -> bool:
+        """Whether kernels run the mixers."""
+        return self.backends.fused
+
+    @property
+    def mixer(self) -> MixerShape:
+        """The sizes of one mixer."""
+        heads = (self.heads, self.inner // self.heads, self.state, self.groups)
+        return MixerShape(*heads, self.conv_kernel, self.chunk, eps=0.0, time_step_limit=(0.0, float("inf")))
 
     @property
     def projected(self) -> int:
@@ -78,8 +93,8 @@ class StackShape:
 
     @property
     def longest_segment(self) -> int:
-        """Tokens (times rows) that the kernels' 32-bit offsets reach in a tensor Z wide; unlimited in PyTorch."""
-        return 2**31 // self.projected if self.kernels else 2**62
+        """Most tokens (times rows) that the mixers' backends address in one call."""
+        return self.backends.longest_call(self.mixer)
 
 
 @dataclass(frozen=True)
@@ -113,47 +128,27 @@ class Workload:
 
 
 def saved_per_token(shape: StackShape, projections_train: bool = True) -> float:
-    """What one layer keeps per token between its recomputation and its backward.
-
-    Kernels: the residual sum and its norm's factor (`ops_norm`); zxbcdt, the scan's output, step sizes, decays, chunk
-    states and the gated norm's factors (`_FusedCore`); what the two projections read. PyTorch: everything autograd
-    records in `_core_torch`, mostly the (Q, Q) decay masks of every head; counted in a test.
-    """
-    d, e, z, w = shape.width, shape.inner, shape.projected, shape.compute
-    if shape.kernels:
-        inputs = w * (d + e) if projections_train else 0
-        scan = 8 * shape.heads + w * e * shape.state / shape.chunk
-        return shape.stream * d + w * (z + e) + scan + 4 * (1 + shape.groups) + inputs
-    masks = 2 * shape.heads * shape.chunk + shape.groups * shape.chunk
-    states = 2 * e * shape.state / shape.chunk
-    inner = (9 if shape.groups == 1 else 10) * e  # heads of several groups are flattened into a copy
-    return max(4, w) * (3 * d + z + 3 * shape.conv_dim + inner + masks + states + 5 * shape.heads)
+    """What one layer keeps per token between its recomputation and its backward: the residual sum in front of the
+    norm, the mixer's inside as its backends say, and what the two projections read."""
+    inputs = shape.compute if projections_train else 0
+    norm = ADD_RMS_NORM.backends[0].kept_bytes(itemsize=shape.stream, width=shape.width)
+    if not shape.kernels:  # fp32 at least, and whatever trains
+        inputs = max(4, shape.compute)
+        norm = ADD_RMS_NORM.named("torch").kept_bytes(itemsize=inputs, width=shape.width)
+    return norm + shape.backends.kept_bytes(shape.mixer, shape.compute) + inputs * (shape.width + shape.inner)
 
 
 def backward_temporaries_per_token(shape: StackShape) -> float:
-    """What the backward of one mixer holds beside the saved tensors, at its worst moment.
-
-    Always: gradient of zxbcdt, the recomputed convolution and its gradient, gradients of the gated norm's output and
-    of the scan's, C.B scores. Then the larger of: two sets of fp32 gradients of chunk states (state passing); one set,
-    with gradients of decays, step sizes, B, C and the scores.
-    """
-    e, w, q, h = shape.inner, shape.compute, shape.chunk, shape.heads
-    if not shape.kernels:
-        return max(4, w) * (3 * h * q + 2 * shape.projected + 3 * shape.conv_dim + 6 * e)
-    always = w * (shape.projected + 2 * shape.conv_dim + 2 * e) + 4 * q * shape.groups
-    states = 4 * e * shape.state / q
-    products = 40 * h + 8 * shape.groups * shape.state + 8 * q * shape.groups
-    return always + states + max(states, products)
+    """What the backward of one mixer holds beside the saved tensors, at its worst moment."""
+    return shape.backends.backward_bytes(shape.mixer, shape.compute)
 
 
 def forward_temporaries_per_token(shape: StackShape) -> float:
     """What one layer holds in forward without gradients, at its worst moment, beside its block's input."""
-    d, e, w, q = shape.width, shape.inner, shape.compute, shape.chunk
+    mixer = shape.backends.forward_bytes(shape.mixer, shape.compute)
     if not shape.kernels:
-        return saved_per_token(shape) + max(4, w) * (shape.heads * q + 2 * e)
-    always = 2 * (shape.stream + w) * d + w * (shape.projected + shape.conv_dim) + 8 * shape.heads
-    states = e * shape.state / q
-    return always + max((4 + w) * states, w * (states + e) + 4 * q * shape.groups, w * (states + 2 * e))
+        return saved_per_token(shape) - shape.backends.kept_bytes(shape.mixer, shape.compute) + mixer
+    return 2 * (shape.stream + shape.compute) * shape.width + mixer
 
 
 def loss_bytes(shape: StackShape, work: Workload) -> float:

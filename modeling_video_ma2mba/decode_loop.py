@@ -395,7 +395,8 @@ class _DecoderSteps(_ForwardSteps):
         self.read_by_decoder += 1
 
     def write_back(self) -> None:
-        self.state.update(self.decoder.buffers.export().layers, self.read_by_decoder)
+        seen = self.state.seen_tokens + self.read_by_decoder
+        self.state.take(VideoState.from_stacked(*self.decoder.buffers.export(), seen))
 
 
 def one_state(model: Any, states: VideoState | Sequence[VideoState]) -> VideoState:

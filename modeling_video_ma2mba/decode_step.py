@@ -175,8 +175,8 @@ class DecodeBuffers:
         """Views of `conv` and `base`, layer by layer."""
         return unstack(Mamba2State(self.conv, self.base))
 
-    def export(self) -> VideoState:
-        """The state after the tokens read, those of `load` not counted; these buffers stay as they are."""
+    def export(self) -> Mamba2State:
+        """The state after the tokens read, all layers stacked; these buffers stay as they are."""
         ssm = self.base.to(torch.float32, copy=True)
         count, heads, size = int(self.slot), ssm.shape[2], ssm.shape[4]
         if count:
@@ -189,7 +189,7 @@ class DecodeBuffers:
                 weights = self.steps[layer, :, :count] * torch.exp(totals[:, -1:] - totals)
                 out *= torch.exp(totals[:, -1])[..., None, None]
                 out += torch.einsum("bkhp,bkhn->bhpn", weights[..., None] * x, b)
-        return VideoState.from_stacked(self.conv.clone(), ssm)
+        return Mamba2State(self.conv.clone(), ssm)
 
 
 def token_step(ops: SimpleNamespace, weights: DecodeWeights, buffers: DecodeBuffers, fold: bool) -> None:

@@ -100,10 +100,47 @@ class CoreBackends(NamedTuple):
         """Those of one name; ValueError if there are none."""
         return cls(CAUSAL_CONV.named(name), SSD.named(name), GATED_RMS_NORM.named(name))
 
+    @classmethod
+    def preferred(cls) -> "CoreBackends":
+        """Those that run where everything is served and installed."""
+        return cls(CAUSAL_CONV.backends[0], SSD.backends[0], GATED_RMS_NORM.backends[0])
+
     @property
     def fused(self) -> bool:
         """Whether kernels run, and one autograd function spans them."""
         return self.norm.backward is not None
+
+    # What a call takes, in bytes a token; `itemsize` is that of the inputs, from which PyTorch makes at least fp32.
+    def kept_bytes(self, shape: MixerShape, itemsize: int) -> float:
+        """Between forward and backward: the projection's output, the scan's, and what the operations keep. The
+        convolution's output is recomputed by kernels, and kept by PyTorch."""
+        ssd, norm = _ssd_arguments(shape), {"width": shape.inner, "groups": shape.n_groups}
+        itemsize = itemsize if self.fused else max(4, itemsize)
+        own = shape.projected + shape.inner + (0 if self.fused else shape.conv_dim)
+        kept = self.conv.kept_bytes(itemsize=itemsize, channels=shape.conv_dim)
+        kept += self.ssd.kept_bytes(itemsize=itemsize, **ssd_sizes(*ssd))
+        return itemsize * own + kept + self.norm.kept_bytes(itemsize=itemsize, **norm)
+
+    def forward_bytes(self, shape: MixerShape, itemsize: int) -> float:
+        """At the worst moment of a forward that keeps nothing: in the scan, or in the norm behind it."""
+        sizes = {"itemsize": itemsize, **ssd_sizes(*_ssd_arguments(shape))}
+        if not self.fused:  # PyTorch frees nothing before the end that it would have kept
+            sizes["itemsize"] = itemsize = max(4, itemsize)
+            return self.kept_bytes(shape, itemsize) + self.ssd.forward_bytes(**sizes) + 2 * itemsize * shape.inner
+        scan, norm = self.ssd.forward_bytes(**sizes), self.ssd.kept_bytes(**sizes) + 2 * itemsize * shape.inner
+        return itemsize * (shape.projected + shape.conv_dim) + max(scan, norm)
+
+    def backward_bytes(self, shape: MixerShape, itemsize: int) -> float:
+        """At the worst moment of backward beside what was kept: the gradients of the projection's output, of the
+        convolution's (and it, computed again), of the gated norm's and of the scan's, and what the scan holds."""
+        itemsize = itemsize if self.fused else max(4, itemsize)
+        own = shape.projected + 2 * shape.conv_dim + 2 * shape.inner
+        own += 0 if self.fused else shape.projected + shape.conv_dim + 4 * shape.inner
+        return itemsize * own + self.ssd.backward_bytes(itemsize=itemsize, **ssd_sizes(*_ssd_arguments(shape)))
+
+    def longest_call(self, shape: MixerShape) -> int:
+        """Most tokens (times rows) that one call can address."""
+        return min(backend.longest_call(shape.projected) for backend in self)
 
 
 def _ssd_arguments(shape: MixerShape) -> tuple[Any, ...]:

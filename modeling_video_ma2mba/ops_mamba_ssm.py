@@ -223,10 +223,28 @@ def _ssd_fits(call: Call) -> bool:
     return call.tokens > 1 and not (call.padded and call.sizes["dt_min"] > 0)
 
 
-def _ssd_kept(
-    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, dt_min: float = 0
-) -> float:
+def _ssd_kept(itemsize: int, heads: int, head_dim: int, state_size: int, chunk: int, **sizes: float) -> float:
+    """Step sizes and decays; chunk states."""
     return 8 * heads + itemsize * heads * head_dim * state_size / chunk
+
+
+def _ssd_forward_bytes(
+    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
+) -> float:
+    """What is kept, and the larger of: chunk states in fp32; the output with the C.B scores."""
+    inner = heads * head_dim
+    kept = _ssd_kept(itemsize, heads, head_dim, state_size, chunk)
+    return kept + max(4 * inner * state_size / chunk, itemsize * inner + 4 * chunk * groups)
+
+
+def _ssd_backward_bytes(
+    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
+) -> float:
+    """C.B scores, and the larger of: two sets of fp32 gradients of chunk states (state passing); one set, with
+    gradients of decays, step sizes, B, C and the scores."""
+    states = 4 * heads * head_dim * state_size / chunk
+    products = 40 * heads + 8 * groups * state_size + 8 * chunk * groups
+    return 4 * chunk * groups + states + max(states, products)
 
 
 # Backward reads the states that entered the chunks, not the one that was given.
@@ -236,6 +254,8 @@ SSD = _backend(
     needs=(0, 1, 2, 3, 4, 5, 6, 8),
     fits=_ssd_fits,
     kept_bytes=_ssd_kept,
+    forward_bytes=_ssd_forward_bytes,
+    backward_bytes=_ssd_backward_bytes,
 )
 
 

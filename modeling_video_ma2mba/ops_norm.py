@@ -57,6 +57,8 @@ _ADD_TORCH = Backend("torch", add_rms_norm_torch, kept_bytes=lambda itemsize, wi
 ADD_RMS_NORM = Operation("add_rms_norm", (_ADD_MAMBA_SSM, _ADD_TORCH))
 """Sizes: width; kept bytes are of the residual's type."""
 
-_GATED_TORCH = Backend("torch", gated_rms_norm_torch)
+_GATED_TORCH = Backend(
+    "torch", gated_rms_norm_torch, kept_bytes=lambda itemsize, width, groups: 3 * itemsize * width
+)  # fmt: skip
 GATED_RMS_NORM = Operation("gated_rms_norm", (_GATED_MAMBA_SSM, _GATED_TORCH))
 """Sizes: width, groups. `into`: the gradient of z."""

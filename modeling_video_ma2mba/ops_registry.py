@@ -47,8 +47,10 @@ class Backend:
         backward: `backward(tensors, kept, gradients, into=None, **options) -> gradients of tensors`. `gradients` has
             None where a result was not used; `into` are buffers for some of the gradients, as the operation says.
         needs: positions of the tensors that backward looks at, the others are None there; None is all of them.
-        kept_bytes: bytes a token that a call keeps for its backward, from the operation's sizes and `itemsize`, the
-            bytes of a number; what the operation's inputs take is not counted.
+        kept_bytes, forward_bytes, backward_bytes: bytes a token, from the operation's sizes and `itemsize`, the bytes
+            of a number. What a call keeps for its backward beside inputs and results; what it holds at its worst
+            moment in forward (what it keeps and its results included) and in backward (beside what was kept, and the
+            gradients that go in and out). 0: nothing worth counting.
         longest_call: most tokens (rows of a batch together) that one call can address, from how many numbers lie
             between two tokens of the widest input.
         device, dtypes: None where any will do.
@@ -61,6 +63,8 @@ class Backend:
     backward: Callable[..., tuple[Tensor | None, ...]] | None = None
     needs: tuple[int, ...] | None = None
     kept_bytes: Callable[..., float] = lambda **sizes: 0
+    forward_bytes: Callable[..., float] = lambda **sizes: 0
+    backward_bytes: Callable[..., float] = lambda **sizes: 0
     longest_call: Callable[[int], int] = _unlimited
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None

@@ -221,7 +221,18 @@ def _torch_kept(
     return itemsize * (4 * inner + grouped + masks + states + 5 * heads)
 
 
-_TORCH = Backend("torch", ssd_torch, kept_bytes=_torch_kept)
+def _torch_masks(itemsize: int, heads: int, chunk: int, **sizes: float) -> float:
+    """The (Q, Q) decays of every head, once."""
+    return itemsize * heads * chunk
+
+
+_TORCH = Backend(
+    "torch",
+    ssd_torch,
+    kept_bytes=_torch_kept,
+    forward_bytes=_torch_masks,
+    backward_bytes=lambda **sizes: 3 * _torch_masks(**sizes),
+)
 SSD = Operation("ssd", (_MAMBA_SSM, _TORCH))
 """Sizes: `ssd_sizes`. Kernels take (x, dt, a, b, c, D, dt_bias, state, seq_idx) and are given steps that
 `mask_steps` has seen; `into`: the gradients of x, dt, b and c."""

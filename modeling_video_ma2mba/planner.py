@@ -233,7 +233,7 @@ def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
     device = model.norm_f.weight.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-    kernels = CoreBackends.pick(mixer.shape, device, dtype, x.shape[1]).fused
+    backends = CoreBackends.pick(mixer.shape, device, dtype, x.shape[1])
     trainable = sum(p.numel() for p in model.layers.parameters() if p.requires_grad)
     work = Workload(
         tokens=x.shape[1],
@@ -247,7 +247,7 @@ def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
         input_on_gpu=x.device == device,
         input_gradient=x.requires_grad,
     )
-    return StepJob(StackShape.of(model.config, dtype.itemsize, kernels), work)
+    return StepJob(StackShape.of(model.config, dtype.itemsize, backends), work)
 
 
 def step_limits(
