@@ -12,7 +12,12 @@ def init(
         str | None,
         typer.Option(help="Mamba-2 checkpoint (transformers' or state-spaces' layout): directory or Hub id."),
     ] = None,
-    vision_tower: Annotated[str | None, typer.Option(help="CLIP or SigLIP vision tower: directory or Hub id.")] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="Vision tower: directory or Hub id of a CLIP, SigLIP or VideoMamba, or videomamba-{ti,s,m,b} (fresh)."
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer: directory or Hub id.", show_default="the language model's")
     ] = None,

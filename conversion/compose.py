@@ -1,4 +1,4 @@
-"""Compose a fresh Video-Ma2mba model from a Mamba-2 language model and a CLIP or SigLIP vision tower."""
+"""Compose a fresh Video-Ma2mba model from a Mamba-2 language model and a vision tower."""
 
 import contextlib
 import json
@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
+from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.vision_towers import TOWERS
 from .layouts import OURS, detect_layout, unused
@@ -23,6 +24,7 @@ from .tensor_store import TensorStore
 PRESETS = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 # The state-spaces checkpoints come without tokenizer files; this is what they were trained with.
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
+_FRESH = "videomamba-"
 
 
 def compose(
@@ -40,7 +42,8 @@ def compose(
     Args:
         language_model: directory or Hub id of a Mamba-2 checkpoint, in the layout of transformers'
             `Mamba2ForCausalLM` or of state-spaces (`config.json` with `d_model`, `pytorch_model.bin`).
-        vision_tower: directory or Hub id of a CLIP or SigLIP model (whole or vision part).
+        vision_tower: directory or Hub id of a CLIP or SigLIP model (whole or vision part), or of a VideoMamba
+            encoder or classifier; "videomamba-ti", "-s", "-m" or "-b" is a fresh one of that size.
         preset: "370m", "1.3b" or "2.7b": the paper's sizes with CLIP ViT-L/14 at 336 pixels, without any download.
         out: directory to write.
         dtype: of the weights; the SSM's A, D and step biases stay fp32.
@@ -82,7 +85,7 @@ def compose(
     tokenizer_with_video, video_token_id = text_tokenizer(tokenizer, folder, text_config, tensors)
     config = _config(text_config, vision_config, statistics, video_token_id)
     config.pad_token_id = config.text_config.pad_token_id = tokenizer_with_video.pad_token_id
-    if vision_tower is not None:
+    if vision_tower is not None and not fresh_tower(vision_tower):
         tensors |= _tower_tensors(vision_tower, config)
     model = _build(config, tensors, dtype, seed)
     model.save_pretrained(out)
@@ -193,8 +196,10 @@ def part_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint that holds one part of the model, by canonical name (see `layouts`); unknown ones by
     their own."""
     store = TensorStore(folder, name)
-    layout = detect_layout(store.specs, name)
     with closing(store):
+        if any(key.endswith("patch_embed.proj.weight") for key in store.specs):  # VideoMamba, all of it the tower's
+            return {f"{OURS.tower}{key.removeprefix('videomamba.')}": store.read(key) for key in store.specs}
+        layout = detect_layout(store.specs, name)
         return {layout.canonical(key) or key: store.read(key) for key in store.specs if not unused(key)}
 
 
@@ -216,6 +221,8 @@ def vision_parts(source: str | None) -> tuple[Any, dict[str, list[float]]]:
     """Vision configuration (None: CLIP ViT-L/14-336) and, where the checkpoint states them, mean and deviation."""
     if source is None:
         return None, {}
+    if fresh_tower(source):
+        return VideoMambaConfig.preset(source.removeprefix(_FRESH)), {}
     folder = local_folder(source, weights=False)
     config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
@@ -225,6 +232,11 @@ def vision_parts(source: str | None) -> tuple[Any, dict[str, list[float]]]:
             f"part has model_type {config.model_type!r}"
         )
     return config, pixel_statistics(folder)
+
+
+def fresh_tower(source: str | None) -> bool:
+    """Whether a tower's name means random weights of a VideoMamba size ("videomamba-m"), not a checkpoint."""
+    return source is not None and source.startswith(_FRESH) and not Path(source).exists()
 
 
 def pixel_statistics(folder: Path) -> dict[str, list[float]]:
@@ -237,7 +249,7 @@ def pixel_statistics(folder: Path) -> dict[str, list[float]]:
 
 def _tower_tensors(source: str, config: VideoMa2mbaConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
-        tower = AutoModel.from_config(config.vision_config)
+        tower = TOWERS[config.vision_config.model_type].make_tower(config.vision_config)
     wanted = {f"{OURS.tower}{key}": tensor.shape for key, tensor in tower.state_dict().items()}
     tensors = part_tensors(local_folder(source), source)
     if missing := sorted(wanted.keys() - tensors.keys()):
@@ -253,6 +265,8 @@ def _config(
         text_config,
         vision_config,
         video_token_id=video_token_id,
+        # All of a VideoMamba is used; of a CLIP the paper leaves the last layer out.
+        vision_feature_layer=-1 if getattr(vision_config, "model_type", None) == "videomamba" else -2,
         tie_word_embeddings=text_config.tie_word_embeddings,
         **statistics,
     )

@@ -296,8 +296,7 @@ def _build_vision_config(config: PreTrainedConfig | dict | None) -> PreTrainedCo
     if isinstance(config, dict):
         fields = dict(config)
         model_type = fields.pop("model_type", "clip_vision_model")
-        tower_adapter(model_type)
-        config = AutoConfig.for_model(model_type, **fields)
+        config = tower_adapter(model_type).make_config(**fields)
     tower_adapter(config)
     return config
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
@@ -32,7 +32,7 @@ from .vision_features import (
     used_tower_modules,
     video_rows,
 )
-from .vision_towers import TOWERS
+from .vision_towers import TOWERS, tower_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -151,7 +151,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
     def __init__(self, config: VideoMa2mbaConfig) -> None:
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = tower_adapter(config.vision_config).make_tower(config.vision_config)
         self.multi_modal_projector = VideoMa2mbaMultiModalProjector(config)
         self.language_model = Ma2mbaTextModel(config.text_config)
         self.language_model.prefill_segment_length = config.prefill_segment_length

@@ -137,6 +137,9 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     input_modalities = ("video",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["VideoMambaBlock"]
+    _supports_sdpa = True  # there is no attention: as a tower it takes whatever a model asks of all its parts
+    _supports_flash_attn = True
+    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

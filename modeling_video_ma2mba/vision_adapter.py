@@ -82,6 +82,18 @@ class TowerAdapter:
         *("patch_size", "hidden_act", "layer_norm_eps"),
     )
 
+    def make_config(self, **fields: Any) -> Any:
+        """A vision configuration of this kind."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(self.model_type, **fields)
+
+    def make_tower(self, vision_config: Any) -> nn.Module:
+        """A fresh tower."""
+        from transformers import AutoModel
+
+        return AutoModel.from_config(vision_config)
+
     def clip_frames(self, vision_config: Any) -> int:
         """Frames that the tower looks at together; clips begin with the video, and its last one may be shorter."""
         return 1

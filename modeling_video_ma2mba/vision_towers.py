@@ -5,8 +5,11 @@ from typing import Any
 from .vision_adapter import TowerAdapter
 from .vision_clip import ClipAdapter
 from .vision_siglip import SiglipAdapter
+from .vision_videomamba import VideoMambaAdapter
 
-TOWERS: dict[str, TowerAdapter] = {adapter.model_type: adapter for adapter in (ClipAdapter(), SiglipAdapter())}
+TOWERS: dict[str, TowerAdapter] = {
+    adapter.model_type: adapter for adapter in (ClipAdapter(), SiglipAdapter(), VideoMambaAdapter())
+}
 
 
 def tower_adapter(vision_config: Any) -> TowerAdapter:

@@ -1,0 +1,115 @@
+"""VideoMamba as vision tower: clips of frames go through it together, so that its rows know of motion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from .configuration_videomamba import IMAGENET_MEAN, IMAGENET_STD, VideoMambaConfig
+from .vision_adapter import TowerAdapter, TowerCost
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VideoMambaCost(TowerCost):
+    """Sizes of a VideoMamba tower; `hidden` are its inner channels, `heads` the numbers of state of each."""
+
+    def kept_bytes(self, compute: int, weight_bytes: int) -> float:
+        """As of the blocks in PyTorch: the stream and its norm in fp32, projections, and both scans' inputs."""
+        norm = 4 * 4 * self.width
+        mixer = compute * (self.width + 3 * self.hidden) + 2 * 4 * (6 * self.hidden + 2 * self.heads)
+        return self.layers * self.rows * (norm + mixer)
+
+    def layer_bytes(self, compute: int) -> int:
+        return self.rows * (compute * 3 * self.hidden + 2 * 4 * 6 * self.hidden)
+
+    @property
+    def operations(self) -> int:
+        projections = 2 * 3 * self.width * self.hidden
+        return self.layers * self.rows * (projections + 2 * self.hidden * (9 * self.heads + self.width // 4))
+
+
+class VideoMambaAdapter(TowerAdapter):
+    """This package's `VideoMambaModel`.
+
+    A clip is as long as the tower's `num_frames`; a last, shorter one takes the first temporal positions (and repeats
+    its last frame where a tubelet would be cut). Features are those of the patches behind the tower's final norm,
+    whichever hidden state is taken: the stream itself grows with depth. A tubelet's row stands for each of its frames.
+    """
+
+    model_type = "videomamba"
+    image_mean = IMAGENET_MEAN
+    image_std = IMAGENET_STD
+    leading_rows = 1
+    no_split_modules = ("VideoMambaBlock",)
+    lora_targets = ("in_proj", "out_proj")
+    no_decay = ("cls_token", "pos_embed", "temporal_pos_embedding")
+    identity_fields = (
+        *("model_type", "hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel", "time_step_rank"),
+        *("image_size", "patch_size", "num_frames", "tubelet_size", "scan_order", "share_scan_weights"),
+        "layer_norm_eps",
+    )
+
+    def make_config(self, **fields: Any) -> VideoMambaConfig:
+        return VideoMambaConfig(**fields)
+
+    def make_tower(self, vision_config: Any) -> nn.Module:
+        from .modeling_videomamba import VideoMambaModel
+
+        return VideoMambaModel._from_config(vision_config)
+
+    def clip_frames(self, vision_config: Any) -> int:
+        return vision_config.num_frames
+
+    def used_modules(self, tower: nn.Module, config: Any) -> Iterator[nn.Module]:
+        from torch import nn
+
+        yield tower.patch_embed
+        positions = (tower.cls_token, tower.pos_embed, tower.temporal_pos_embedding)
+        yield nn.ParameterList([each for each in positions if each is not None])
+        yield from tower.layers[: self.layer_count(config)]
+        yield tower.norm_f
+
+    def input_dtype(self, tower: nn.Module) -> torch.dtype:
+        return tower.patch_embed.proj.weight.dtype
+
+    def encode(self, tower: nn.Module, config: Any, pixels: Tensor, clips: Sequence[int]) -> Tensor:
+        """Normalised frames `(F, 3, h, w)` -> `(F, patches_per_side**2, D)`; see the class."""
+        import torch
+
+        rows, first = [], 0
+        for length, same in groupby(clips):  # whole clips together, a last short one by itself
+            count = len(list(same))
+            frames = pixels[first : first + count * length].unflatten(0, (count, length))
+            rows.append(self._encode_clips(tower, config, frames).flatten(0, 1))
+            first += count * length
+        return torch.cat(rows)
+
+    def _encode_clips(self, tower: nn.Module, config: Any, frames: Tensor) -> Tensor:
+        """Clips of one length `(B, T, 3, h, w)` -> `(B, T, P, D)`."""
+        import torch
+
+        length, tubelet = frames.shape[1], config.vision_config.tubelet_size or 1
+        if missing := -length % tubelet:
+            frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
+        stream, delta = tower.run_blocks(tower.embed(frames), self.layer_count(config))
+        hidden = tower.norm_f(delta if stream is None else stream + delta)
+        patches = hidden[:, 1:].unflatten(1, (frames.shape[1] // tubelet, -1))
+        return patches.repeat_interleave(tubelet, dim=1)[:, :length]
+
+    def cost(self, config: Any) -> VideoMambaCost:
+        vision = config.vision_config
+        return VideoMambaCost(
+            layers=self.layer_count(config),
+            width=vision.hidden_size,
+            rows=self.patches_per_side(vision) ** 2 + 1,
+            pixels=3 * vision.image_size**2,
+            hidden=vision.inner_size,
+            hidden_copies=1,
+            heads=vision.state_size,
+        )
