@@ -44,6 +44,8 @@ def register() -> None:
         if hasattr(transformers, name):  # AutoModelForMultimodalLM came in the course of transformers 5
             getattr(transformers, name).register(VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, exist_ok=True)
             getattr(transformers, name).register(ReleasedConfig, released, exist_ok=True)
+    # Where servers and trainers look an architecture up by its name; see `let_servers_know`.
+    transformers.VideoMa2mbaForConditionalGeneration = VideoMa2mbaForConditionalGeneration
     transformers.AutoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaProcessor, exist_ok=True)
     transformers.AutoProcessor.register(ReleasedConfig, auto_loader(VideoMa2mbaProcessor), exist_ok=True)
     AutoVideoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaVideoProcessor, exist_ok=True)

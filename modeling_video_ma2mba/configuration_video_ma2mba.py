@@ -5,10 +5,13 @@ patch tokens, 2x2 bilinear pooling before a two-layer GELU projector, no separat
 """
 
 import math
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from .vision_towers import tower_adapter
 
@@ -157,6 +160,25 @@ def _as_float(value: Any) -> float:
     return number
 
 
+class CheckpointPipelines(dict):
+    """Tasks whose code comes with a checkpoint (`config.custom_pipelines`).
+
+    transformers asks for `trust_remote_code` for all that are in here. Where the package is imported it has registered
+    the same class under its task, nothing needs to be loaded from the checkpoint, and the task is not "in" here.
+    """
+
+    def __contains__(self, task: object) -> bool:
+        return super().__contains__(task) and not self._registered(str(task))
+
+    def _registered(self, task: str) -> bool:
+        from transformers.pipelines import PIPELINE_REGISTRY
+
+        if task not in PIPELINE_REGISTRY.get_supported_tasks():
+            return False
+        name = str(self[task].get("impl")).rpartition(".")[2]
+        return getattr(PIPELINE_REGISTRY.check_task(task)[1]["impl"], "__name__", None) == name
+
+
 class VideoMa2mbaConfig(PreTrainedConfig):
     """Vision tower, projector and language model together.
 
@@ -240,6 +262,9 @@ class VideoMa2mbaConfig(PreTrainedConfig):
             _require(len(getattr(self, field)) == 3, field, getattr(self, field), "it needs three numbers (R, G, B)")
         _require(all(s > 0 for s in self.image_std), "image_std", self.image_std, "every number must be positive")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, CheckpointPipelines(value) if name == "custom_pipelines" else value)
+
     @property
     def image_token_id(self) -> int:
         """Images are videos of one frame. TRL keeps models from sampling this token."""
@@ -302,3 +327,23 @@ def _build_vision_config(config: PreTrainedConfig | dict | None) -> PreTrainedCo
 
 
 VideoMa2mbaConfig.register_for_auto_class()
+
+
+def let_servers_know() -> None:
+    """`transformers serve` and `transformers chat` look a checkpoint's architecture up among transformers' own names,
+    whatever code comes with it; without these two entries they cannot find it. The Auto class finds the code."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+    except ImportError:  # another transformers looks elsewhere: nothing else needs this
+        return
+    architecture = "VideoMa2mbaForConditionalGeneration"
+    NAMES.setdefault(VideoMa2mbaConfig.model_type, architecture)
+    # transformers runs its top-level module twice; those of its files that were there first keep the first.
+    holders = [module for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
+    held = [vars(module).get("transformers") for module in holders]
+    for module in (transformers, *(module for module in held if isinstance(module, ModuleType))):
+        if architecture not in vars(module):
+            setattr(module, architecture, AutoModelForImageTextToText)
+
+
+let_servers_know()

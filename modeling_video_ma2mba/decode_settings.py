@@ -161,7 +161,9 @@ def plain_mode(config: GenerationConfig) -> bool:
 
 def beyond_the_loop(config: GenerationConfig) -> list[str]:
     """Names of the settings that are asked for and that only `generate()` can honour."""
-    known = _NO_MATTER | {name for name, *_ in (*_PROCESSORS, *_WARPERS)} | {"watermarking_config"}
+    known = (
+        _NO_MATTER | {name for name, *_ in (*_PROCESSORS, *_WARPERS)} | {"watermarking_config", "renormalize_logits"}
+    )
     asked = [
         name
         for name, value in config.to_dict().items()

@@ -18,8 +18,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .decode_graph import decodes_by_graph
 from .decode_loop import Decoding, FastDecodingMixin
 from .decode_settings import plain_mode, settled, stop_strings_of
+from .stack_arguments import named_arguments
 from .stack_weights import execution_device
-from .state_outputs import CACHE_NAME, StateCausalLMOutput, take_state
+from .state_outputs import CACHE_NAME, StateCausalLMOutput, check_state, take_state
 from .state_video import VideoState
 
 _TAKES_LOOP = "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
@@ -73,6 +74,14 @@ class PromptGenerationMixin(FastDecodingMixin):
         state = take_state(kwargs)
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
         config, _ = settled(self.generation_config, generation_config, kwargs)
+        assisted = kwargs.get("assistant_model") if len(args) < 3 else args[2]
+        for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+            assisted = assisted or getattr(config, name, None)
+        if assisted:
+            raise ValueError(
+                "assisted generation is not possible with this model, whose state cannot go back behind a token that "
+                "was guessed wrong: leave the assistant out"
+            )
         first = ids if ids is not None else embeds
         rows = 1 if first is None else first.shape[0]
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
@@ -110,6 +119,17 @@ class PromptGenerationMixin(FastDecodingMixin):
                 streamer = args[3] if len(args) > 3 else kwargs.get("streamer")
                 kwargs["custom_generate"] = self._loop(state, own, skip, videos, streamer)
             return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching pages the memory of attention, of which there is none here.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "generate_batch() pages the memory of attention layers, which this model does not have: its state has one "
+            "size. Give generate() a padded batch, or answer() a list of questions"
+        )
 
     def _decodes_here(self, config: GenerationConfig, state: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether `decode_loop` makes the tokens, over a graph, instead of transformers' loop."""
@@ -176,7 +196,10 @@ class PromptGenerationMixin(FastDecodingMixin):
         the model moves them to its device chunk by chunk."""
         videos = kwargs.pop("pixel_values_videos", None)
         frames_each = kwargs.pop("num_frames", None)
-        model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        prepared = super().prepare_inputs_for_generation(*args, **kwargs)
+        # transformers hands on what only its own loop uses, and more with every version; it has refused typing errors.
+        known = named_arguments(type(self).forward)
+        model_inputs = {name: value for name, value in prepared.items() if name in known}
         state = kwargs.get(CACHE_NAME)
         if isinstance(videos, PromptVideos):
             model_inputs.update(videos.arguments(into_state=state is not None))
@@ -214,13 +237,3 @@ class PromptGenerationMixin(FastDecodingMixin):
             hidden = tuple(layer.repeat_interleave(copies, dim=0) for layer in hidden)
         logits = outputs.logits.repeat_interleave(copies, dim=0)
         return StateCausalLMOutput(logits=logits, hidden_states=hidden, **{CACHE_NAME: state})
-
-
-def check_state(state: Any, text_config: Any) -> None:
-    """ValueError unless a given cache is a state of a model with this `Ma2mbaTextConfig`."""
-    if not hasattr(state, "check_fits"):
-        raise ValueError(
-            f"a {type(state).__name__} cannot be this model's memory, which is a VideoState: pass none to begin, or "
-            "the past_key_values that the model returned"
-        )
-    state.check_fits(text_config)

@@ -22,9 +22,10 @@ from .generation_video_ma2mba import PromptGenerationMixin
 from .recompute_chunks import RowLayout
 from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
 from .recompute_plan import RecomputeSettings
+from .stack_arguments import refuse_unknown
 from .stack_language_model import Ma2mbaTextModel
 from .stack_weights import refuse_incomplete
-from .state_outputs import CACHE_NAME, StateCausalLMOutput, StateModelOutput, take_state
+from .state_outputs import CACHE_NAME, CACHE_NAMES, StateCausalLMOutput, StateModelOutput, check_state, take_state
 from .state_video import VideoState
 from .vision_features import (
     VideoMa2mbaMultiModalProjector,
@@ -52,10 +53,8 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Ma2mbaBlock", *(name for tower in TOWERS.values() for name in tower.no_split_modules)]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D"}
-    _supports_sdpa = True  # these three concern the vision tower: the language model has no attention
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-    _is_stateful = True
+    # These concern the vision tower: the language model has no attention.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -281,6 +280,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         num_frames: Tensor | None = None,
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> StateModelOutput:
         """Read tokens and frames from a state.
@@ -293,11 +293,20 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                 the last token (default: on in evaluation, off in training).
             num_frames: (videos,) frames of each video; lets a misplaced video be noticed.
             seq_idx: (B, S) numbers of packed samples. output_positions: (B, S) bool, hidden states wanted.
+            output_hidden_states: also return every layer's (`Ma2mbaTextModel.forward` tells which they are).
 
         Returns:
-            `last_hidden_state` (B, S, D), or (wanted positions, D); `past_key_values`.
+            `last_hidden_state` (B, S, D), or (wanted positions, D); `past_key_values`; `hidden_states`.
+
+        Raises:
+            ValueError: sizes that do not fit, a state that is none, an argument that cannot be honoured.
         """
         past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
+        if past_key_values is not None:
+            check_state(past_key_values, self.config.text_config)
+        refuse_unknown(kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if pixel_values_videos is not None:
@@ -317,6 +326,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             use_cache=use_cache,
             seq_idx=seq_idx,
             output_positions=output_positions,
+            output_hidden_states=output_hidden_states,
+            position_ids=kwargs.get("position_ids"),
         )
 
 
@@ -364,6 +375,7 @@ class VideoMa2mbaForConditionalGeneration(
         seq_idx: Tensor | None = None,
         prompt_copies: int = 1,
         num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> StateCausalLMOutput:
         """Arguments beyond those of `VideoMa2mbaModel.forward`:
@@ -380,9 +392,10 @@ class VideoMa2mbaForConditionalGeneration(
                 video once (generation with beams or several samples).
 
         Returns:
-            `loss`; `logits` (B, positions, V); `past_key_values`.
+            `loss`; `logits` (B, positions, V); `past_key_values`; `hidden_states`.
         """
-        past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
+        past_key_values = take_state(kwargs | {"past_key_values": past_key_values})
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         if prompt_copies > 1 and pixel_values_videos is not None:
             if past_key_values is not None and labels is None:
                 return self._read_prompt_once(
@@ -394,6 +407,7 @@ class VideoMa2mbaForConditionalGeneration(
                     logits_to_keep=logits_to_keep,
                     num_frames=num_frames,
                     use_cache=use_cache,
+                    output_hidden_states=output_hidden_states,
                 )
             pixel_values_videos, num_frames = self._copy_videos(input_ids, pixel_values_videos, prompt_copies), None
         if (input_ids is None) == (inputs_embeds is None):
@@ -429,6 +443,8 @@ class VideoMa2mbaForConditionalGeneration(
             num_frames=num_frames,
             seq_idx=seq_idx,
             output_positions=positions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
@@ -444,7 +460,8 @@ class VideoMa2mbaForConditionalGeneration(
             elif isinstance(logits_to_keep, Tensor):
                 hidden = hidden[:, logits_to_keep.to(hidden.device)]
             logits = self.lm_head(hidden)
-        return StateCausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
+        memory = {CACHE_NAME: outputs.get(CACHE_NAME)}
+        return StateCausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **memory)
 
 
 def _plain_list(numbers: Tensor | Sequence[int] | None) -> list[int] | None:

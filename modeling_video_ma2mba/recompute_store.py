@@ -5,8 +5,9 @@ reused from step to step; a plain `pin_memory` would round every tensor up to a 
 """
 
 import contextlib
+import sys
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -116,9 +117,12 @@ class PinnedPool:
             torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
         self.__init__()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter or the CUDA context may be going down
-            self.release()
+    # At the interpreter's end this module's names are gone before the last pool: what is needed is bound here. The
+    # driver frees the memory then.
+    def __del__(self, _ending: Callable = sys.is_finalizing, _suppress: Callable = contextlib.suppress) -> None:
+        if self._slabs and not _ending():
+            with _suppress(Exception):
+                self.release()
 
 
 class HostStore:
@@ -198,7 +202,8 @@ class HostStore:
         self._items.clear()
         self._coming.clear()
 
-    def __del__(self) -> None:
-        # A forward pass whose backward never came: its memory must not stay lent for ever.
-        with contextlib.suppress(Exception):
-            self.finish()
+    # A forward pass whose backward never came: its memory must not stay lent for ever.
+    def __del__(self, _ending: Callable = sys.is_finalizing, _suppress: Callable = contextlib.suppress) -> None:
+        if not _ending():
+            with _suppress(Exception):
+                self.finish()

@@ -5,6 +5,7 @@ the public kernels overflow 32-bit offsets beyond about 200k tokens). Legend: B 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
 from .parallel_shards import ShardedLayers, is_unit
 from .recompute_engine import MultiAxisEngine
 from .recompute_plan import RecomputeSettings
+from .stack_arguments import packed_samples, refuse_unknown
 from .stack_token_layout import TokenLayout, kept_rows, original_order
 from .stack_weights import execution_device
 from .state_layers import LayerState
@@ -34,6 +36,8 @@ class Ma2mbaTextModel(PreTrainedModel):
     base_model_prefix = "language_model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Ma2mbaBlock"]
+    # There is no attention here, so every implementation is as good: what a whole model asks for is for its tower.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _is_stateful = True
     _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}
 
@@ -83,6 +87,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> StateModelOutput:
         """Read tokens from a state.
@@ -94,11 +99,16 @@ class Ma2mbaTextModel(PreTrainedModel):
             use_cache: return the state after the last token. Default: on, but off in training.
             seq_idx: (B, S) numbers of packed samples, 0, 1, 2, … along each row; the state restarts at each change.
             output_positions: (B, S) bool, the positions whose hidden states are wanted; the others are never kept.
+            output_hidden_states: return every layer's, of all positions. Not with gradient checkpointing.
 
         Returns:
-            `last_hidden_state`: (B, S, D), or (number of wanted positions, D) in row-major order; `past_key_values`.
+            `last_hidden_state`: (B, S, D), or (number of wanted positions, D) in row-major order; `past_key_values`;
+            `hidden_states`: L + 1 times (B, S, D): the embeddings, what each block but the last leaves in the residual
+            stream, and the last one's behind the final norm.
         """
         past_key_values = take_state({**kwargs, "past_key_values": past_key_values})
+        refuse_unknown(kwargs)
+        seq_idx = packed_samples(kwargs.get("position_ids"), attention_mask, seq_idx)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -109,11 +119,19 @@ class Ma2mbaTextModel(PreTrainedModel):
         if use_cache and self.recomputes:
             raise ValueError("use_cache=True cannot be combined with gradient checkpointing: pass use_cache=False")
         use_cache = not self.training if use_cache is None else use_cache
-        hidden, state = self.scan(inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions)
+        wants_layers = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states: list[Tensor] | None = [] if wants_layers else None
+        hidden, state = self.scan(
+            inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions, hidden_states
+        )
         if use_cache and past_key_values is not None:
             past_key_values.take(state)
             state = past_key_values
-        return StateModelOutput(last_hidden_state=hidden, **{CACHE_NAME: state if use_cache else None})
+        return StateModelOutput(
+            last_hidden_state=hidden,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            **{CACHE_NAME: state if use_cache else None},
+        )
 
     @property
     def recomputes(self) -> bool:
@@ -127,9 +145,10 @@ class Ma2mbaTextModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
     ) -> tuple[Tensor, VideoState]:
         """Differentiable from state to state, with or without checkpointing: truncated backpropagation through time
-        cuts wherever it likes. Arguments as in `forward`.
+        cuts wherever it likes. Arguments as in `forward`; `hidden_states` is filled with what it returns.
 
         Returns:
             hidden states (B, S, D) or (wanted, D), and the new state; gradients flow from both to the inputs, the
@@ -149,9 +168,13 @@ class Ma2mbaTextModel(PreTrainedModel):
         x = layout.arrange(inputs_embeds)
         keep = kept_rows(output_positions, layout)
         if self.recomputes:
+            if hidden_states is not None:
+                raise ValueError("output_hidden_states keeps what gradient checkpointing drops: turn one off")
             hidden, layers = self.engine.run(self, x, state, layout, keep)
         else:
-            hidden, layers = self._run_segments(x, state, layout, keep)
+            hidden, layers = self._run_segments(x, state, layout, keep, hidden_states)
+        if hidden_states is not None:
+            hidden_states[:] = [layout.restore(outputs) for outputs in hidden_states]
         if keep is None:
             hidden = layout.restore(hidden)
         elif (order := original_order(output_positions, layout)) is not None:
@@ -162,11 +185,17 @@ class Ma2mbaTextModel(PreTrainedModel):
         return hidden, VideoState(layers, (0 if state is None else state.seen_tokens) + tokens)
 
     def _run_segments(
-        self, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
+        self,
+        x: Tensor,
+        state: VideoState | None,
+        layout: TokenLayout,
+        keep: Tensor | None,
+        outputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
         """All layers over one segment after the other; plain autograd when gradients are on.
 
-        Returns hidden states (B, S, D) or (kept, D), and the layers' states.
+        Returns hidden states (B, S, D) or (kept, D), and the layers' states. `outputs` is filled with `hidden_states`
+        of `forward`, real tokens first in each row.
         """
         batch, tokens = x.shape[:2]
         device, own = execution_device(self.norm_f), self.norm_f.weight.dtype
@@ -182,12 +211,20 @@ class Ma2mbaTextModel(PreTrainedModel):
             length = min(length, max(CPU_SEGMENT // max(batch, 1), CPU_SEGMENT // 8))
         rounds = math.ceil(tokens / length)
         most = rounds if sharded is None else sharded.largest(rounds)[0]
+        streams: list[list[Tensor]] = [[] for _ in range(len(self.layers) + 1)]
+        blocks = list(self.layers)
+        if outputs is not None:
+            if sharded is not None:
+                raise ValueError("output_hidden_states is not possible while layers are FSDP units")
+            blocks = [_noting_input(block, into) for block, into in zip(blocks, streams, strict=False)]
         for start in range(0, tokens, length):
             stop = min(start + length, tokens)
             lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
             segment = x[:, start:stop].to(device, self.stream_dtype)
             around = None if sharded is None else sharded.gathered
-            segment, delta, states = run_blocks(self.layers, segment, states, lengths, seq_idx, around=around)
+            segment, delta, states = run_blocks(blocks, segment, states, lengths, seq_idx, around=around)
+            if outputs is not None:
+                streams[-1].append(self.norm_f(segment, delta, own)[0])
             if keep is not None:
                 row, column = keep[:, start:stop].nonzero(as_tuple=True)
                 rows.append(row * tokens + column + start)
@@ -197,6 +234,8 @@ class Ma2mbaTextModel(PreTrainedModel):
             pieces.append(self.norm_f(segment, delta, own)[0])
         if sharded is not None:
             sharded.idle_rounds(self.layers, most - rounds)
+        if outputs is not None:
+            outputs[:] = [torch.cat([piece.to(device, own) for piece in stream], dim=1) for stream in streams]
         hidden = torch.cat(pieces, dim=1)
         if keep is not None:
             hidden = hidden[0]
@@ -204,3 +243,13 @@ class Ma2mbaTextModel(PreTrainedModel):
                 hidden = hidden[torch.cat(rows).argsort()]
         # Layers may live on several GPUs; the state is in one place, and hooks bring its parts to where they are used.
         return hidden, [layer._make(tensor.to(device) for tensor in layer) for layer in states]
+
+
+def _noting_input(block: nn.Module, into: list[Tensor]) -> Callable[..., Any]:
+    """`block`, which also appends the residual stream before it to `into`."""
+
+    def run(x: Tensor, delta: Tensor | None, *rest: Any) -> Any:
+        into.append(x.clone() if delta is None else x + delta)
+        return block(x, delta, *rest)
+
+    return run

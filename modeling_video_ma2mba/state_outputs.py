@@ -32,6 +32,16 @@ def take_state(arguments: dict[str, Any]) -> Any:
     return states[0][1] if states else None
 
 
+def check_state(state: Any, text_config: Any) -> None:
+    """ValueError unless a given cache is a state of a model with this `Ma2mbaTextConfig`."""
+    if not hasattr(state, "check_fits"):
+        raise ValueError(
+            f"a {type(state).__name__} cannot be this model's memory, which is a VideoState: pass none to begin, or "
+            "the past_key_values that the model returned"
+        )
+    state.check_fits(text_config)
+
+
 class _EveryName:
     """Lets an output's state be read as `past_key_values` and as `cache`, whichever transformers is installed."""
 

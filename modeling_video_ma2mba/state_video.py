@@ -33,7 +33,6 @@ class VideoState:
     is_initialized = True
     is_sliding = ()
     is_linear = (False,)  # whole sequences that are given again are cut to what is new, as for attention
-    is_linear = (False,)  # whole sequences that are given again are cut to what is new, as for attention
 
     def __init__(
         self, layers: Sequence[LayerState], seen_tokens: int = 0, metadata: Mapping[str, str] | None = None

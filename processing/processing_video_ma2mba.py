@@ -28,6 +28,11 @@ from .video_reader import FrameReader
 
 _HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # of an emoji that was cut, say: no tokenizer takes them
 TEXT_SETTINGS = ("padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "add_special_tokens")
+_ABOUT_THE_MODEL = {
+    *("dtype", "torch_dtype", "device_map", "max_memory", "low_cpu_mem_usage", "attn_implementation"),
+    *("quantization_config", "offload_folder", "offload_state_dict", "offload_buffers", "tp_plan", "tp_size"),
+    *("device_mesh", "distributed_config", "use_kernels", "kernel_config", "experts_implementation", "state_dict"),
+}
 
 
 class VideoMa2mbaProcessor(ProcessorMixin):
@@ -60,6 +65,10 @@ class VideoMa2mbaProcessor(ProcessorMixin):
     ):
         if tokens_per_frame != int(tokens_per_frame) or tokens_per_frame < 1:
             raise ValueError(f"tokens_per_frame must be a whole number of at least 1, not {tokens_per_frame}")
+        # A pipeline loads everything with the same arguments, and a tokenizer keeps those it does not know: a data
+        # type or a quantisation among them could not be written by `save_pretrained`.
+        for name in _ABOUT_THE_MODEL & tokenizer.init_kwargs.keys():
+            del tokenizer.init_kwargs[name]
         super().__init__(tokenizer, video_processor, chat_template=chat_template or CHAT_TEMPLATE)
         self.tokens_per_frame = int(tokens_per_frame)
         self.video_token = video_token
