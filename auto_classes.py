@@ -24,7 +24,11 @@ def register() -> None:
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from .conversion.released_auto import ReleasedConfig, auto_loader
-    from .modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
+    from .modeling_video_ma2mba.configuration_video_ma2mba import (
+        Ma2mbaTextConfig,
+        VideoMa2mbaConfig,
+        let_servers_know,
+    )
     from .modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
     from .modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
     from .modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel
@@ -44,8 +48,7 @@ def register() -> None:
         if hasattr(transformers, name):  # AutoModelForMultimodalLM came in the course of transformers 5
             getattr(transformers, name).register(VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, exist_ok=True)
             getattr(transformers, name).register(ReleasedConfig, released, exist_ok=True)
-    # Where servers and trainers look an architecture up by its name; see `let_servers_know`.
-    transformers.VideoMa2mbaForConditionalGeneration = VideoMa2mbaForConditionalGeneration
+    let_servers_know(VideoMa2mbaForConditionalGeneration)
     transformers.AutoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaProcessor, exist_ok=True)
     transformers.AutoProcessor.register(ReleasedConfig, auto_loader(VideoMa2mbaProcessor), exist_ok=True)
     AutoVideoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaVideoProcessor, exist_ok=True)

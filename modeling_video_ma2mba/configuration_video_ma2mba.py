@@ -4,13 +4,13 @@ Defaults are the paper's choices (arXiv 2411.19460, sections 3.4 and 4.1): CLIP 
 patch tokens, 2x2 bilinear pooling before a two-layer GELU projector, no separators between frames.
 """
 
+import importlib
 import math
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from .vision_towers import tower_adapter
@@ -329,21 +329,26 @@ def _build_vision_config(config: PreTrainedConfig | dict | None) -> PreTrainedCo
 VideoMa2mbaConfig.register_for_auto_class()
 
 
-def let_servers_know() -> None:
+def let_servers_know(found: Any = AutoModelForImageTextToText) -> None:
     """`transformers serve` and `transformers chat` look a checkpoint's architecture up among transformers' own names,
-    whatever code comes with it; without these two entries they cannot find it. The Auto class finds the code."""
+    whatever code comes with it; without these two entries they cannot find it.
+
+    Args:
+        found: what is found under the architecture's name; the Auto class finds the code that comes with a checkpoint.
+    """
     try:
+        # This one runs transformers' top-level module a second time: after it, both copies are there.
+        importlib.import_module("transformers.processing_utils")
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
     except ImportError:  # another transformers looks elsewhere: nothing else needs this
         return
     architecture = "VideoMa2mbaForConditionalGeneration"
     NAMES.setdefault(VideoMa2mbaConfig.model_type, architecture)
-    # transformers runs its top-level module twice; those of its files that were there first keep the first.
-    holders = [module for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
-    held = [vars(module).get("transformers") for module in holders]
-    for module in (transformers, *(module for module in held if isinstance(module, ModuleType))):
-        if architecture not in vars(module):
-            setattr(module, architecture, AutoModelForImageTextToText)
+    loaded = [module for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
+    held = [vars(module).get("transformers") for module in loaded]  # files that were there first keep the first copy
+    for module in (sys.modules["transformers"], *(module for module in held if isinstance(module, ModuleType))):
+        if found is not AutoModelForImageTextToText or architecture not in vars(module):
+            setattr(module, architecture, found)
 
 
 let_servers_know()
