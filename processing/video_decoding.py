@@ -9,8 +9,9 @@ wanted frame, each only up to the last one wanted. Where packets do not tell wha
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def open_stream(
     import av.error
 
     limits = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    if isinstance(target, Path) and target.suffix.lower() in (".m3u8", ".m3u"):  # the pieces may have any name
+        options = {"allowed_extensions": "ALL", "extension_picky": "0", **(options or {})}
     is_url = isinstance(target, str)
     # The protocol is spelled out, so that no file name is read as another of FFmpeg's protocols.
     file = f"file:{target}" if isinstance(target, Path) else target
@@ -123,6 +126,8 @@ def open_stream(
             raise ValueError(f"{name}: the video's codec is not supported by the installed FFmpeg")
         check_frame_pixels(stream.codec_context.width, stream.codec_context.height, name)
         stream.codec_context.options = limits  # frame size may still change in the middle of the stream
+        if container.format.name == "hls":
+            _fetch_only(container, stream)
         stream.thread_type = "SLICE"  # frame threads would delay frames, and skip_frame with them
         yield container, stream
 
@@ -171,6 +176,14 @@ def choose_stream(container: Any, name: str) -> Any:
         )
 
     return max(videos, key=rank)
+
+
+def _fetch_only(container: Any, stream: Any) -> None:
+    """Fetch no other variants of a stream than the one chosen."""
+    for other in container.streams:
+        if other.index != stream.index:
+            with suppress(AttributeError, ImportError):  # PyAV before 16
+                other.discard = import_module("av.stream").Discard.all
 
 
 def _length(stream: Any) -> float | None:
@@ -412,7 +425,7 @@ class FrameTimes:
     def seconds(self, frame: Any) -> float | None:
         """The frame's time, None where the file says nothing about it; call once for each frame, in order."""
         stamp, before = None if self._untimed else self._stamp(frame.pts, frame.dts), self._seconds
-        if stamp is not None:
+        if stamp is not None and (frame.dts is not None or before is None or stamp * self._tick > before):
             self._seconds = stamp * self._tick
             if before is not None and self._seconds > before:
                 self._step = self._seconds - before

@@ -25,6 +25,7 @@ from .picture_sources import (
     split_array,
 )
 from .video_decoding import VideoIndex, scan_video
+from .video_playlists import LocalCopy, is_playlist
 from .video_source_names import address_to_open, is_address, local_path, shown_name
 
 
@@ -72,6 +73,7 @@ class FrameReader:
         self._index: VideoIndex | None = None
         self._wanted: np.ndarray | None = None
         self._running: list[Iterator[FrameChunk]] = []
+        self._copy: LocalCopy | None = None
 
     def __enter__(self) -> "FrameReader":
         return self
@@ -83,7 +85,7 @@ class FrameReader:
         return self.chunks()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": []}
+        return {**self.__dict__, "_running": [], "_copy": None}
 
     def resampled(self, **changes: Any) -> "FrameReader":
         """Another reader of this video, its sampling differing in `changes`; what was scanned is not scanned again.
@@ -94,7 +96,7 @@ class FrameReader:
         sampling = replace(self.sampling, **changes)
         other = FrameReader(self.name, sampling, self.size, self.resize_mode, self._file, self._pictures)
         if self._index is not None and self._pictures is None:  # the times of pictures depend on the sampling
-            other._index, other.warnings = self._index, list(self.warnings)
+            other._index, other.warnings, other._copy = self._index, list(self.warnings), self._copy
             other._wanted = sampling.choose(self._index.times, self._index.duration, self.name)
         return other
 
@@ -122,11 +124,19 @@ class FrameReader:
                 times = np.arange(len(self._pictures)) / (self.sampling.fps or 1.0)
                 index = VideoIndex(None, times, np.array([]), len(times) / (self.sampling.fps or 1.0), [])
             else:
-                index = scan_video(self._file, self.name)
+                index = scan_video(self._readable(), self.name)
+                index.problems.extend(self._copy.problems if self._copy else [])
             self._wanted = self.sampling.choose(index.times, index.duration, self.name)
             self._index = index
             self._report(index.problems)
         return self._index
+
+    def _readable(self) -> str | Path | bytes:
+        """What to decode: the file, or a copy of what would be fetched piece by piece."""
+        if not is_playlist(self._file):
+            return self._file
+        self._copy = self._copy or LocalCopy(self._file)
+        return self._copy.path or self._file
 
     def _report(self, problems: Sequence[str]) -> None:
         for problem in problems:
@@ -205,7 +215,7 @@ class FrameReader:
 
         if self._pictures is None:
             return decode_frames(
-                self._file,
+                self._readable(),
                 self.name,
                 self._index,
                 self._wanted,
