@@ -235,19 +235,19 @@ def _packets_from(
     if not index.seekable or len(index.keys) == 0:
         yield from packets_of(container, stream, problems)
         return
-    key = _entry(index, first_wanted)
-    key = int(index.entries[0]) if key is None else key
-    # Files are sought by decoding times, from which display times may differ: what was found is looked at, and where
-    # it lies too late, reading starts at the beginning (times before the first mean the first).
-    for place in (key, -(2**62)):
+    place = max(int(np.searchsorted(index.keys, first_wanted, side="right")) - 1, 0)
+    begin = int(index.entries_dts[place])
+    # Files are sought by decoding times, from which display times may differ, among packets marked as keys rightly or
+    # not: what was found is looked at (times before the first mean the first).
+    for time in (int(index.entries[place]), begin, -(2**62)):
         try:
-            container.seek(place, stream=stream)
+            container.seek(time, stream=stream)
         except av.error.FFmpegError as error:
             problems.append(f"the file cannot be searched ({reason_of(error)})")
             return
         packets = packets_of(container, stream, problems)
         first = next(packets, None)
-        if first is None or place < key or (first.is_keyframe and first.pts is not None and first.pts <= key):
+        if first is not None and first.dts is not None and first.dts <= begin:
             break
     if first is not None:
         yield first

@@ -59,8 +59,8 @@ def split_array(frames: np.ndarray | torch.Tensor, name: str) -> Sequence[np.nda
     channels = next((n for n in (3, 1) if frames.ndim == 4 and n in (frames.shape[-1], frames.shape[1])), None)
     if channels is None:
         raise ValueError(
-            f"{name}: frames must have the shape (frames, height, width, 3) or (frames, 3, height, width), "
-            f"not {tuple(frames.shape)}"
+            f"{name}: frames must have the shape (frames, height, width, 3) or (frames, 3, height, width), grey ones "
+            f"1 instead of 3, not {tuple(frames.shape)}"
         )
     if 0 in frames.shape:
         raise ValueError(f"{name}: the shape {tuple(frames.shape)} holds no frames")

@@ -50,7 +50,7 @@ _REORDERED = frozenset(
 """Decoders whose frames may come at other times, or in other numbers, than packets that have no display times."""
 _NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS
 _UNTIMED = frozenset({"mpjpeg", "mjpeg", "mjpeg_2000", "image2pipe", "jpeg_pipe", "png_pipe"})
-MPEG4_STUB = 16
+MPEG4_STUB = 8
 """Bytes up to which an MPEG-4 packet may hold no picture at all."""
 
 
@@ -60,9 +60,10 @@ class VideoIndex:
 
     `pts` int64 `(N,)` in units of the stream's time base, or None where the stream has no usable time stamps and
     frames are counted instead; `times` float64 `(N,)` seconds from the first frame; `entries` int64, time stamps of
-    the key frames at which decoding may begin, ascending; `keys` int64, for each entry the time stamp from which on
-    all frames come out right (its own, but for intra refresh); `duration` seconds; `frame_pixels` width times height
-    as the header says; `seekable`: the file's own index says exactly where each packet is.
+    the key frames at which decoding may begin, ascending, and `entries_dts`, their decoding times; `keys` int64, for
+    each entry the time stamp from which on all frames come out right (its own, but for intra refresh); `duration`
+    seconds; `frame_pixels` width times height as the header says; `seekable`: the file's own index says exactly where
+    each packet is.
     """
 
     pts: np.ndarray | None
@@ -73,6 +74,7 @@ class VideoIndex:
     frame_pixels: int = 0
     seekable: bool = False
     entries: np.ndarray = field(default_factory=lambda: np.array([], np.int64))
+    entries_dts: np.ndarray = field(default_factory=lambda: np.array([], np.int64))
 
 
 @contextmanager
@@ -278,13 +280,14 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
     ordered = bool(np.all(np.diff(entries) > 0)) and bool(np.all(np.diff(times) <= LONGEST_GAP))
     index = None
     reordered = codec_name in _REORDERED and (invented or (container_name == "avi" and codec_name != "mpeg4"))
-    if packets.differ or reordered or not (timed or invented) or (mp4 and not ordered):
+    if packets.differ or reordered or not (timed or invented) or (mp4 and (packets.overlap or not ordered)):
         index = _decoded_index(target, name, rate, problems)
     elif timed and ordered:
         typical = float(np.median(np.diff(times))) if len(times) > 1 else 1 / (rate or FALLBACK_RATE)
         last = packets.last_duration * time_base
         duration = float(times[-1]) + (last if 0 < last <= LONGEST_LAST_FRAME else typical)
-        index = VideoIndex(stamps, times, keys, duration, problems, entries=entries)
+        entries_dts = np.frombuffer(packets.entries_dts, np.int64)
+        index = VideoIndex(stamps, times, keys, duration, problems, entries=entries, entries_dts=entries_dts)
     if index is None:
         index = counted_index(packets.count, rate, problems, timed)
     if promised is not None and promised < 1e7 and index.duration < 0.95 * promised - 0.5:
@@ -310,9 +313,10 @@ class _Packets:
     """What the packets of a stream say: times, places to begin at, and whether frames may come out otherwise."""
 
     def __init__(self, codec: str, extradata: bytes | None):
-        self.pts, self.entries, self.recovery = array("q"), array("q"), array("q")
+        self.pts, self.entries, self.entries_dts, self.recovery = (array("q") for _ in range(4))
         self.count = self.untimed = self.last_duration = 0
         self.first_mark: int | None = None
+        self.overlap = False  # decoding for a later part begins within the times of an earlier one: several edits
         self._begun_clean: bool | None = None
         self._stubs = self._known_start = False
         self._latest: int | None = None
@@ -338,7 +342,9 @@ class _Packets:
             if self.first_mark is None:
                 self.first_mark, self._begun_clean = packet.pts, recovery == 0
             if recovery != NOT_CLEAN:
+                self.overlap |= self._latest is not None and packet.pts < self._latest
                 self.entries.append(packet.pts)
+                self.entries_dts.append(packet.pts if packet.dts is None else packet.dts)
                 self.recovery.append(recovery)
         if packet.is_discard:  # hidden by an edit list: decoded for others, not shown
             return

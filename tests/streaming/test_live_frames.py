@@ -1,5 +1,6 @@
 """Sources: files, pipes, growing files, addresses that break off, are silent, or are gone."""
 
+import io
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -240,3 +242,58 @@ def test_sources_are_told_apart(tmp_path, grey_video):
             assert find_source("0").kind == "camera"
         with pytest.raises(FileNotFoundError, match="camera 987: there is no such camera"):
             find_source("987")
+
+
+# --------------------------------------------------------------------------------------------- as the reader sees them
+@pytest.mark.parametrize("name", ["packed_b_frames.avi", "hdr_pq.mp4", "hdr_hlg.mp4"])
+def test_difficult_files_as_the_reader_reads_them(name):
+    path = Path(__file__).parent.parent / "processing" / "files" / name
+    expected = open_video(path, fps=5).read()
+    frames = LiveFrames(find_source(path), FrameClock(5.0), StreamReport(), threading.Event(), PATIENT)
+    found = [(picture(), seconds) for picture, seconds in frames]
+    np.testing.assert_array_equal([pixels for pixels, _ in found], expected.pixels)
+    np.testing.assert_allclose([seconds for _, seconds in found], expected.timestamps, atol=1e-3)
+
+
+def jpeg(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(grey(number)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_a_camera_without_times_runs_at_the_pace_of_its_frames(serve):
+    """Multipart pictures as web cameras send them: 4 a second for 5 seconds."""
+
+    def answer(handler, n):
+        if n:
+            handler.send_error(503)
+            return
+        handler.send_response(200)
+        handler.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        handler.end_headers()
+        for number in range(20):
+            data = jpeg(number)
+            head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data)
+            handler.wfile.write(head + data + b"\r\n")
+            handler.wfile.flush()
+            time.sleep(0.25)
+
+    _, seconds, report = watch(serve(answer), 2.0, replace(PATIENT, retries=0))
+    assert report.frames_seen >= 18 and 3 < report.seconds < 9  # 0.8 at an invented 25 a second
+    assert seconds == pytest.approx(np.arange(len(seconds)) / 2, abs=0.6)
+    assert events(report)[0] == "no times in the stream" and "arrival" in report.timeline[0].detail
+
+
+def test_bare_streams_run_at_their_declared_rate(tmp_path):
+    for codec, file_format, rate in (("libx264", "h264", 5), ("mjpeg", "mjpeg", 25)):
+        path = tmp_path / f"a.{file_format}"
+        with av.open(str(path), "w", format=file_format) as container:
+            stream = container.add_stream(codec, rate=5, options={"g": "1", "bf": "0"} if codec == "libx264" else {})
+            stream.width, stream.height = 32, 32
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            for number in range(20):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(number), format="rgb24")))
+            container.mux(stream.encode())
+        _, _, report = watch(path)
+        assert report.seconds == pytest.approx(19 / rate, abs=0.01) and report.frames_seen == 20
+        assert report.timeline[0].detail == f"taken instead: {rate} frames a second"
