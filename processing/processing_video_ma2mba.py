@@ -1,7 +1,7 @@
 """The processor: text, videos and images in; token ids and pixels out."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,10 +23,28 @@ from .chat_format import (
 )
 from .placeholder_media import deal_out, fill_placeholders, require_sources
 from .text_batches import IGNORED_LABEL, pad_batch
-from .video_processing_video_ma2mba import SAMPLING_NAMES
+from .video_processing_video_ma2mba import GIVEN_ANYWAY, SAMPLING_NAMES, drop_given_anyway, list_rates
 from .video_reader import FrameReader
 
 _HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # of an emoji that was cut, say: no tokenizer takes them
+VIDEO_NAMES = (*SAMPLING_NAMES, "do_sample_frames", "video_metadata", "return_metadata", "device")
+RETURN_NAMES = ("return_attention_mask", "return_mm_token_type_ids", "return_tensors")
+NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = {
+    "return_token_type_ids": (False,),
+    "return_offsets_mapping": (False,),
+    "return_special_tokens_mask": (False,),
+    "return_overflowing_tokens": (False,),
+    "return_length": (False,),
+    "return_text_replacement_offsets": (False,),
+    "is_split_into_words": (False,),
+    "stride": (0,),
+    "verbose": (True, False),
+    "tools": ([], ()),
+    "documents": ([], ()),
+}
+"""Settings of transformers' tokenizers and templates that are not supported: what is accepted, besides None, as asking
+for nothing."""
+GROUPS = ("text_kwargs", "videos_kwargs", "images_kwargs", "common_kwargs", "tokenizer_kwargs", "audio_kwargs")
 TEXT_SETTINGS = ("padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "add_special_tokens")
 _ABOUT_THE_MODEL = {
     *("dtype", "torch_dtype", "device_map", "max_memory", "low_cpu_mem_usage", "attn_implementation"),
@@ -112,8 +130,11 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             return_tensors: "pt", "np" or None (token ids as lists).
             kwargs: for videos `fps`, `num_frames`, `start`, `end`, `max_frames`, `return_metadata`; for text
                 `padding` (by default as far as tensors need it), `padding_side` (default: the tokenizer's),
-                `truncation`, `max_length`, `pad_to_multiple_of`, `add_special_tokens` (default False); or both grouped
-                as `videos_kwargs` and `text_kwargs`.
+                `truncation`, `max_length`, `pad_to_multiple_of`, `add_special_tokens` (default False),
+                `return_attention_mask` (default True), `return_mm_token_type_ids` ("mm_token_type_ids": 1 for tokens
+                of images, 2 for those of videos); all of them also in groups, `videos_kwargs`, `text_kwargs`, …;
+                `do_sample_frames`, `video_metadata`, `device` as in the video processor. Settings of transformers'
+                own processors that say what is done anyway are accepted.
 
         Returns:
             `input_ids`, `attention_mask` `(B, S)`; with videos also `pixel_values_videos` uint8
@@ -126,7 +147,11 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         text_settings, video_settings = self._settings(kwargs)
         if text is None:
             if images is not None:
-                raise ValueError("images need a text with an <image> for each of them")
+                raise ValueError(
+                    "images need a text with an <image> for each of them: processor(text=..., videos=..., images=...)"
+                )
+            if videos is None:
+                raise ValueError("there is nothing to process: give a text, videos, or both")
             return self.video_processor(videos, return_tensors=return_tensors, **video_settings)
         texts = [text] if isinstance(text, str) else list(text)
         chats = [Chat(prompt, []) for prompt in texts]
@@ -162,8 +187,16 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             ValueError: an empty question where an answer is asked for (`add_generation_prompt`), a malformed message,
                 a video or image without a source; and what reading a video raises.
         """
-        names = {*TEXT_SETTINGS, *SAMPLING_NAMES, "return_metadata", "videos_kwargs", "text_kwargs"}
-        settings = {**{name: kwargs.pop(name) for name in list(kwargs) if name in names}, **(processor_kwargs or {})}
+        names = {*TEXT_SETTINGS, *VIDEO_NAMES, *RETURN_NAMES, *GIVEN_ANYWAY, *GROUPS}
+        read = set(re.findall(r"\w+", chat_template or self.chat_template)) - names
+        names |= NEUTRAL_TEXT.keys() - read
+        for name in list(kwargs):
+            if kwargs[name] is None or (kwargs[name] is False and name not in names):
+                kwargs.pop(name)  # nothing is asked for
+            elif name not in names and name not in read:
+                raise TypeError(f"unknown setting {name}: neither the processor nor the chat template knows it")
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        settings = {**given, **(processor_kwargs or {})}
         return_tensors = settings.pop("return_tensors", return_tensors)
         return_tensors = None if return_tensors == "auto" else return_tensors
         single = is_conversation(conversation)
@@ -178,11 +211,11 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             )
             for messages in ([conversation] if single else conversation)
         ]
+        text_settings, video_settings = self._settings(settings)  # what makes no sense is told in any case
         if not tokenize:
             return chats[0].shown if single else [chat.shown for chat in chats]
         for chat in chats:
             require_sources(chat)
-        text_settings, video_settings = self._settings(settings)
         batch = self._encode_batch(
             chats, return_tensors, text_settings, video_settings, return_masks=return_assistant_tokens_mask
         )
@@ -258,9 +291,15 @@ class VideoMa2mbaProcessor(ProcessorMixin):
     def _settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sort the settings of a call into those for text and those for videos."""
         given = dict(given)
-        given = {**given.pop("text_kwargs", {}), **given.pop("videos_kwargs", {}), **given}
-        text = {name: given.pop(name) for name in TEXT_SETTINGS if name in given}
-        video = {name: given.pop(name) for name in (*SAMPLING_NAMES, "return_metadata") if name in given}
+        for group in GROUPS:
+            given = {**(given.pop(group, None) or {}), **given}
+        given = drop_given_anyway(given, self.video_processor.size)
+        text = {name: given.pop(name) for name in (*TEXT_SETTINGS, *RETURN_NAMES) if name in given}
+        video = {name: given.pop(name) for name in VIDEO_NAMES if name in given}
+        for name in [name for name in given if name in NEUTRAL_TEXT]:
+            value = given.pop(name)
+            if value is not None and value not in NEUTRAL_TEXT[name]:
+                raise ValueError(f"{name}={value!r:.60} is not supported by this processor: leave it out")
         if given:
             raise TypeError(f"unknown settings: {', '.join(sorted(given))}")
         return text, video
@@ -317,13 +356,21 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             ids += tokens
         return ids
 
-    def _open_media(self, chat: Chat, video_settings: dict[str, Any]) -> list[FrameReader]:
+    def _marks(self, chat: Chat) -> list[str]:
+        """The placeholders of a prompt, in order."""
+        return re.findall(f"{re.escape(self.video_token)}|{re.escape(self.image_token)}", chat.text)
+
+    def _open_media(
+        self, chat: Chat, video_settings: dict[str, Any], rates: Iterator[Any] | None = None
+    ) -> list[FrameReader]:
         """A reader for each placeholder of a prompt, in the order of the text; an image is a video of one frame.
+
+        `rates`: gives the next video's metadata, if any are known.
 
         Raises:
             ValueError: more or fewer placeholders than videos or images.
         """
-        marks = re.findall(f"{re.escape(self.video_token)}|{re.escape(self.image_token)}", chat.text)
+        marks = self._marks(chat)
         for mark, sources, noun in (
             (self.video_token, chat.videos, "videos"),
             (self.image_token, chat.images, "images"),
@@ -334,8 +381,9 @@ class VideoMa2mbaProcessor(ProcessorMixin):
                     "there must be one for each"
                 )
         videos, images = iter(chat.videos), iter(chat.images)
+        rates = iter(()) if rates is None else rates
         return [
-            self.video_processor.open(next(videos), **video_settings)
+            self.video_processor.open(next(videos), video_metadata=next(rates, None), **video_settings)
             if mark == self.video_token
             else self.video_processor.open(next(images), num_frames=1)
             for mark in marks
@@ -352,28 +400,42 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         video_settings = dict(video_settings)
         return_metadata = video_settings.pop("return_metadata", False)
         text_settings = dict(text_settings)
+        return_tensors = text_settings.pop("return_tensors", return_tensors)
         add_special_tokens = text_settings.pop("add_special_tokens", False)
-        readers = [self._open_media(chat, video_settings) for chat in chats]  # every count is checked before decoding
+        wants_mask = text_settings.pop("return_attention_mask", None) is not False
+        wants_types = text_settings.pop("return_mm_token_type_ids", False)
+        device = video_settings.pop("device", None)
+        rates = list_rates(video_settings.pop("video_metadata", None), sum(len(chat.videos) for chat in chats))
+        readers = [
+            self._open_media(chat, video_settings, rates) for chat in chats
+        ]  # counts are checked before decoding
         flat = [reader for group in readers for reader in group]
-        pixels = self.video_processor(flat, return_metadata=return_metadata) if flat else {}
+        pixels = self.video_processor(flat, return_metadata=return_metadata, device=device) if flat else {}
         counts = iter(pixels["num_frames"].tolist() if flat else ())
-        rows, masks = [], []
+        rows, masks, types = [], [], []
         for chat in chats:
-            row, row_mask = [], []
+            row, row_mask, row_types = [], [], []
+            kinds = iter([2 if mark == self.video_token else 1 for mark in self._marks(chat)])
             for token, written in zip(*self._encode(chat, add_special_tokens), strict=True):
-                repeats = next(counts) * self.tokens_per_frame if token == self.video_token_id else 1
+                is_medium = token == self.video_token_id
+                repeats = next(counts) * self.tokens_per_frame if is_medium else 1
                 row += [token] * repeats
                 row_mask += [written] * repeats
+                row_types += [next(kinds) if is_medium else 0] * repeats
             rows.append(row)
             masks.append(row_mask)
+            types.append(row_types)
         batch = pad_batch(
             rows,
-            masks if return_masks else None,
+            ({"assistant_masks": masks} if return_masks else {})
+            | ({"mm_token_type_ids": types} if wants_types else {}),
             pad_token_id=self.tokenizer.pad_token_id,
             whole_token_id=self.video_token_id,
             return_tensors=return_tensors,
             **{"padding_side": self.tokenizer.padding_side, **text_settings},
         )
+        if not wants_mask:
+            del batch["attention_mask"]
         if return_tensors == "np":
             pixels = {name: value.numpy() if torch.is_tensor(value) else value for name, value in pixels.items()}
         return BatchFeature({**batch, **pixels})

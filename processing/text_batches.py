@@ -9,7 +9,7 @@ IGNORED_LABEL = -100
 
 def pad_batch(
     rows: list[list[int]],
-    masks: list[list[int]] | None,
+    extras: dict[str, list[list[int]]],
     *,
     pad_token_id: int | None,
     whole_token_id: int,
@@ -20,10 +20,10 @@ def pad_batch(
     max_length: int | None = None,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Any]:
-    """Make `input_ids`, `attention_mask` (and `assistant_masks`) of equal length out of rows of token ids.
+    """Make `input_ids`, `attention_mask` and `extras` of equal length out of rows of token ids.
 
     Args:
-        masks: what the assistant wrote, one number a token; None leaves it out.
+        extras: further rows of one number a token, by name; padded with 0.
         whole_token_id: the video placeholder; a row may not be cut where that would lose one of them.
         padding: True or "longest", "max_length", False or "do_not_pad"; None pads only where tensors need it.
 
@@ -42,7 +42,7 @@ def pad_batch(
                 f"max_length={max_length} would cut a video off; raise it, or look at fewer frames (fps, max_frames)"
             )
         rows = [row[:max_length] for row in rows]
-        masks = masks and [mask[:max_length] for mask in masks]
+        extras = {name: [values[:max_length] for values in given] for name, given in extras.items()}
     longest = max(map(len, rows))
     if padding is None:
         padding = return_tensors is not None and any(len(row) != longest for row in rows)
@@ -74,6 +74,4 @@ def pad_batch(
         return tensor if return_tensors == "pt" else tensor.numpy()
 
     batch = {"input_ids": fill(rows, pad_token_id), "attention_mask": fill([[1] * len(row) for row in rows], 0)}
-    if masks is not None:
-        batch["assistant_masks"] = fill(masks, 0)
-    return batch
+    return batch | {name: fill(values, 0) for name, values in extras.items()}

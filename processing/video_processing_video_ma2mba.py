@@ -1,5 +1,6 @@
 """The frame processor: videos of any kind to the pixels the model takes, and the settings that decide which."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,77 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .frame_fitting import check_resize
-from .frame_sampling import Sampling
+from .frame_sampling import MAX_SAMPLES, Sampling
 from .picture_sources import is_picture
 from .video_reader import FrameReader, open_video
 
 SAMPLING_NAMES = ("fps", "num_frames", "start", "end", "max_frames")
+
+_FITTED = "frames are always fitted to the size that the model takes; resize_mode of the processor says how"
+_BY_MODEL = "pixels stay uint8 0..255 here, and the model scales and normalises them"
+_READER = "videos are decoded by this package's own reader"
+GIVEN_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "do_resize": ((True,), _FITTED),
+    "do_center_crop": ((False,), _FITTED),
+    "do_pad": ((False,), _FITTED),
+    "crop_size": ((), _FITTED),
+    "size": ((), _FITTED),
+    "resample": ((), _FITTED),
+    "size_divisor": ((), _FITTED),
+    "do_rescale": ((True,), _BY_MODEL),
+    "rescale_factor": ((1 / 255,), _BY_MODEL),
+    "do_normalize": ((True,), _BY_MODEL),
+    "image_mean": ((), _BY_MODEL),
+    "image_std": ((), _BY_MODEL),
+    "do_convert_rgb": ((True,), "frames are always made RGB"),
+    "data_format": (("channels_first", "FIRST"), "pixels come as (frames, 3, height, width)"),
+    "input_data_format": ((), "where the channels are is told by the frames' shape"),
+    "video_load_backend": (("pyav",), _READER),
+    "load_audio_from_video": ((False,), "the model hears nothing"),
+    "sample_indices_fn": ((), "frames are chosen by fps, num_frames, start, end and max_frames"),
+    "audio": ((), "the model hears nothing"),
+}
+"""Settings of transformers' processors that have one value here: what is accepted besides None, why nothing else."""
+
+
+def drop_given_anyway(given: dict[str, Any], size: dict[str, int]) -> dict[str, Any]:
+    """`given` without the settings that say what is done anyway.
+
+    Raises:
+        ValueError: one of them says something else.
+    """
+    for name in [name for name in given if name in GIVEN_ANYWAY]:
+        accepted, reason = GIVEN_ANYWAY[name]
+        value = given[name]
+        same_size = name == "size" and value is not None and dict(value) == {**dict(value), **size}
+        if value is not None and value not in accepted and not same_size:
+            raise ValueError(f"{name}={value!r:.60} is not possible here: {reason}")
+    return {name: value for name, value in given.items() if name not in GIVEN_ANYWAY}
+
+
+def list_rates(metadata: Any, videos: int) -> Iterator[Any]:
+    """The entries of `video_metadata`, one for each of so many videos: None, one, a list, or lists of each prompt.
+
+    Raises:
+        ValueError: as many as there are videos are not given.
+    """
+    rates = list(metadata) if isinstance(metadata, list | tuple) else [metadata] * videos
+    rates = [rate for group in rates for rate in (group if isinstance(group, list | tuple) else [group])]
+    if len(rates) != videos:
+        raise ValueError(f"video_metadata is given for {len(rates)} videos, but there are {videos}")
+    return iter(rates)
+
+
+def at_rate(source: Any, metadata: Any, sampling: Sampling) -> Any:
+    """Frames given as pictures, of which `metadata` (a dict or object with `fps`) tells the rate, sampled anew."""
+    rate = metadata.get("fps") if isinstance(metadata, dict) else getattr(metadata, "fps", None)
+    frames = source
+    if isinstance(source, np.ndarray | torch.Tensor):
+        frames = list(source) if source.ndim == 4 else None
+    if rate is None or not isinstance(frames, list | tuple) or len(frames) < 2:
+        return source
+    chosen = sampling.choose(np.arange(len(frames)) / rate, len(frames) / rate, "video_metadata")
+    return [frames[place] for place in chosen]
 
 
 class VideoMa2mbaVideosKwargs(VideosKwargs, total=False):
@@ -97,6 +164,10 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             ValueError: both `fps` and `num_frames` are given in one call, or a value is out of range.
         """
         given = {name: value for name, value in given.items() if value is not None}
+        if given.pop("do_sample_frames", True) is False:
+            if "fps" in given or "num_frames" in given:
+                raise ValueError("do_sample_frames=False takes every frame: leave fps and num_frames out")
+            given["num_frames"] = MAX_SAMPLES
         if "fps" in given and "num_frames" in given:
             raise ValueError("give either fps or num_frames, not both")
         settings = {"fps": self.fps, "num_frames": self.num_frames, "max_frames": self.max_frames}
@@ -113,8 +184,13 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         start: float | None = None,
         end: float | None = None,
         max_frames: int | None = None,
+        do_sample_frames: bool | None = None,
+        video_metadata: Any = None,
     ) -> FrameReader:
         """Open one video for streaming at the model's frame size; takes and raises what `open_video` does.
+
+        `do_sample_frames=False` takes every frame. `video_metadata`, a dict or object with `fps`, is the rate of
+        frames that are given as pictures; without it they count as sampled already.
 
         A reader is handed back as it is (its own sampling holds), provided its frames have the model's size.
         """
@@ -123,7 +199,10 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             if source.size != size:
                 raise ValueError(f"{source.name}: the reader gives frames of {source.size}, the model takes {size}")
             return source
-        sampling = self.sampling(fps=fps, num_frames=num_frames, start=start, end=end, max_frames=max_frames)
+        chosen = {"fps": fps, "num_frames": num_frames, "start": start, "end": end, "max_frames": max_frames}
+        sampling = self.sampling(**chosen, do_sample_frames=do_sample_frames)
+        if video_metadata is not None and do_sample_frames is not False:
+            source = at_rate(source, video_metadata, sampling)
         return open_video(
             source,
             **{name: getattr(sampling, name) for name in SAMPLING_NAMES},
@@ -137,7 +216,9 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         Args:
             videos: one video, a list of videos, or a list of lists; see `open_video` for what a video can be.
             return_tensors: "pt" (default) or "np".
-            kwargs: `fps`, `num_frames`, `start`, `end`, `max_frames` for this call; `return_metadata=True` adds
+            kwargs: `fps`, `num_frames`, `start`, `end`, `max_frames`, `do_sample_frames` for this call;
+                `video_metadata` (one for each video, see `open`); `device` for the result; settings of transformers'
+                processors that say what is done anyway (`GIVEN_ANYWAY`); `return_metadata=True` adds
                 "video_metadata", a list of dicts with name, duration, timestamps (seconds) and warnings of each video.
 
         Returns:
@@ -146,18 +227,22 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
 
         Raises:
             TypeError: an unknown setting.
-            ValueError: what `open_video` raises.
+            ValueError: a setting that is not possible, and what `open_video` raises.
         """
         return_metadata = kwargs.pop("return_metadata", False)
-        unknown = kwargs.keys() - set(SAMPLING_NAMES)
+        device = kwargs.pop("device", None)
+        metadata = kwargs.pop("video_metadata", None)
+        kwargs = drop_given_anyway(kwargs, self.size)
+        unknown = kwargs.keys() - {*SAMPLING_NAMES, "do_sample_frames"}
         if unknown:
             raise TypeError(f"unknown settings for videos: {', '.join(sorted(unknown))}")
         sources = split_videos(videos)
         if not sources:
             raise ValueError("there are no videos to process")
+        rates = list_rates(metadata, len(sources))
         pixels, counts, metadata = [], [], []
-        for source in sources:
-            with self.open(source, **kwargs) as reader:
+        for source, rate in zip(sources, rates, strict=True):
+            with self.open(source, video_metadata=rate, **kwargs) as reader:
                 frames = reader.read()
                 pixels.append(torch.from_numpy(frames.pixels).permute(0, 3, 1, 2))
                 counts.append(len(frames))
@@ -170,6 +255,8 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
                     }
                 )
         data = {"pixel_values_videos": torch.cat(pixels).contiguous(), "num_frames": torch.tensor(counts)}
+        if device is not None:
+            data = {name: value.to(device) for name, value in data.items()}
         if return_tensors == "np":
             data = {name: value.numpy() for name, value in data.items()}
         elif return_tensors not in ("pt", None):
