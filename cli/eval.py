@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .circumstances import circumstances, command_line, require_matplotlib
 from .options import Device, Dtype, Fps, Model, NumFrames, TrustRemoteCode
 
@@ -94,7 +95,7 @@ def evaluate(
         )
     join_ranks(device)
     counts = evaluation.prepare()
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = ParallelDims.of_run().first
     if first:
         typer.echo(f"{sum(counts.values()):,} questions of {len(counts)} tasks, all videos are there", err=True)
     if answers is None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims, met
 from .answer_log import files_of, read_rows
 from .benchmark_checks import check_data
 from .benchmark_scores import Scores, score
@@ -58,7 +59,7 @@ class Evaluation:
             ValueError: an unknown task, data that are missing. ConnectionError: the judge gives no usable reply.
         """
         self.manager = task_manager(self.tasks, self.include)
-        if self.judge is not None and self.judged and int(os.environ.get("RANK", 0)) == 0:
+        if self.judge is not None and self.judged and ParallelDims.of_run().first:
             self.judge.check()
         counts: dict[str, int] = {}
         for name in self.tasks:
@@ -98,8 +99,8 @@ def leave_ranks() -> bool:
     """End the work with other ranks; whether this process goes on alone, which is the first one."""
     import torch.distributed as dist
 
-    first = int(os.environ.get("RANK", 0)) == 0
-    if dist.is_available() and dist.is_initialized():
+    first = ParallelDims.of_run().first
+    if met():
         from accelerate.state import AcceleratorState
 
         dist.barrier()

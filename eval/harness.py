@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .benchmarks import folders_of
 
 OWN_TASKS = Path(__file__).parent / "lmms_tasks"
@@ -145,7 +146,7 @@ def join_ranks(device: str = "auto") -> str:
     To be called before anything of the harness makes an Accelerator: the first one decides, and without being told it
     takes several processes on CPU for one each.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if ParallelDims.of_run().world == 1:
         return device
     import torch
     from accelerate import Accelerator

@@ -6,7 +6,6 @@ a copy of that state.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .answer_log import AnswerLog
 from .answering import Answerer
 from .harness import join_ranks
@@ -71,7 +71,8 @@ class VideoMa2mbaSimple(lmms):
         super().__init__()
         if broken not in ("stop", "skip"):
             raise ValueError(f"broken={broken}: must be stop or skip")
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        dims = ParallelDims.of_run()
+        self._rank, self._world_size = dims.rank, dims.world
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() and int(batch_size) > 0 else 1
         reading = Reading(fps, num_frames, max_frames, folder_fps)
         self.pipe = pipe or self._load(pretrained, device, dtype, trust_remote_code)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from .parallel_dims import ParallelDims
+
 
 def is_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` made this module a unit of its own."""
@@ -29,6 +31,7 @@ class ShardedLayers:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.mesh = next(layers[0].parameters()).device_mesh
+        self.dims = ParallelDims.of_mesh(self.mesh)
 
     @classmethod
     def of(cls, layers: Sequence[nn.Module]) -> "ShardedLayers | None":
@@ -80,5 +83,5 @@ class ShardedLayers:
         from torch.distributed.tensor import DTensor, Partial
 
         everywhere = [Partial()] * self.mesh.ndim
-        total = DTensor.from_local(gradient / self.mesh.size(), self.mesh, everywhere, run_check=False)
+        total = DTensor.from_local(gradient / self.dims.batches, self.mesh, everywhere, run_check=False)
         return total.redistribute(placements=parameter.placements).to(parameter.dtype)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
+
 _BUCKET = 64 << 20  # bytes that are averaged at once
 
 
@@ -72,7 +74,7 @@ class RankAgreement:
     @staticmethod
     def average_gradients(model: nn.Module) -> None:
         """Replace every gradient by the mean over all processes; where there is none, it counts as 0."""
-        processes = distributed.get_world_size()
+        batches = ParallelDims.of_run().batches
         for parameters in _buckets(p for p in model.parameters() if p.requires_grad):
             for parameter in parameters:
                 if parameter.grad is None:
@@ -80,7 +82,7 @@ class RankAgreement:
             gradients = [parameter.grad for parameter in parameters]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             distributed.all_reduce(flat)
-            flat /= processes
+            flat /= batches
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .training_config import VideoMa2mbaTrainingConfig
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -104,7 +105,7 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
     content = {key: _as_meant(key, value) for key, value in content.items()}
     if workers := content.get("dataloader_num_workers"):
         content["dataloader_num_workers"] = min(workers, _processors())  # more of them slow each other down
-    if content.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if content.get("deepspeed") and ParallelDims.of_run().world == 1:
         content["deepspeed"] = None  # one process has nothing to share its optimizer state with
     recipe, config = (
         kind(**{key: value for key, value in content.items() if key in names})

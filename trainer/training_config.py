@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from trl import SFTConfig
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .training_clock import ENDLESS
 
 LABELS = ("answers", "captions")
@@ -100,7 +100,7 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
         self.accelerator_config.dispatch_batches = False
 
     def _accumulation(self) -> int:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = ParallelDims.of_run().world
         together = self.per_device_train_batch_size * processes
         steps, rest = divmod(self.global_batch_size, together)
         if rest or not steps:
