@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .circumstances import circumstances, command_line, require_matplotlib
 from .options import Device, Dtype, Fps, Model, NumFrames, TrustRemoteCode
 
@@ -83,6 +82,7 @@ def evaluate(
     prepare_environment(data)
     quiet_harness(verbose)
     from video_ma2mba.eval.benchmark_run import ANSWERS, Evaluation, claim, collect_answers, leave_ranks, score_answers
+    from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
 
     asked = None
     if judge is not None:

@@ -13,12 +13,10 @@ from typing import Any
 
 from .mixer_mamba2 import CoreBackends, MixerShape
 from .ops_norm import ADD_RMS_NORM
+from .recompute_loss import LOGITS_PER_CHUNK
 from .recompute_plan import RecomputePlan
+from .recompute_store import COPIES_IN_FLIGHT
 
-# Numbers in one chunk of logits (`recompute_loss`).
-_LOGITS_PER_CHUNK = 2**25
-# Copies to the host that may still hold device memory, in tensors (`recompute_store`).
-_COPIES_IN_FLIGHT = 3
 # What cuBLAS keeps for itself on Hopper (none on a CPU); allocated once through PyTorch's allocator.
 _MATMUL_WORKSPACE = 32 << 20
 
@@ -153,7 +151,7 @@ def forward_temporaries_per_token(shape: StackShape) -> float:
 
 def loss_bytes(shape: StackShape, work: Workload) -> float:
     """One chunk of logits with its gradients, and the head's gradient summed in fp32 over chunks."""
-    rows = min(max(work.kept_rows, 1), max(1, _LOGITS_PER_CHUNK // shape.vocabulary))
+    rows = min(max(work.kept_rows, 1), max(1, LOGITS_PER_CHUNK // shape.vocabulary))
     logits = rows * shape.vocabulary * (2 * shape.compute + 12)
     if not work.head_trains:
         return logits
@@ -183,11 +181,13 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
     # Casting keeps 16-bit copies of the weights as long as the autocast region lasts.
     cast = _weights_per_layer(shape) * shape.compute if work.autocast else 0
 
-    leaving = _COPIES_IN_FLIGHT * stream if plan.offload and blocks > 1 else 0
+    leaving = COPIES_IN_FLIGHT * stream if plan.offload and blocks > 1 else 0
+    # Orders that leave a segment for another read its stream back from the host, the next cell's ahead.
+    back = 2 * stream if plan.offload and blocks > 1 and plan.forward_order != "segment_major" else 0
     forward = {
         "input": inputs,
         "kept activations": stored,
-        "prefetch": leaving + (2 * state if plan.offload and segments > 1 else 0),
+        "prefetch": leaving + back + (2 * state if plan.offload and segments > 1 else 0),
         "cell": stream + rows * forward_temporaries_per_token(shape),
         "states": 2 * shape.layers * work.batch * shape.state_bytes,
         "kept rows": kept,
@@ -202,7 +202,10 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
         "workspace": shape.workspace,
     }
 
-    parameters = layers * work.layer_parameters
+    # Block after block, sums and state gradients exist for one block at a time; in other orders for all of them.
+    in_blocks = plan.backward_order == "block_major" or blocks == 1
+    parameters = (layers if in_blocks else shape.layers) * work.layer_parameters
+    dstates = 0 if in_blocks else shape.layers * work.batch * shape.state_bytes
     wide = max(4, work.weight_bytes)
     # The sum over the segments so far: the first segment's own gradients, in fp32 from the second sum on.
     sums_before = {1: 0, 2: work.weight_bytes}.get(segments, wide) * parameters
@@ -222,11 +225,11 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
         # The cell that runs took its own input, output gradient and states out of the store.
         arriving = states_arriving + (2 if segments > 1 else 1) * stream
         phases["backward"] = backward | {
-            "input": inputs,
+            "input": inputs * (2 if work.input_gradient and not in_blocks else 1),
             "kept activations": max(0, stored - (0 if plan.offload else stream + arriving)),
             "prefetch": leaving + arriving if plan.offload else 0,
             "cell": cell,
-            "states": 3 * state,
+            "states": 3 * state + dstates,
             "gradient sums": sums_before,
         }
     # The first block reads the input instead of a kept activation, and writes the input's gradient.
@@ -240,12 +243,12 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
     copied = 0 if work.input_on_gpu else row * rows
     phases["backward of the first block"] = first_block | {
         "cell": cell + copied,
-        "states": 3 * state,
+        "states": 3 * state + dstates,
         "gradient sums": sums_before,
     }
     phases["end of a cell's backward"] = first_block | {
         "cell": result_gradient + saved + rows * shape.compute * shape.projected,
-        "states": 4 * state,
+        "states": 4 * state + dstates,
         "gradient sums": sums_after,
     }
     return phases

@@ -15,7 +15,7 @@ from torch import Tensor
 SLAB_BYTES = 1 << 30
 _ALIGNMENT = 512
 # Copies in flight before the computation waits for the oldest: bounds the device memory that copies hold.
-_IN_FLIGHT = 3
+COPIES_IN_FLIGHT = 3
 
 
 class DeviceStore:
@@ -156,7 +156,7 @@ class HostStore:
         # A tensor may be freed, and its memory written again by later kernels, only after its copy: the computation
         # waits for old copies on the device, so neither the host nor the allocator ever has to.
         self._leaving.append((tensors, done))
-        while len(self._leaving) > _IN_FLIGHT:
+        while len(self._leaving) > COPIES_IN_FLIGHT:
             compute.wait_event(self._leaving.popleft()[1])
 
     def prefetch(self, key: Hashable) -> None:

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from video_ma2mba.modeling_video_ma2mba.planner import (
     segment_lengths,
 )
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
+from video_ma2mba.modeling_video_ma2mba.recompute_schedule import ORDERS
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 from video_ma2mba.modeling_video_ma2mba.vision_features import encode_frames
@@ -143,6 +145,53 @@ def test_kept_activations_are_what_the_engine_stores(make_text_config, monkeypat
     expected = sum(kept_bytes(shape, Workload(tokens, batch), RecomputePlan(*plan)))
     assert forward == expected
     assert most <= expected + batch * plan[1] * config.hidden_size * 4  # a block's gradient replaces its input
+
+
+@pytest.mark.parametrize("plan", [(1, 8), (2, 5)])
+def test_orders_keep_what_was_predicted(make_text_config, monkeypatch, plan: tuple[int, int]):
+    """Forward keeps the same in any order; backward in other orders never holds more beside its sums."""
+    most = 0
+
+    class Counting(recompute_store.DeviceStore):
+        def put(self, key, tensors):
+            nonlocal most
+            super().put(key, tensors)
+            most = max(most, sum(t.nbytes for kept in self._items.values() for t in kept if t is not None))
+
+    monkeypatch.setattr(recompute_engine, "DeviceStore", Counting)
+    config = make_text_config(num_hidden_layers=5)
+    model = Ma2mbaTextModel(config).train()
+    tokens = 23
+    expected = sum(kept_bytes(StackShape.of(config, 4, kernels=False), Workload(tokens), RecomputePlan(*plan)))
+    for forward, backward in itertools.product(ORDERS, ORDERS):
+        most, orders = 0, {"forward_order": forward, "backward_order": backward}
+        model.set_checkpointing(True, layers_per_block=plan[0], segment_length=plan[1], offload=False, **orders)
+        hidden, _, _ = model.scan(torch.randn(1, tokens, config.hidden_size, requires_grad=True))
+        assert most == expected
+        hidden.sum().backward()
+        assert most <= expected + plan[1] * config.hidden_size * 4
+
+
+def test_other_orders_than_the_usual_ones_take_more():
+    """Sums of all blocks at a time; a stream that comes back from the host."""
+    usual = predict(PAPER, RecomputePlan(4, 8192, True), 2**17, kept=512)
+    backward = predict(PAPER, RecomputePlan(4, 8192, True, backward_order="segment_major"), 2**17, kept=512)
+    assert backward.gpu["gradient sums"] == 16 * usual.gpu["gradient sums"]
+    forward = predict(PAPER, RecomputePlan(4, 8192, True, forward_order="block_major"), 2**17, kept=512)
+    shape = StackShape.of(PAPER)
+    assert forward.phases["forward"] - usual.phases["forward"] == 2 * 8192 * shape.stream * shape.width
+    on_gpu = [predict(PAPER, RecomputePlan(4, 8192, False, order), 2**17) for order in ORDERS]
+    assert len({p.phases["forward"] for p in on_gpu}) == 1
+
+
+def test_backends_are_asked_what_they_keep_and_reach():
+    """The figures follow an operation's declaration."""
+    shape = StackShape.of(PAPER)
+    ssd = shape.backends.ssd
+    other = replace(ssd, kept_bytes=lambda **sizes: ssd.kept_bytes(**sizes) + 100, longest_call=lambda row: 7)
+    changed = replace(shape, backends=shape.backends._replace(ssd=other))
+    assert saved_per_token(changed) == saved_per_token(shape) + 100
+    assert changed.longest_segment == 7 < shape.longest_segment == 2**31 // shape.projected
 
 
 def test_sizes_of_state_and_parameters(make_text_config):
