@@ -203,13 +203,14 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
     }
 
     # Block after block, sums and state gradients exist for one block at a time; in other orders for all of them.
-    in_blocks = plan.backward_order == "block_major" or blocks == 1
-    parameters = (layers if in_blocks else shape.layers) * work.layer_parameters
+    in_blocks = plan.backward_order == "block_major" or blocks == 1 or segments == 1
+    own = layers * work.layer_parameters
+    summed = own if in_blocks else shape.layers * work.layer_parameters
     dstates = 0 if in_blocks else shape.layers * work.batch * shape.state_bytes
     wide = max(4, work.weight_bytes)
     # The sum over the segments so far: the first segment's own gradients, in fp32 from the second sum on.
-    sums_before = {1: 0, 2: work.weight_bytes}.get(segments, wide) * parameters
-    sums_after = (work.weight_bytes if segments == 1 else wide + 2 * work.weight_bytes) * parameters
+    sums_before = {1: 0, 2: work.weight_bytes if in_blocks else wide}.get(segments, wide) * summed
+    sums_after = work.weight_bytes * own if segments == 1 else wide * summed + 2 * work.weight_bytes * own
     saved = rows * saved_per_token(shape, work.projections_train)
     # What the last projection reads is let go before its mixer's backward, the worst moment.
     out_input = shape.compute * shape.inner * rows if shape.kernels and work.projections_train else 0
