@@ -36,6 +36,7 @@ def register() -> None:
     from .modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
     from .processing.processing_video_ma2mba import VideoMa2mbaProcessor
     from .processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
+    from .processing.video_processing_videomamba import VideoMambaVideoProcessor
 
     transformers.AutoConfig.register("video_ma2mba", VideoMa2mbaConfig, exist_ok=True)
     transformers.AutoConfig.register("video_ma2mba_text", Ma2mbaTextConfig, exist_ok=True)
@@ -55,6 +56,7 @@ def register() -> None:
 
     transformers.AutoConfig.register("videomamba", VideoMambaConfig, exist_ok=True)
     transformers.AutoModel.register(VideoMambaConfig, VideoMambaModel, exist_ok=True)
+    AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor, exist_ok=True)
     for auto_class in (transformers.AutoModelForVideoClassification, transformers.AutoModelForImageClassification):
         auto_class.register(VideoMambaConfig, VideoMambaForVideoClassification, exist_ok=True)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from video_ma2mba import BUNDLED_CHECKPOINT
 
@@ -124,3 +125,49 @@ def load_pipeline(
     )
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     return VideoQuestionAnsweringPipeline(model=loaded.eval(), processor=processor, device=picked)
+
+
+def load_classifier(
+    model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Callable[..., list[dict[str, Any]]]:
+    """A function from a video (`top`, `num_segments`, `num_crops`) to its classes, `[{"label", "score"}, ...]`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
+    """
+    source = resolve_model(model)
+    picked = pick_device(device)
+
+    import torch
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForVideoClassification
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+    from transformers.utils import logging
+
+    import video_ma2mba  # noqa: F401 (registers the classes)
+
+    remote = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(source, **remote)
+    if config.model_type != "videomamba":
+        raise ValueError(f"{source} holds a model of the type {config.model_type}, not a VideoMamba classifier")
+    if not any("ForVideoClassification" in name for name in config.architectures or ()):
+        raise ValueError(
+            f"{source} is a VideoMamba encoder without a classifier: fine-tune it, or convert another file"
+        )
+    logging.disable_progress_bar()
+    auto_class = AutoModelForVideoClassification if config.is_video else AutoModelForImageClassification
+    loaded = auto_class.from_pretrained(source, config=config, dtype=pick_dtype(dtype, picked), **remote)
+    loaded = loaded.eval().to(picked)
+    processor = AutoVideoProcessor.from_pretrained(source, **remote)
+
+    def classes(video: Any, top: int = 5, **views: int) -> list[dict[str, Any]]:
+        pixels = processor(video, num_frames=config.num_frames, return_tensors="pt", **views)["pixel_values"]
+        with torch.inference_mode():
+            logits = loaded(pixels.to(picked)).logits[0].float().cpu()
+        scores = {"regression": lambda x: x, "multi_label_classification": torch.sigmoid}.get(
+            config.problem_type, lambda x: x.softmax(-1)
+        )(logits)
+        best = scores.topk(min(top, len(scores)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [{"label": config.id2label[number], "score": score} for score, number in pairs]
+
+    return classes

@@ -9,6 +9,7 @@ import typer
 
 from .ask import ask
 from .batch import batch
+from .classify import classify
 from .convert import convert
 from .data import app as data
 from .demo import demo
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(batch)
+app.command()(classify)
 app.command()(convert)
 app.command()(demo)
 app.command("eval")(evaluate)

@@ -232,3 +232,17 @@ class PictureSource:
                 problems.append(f"skipped an image: {error}")
                 continue
             yield pixels, index
+
+
+def split_videos(videos: Any) -> list[Any]:
+    """List the videos in what a caller passes as `videos`: one, a list of them, or a list of lists (one a prompt).
+
+    A list of pictures (PIL images or arrays of three axes) is one video; an array of five axes is a batch.
+    """
+    if isinstance(videos, np.ndarray | torch.Tensor) and videos.ndim == 5:
+        return list(videos)
+    if not isinstance(videos, list | tuple):
+        return [videos]
+    if len(videos) > 0 and all(is_picture(frame) for frame in videos):
+        return [videos]
+    return [video for item in videos for video in (split_videos(item) if isinstance(item, list | tuple) else [item])]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .chat_format import Chat
-from .video_processing_video_ma2mba import split_videos
+from .picture_sources import split_videos
 
 
 def deal_out(chats: list[Chat], media: Any, mark: str, kind: str) -> None:

@@ -11,7 +11,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from .frame_fitting import check_resize
 from .frame_sampling import MAX_SAMPLES, Sampling
-from .picture_sources import is_picture
+from .picture_sources import split_videos
 from .video_reader import FrameReader, open_video
 
 SAMPLING_NAMES = ("fps", "num_frames", "start", "end", "max_frames")
@@ -90,20 +90,6 @@ class VideoMa2mbaVideosKwargs(VideosKwargs, total=False):
     end: float | None
     max_frames: int | None
     resize_mode: str
-
-
-def split_videos(videos: Any) -> list[Any]:
-    """List the videos in what a caller passes as `videos`: one, a list of them, or a list of lists (one a prompt).
-
-    A list of pictures (PIL images or arrays of three axes) is one video; an array of five axes is a batch.
-    """
-    if isinstance(videos, np.ndarray | torch.Tensor) and videos.ndim == 5:
-        return list(videos)
-    if not isinstance(videos, list | tuple):
-        return [videos]
-    if len(videos) > 0 and all(is_picture(frame) for frame in videos):
-        return [videos]
-    return [video for item in videos for video in (split_videos(item) if isinstance(item, list | tuple) else [item])]
 
 
 class VideoMa2mbaVideoProcessor(BaseVideoProcessor):

@@ -1,0 +1,177 @@
+"""VideoMamba's frame processor: sparse sampling of clips (TSN), and several views of a video for testing."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from .frame_fitting import fit_frame
+from .picture_sources import split_videos
+from .video_reader import open_video
+
+
+class VideoMambaVideosKwargs(VideosKwargs, total=False):
+    """Settings of a call besides those of transformers."""
+
+    num_segments: int | None
+    num_crops: int | None
+    seed: int | None
+
+
+def sparse_frames(frames: int, count: int, segments: int = 1, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Which of a video's `frames` frames make up each of `segments` clips of `count` frames.
+
+    The video is cut in `count` parts of `(frames - 1) / count` frames. In testing clip k of S takes from part i the
+    frame `round(part i) + int(part / (S + 1) * (k + 1))`; with `rng`, for training, one at random.
+
+    Returns:
+        int64 (segments, count), non-decreasing in each clip. A video shorter than a clip gives frames again.
+    """
+    part = (frames - 1) / count
+    starts = np.round(part * np.arange(count + 1)).astype(np.int64)
+    if rng is not None:
+        return rng.integers(starts[:-1], starts[1:], size=(segments, count), endpoint=True)
+    offsets = [int(part / (segments + 1) * (k + 1)) for k in range(segments)]
+    return np.minimum(starts[:-1] + np.array(offsets)[:, None], frames - 1)
+
+
+def crop_boxes(height: int, width: int, side: int, crops: int) -> list[tuple[int, int]]:
+    """Top left corners of `crops` squares of `side` pixels, spread along the longer side of a picture; one is the
+    middle."""
+    where = [0.5] if crops == 1 else [k / (crops - 1) for k in range(crops)]
+    return [
+        (
+            round((height - side) * (at if height > width else 0.5)),
+            round((width - side) * (at if width >= height else 0.5)),
+        )
+        for at in where
+    ]
+
+
+@dataclass(frozen=True)
+class _TheseFrames:
+    """Chooses the frames of all clips; takes the place of `Sampling` in a reader."""
+
+    count: int
+    segments: int
+    rng: np.random.Generator | None
+    clips: list[np.ndarray]
+    fps: float = 1.0
+
+    def choose(self, times: np.ndarray, duration: float, name: str) -> np.ndarray:
+        self.clips[:] = [sparse_frames(len(times), self.count, self.segments, self.rng)]
+        return np.unique(self.clips[0])
+
+
+class VideoMambaVideoProcessor(BaseVideoProcessor):
+    """Samples, resizes and crops clips; normalising is left to the model, which does it on its device.
+
+    Args:
+        size: side of the square frames that the model takes, in pixels.
+        num_frames: frames of a clip.
+        num_segments, num_crops: views of a video are every combination of so many clips and so many crops along the
+            longer side (the shorter is resized to `size`). The model averages the probabilities of the views.
+        image_mean, image_std: with which the model normalises; kept for other tools.
+
+    A value given in a call wins over the one stored here. Works without torchvision.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = VideoMambaVideosKwargs
+
+    def __init__(
+        self,
+        size: int | dict[str, int] = 224,
+        num_frames: int = 8,
+        num_segments: int = 1,
+        num_crops: int = 1,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
+        self.num_frames = num_frames
+        self.num_segments = num_segments
+        self.num_crops = num_crops
+        self.image_mean, self.image_std = image_mean, image_std
+        for name in ("num_frames", "num_segments", "num_crops"):
+            _whole(name, getattr(self, name))
+        if self.size.get("height", 0) != self.size.get("width") or self.size["height"] < 1:
+            raise ValueError(f"size must be a side in pixels, the same for height and width, not {size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings that are saved: those of this class, and where its code is found."""
+        everything = super().to_dict()
+        own = ("size", "num_frames", "num_segments", "num_crops", "image_mean", "image_std", "auto_map")
+        kept = {name: everything[name] for name in own if everything.get(name) is not None}
+        return {**kept, "video_processor_type": type(self).__name__}
+
+    def preprocess(self, videos: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """Read clips of videos.
+
+        Args:
+            videos: one video or a list of them: whatever `open_video` takes.
+            kwargs: `num_frames`, `num_segments`, `num_crops` for this call; `seed`: sample at random as in training.
+
+        Returns:
+            `pixel_values` uint8 (videos, frames, 3, size, size), with several views (videos, views, frames, 3, size,
+            size), the crops of a clip next to each other.
+
+        Raises:
+            TypeError: an unknown setting. ValueError: what `open_video` raises.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs.pop("do_sample_frames", None)  # transformers' pipeline says that it wants what always happens
+        seed = kwargs.pop("seed", None)
+        chosen = {
+            name: _whole(name, kwargs.pop(name, getattr(self, name)))
+            for name in ("num_frames", "num_segments", "num_crops")
+        }
+        if kwargs:
+            raise TypeError(f"unknown settings for videos: {', '.join(sorted(kwargs))}")
+        sources = split_videos(videos)
+        if not sources:
+            raise ValueError("there are no videos to process")
+        rng = None if seed is None else np.random.default_rng(seed)
+        views = torch.stack([self._views(source, rng, **chosen) for source in sources])
+        if views.shape[1] == 1:
+            views = views[:, 0]
+        if return_tensors not in ("pt", "np", None):
+            raise ValueError(f"return_tensors must be 'pt' or 'np', not {return_tensors!r}")
+        return BatchFeature({"pixel_values": views.numpy() if return_tensors == "np" else views})
+
+    def _views(
+        self, source: Any, rng: np.random.Generator | None, num_frames: int, num_segments: int, num_crops: int
+    ) -> torch.Tensor:
+        """uint8 (views, frames, 3, size, size) of one video, which is decoded once."""
+        side = self.size["height"]
+        clips: list[np.ndarray] = []
+        with open_video(source) as reader:
+            reader.sampling = _TheseFrames(num_frames, num_segments, rng, clips)
+            cropped = []
+            for chunk in reader.chunks(1):
+                height, width = chunk.pixels.shape[1:3]
+                scale = side / min(height, width)
+                size = (max(side, round(height * scale)), max(side, round(width * scale)))
+                picture = fit_frame(chunk.pixels[0], size)
+                boxes = crop_boxes(*size, side, num_crops)
+                cropped.append(np.stack([picture[top : top + side, left : left + side] for top, left in boxes]))
+        pictures = torch.from_numpy(np.stack(cropped))  # (read, crops, side, side, 3)
+        # A damaged video may end before its last frame: what came last stands for it.
+        places = np.searchsorted(np.unique(clips[0]), clips[0]).clip(max=len(pictures) - 1)
+        views = pictures[torch.from_numpy(places)].permute(0, 2, 1, 5, 3, 4)  # (segments, crops, frames, 3, h, w)
+        return views.flatten(0, 1).contiguous()
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value}")
+    return int(value)
+
+
+VideoMambaVideoProcessor.register_for_auto_class("AutoVideoProcessor")
