@@ -25,7 +25,7 @@ from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_l
 from .recompute_plan import RecomputeSettings
 from .stack_arguments import refuse_unknown
 from .stack_language_model import Ma2mbaTextModel
-from .stack_weights import refuse_incomplete
+from .stack_weights import quantised_weights, refuse_incomplete
 from .state_outputs import CACHE_NAME, CACHE_NAMES, StateCausalLMOutput, StateModelOutput, check_state, take_state
 from .state_video import VideoState
 from .vision_features import (
@@ -310,6 +310,15 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and any(name.endswith("()") for name, _ in quantised_weights(self))
+        ):
+            raise ValueError(
+                "linear layers of this model are quantised dynamically and give no gradients: train it first and "
+                "quantise it then, or call eval()"
+            )
         if pixel_values_videos is not None:
             if input_ids is None:
                 raise ValueError("pixel_values_videos need input_ids, which say where the frames belong")

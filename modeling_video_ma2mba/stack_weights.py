@@ -1,5 +1,7 @@
 """Where a module's weights compute, and whether a checkpoint brought all of them."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +14,24 @@ def execution_device(module: nn.Module) -> torch.device:
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return next(module.parameters()).device
+    tensors = chain(module.parameters(), module.buffers())
+    # Linear layers that `torch.ao.quantization` has replaced hold neither, and compute on the CPU.
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def quantised_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of linear layers' weights that are no parameters, because something has put its own layers
+    there: `torch.ao.quantization.quantize_dynamic` some with a `weight()` to call, others some with buffers."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "out_features") or isinstance(getattr(module, "weight", None), nn.Parameter):
+            continue
+        if any(True for _ in module.parameters()):
+            continue  # a wrapper around the layer (an adapter): the layer itself comes, too
+        if callable(getattr(module, "weight", None)):
+            weight = module.weight()
+            yield f"{name}.weight()", weight.dequantize() if weight.is_quantized else weight
+        else:
+            yield from ((f"{name}.{part}", buffer) for part, buffer in module.named_buffers())
 
 
 def refuse_incomplete(name: Any, report: dict[str, Any], accept_other_sizes: bool = False) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .stack_weights import quantised_weights
 from .state_version import PACKAGE_VERSION
 from .vision_towers import tower_adapter
 
@@ -103,7 +104,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     weights are offloaded and cannot be looked at.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *quantised_weights(model)):
         if parameter.is_meta:
             return ""
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -146,7 +146,8 @@ def video_rows(
     if layout is None:
         layout = RowLayout(len(pixels) * config.tokens_per_frame, device)
     # Rows may be the largest tensor of a step: under autocast they take the lower precision they were computed in.
-    dtype = text.dtype if text is not None else next(p.dtype for p in projector.parameters() if p.is_floating_point())
+    own = (p.dtype for p in projector.parameters() if p.is_floating_point())  # none where quantised
+    dtype = text.dtype if text is not None else next(own, torch.get_default_dtype())
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
 
