@@ -454,8 +454,7 @@ def conv_forward_kernel(
     for k in tl.static_range(K):
         out = tl.zeros([TOKENS, CHANNELS], tl.float32) + tl.load(bias_ptr + k * E + d, mask=d < E, other=0.0)[None, :]
         for tap in tl.static_range(W):
-            back: tl.constexpr = W - 1 - tap
-            at = t64 + back if (REVERSE >> k) & 1 else t64 - back
+            at = t64 + (W - 1 - tap) if (REVERSE >> k) & 1 else t64 - (W - 1 - tap)
             there = ((at >= 0) & (at < S))[:, None] & (d < E)[None, :]
             x = tl.load(x_ptr + at[:, None] * x_row + d[None, :], mask=there, other=0.0).to(tl.float32)
             out += x * tl.load(w_ptr + (k * E + d) * W + tap, mask=d < E, other=0.0)[None, :]
@@ -491,8 +490,7 @@ def conv_backward_kernel(
             there = ((at >= 0) & (at < S) & (t < S))[:, None] & cols[None, :]
             pre = tl.zeros([TOKENS, CHANNELS], tl.float32) + bias[None, :]
             for tap in tl.static_range(W):
-                back: tl.constexpr = W - 1 - tap
-                source = at + back if (REVERSE >> k) & 1 else at - back
+                source = at + (W - 1 - tap) if (REVERSE >> k) & 1 else at - (W - 1 - tap)
                 ok = ((source >= 0) & (source < S))[:, None] & cols[None, :]
                 x = tl.load(x_ptr + source[:, None] * x_row + d[None, :], mask=ok, other=0.0).to(tl.float32)
                 pre += x * tl.load(w_ptr + (k * E + d) * W + tap, mask=cols, other=0.0)[None, :]
