@@ -5,10 +5,12 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from video_ma2mba.files.text_files import check_text, json_line, parse_json, text_lines
+from video_ma2mba.files.append_log import AppendLog, read_log
+from video_ma2mba.files.text_files import check_text, parse_json, read_json, text_lines
 
 _FIELDS = ("video", "question", "questions", "id")
 
@@ -98,58 +100,52 @@ class Results:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], items: list[Item], retry_errors: bool = False):
+        from video_ma2mba.modeling_video_ma2mba.state_writing import is_written_through
+
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.torn, self.done, self.stale = False, set(), 0
+        self._log = AppendLog(path, alone=True)
+        if is_written_through(path):  # nothing to go on from
+            return
         try:
-            _lock(self._descriptor, path)
             self._claim(settings)
-            self.stale = 0
-            self.torn, kept = self._whole_lines({item.line: item for item in items}, retry_errors)
+            kept = self._there({item.line: item for item in items}, retry_errors)
             self.done = {result["line"] for result in kept}
         except BaseException:
-            os.close(self._descriptor)
+            self._log.close()
             raise
 
     def __enter__(self) -> "Results":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        os.close(self._descriptor)
+        self._log.close()
 
     def add(self, result: dict[str, Any]) -> None:
         """Write one line. OSError when the disk is full: what was written before stays, the line is not begun."""
-        self._write(json_line(result))
-        self.done.add(result["line"])
-
-    def flush(self) -> None:
-        """Make sure that the lines survive a power failure."""
-        os.fsync(self._descriptor)
-
-    def _write(self, data: bytes) -> None:
-        end = os.lseek(self._descriptor, 0, os.SEEK_END)
         try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
+            self._log.add(result)
         except OSError as error:
-            os.ftruncate(self._descriptor, end)
             raise OSError(
                 f"{self.path} cannot be written ({error.strerror}): the results so far are kept; make room, and the "
                 "same command goes on from there"
             ) from error
+        self.done.add(result["line"])
+
+    def flush(self) -> None:
+        """Make sure that the lines survive a power failure."""
+        self._log.flush()
 
     def _claim(self, settings: dict[str, Any]) -> None:
         """Compare with the settings of the results that are there; a new file gets them."""
+        from video_ma2mba.modeling_video_ma2mba.state_writing import write_whole
+
         beside = Path(f"{self.path}.settings")
-        if os.fstat(self._descriptor).st_size == 0:
-            draft = Path(f"{beside}.part")
-            try:
-                draft.write_text(json.dumps(settings, indent=1) + "\n")
-                os.replace(draft, beside)
-            finally:
-                draft.unlink(missing_ok=True)
+        if os.path.getsize(self.path) == 0:
+            write_whole(beside, json.dumps(settings, indent=1) + "\n")
             return
         try:
-            there = dict(json.loads(beside.read_text()))
+            there = dict(read_json(beside))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{self.path} exists, but not its settings ({beside}): name another file") from error
         if differing := [name for name in {**settings, **there} if settings.get(name) != there.get(name)]:
@@ -157,63 +153,31 @@ class Results:
                 f"{self.path} holds results with another {' and another '.join(differing)}: name another file"
             )
 
-    def _whole_lines(self, items: dict[int, Item], retry_errors: bool) -> tuple[bool, list[dict[str, Any]]]:
-        """Results that are there; what follows the last whole line is cut off, results about another content of a
-        video are taken out, and by request the errors."""
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        kept, whole, lines = [], 0, []
-        with open(self._descriptor, "rb", closefd=False) as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
+    def _there(self, items: dict[int, Item], retry_errors: bool) -> list[dict[str, Any]]:
+        """Results that are there; those about another content of a video are taken out, and by request the errors."""
+        kept, lines, entries = [], [], read_log(self.path)
+        for number in count(1):
+            try:
+                entry = next(entries, None)
+                if entry is None:
                     break
-                result = _parsed(line)
-                item = None if result is None else items.get(result["line"])
-                if item is None or item.digest != result.get("item"):
-                    raise ValueError(f"{self.path}, line {number}, is no result of this queue: name another file")
-                whole += len(line)
-                stale = "error" not in result and item.shown not in (None, result.get("shown"))
-                self.stale += stale
-                if not stale and not (retry_errors and "error" in result):
-                    kept.append(result)
-                    lines.append(line)
-        torn = os.fstat(self._descriptor).st_size > whole
-        os.ftruncate(self._descriptor, whole)
-        if sum(map(len, lines)) < whole:
-            self._replace(lines)
-        return torn, kept
-
-    def _replace(self, lines: list[bytes]) -> None:
-        draft = Path(f"{self.path}.part")
-        try:
-            draft.write_bytes(b"".join(lines))
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = os.open(self.path, os.O_RDWR)
-        _lock(self._descriptor, self.path)
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        result = json.loads(line)
-    except ValueError:
-        return None
-    return result if isinstance(result, dict) and isinstance(result.get("line"), int) else None
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Refuse to write where another run does."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{path} is being written by another run: wait for it, or name another file") from error
-    except OSError:  # file systems without locks
-        return
+                line, result = entry
+                item = items[result["line"]]
+                if item.digest != result["item"]:
+                    raise ValueError
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(
+                    f"{self.path}, line {number}, is no result of this queue: name another file"
+                ) from None
+            stale = "error" not in result and item.shown not in (None, result.get("shown"))
+            self.stale += stale
+            if not stale and not (retry_errors and "error" in result):
+                kept.append(result)
+                lines.append(line)
+        self.torn = self._log.cut_torn_line()  # not before it is known to be a file of ours
+        if len(lines) < number - 1:
+            self._log.replace(lines)
+        return kept
 
 
 def by_video(items: list[Item]) -> Iterator[list[Item]]:

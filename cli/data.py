@@ -63,6 +63,7 @@ def check(
     from transformers.utils import logging
 
     from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
+    from video_ma2mba.modeling_video_ma2mba.state_writing import write_whole
     from video_ma2mba.trainer.data import load_training_data
     from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
 
@@ -88,7 +89,7 @@ def check(
     plans = memory_plans(report, config, gpu_memory, parts)
     print_report(report, plans, gpu_memory)
     if out is not None:
-        out.write_text(json.dumps({**report.to_dict(), "plans": plans}, indent=1) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps({**report.to_dict(), "plans": plans}, indent=1) + "\n")
         partial_file(out).unlink(missing_ok=True)
         typer.echo(f"{out}", err=True)
     if report.broken or any("error" in plan for plan in plans.values()):

@@ -43,8 +43,10 @@ def read(
 
     Interrupted, the same command continues from OUT.partial and ends with the same state.
     """
+    from video_ma2mba.modeling_video_ma2mba.state_writing import is_written_through
+
     check_out_file("--out", out)
-    if out.exists() and not overwrite:
+    if out.is_file() and not overwrite and not is_written_through(out):
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
     rounded = pick_state_dtype(state_dtype)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -60,19 +62,23 @@ def read_into_file(pipe, video: str, out: Path, state_dtype=None, **settings) ->
         state_dtype: of the file, as in `VideoState.save`; an unfinished state is always saved as it is.
         settings: of `pipe.read`.
     """
-    partial = Path(f"{os.fspath(out)}.partial")
-    if partial.exists():
-        typer.echo(f"continuing from {partial}", err=True)
+    from video_ma2mba.modeling_video_ma2mba.state_writing import is_written_through
     from video_ma2mba.processing.video_source_names import shown_name
 
+    partial: Path | None = Path(f"{os.fspath(out)}.partial")
+    if is_written_through(out):  # nothing that could be read again
+        partial = None
+    if partial is not None and partial.exists():
+        typer.echo(f"continuing from {partial}", err=True)
     try:
         with reading_progress(f"reading {shown_name(video)}") as on_frames:
             state = pipe.read(video, on_frames=on_frames, partial=partial, **settings)
     except KeyboardInterrupt:
-        if partial.exists():
+        if partial is not None and partial.exists():
             typer.echo(f"interrupted: the same command continues from {partial}", err=True)
         raise
     state.save(out, state_dtype)
-    partial.unlink(missing_ok=True)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     seen = f"{state.metadata['frames']} frames of {float(state.metadata['seconds']):g} s"
-    typer.echo(f"{out}: {seen}, {size_text(out.stat().st_size)}", err=True)
+    typer.echo(f"{out}: {seen}, {size_text(out.stat().st_size if partial is not None else state.nbytes)}", err=True)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
 from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.state_writing import give_usual_permissions
 from ..modeling_video_ma2mba.vision_towers import TOWERS
 from .layouts import OURS, detect_layout, unused
 from .tensor_store import TensorStore
@@ -89,6 +90,7 @@ def compose(
         tensors |= _tower_tensors(vision_tower, config)
     model = _build(config, tensors, dtype, seed)
     model.save_pretrained(out)
+    give_usual_permissions(out)
     build_processor(config, tokenizer_with_video).save_pretrained(out)
     return out
 

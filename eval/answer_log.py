@@ -6,11 +6,12 @@ what it says could not be done is tried again.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from ..files.append_log import AppendLog, read_log
+from ..files.append_log import write_durably as _write
 
 
 class AnswerLog:
@@ -36,8 +37,7 @@ class AnswerLog:
             for entry in read_rows(file):
                 if "error" not in entry or entry["key"] not in self.answers:
                     self.answers[entry["key"]] = entry
-        if self.path.exists():
-            _drop_torn_line(self.path)
+        self._log = AppendLog(self.path, write=lambda file, line: _write(file, line))
 
     def holds(self, key: str) -> bool:
         """Whether there is an answer; an error of an earlier run is none."""
@@ -66,9 +66,7 @@ class AnswerLog:
             kept = [row for number, row in enumerate(rows) if last[row["key"]] == number and self._fits(row)]
             if len(kept) < len(rows):
                 dropped += len(rows) - len(kept)
-                draft = file.with_name(file.name + ".part")
-                draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-                draft.replace(file)
+                AppendLog(file).replace(kept)
         return dropped
 
     def _fits(self, row: dict[str, Any]) -> bool:
@@ -86,24 +84,14 @@ class AnswerLog:
         self.answers[entry["key"]] = entry
         if self.path is None:
             return
-        whole = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self.path.open("ab") as file:
-                _write(file, (json.dumps(entry, ensure_ascii=False) + "\n").encode())
+            self._log.add(entry)
         except OSError as error:
-            if self.path.is_file() and self.path.stat().st_size > whole:
-                os.truncate(self.path, whole)
             raise OSError(
                 error.errno,
                 f"{self.path} cannot take another answer ({error.strerror}); {len(self.answers) - 1} are safe: make "
                 "room and run the same command again",
             ) from error
-
-
-def _write(file: Any, line: bytes) -> None:
-    file.write(line)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def files_of(path: Path) -> list[Path]:
@@ -120,18 +108,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: another line is damaged.
     """
     rows = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines):  # nothing, or what an interruption left behind
-            break
-        try:
-            rows.append(dict(json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON object ({error})") from error
+    for number, (_, row) in enumerate(read_log(path), 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: no JSON object")
+        rows.append(row)
     return rows
-
-
-def _drop_torn_line(path: Path) -> None:
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..modeling_video_ma2mba.state_writing import whole_file
 from .benchmark_scores import Scores
 from .benchmarks import is_of_five, title
 from .paper_numbers import SIZES, paper_columns
@@ -53,5 +54,6 @@ def draw_chart(scores: Mapping[str, Scores], path: Path, model: str, frames: str
     figure.suptitle(f"{model}, {frames}", fontsize=10)
     inch = 1 / figure.get_figheight()
     figure.tight_layout(rect=(0, 0.25 * inch, 1, 1 - 0.1 * inch))
-    figure.savefig(path)
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png")
     plt.close(figure)

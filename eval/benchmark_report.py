@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..modeling_video_ma2mba.state_writing import write_whole
 from .benchmark_chart import draw_chart
 from .benchmark_scores import Scores
 from .benchmarks import BENCHMARKS, is_of_five, title, unit
@@ -32,8 +33,8 @@ def write_report(
     }
     write_json(out / "report.json", {**about, "benchmarks": found})
     draw = bool(scores)
-    (out / "report.md").write_text(_markdown(scores, facts, about, draw), encoding="utf-8")
-    (out / "model_index.yaml").write_text(model_index(scores, about), encoding="utf-8")
+    write_whole(out / "report.md", _markdown(scores, facts, about, draw))
+    write_whole(out / "model_index.yaml", model_index(scores, about))
     if draw:
         draw_chart(scores, out / "chart.png", about["model"], about["frames"])
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.text_files import json_line
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims, met
+from ..modeling_video_ma2mba.state_writing import write_whole
 from .answer_log import files_of, read_rows
 from .benchmark_checks import check_data
 from .benchmark_scores import Scores, score
@@ -147,10 +149,8 @@ def _keep(out: Path, name: str, results: dict[str, Any], scores: Scores) -> None
     for folder in ("scores", "samples"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for task, rows in results["samples"].items():
-        lines = [json.dumps({**row, "arguments": None}, ensure_ascii=False, default=str) + "\n" for row in rows]
-        draft = out / "samples" / f".{task}.part"
-        draft.write_text("".join(lines), encoding="utf-8")
-        draft.replace(out / "samples" / f"{task}.jsonl")
+        lines = [json_line({**row, "arguments": None}, default=str) for row in rows]
+        write_whole(out / "samples" / f"{task}.jsonl", b"".join(lines))
     write_json(out / "scores" / f"{name}.json", scores.as_dict())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..modeling_video_ma2mba.state_writing import whole_file, write_whole
 from .needle_search import Cell, write_json
 
 
@@ -18,7 +19,7 @@ def write_report(out: Path, cells: Sequence[Cell], about: dict[str, Any]) -> Non
     """
     totals = {name: mean(cells, name) for name in ("greedy", "forced", "chance")}
     write_json(out / "cells.json", {**about, "mean": totals, "cells": list(cells)})
-    (out / "summary.md").write_text(_markdown(cells, about, totals), encoding="utf-8")
+    write_whole(out / "summary.md", _markdown(cells, about, totals))
     draw_heatmap(
         cells,
         out / "heatmap.png",
@@ -95,5 +96,6 @@ def draw_heatmap(cells: Sequence[Cell], path: Path, subject: str) -> None:
     figure.colorbar(image, ax=ax, label="greedy exact match", format=matplotlib.ticker.PercentFormatter(1))
     ax.set_title(f"Needle in a haystack (chance {mean(cells, 'chance'):.1%})\n{subject}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path)
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png")
     plt.close(figure)

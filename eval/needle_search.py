@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..modeling_video_ma2mba.state_writing import write_whole
 from ..world import FORMS, check_kinds
 from ..world.world import CARD_SYMBOLS
 from .needle_haystack import Needle, make_needles
@@ -183,6 +184,4 @@ def _load(path: Path) -> Cell | None:
 
 def write_json(path: Path, content: Any) -> None:
     """Complete or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -155,10 +155,8 @@ class StateStore:
         if self.folder is None:
             return
         path = self._path(key)
-        draft = path.with_name(f"{path.stem}.{os.getpid()}")  # several processes may share the folder
         try:
-            state.save(draft)
-            os.replace(draft, path)
+            state.save(path)
             kept = sorted(self.folder.glob("*.state"), key=lambda file: file.stat().st_mtime)
             excess = sum(file.stat().st_size for file in kept) - self.folder_bytes
             for file in kept[:-1]:
@@ -167,10 +165,8 @@ class StateStore:
                 excess -= file.stat().st_size
                 file.unlink(missing_ok=True)
         except OSError as error:  # a copy that spares work later: without it the run is slower, not wrong
-            draft.unlink(missing_ok=True)
             warnings.warn(f"the state cannot be kept in {self.folder}: {error}", stacklevel=2)
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
                 raise
-            draft.unlink(missing_ok=True)
             warnings.warn(f"the state cannot be kept in {self.folder}: {error}", stacklevel=2)

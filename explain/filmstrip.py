@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..modeling_video_ma2mba.state_writing import whole_file
 from ..processing.video_reader import open_video
 from .relevance import Relevance
 
@@ -53,7 +54,8 @@ def save_filmstrip(found: Relevance, video: Any, path: str | Path, frames: int =
         shown.set_title(clock(found.times[index]), fontsize=10, color=_FOR if index == best else _INK, pad=4,
                         fontweight="bold" if index == best else "normal")  # fmt: skip
         _connect(figure, shown, curve, found, index, edge)
-    figure.savefig(path, pil_kwargs={"optimize": True})
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png", pil_kwargs={"optimize": True})
     plt.close(figure)
 
 

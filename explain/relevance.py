@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..modeling_video_ma2mba.state_writing import whole_file, write_whole
 from .attribution import VideoReading, as_function, gradient_times_input, integrated_gradients
 from .decay import DecayRecorder
 from .pass_progress import pass_progress
@@ -95,12 +96,12 @@ class Relevance:
     def save_json(self, path: str | Path, layers: bool = False) -> None:
         """Write `as_dict`."""
         text = json.dumps(self.as_dict(layers), indent=1, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_whole(path, text + "\n")
 
     def save_csv(self, path: str | Path) -> None:
         """Write `per_second`, one line a second."""
         rows = self.per_second()
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 LONGEST_LINE = 2**27
@@ -110,9 +110,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)}: this is not JSON ({error})") from None
 
 
-def json_line(record: Any) -> bytes:
-    """One object as a line of UTF-8, with JSON's own escapes where it holds half a character."""
+def json_line(record: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """One object as a line of UTF-8, with JSON's own escapes where it holds half a character; `default` as there."""
     try:
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(record, ensure_ascii=False, default=default) + "\n").encode()
     except UnicodeEncodeError:
-        return (json.dumps(record) + "\n").encode()
+        return (json.dumps(record, default=default) + "\n").encode()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .state_layers import KINDS, LayerState, Mamba2State, tensor_dtype
+from .state_writing import whole_file
 
 FORMAT_VERSION = 2
 _STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,13 +51,8 @@ def write_state(path: str | os.PathLike, contents: StateContents, dtype: torch.d
     facts["layers"] = json.dumps(contents.kinds)
     facts["kinds"] = json.dumps({kind: KINDS[kind].version for kind in contents.stacks})
     facts["checksum"] = checksum(tensors, facts)
-    temporary = f"{os.fspath(path)}.part"
-    try:
-        save_file(tensors, temporary, metadata=facts)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata=facts)
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype | None, wide: bool) -> Tensor:

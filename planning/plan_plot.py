@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..modeling_video_ma2mba.state_writing import whole_file
+
 _COLOURS = {"off": "#b23a48", "per_layer": "#d98c3f", "sqrt": "#8a8f3c", "multi_axis": "#2f6f9f", "host": "#54a24b"}
 _NAMES = {
     "off": "no checkpointing",
@@ -48,7 +50,8 @@ def draw_memory(config, path: Path) -> None:
     width, layers = text.hidden_size, text.num_hidden_layers
     figure.suptitle(f"Training memory of a Mamba-2 language model, width {width}, {layers} layers", fontsize=11)
     figure.tight_layout()
-    figure.savefig(path)
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png")
     plt.close(figure)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..modeling_video_ma2mba.state_writing import give_usual_permissions, write_whole
+
 MANIFEST = "checkpoint_files.json"
 _log = logging.getLogger(__name__)
 
@@ -20,11 +22,10 @@ _log = logging.getLogger(__name__)
 def write_manifest(checkpoint: str | os.PathLike[str]) -> None:
     """List all files of a finished checkpoint with their sizes."""
     folder = Path(checkpoint)
+    give_usual_permissions(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    draft = folder / f".{MANIFEST}.part"
-    draft.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(sizes, indent=1) + "\n")
 
 
 def what_is_missing(checkpoint: str | os.PathLike[str]) -> str | None:

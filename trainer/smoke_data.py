@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..modeling_video_ma2mba.state_writing import write_whole
 from ..world import WorldDataset, render
 from ..world.questions import list_things
 from ..world.video_files import QUESTIONS_FILE, render_to_folder, write_video
@@ -72,7 +73,5 @@ def write_smoke_data(folder: Path, kind: str) -> Path:
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(row) + "\n" for row in write(folder)]
-        draft = target.with_suffix(".part")
-        draft.write_text("".join(lines), encoding="utf-8")
-        draft.replace(target)
+        write_whole(target, "".join(lines))
     return target

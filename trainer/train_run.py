@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import BUNDLED_CHECKPOINT
+from ..modeling_video_ma2mba.state_writing import give_usual_permissions
 from ..modeling_video_ma2mba.vision_towers import TOWERS
 from .checkpoint_files import last_complete_checkpoint
 from .recipe import Recipe
@@ -98,6 +99,8 @@ def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = Fa
     trainer = build_trainer(recipe, args, smoke)
     trainer.train(resume_from_checkpoint=earlier)
     trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        give_usual_permissions(args.output_dir)
     trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=trainer.data_name)
@@ -108,5 +111,6 @@ def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = Fa
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             del merged.forward  # the trainer's own
             merged.save_pretrained(result)
+            give_usual_permissions(result)
             trainer.processing_class.save_pretrained(result)
     return result

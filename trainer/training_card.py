@@ -16,6 +16,7 @@ from torch import nn
 from ..hub_cards.checkpoint_facts import CheckpointFacts
 from ..hub_cards.model_card import model_card, own_words, read_metadata
 from ..modeling_video_ma2mba.state_video import VideoState
+from ..modeling_video_ma2mba.state_writing import write_whole
 from .parameter_groups import part_of
 
 _PARTS = {"lm": "language model", "projector": "projector", "vision": "vision tower"}
@@ -129,4 +130,4 @@ def write_training_card(
         words="\n\n".join(part.strip() for part in (before, table, after) if part.strip()),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    write_whole(target, text)

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 from trl import SFTTrainer
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.state_writing import write_whole
 from ..planning.planned_step import set_trainable
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import AnswerScores, install_answer_scores
@@ -308,7 +309,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             totals = {"num_tokens": self._total_train_tokens, "num_frames": self._total_frames}
-            (folder / _TOTALS).write_text(json.dumps(totals) + "\n", encoding="utf-8")
+            write_whole(folder / _TOTALS, json.dumps(totals) + "\n")
             write_manifest(folder)
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
         if push:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from ..files.append_log import AppendLog, read_log
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.state_writing import whole_file
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from . import FORMS, KINDS, Question, WorldDataset, parse_frames
 from .chance import chance_levels
@@ -67,21 +68,18 @@ class Answers:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.blocks: set[tuple[str, int]] = set()
+        self._log = AppendLog(path)
         if not path.exists():
-            path.write_text(json.dumps(about) + "\n")
-            return
-        kept = self._read(about)
-        path.write_text("".join(kept))  # drops what an interrupted block left behind
+            self._log.add(about)
+        elif len(kept := self._read(about)) < len(list(read_log(path))):
+            self._log.replace(kept)  # drops what an interrupted block left behind
 
-    def _read(self, about: dict[str, Any]) -> list[str]:
-        lines = self.path.read_text().splitlines(keepends=True)
-        if not lines or json.loads(lines[0]) != about:
+    def _read(self, about: dict[str, Any]) -> list[bytes]:
+        lines = list(read_log(self.path))
+        if not lines or lines[0][1] != about:
             raise ValueError(f"{self.path} holds answers of another model or other settings: choose another --out.")
-        kept, pending = lines[:1], []
-        for line in lines[1:]:
-            if not line.endswith("\n"):
-                break
-            entry = json.loads(line)
+        kept, pending = [lines[0][0]], []
+        for line, entry in lines[1:]:
             pending.append((line, entry))
             if "block" in entry:
                 kept += [text for text, _ in pending]
@@ -92,8 +90,7 @@ class Answers:
 
     def add(self, frames: str, block: int, rows: list[dict[str, Any]]) -> None:
         """Append a finished block."""
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in [*rows, {"frames": frames, "block": block}]))
+        self._log.add(*rows, {"frames": frames, "block": block})
         self.rows += rows
         self.blocks.add((frames, block))
 
@@ -195,12 +192,10 @@ def summary(rows: list[dict[str, Any]], frames: str) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, table: list[dict[str, Any]]) -> None:
-    draft = path.with_name(path.name + ".part")
-    with draft.open("w", newline="") as file:
+    with whole_file(path) as draft, open(draft, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(table)
-    draft.replace(path)
 
 
 if __name__ == "__main__":

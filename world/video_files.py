@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..modeling_video_ma2mba.state_writing import write_whole
 from .dataset import WorldDataset
 from .questions import FORMS, KINDS
 from .render import WorldRenderer
@@ -118,7 +119,7 @@ def render_to_folder(
         if not path.exists():
             write_world(path, data.world(index), fps, size)
     target = folder / QUESTIONS_FILE
-    _write_text(target, "".join(json.dumps(row) + "\n" for row in _rows(data)))
+    write_whole(target, "".join(json.dumps(row) + "\n" for row in _rows(data)))
     return target
 
 
@@ -149,13 +150,4 @@ def _claim(folder: Path, options: dict[str, Any]) -> None:
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no rendered world: choose another folder.")
     else:
-        _write_text(settings, json.dumps(options, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        draft.write_text(text)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+        write_whole(settings, json.dumps(options, indent=2) + "\n")

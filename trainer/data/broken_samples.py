@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ...files.append_log import AppendLog, read_log
+from ...processing.video_source_names import shown_name
 
 _PLACES = 1 << 14  # counters of a process are found by its id: two that meet may lose a count, never a listing
 _COUNTS = ("seen", "broken", "damaged", "thinned", "shortened")
@@ -83,9 +85,8 @@ class BrokenSamples:
         if (kind, name, source) not in self._listed:
             self._listed.add((kind, name, source))
             entry = {"kind": kind, "id": name, "source": source, "error": error}
-            if self.path is not None:  # one write of one line: lines of several processes do not mix
-                with self.path.open("ab", buffering=0) as file:
-                    file.write((json.dumps(entry) + "\n").encode())
+            if self.path is not None:
+                AppendLog(self.path).add(entry)
             if kind in ("broken", "damaged"):
                 fate = "left out" if kind == "broken" else "damaged"
                 warnings.warn(f"sample {name!r} is {fate}: {error}", stacklevel=2)
@@ -106,11 +107,7 @@ class BrokenSamples:
         """The listed samples, in the order in which they were met. Half a line, left by a crash, is passed over."""
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+        yield from (record for _, record in read_log(self.path, skip_damaged=True))
 
 
 def source_of(row: dict[str, Any]) -> str:
@@ -119,5 +116,5 @@ def source_of(row: dict[str, Any]) -> str:
         for part in message["content"] if isinstance(message["content"], list) else ():
             for key in ("video", "image", "frames"):
                 if part.get(key):
-                    return str(part[key])[:500]
+                    return shown_name(part[key])[:500]
     return ""

@@ -14,6 +14,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from ...files.append_log import AppendLog, read_log
+from ...modeling_video_ma2mba.state_writing import write_whole
 from .broken_samples import source_of
 from .collator import describe
 from .sample_encoding import EncodingSettings, encode_row
@@ -121,12 +123,12 @@ def check_rows(
     """
     done = _done_before(partial, _key(rows, processor, settings)) if partial is not None else {}
     yield from done.items()
+    log = None if partial is None else AppendLog(partial)
     places = [place for place in range(len(rows)) if place not in done]
     checks = _Checks(rows, places, processor, settings)
     for place, found in DataLoader(checks, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
-        if partial is not None:
-            with partial.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([place, found]) + "\n")
+        if log is not None:
+            log.add([place, found])
         yield place, _sample(found)
 
 
@@ -146,17 +148,15 @@ def _key(rows: Any, processor: Any, settings: EncodingSettings) -> str:
 
 def _done_before(partial: Path, key: str) -> dict[int, CheckedSample]:
     """What an interrupted check of the same rows with the same settings has found; else a new file is begun."""
-    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
-    if not lines or lines[0] != key:
-        partial.write_text(f"{key}\n", encoding="utf-8")
+    first = f"{key}\n".encode()
+    if not partial.is_file() or not partial.read_bytes().startswith(first):
+        write_whole(partial, first)
         return {}
-    done, kept = {}, [key]
-    for line in lines[1:]:
+    done = {}
+    for _, record in read_log(partial, skip_damaged=True):  # the key is no JSON
         try:
-            place, found = json.loads(line)
+            place, found = record
             done[place] = _sample(found)
         except (ValueError, TypeError, KeyError):
-            continue  # half a line, left by a crash
-        kept.append(line)
-    partial.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            continue
     return done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ...files.append_log import AppendLog, read_log
 from ...processing.video_decoding import open_stream
 from .sample_encoding import EncodingSettings, conversation_of, lay_out, media_of
 
@@ -28,12 +28,12 @@ class TimingCache:
         self.path = None if path is None else Path(path)
         self._known: dict[str, Timing | None] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for _, record in read_log(self.path, skip_damaged=True):
                 try:
-                    key, value = json.loads(line)
+                    key, value = record
                     self._known[key] = value and (float(value[0]), float(value[1]))
                 except (ValueError, TypeError, IndexError):
-                    continue  # half a line, left by a crash
+                    continue
 
     def timing(self, source: str) -> Timing | None:
         """Timing of a file; None where it cannot be opened (reading it will say why)."""
@@ -46,8 +46,7 @@ class TimingCache:
             self._known[key] = header_timing(source)
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("ab", buffering=0) as file:
-                    file.write((json.dumps([key, self._known[key]]) + "\n").encode())
+                AppendLog(self.path).add([key, self._known[key]])
         return self._known[key]
 
 
