@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from video_ma2mba.modeling_video_ma2mba.state_layers import Mamba2State
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 from video_ma2mba.modeling_video_ma2mba.state_writing import (
     give_usual_permissions,
@@ -31,7 +32,7 @@ def mode(path: Path) -> int:
 
 
 def state() -> VideoState:
-    return VideoState(torch.zeros(1, 1, 2, 3), torch.ones(1, 1, 2, 2, 2), 5, {"video": "a"})
+    return VideoState([Mamba2State(torch.zeros(1, 2, 3), torch.ones(1, 2, 2, 2))], 5, {"video": "a"})
 
 
 @pytest.mark.usefixtures("umask")
