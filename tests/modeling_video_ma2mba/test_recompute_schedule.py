@@ -241,3 +241,23 @@ def test_an_error_or_a_part_of_the_gradients_leaves_nothing_behind(backward):
     hidden = model.scan(x)[0]
     (hidden**2).sum().backward()
     assert all(torch.equal(gradient, parameter.grad) for gradient, parameter in zip(top, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("forward", sorted(ORDERS))
+@pytest.mark.parametrize("backward", sorted(ORDERS))
+def test_orders_with_activations_in_host_memory(forward, backward):
+    """Streams come back from the host where an order leaves their segment; steps follow each other in one pool."""
+    model = make_model(4).to("cuda")
+    plan = {"layers_per_block": 1, "segment_length": 4}
+    for tokens in (19, 32, 5):
+        x = torch.randn(2, tokens, 16, dtype=torch.float64, device="cuda")
+        model.set_checkpointing(True, offload=False, **plan)
+        _, expected = gradients(model, x)
+        model.set_checkpointing(True, offload=True, forward_order=forward, backward_order=backward, **plan)
+        _, found = gradients(model, x)
+        assert model.engine.last_host_bytes > 0
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+    model.set_checkpointing(False)
+    assert model.engine._pool.nbytes == 0 and not model.engine._pool._lent
