@@ -32,6 +32,17 @@ def convert(
         list[str] | None, typer.Option(help="Pattern of unknown tensors that may be dropped; may be repeated.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file to write, such as 500MB.")] = "5GB",
+    num_frames: Annotated[
+        int | None, typer.Option(help="VideoMamba: frames of a clip, if others than the file's.", min=1)
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="VideoMamba: side of frames, if another.", min=1)] = None,
+    tubelet: Annotated[int, typer.Option(help="VideoMamba: frames a token spans, of an image model.", min=1)] = 1,
+    inflate: Annotated[
+        str, typer.Option(help="VideoMamba: an image model's kernel in time: center or mean.")
+    ] = "center",
+    labels: Annotated[
+        Path | None, typer.Option(help="VideoMamba: file with the names of the classes, a line each, or JSON.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every tensor; write nothing.")] = False,
 ) -> None:
     """Convert a checkpoint to this package's layout, or back. Refuses what would not make up a whole model.
@@ -44,18 +55,39 @@ def convert(
 
     from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
     from video_ma2mba.conversion.report import ConversionError
+    from video_ma2mba.conversion.videomamba_checkpoint import convert_videomamba, restore_videomamba
 
+    if to == "official" and out.suffix == ".pth" and len(sources) == 1:
+        typer.echo(f"{restore_videomamba(Path(sources[0]), out)} tensors", err=True)
+        typer.echo(f"{out}")
+        return
+    videomamba = len(sources) == 1 and sources[0].endswith(".pth")
+    if not videomamba and (num_frames or image_size or labels):
+        raise ValueError("--num-frames, --image-size and --labels are for a single VideoMamba file (.pth)")
     try:
-        report = convert_checkpoint(
-            sources,
-            out,
-            to=to,
-            tokenizer=tokenizer,
-            vision_config=vision_config,
-            leave_out=leave_out or (),
-            max_shard_bytes=int(size[1]) * _UNITS[size[2] or ""],
-            dry_run=dry_run,
-        )
+        if videomamba:
+            report = convert_videomamba(
+                sources[0],
+                out,
+                num_frames=num_frames,
+                image_size=image_size,
+                tubelet_size=tubelet,
+                inflate=inflate,
+                labels=labels,
+                leave_out=leave_out or (),
+                dry_run=dry_run,
+            )
+        else:
+            report = convert_checkpoint(
+                sources,
+                out,
+                to=to,
+                tokenizer=tokenizer,
+                vision_config=vision_config,
+                leave_out=leave_out or (),
+                max_shard_bytes=int(size[1]) * _UNITS[size[2] or ""],
+                dry_run=dry_run,
+            )
     except ConversionError as error:
         for kind, items in error.problems.items():
             for item in items:
