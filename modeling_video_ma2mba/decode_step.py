@@ -50,6 +50,9 @@ class DecodeWeights(NamedTuple):
         linears = [part for mixer in mixers for part in (mixer.in_proj, mixer.out_proj)]
         linears.append(model.lm_head)
         others = [language_model, language_model.embeddings, language_model.norm_f, *language_model.layers, *mixers]
+        others.append(model.model)
+        if not getattr(vars(model).get("forward"), "same_tokens", False):  # what trainers replace may say so
+            others.append(model)
         others += [part for mixer in mixers for part in (mixer.norm, mixer.conv1d)]
         if any(_hooked(part) for part in (*linears, *others)):
             return None
@@ -114,7 +117,7 @@ def prompt_step(
 
 def _hooked(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or hasattr(module, "_hf_hook") or "forward" in module.__dict__
+    return bool(hooks) or "forward" in vars(module)  # accelerate's hooks replace forward, and so do trainers
 
 
 class DecodeBuffers:

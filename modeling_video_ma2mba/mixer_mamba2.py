@@ -400,7 +400,7 @@ class Ma2mbaMixer(nn.Module):
 def _is_plain_linear(module: nn.Module) -> bool:
     """No adapter, no quantised or sharded weight, no hook: a call is a matrix product and nothing else."""
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
-    return plain and not module._forward_hooks and not module._forward_pre_hooks
+    return plain and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class _UnreadLinear(torch.autograd.Function):

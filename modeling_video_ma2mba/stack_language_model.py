@@ -38,7 +38,6 @@ class Ma2mbaTextModel(PreTrainedModel):
     _no_split_modules = ["Ma2mbaBlock"]
     # There is no attention here, so every implementation is as good: what a whole model asks for is for its tower.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _is_stateful = True
     _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}
 
     def __init__(self, config: Ma2mbaTextConfig) -> None:

@@ -77,11 +77,26 @@ class AnswerScores:
     is_top1: Tensor
 
 
+def replaced_function(model: nn.Module, name: str) -> Callable[..., Any]:
+    """The function behind a method that is going to be replaced on one instance; it takes the instance first.
+
+    A bound method would be of this instance for ever: a copy of the model (a reference model, an average of weights)
+    gets the replacement bound to itself, and must not run the weights that it was copied from. A replacement that is
+    there already is built upon likewise.
+    """
+    before = vars(model).get(name)
+    if before is None:
+        return getattr(type(model), name)
+    if isinstance(before, MethodType) and before.__self__ is model:
+        return before.__func__
+    return lambda self, *args, **kwargs: before(*args, **kwargs)  # whoever put it there bound it
+
+
 def install_answer_scores(model: nn.Module, on_scores: Callable[[AnswerScores], None]) -> None:
     """Let `model(..., labels=..., fused_lm_head=True)`, TRL's way to ask for scores, return those of the labelled
     positions only. `model` is the Video-Ma2mba model itself, not a wrapper of it; `on_scores` is told them, too.
     """
-    plain_forward = model.forward
+    plain_forward = replaced_function(model, "forward")
 
     @functools.wraps(type(model).forward)  # generation reads the signature
     def forward(
@@ -95,7 +110,7 @@ def install_answer_scores(model: nn.Module, on_scores: Callable[[AnswerScores], 
     ) -> Any:
         if not fused_lm_head:
             return plain_forward(
-                *args, labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch, **kwargs
+                self, *args, labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch, **kwargs
             )
         shift_labels = shift_labels_left(labels) if shift_labels is None else shift_labels
         labelled = shift_labels != IGNORE_INDEX
@@ -112,4 +127,5 @@ def install_answer_scores(model: nn.Module, on_scores: Callable[[AnswerScores], 
             label_mask=labelled,
         )
 
+    forward.same_tokens = True  # to a decoder, it is the plain one
     model.forward = MethodType(forward, model)

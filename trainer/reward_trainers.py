@@ -23,7 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
-from .answer_scores import score_answers
+from .answer_scores import replaced_function, score_answers
 from .data.row_formats import chat_messages
 from .training_inputs import undecoded_rows
 
@@ -146,7 +146,7 @@ def _same(one: Any, other: Any) -> bool:
 def install_coded_prompts(model: nn.Module, coder: PromptCoder, temperature: float) -> None:
     """Let `model.generate` and `model(..., labels=..., fused_lm_head=True)`, TRL's way to ask for the scores of
     completions, take coded prompts. `model` is the Video-Ma2mba model itself, not a wrapper of it."""
-    plain_forward, plain_generate = model.forward, model.generate
+    plain_forward, plain_generate = replaced_function(model, "forward"), replaced_function(model, "generate")
 
     def generate(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
         """Coded prompts (B, P) and their completions (B, P + C), padded on the right."""
@@ -154,7 +154,7 @@ def install_coded_prompts(model: nn.Module, coder: PromptCoder, temperature: flo
         for prompt, rows in coder.groups(input_ids, attention_mask):
             inputs = {name: value.to(input_ids.device) for name, value in prompt.inputs.items()}
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            found = plain_generate(**inputs, num_return_sequences=len(rows), **settings)
+            found = plain_generate(self, **inputs, num_return_sequences=len(rows), **settings)
             for place, row in zip(rows, found[:, inputs["input_ids"].shape[1] :], strict=True):
                 answers[place] = row
         fill = settings["generation_config"].pad_token_id
@@ -164,11 +164,12 @@ def install_coded_prompts(model: nn.Module, coder: PromptCoder, temperature: flo
     @functools.wraps(type(model).forward)  # generation reads the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
-            return plain_forward(*args, **inputs)
+            return plain_forward(self, *args, **inputs)
         return _completion_scores(
             self, coder, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], temperature
         )
 
+    forward.same_tokens = True  # to a decoder, it is the plain one
     model.forward, model.generate = MethodType(forward, model), MethodType(generate, model)
 
 
@@ -260,7 +261,7 @@ class _CodedPrompts:
             options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
             model, args.model_init_kwargs = VideoMa2mbaForConditionalGeneration.from_pretrained(model, **options), None
         if processing_class is None:
-            processing_class = VideoMa2mbaProcessor.from_pretrained(model.config._name_or_path)
+            processing_class = VideoMa2mbaProcessor.from_pretrained(model.config.name_or_path)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every rank touches every part in every step
         args.remove_unused_columns = False  # TRL would leave videos out

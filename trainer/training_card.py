@@ -110,7 +110,7 @@ def write_training_card(
     tags: list[str],
 ) -> None:
     """Write the card to `target` (README.md); what an author added to an earlier one outside the table stays."""
-    source = str(getattr(model.config, "_name_or_path", "") or "")
+    source = str(getattr(model.config, "name_or_path", "") or "")
     base = args.base_model or (source if source.count("/") == 1 and not Path(source).exists() else None)
     if base is None and adapter is not None:
         base = Path(source).name or "base-model"  # `push` asks for the Hub's name before it publishes

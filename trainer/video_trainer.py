@@ -94,7 +94,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
             model = load_for_training(model, args)
             args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
         if processing_class is None:
-            processing_class = VideoMa2mbaProcessor.from_pretrained(model.config._name_or_path)
+            processing_class = VideoMa2mbaProcessor.from_pretrained(model.config.name_or_path)
         if args.parts is not None:
             set_trainable(model, args.parts)
         if data_collator is None:
