@@ -232,12 +232,15 @@ class VideoState:
 
     def check_fits(self, config: Any) -> None:
         """ValueError unless the state has the kinds and sizes of a model with this `Ma2mbaTextConfig`."""
-        expected = [(kind, *KINDS[kind].sizes(config)) for kind in layer_kinds(config)]
-        found = [(layer.kind, *(tuple(tensor.shape[1:]) for tensor in layer)) for layer in self._layers]
-        if found != expected:
+        kinds, own = layer_kinds(config), self.kinds
+        expected = {kind: KINDS[kind].sizes(config) for kind in dict.fromkeys(kinds)}
+        # Layers of a kind are alike: one of each is looked at, with every token.
+        firsts = {kind: self._layers[own.index(kind)] for kind in dict.fromkeys(own)}
+        found = {kind: tuple(tuple(t.shape[1:]) for t in layer) for kind, layer in firsts.items()}
+        if own != kinds or found != expected:
             raise ValueError(
-                f"the state belongs to another model: its sizes are {_counted(found)}, this model's are "
-                f"{_counted(expected)}"
+                f"the state belongs to another model: its sizes are {_counted(own, found)}, this model's are "
+                f"{_counted(kinds, expected)}"
             )
 
     def fingerprint(self) -> int:
@@ -288,12 +291,7 @@ def _check_tensors(stacked: LayerState, layers: int) -> None:
         raise ValueError(f"a state needs for {layers} layers of kind {stacked.kind} {wanted}, not {found}")
 
 
-def _counted(layers: list[tuple[Any, ...]]) -> str:
-    """Layers in words, equal ones next to each other counted together."""
-    runs: list[list[Any]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, layer])
-    return ", ".join(f"{count} x {kind} of {' and '.join(map(str, sizes))}" for count, (kind, *sizes) in runs)
+def _counted(kinds: Sequence[str], sizes: Mapping[str, tuple[tuple[int, ...], ...]]) -> str:
+    """Layers in words, those of one kind counted together."""
+    counts = {kind: kinds.count(kind) for kind in kinds}
+    return ", ".join(f"{count} x {kind} of {' and '.join(map(str, sizes[kind]))}" for kind, count in counts.items())
