@@ -3,8 +3,9 @@
 FSDP's own hooks gather a layer for each call and expect one backward for it, by autograd. Multi-axis checkpointing
 calls a layer once for every segment, and again inside of a backward pass; and processes cut samples of different
 length into different numbers of segments, while all must gather the same layers in the same order. So here the engine
-asks for the parameters itself, block by block, all processes agree on the blocks and on the number of rounds, and one
-reduction per block gives every process its shard of the mean gradient.
+asks for the parameters itself, block by block, all processes agree on the blocks (without gradients, where layers are
+gathered segment by segment, on the number of segments), and one reduction per block gives every process its shard of
+the mean gradient.
 """
 
 import contextlib
