@@ -25,6 +25,7 @@ from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_l
 from .recompute_plan import RecomputeSettings
 from .stack_arguments import refuse_unknown
 from .stack_language_model import Ma2mbaTextModel
+from .stack_token_layout import exporting
 from .stack_weights import quantised_weights, refuse_incomplete
 from .state_outputs import CACHE_NAME, CACHE_NAMES, StateCausalLMOutput, StateModelOutput, check_state, take_state
 from .state_video import VideoState
@@ -199,6 +200,10 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             ValueError: the numbers of placeholders and of frame rows differ, in total or (with `num_frames`) by row.
         """
         is_video = input_ids == self.config.video_token_id
+        if exporting():  # what is where must not decide what is computed
+            text = self.get_input_embeddings()(input_ids)
+            rows = self.get_video_features(pixel_values_videos)
+            return text.masked_scatter(is_video.unsqueeze(-1), rows.to(text))
         self._check_placeholders(is_video, len(pixel_values_videos), num_frames)
         flat = is_video.flatten().cpu()
         text = self._embed_text(input_ids, ~is_video)
@@ -441,7 +446,7 @@ class VideoMa2mbaForConditionalGeneration(
         if shift_labels is not None:
             labelled = shift_labels != IGNORE_INDEX
             positions = labelled if logits_to_keep is None else None
-        elif last is not None:
+        elif last is not None and not exporting():
             positions = (torch.arange(tokens, device=inputs.device) >= tokens - last).expand(rows, tokens)
         outputs = self.model(
             input_ids=input_ids,

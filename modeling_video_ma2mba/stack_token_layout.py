@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def exporting() -> bool:
+    """Whether `torch.export` looks on: what tensors hold must not decide what is computed."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Where the real tokens of a batch are.
@@ -18,7 +23,7 @@ class TokenLayout:
     Attributes:
         order: (B, S) int64, original position of each token after the move; None when nothing moved.
         lengths: (B,) int64 real tokens per row on the tokens' device; None when every token is real.
-        host_lengths: the same as a list, for decisions that must not wait for the GPU.
+        host_lengths: the same as a list, for decisions that must not wait for the GPU; None where nothing is known.
         seq_idx: (B, S) int32 sample numbers of packed samples (never together with a move), or None.
     """
 
@@ -42,6 +47,11 @@ class TokenLayout:
             )
         real = attention_mask[:, -tokens:].bool()
         lengths = real.sum(dim=1)
+        if exporting():  # the mask must not decide what is computed
+            order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
+            if seq_idx is not None:
+                raise ValueError("packed samples (seq_idx) with padding cannot be exported: leave the mask out")
+            return cls(order, lengths)
         packed_right = real == (torch.arange(tokens, device=real.device) < lengths[:, None])
         *host, in_order = torch.cat([lengths, packed_right.all()[None].to(lengths.dtype)]).tolist()  # one wait
         if all(n == tokens for n in host):
@@ -79,7 +89,7 @@ class TokenLayout:
         `halo` is the number of rows of the convolution state, W - 1.
         """
         lengths = seq_idx = None
-        if self.lengths is not None and min(self.host_lengths) < stop:
+        if self.lengths is not None and (self.host_lengths is None or min(self.host_lengths) < stop):
             lengths = (self.lengths - start).clamp(0, stop - start)
         if self.seq_idx is not None:
             # Sample 0 of a segment is the one the state belongs to: the sample of the token before.
@@ -103,7 +113,7 @@ class TokenLayout:
 
 
 def _checked_samples(seq_idx: Tensor | None) -> Tensor | None:
-    if seq_idx is not None and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+    if seq_idx is not None and not exporting() and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
         raise ValueError("seq_idx must not decrease along the sequence: number packed samples 0, 1, 2, …")
     return seq_idx
 
