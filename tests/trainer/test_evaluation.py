@@ -5,6 +5,7 @@ import math
 import sqlite3
 
 import pytest
+import torch
 from tensor_chats import TensorChats, make_trainer, settings, tiny_model, tiny_processor
 
 from video_ma2mba.trainer.data import VideoChatCollator, load_training_data
@@ -106,3 +107,27 @@ def test_trackio_gets_the_logs(tmp_path, monkeypatch):
         ["eval/loss"],
     ]
     assert {"train/tokens_per_second", "train/frames_per_second", "train/num_frames"} <= set(logged[0])
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"eval_accumulation_steps": 1}]
+)
+def test_loss_and_scores_do_not_depend_on_the_batch_size(tmp_path, table, kind):
+    """Means over labelled tokens: a short answer alone in a batch counts no more than its tokens."""
+    rows = table("a very long answer with many words", "red", "a blue one")
+    found = []
+    for together in (1, 2, 3):
+        trainer = chat_trainer(tmp_path / str(together), rows, rows, per_device_eval_batch_size=together, **kind)
+        found.append(trainer.evaluate())
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert [one[name] for one in found] == [pytest.approx(found[2][name], rel=1e-5)] * 3, name
+    if not kind:
+        model = trainer.model.eval()
+        total = tokens = 0
+        for batch in trainer.get_eval_dataloader():
+            with torch.no_grad():
+                logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+            wanted = batch["labels"][:, 1:]
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum").item()
+            tokens += (wanted != -100).sum().item()
+        assert found[0]["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)

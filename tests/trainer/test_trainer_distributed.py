@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensor_chats import ACCUMULATED, CELLS, losses, make_trainer, weights
+from tensor_chats import ACCUMULATED, CELLS, TensorChats, losses, make_trainer, weights
 from transformers import Trainer
 
 SHORTAGES = ["ddp_full_in_forward", "ddp_full_in_backward"]
@@ -41,7 +41,8 @@ def one_process(tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     trainer = make_trainer(out, max_steps=4, per_device_train_batch_size=2, gradient_checkpointing_kwargs=CELLS)
     trainer.train()
-    return losses(trainer), weights(trainer.model)
+    trainer.eval_dataset, trainer.args.per_device_eval_batch_size = TensorChats(5), 5
+    return losses(trainer), weights(trainer.model), trainer.evaluate()
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp2_adaptive", "zero_1"])
@@ -58,6 +59,15 @@ def test_two_processes_equal_one_with_twice_the_batch(ranks, one_process, scenar
         torch.testing.assert_close(
             found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_an_evaluation_over_two_processes_is_that_of_one(ranks, one_process):
+    """Means over the tokens of five samples, however they are dealt out and what fills up the last batch."""
+    folder, words = ranks
+    assert (folder / "ddp.pt").is_file(), words[-6000:]
+    found = torch.load(folder / "ddp.pt")["evaluation"]
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert found[name] == pytest.approx(one_process[2][name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("scenario", SHORTAGES)

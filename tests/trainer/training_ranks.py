@@ -58,7 +58,9 @@ def ddp_full(folder: Path, backward: bool, times: int = 1):
 
 
 SCENARIOS = {
-    "ddp": lambda folder: make_trainer(folder, ddp_backend="gloo", **STEPS),
+    "ddp": lambda folder: make_trainer(
+        folder, ddp_backend="gloo", eval_dataset=TensorChats(5), per_device_eval_batch_size=2, **STEPS
+    ),
     "ddp_full_in_forward": lambda folder: ddp_full(folder, backward=False),
     "ddp_full_in_backward": lambda folder: ddp_full(folder, backward=True),
     "ddp_full_twice": lambda folder: ddp_full(folder, backward=True, times=2),
@@ -80,9 +82,11 @@ def rank_main(folder: Path, scenario: str) -> None:
         return
     full = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # noqa: E731
     found = {name: full(parameter.detach()).clone() for name, parameter in trainer.model.named_parameters()}
+    evaluation = trainer.evaluate() if scenario == "ddp" else None  # the last batch is filled up with other samples
     if os.environ["RANK"] == "0":
         result = {"losses": losses(trainer), "weights": found, "retries": trainer.throughput.oom_retries}
         result["tokens"] = [entry.get("num_tokens") for entry in trainer.state.log_history]
+        result["evaluation"] = evaluation
         torch.save(result, folder.with_suffix(".pt"))
     torch.distributed.barrier()
 
