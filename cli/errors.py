@@ -40,6 +40,8 @@ def one_line(error: Exception | Warning) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename and text.startswith("[Errno"):  # the system's own words
         text = f"{error.filename2 or error.filename}: {error.strerror}"
+    if isinstance(error, RecursionError):
+        text = "a JSON file is nested too deeply"
     text = masked(" ".join(text.split()))
     text = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
     if len(text) > _LONGEST:

@@ -118,6 +118,12 @@ class LiveFrames:
                 self.report.mark("given up", f"{self.patience.retries} attempts to connect again failed")
                 break
             self.stop.wait(min(self.patience.first_pause * 2 ** (attempt - 1), LONGEST_PAUSE))
+        if not self.report.frames_seen and not self.stop.is_set():
+            hint = ""
+            if self.source.kind == "pipe":
+                hint = " (an mp4 whose index stands at its end cannot be read from a pipe: name the file, or write"
+                hint += " it with ffmpeg's -movflags +faststart)"
+            raise ValueError(f"{self.source.name}: it ended before one frame could be read{hint}")
         yield from self.clock.finish(self._lasts)
         self.report.mark("ended")
 

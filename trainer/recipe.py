@@ -58,6 +58,9 @@ class Recipe:
             raise ValueError(f"eval_share={self.eval_share} is not valid: it must be in 0..1")
 
 
+_NUMBERS = ("float", "int", "float | None", "int | None", float, int, float | None, int | None)
+
+
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -107,6 +110,10 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
         content["dataloader_num_workers"] = min(workers, _processors())  # more of them slow each other down
     if content.get("deepspeed") and ParallelDims.of_run().world == 1:
         content["deepspeed"] = None  # one process has nothing to share its optimizer state with
+    for field in fields(VideoMa2mbaTrainingConfig):
+        value = content.get(field.name)
+        if isinstance(value, str) and field.type in _NUMBERS:
+            raise ValueError(f"{field.name}={value} is not valid: it must be a number")
     recipe, config = (
         kind(**{key: value for key, value in content.items() if key in names})
         for kind, names in zip(kinds, known, strict=True)

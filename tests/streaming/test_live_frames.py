@@ -297,3 +297,22 @@ def test_bare_streams_run_at_their_declared_rate(tmp_path):
         _, _, report = watch(path)
         assert report.seconds == pytest.approx(19 / rate, abs=0.01) and report.frames_seen == 20
         assert report.timeline[0].detail == f"taken instead: {rate} frames a second"
+
+
+def test_a_pipe_that_gives_no_frame_is_an_error(tmp_path):
+    """As an mp4 does whose index stands at its end: FFmpeg cannot go back in a pipe."""
+    late = tmp_path / "late.mp4"
+    random = np.random.default_rng(0)
+    with av.open(str(late), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 640, 480, "yuv420p"
+        stream.options = {"crf": "5", "preset": "ultrafast"}
+        for _ in range(20):
+            noise = random.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise)))
+        container.mux(stream.encode())
+    with subprocess.Popen(["cat", str(late)], stdout=subprocess.PIPE) as writer:
+        source = LiveSource("a pipe", "pipe", writer.stdout.fileno())
+        with pytest.raises(ValueError, match="a pipe: it ended before one frame could be read .*faststart"):
+            list(LiveFrames(source, FrameClock(1.0), StreamReport(), threading.Event(), Patience()))
+        writer.kill()

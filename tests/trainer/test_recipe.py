@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
-from video_ma2mba.trainer.recipe import FOLDER, Recipe, read_recipe, shipped_recipes
+from video_ma2mba.trainer.recipe import FOLDER, Recipe, build_recipe, read_recipe, shipped_recipes
 from video_ma2mba.trainer.smoke_data import write_smoke_data
 
 SHORT = ["use_cpu=true", "disable_tqdm=true", "report_to=none"]
@@ -111,3 +111,9 @@ def test_every_recipe_runs_on_a_cpu(name, tiny_checkpoint, tmp_path):
 def test_recipe_fields_are_documented():
     described = Recipe.__doc__.split("Attributes:")[1]
     assert [name for name in Recipe.__dataclass_fields__ if name not in described] == []
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "max_steps", "weight_decay", "max_frames"])
+def test_a_word_for_a_number_is_refused_by_name(key: str, tmp_path):
+    with pytest.raises(ValueError, match=f"{key}=abc is not valid: it must be a number"):
+        build_recipe({"model": "m", "output_dir": str(tmp_path), key: "abc"})

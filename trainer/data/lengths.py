@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ...files.append_log import AppendLog, read_log
 from ...processing.video_decoding import open_stream
+from ...processing.video_source_names import is_address, local_path
 from .sample_encoding import EncodingSettings, conversation_of, lay_out, media_of
 
 _DEFAULT_SECONDS = 60.0  # of a video that does not say how long it is, or is an address
@@ -107,12 +108,15 @@ def _frames(processor: Any, part: dict[str, Any], settings: EncodingSettings, ti
         return 1
     source = part["video"]
     window = {"start": part.get("start"), "end": part.get("end")}
-    if isinstance(source, str) and "://" in source:
+    if is_address(source):
         return _of_timing(processor, (_DEFAULT_SECONDS, _RATE), window, settings)
-    if not isinstance(source, str) or not os.path.isfile(source):  # frames in memory, folders: counted as they are
+    source = local_path(source) if isinstance(source, str) else source
+    if not isinstance(source, os.PathLike) or not os.path.isfile(
+        source
+    ):  # frames in memory, folders: counted as they are
         options = {"fps": settings.fps, "num_frames": settings.num_frames}
         return processor.video_processor.open(source, **options, **window).expected_frames
-    timing = timings.timing(source)
+    timing = timings.timing(str(source))
     if timing is None:
         raise ValueError(f"{source} cannot be opened")
     return _of_timing(processor, timing, window, settings)
