@@ -55,7 +55,7 @@ def run(root: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     subprocess.run(
         [*command, "--device", args.device, "--frames", str(args.frames)], env=environment, cwd=folder, check=True
     )
-    return torch.load(out, weights_only=False)
+    return torch.load(out, weights_only=True)
 
 
 def report(before: dict[str, Any], after: dict[str, Any], again: dict[str, Any]) -> int:
