@@ -88,6 +88,16 @@ def on_black(pixels: np.ndarray, opacity: np.ndarray) -> tuple[np.ndarray, bool]
     return (product // 255).astype(np.uint8), True
 
 
+def picture_to_sdr(pixels: np.ndarray, head: bytes) -> np.ndarray:
+    """A photograph uint8 `(H, W, 3)`, tone-mapped if the beginning of its file (AVIF, HEIC, PNG) says it is HDR."""
+    place = head.find(b"colrnclx")
+    codes = head[place + 8 : place + 12] if place >= 0 else b""
+    transfer = codes[3] if len(codes) == 4 else 0
+    if head.startswith(b"\x89PNG") and (place := head.find(b"cICP")) >= 0 and place + 5 < len(head):
+        transfer = head[place + 5]
+    return _ordinary_light(pixels.astype(np.uint16) * 257, transfer) if transfer in (_PQ, _HLG) else pixels
+
+
 @lru_cache
 def _has_alpha(pixel_format: str) -> bool:
     import av

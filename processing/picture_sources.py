@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
-from .frame_pixels import TRANSPARENT, on_black
+from .frame_pixels import TRANSPARENT, on_black, picture_to_sdr
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -153,11 +153,17 @@ def file_pixels(file: Path | bytes, name: str, problems: list[str] | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_frame_pixels is the limit
             with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
-                return image_pixels(image, name, problems)
+                head = file[:_HEAD] if isinstance(file, bytes) else _head(file)
+                return picture_to_sdr(image_pixels(image, name, problems), head)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: the image is larger than the limit of {MAX_FRAME_PIXELS} pixels") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{name}: not a readable image ({error})") from error
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD)
 
 
 def is_image_bytes(data: bytes) -> bool:
@@ -175,8 +181,7 @@ def is_image_file(path: Path) -> bool:
     """Whether a file is a still image that Pillow reads, by its name and, where that leaves it open, its beginning."""
     suffix = path.suffix.lower()
     if suffix in (".avif", ".heic", ".heif", ".png"):
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
+        head = _head(path)
         return is_image_bytes(head) or not (head[4:8] == b"ftyp" or b"acTL" in head)
     return suffix in IMAGE_SUFFIXES
 

@@ -144,7 +144,7 @@ def choose_stream(container: Any, name: str) -> Any:
     """
 
     def is_marked(stream: Any, *marks: str) -> bool:
-        return any(int(stream.disposition) & _DISPOSITIONS[mark] for mark in marks)
+        return any(_number(stream.disposition) & _DISPOSITIONS[mark] for mark in marks)
 
     videos = [
         stream for stream in container.streams.video if not is_marked(stream, "attached_pic", "timed_thumbnails")
@@ -155,9 +155,10 @@ def choose_stream(container: Any, name: str) -> Any:
         raise ValueError(f"{name}: there is no video in this file, {reason}")
     if len(videos) == 1:
         return videos[0]
-    if container.format.name.startswith("mov") and all(is_marked(stream, "dependent") for stream in videos):
+    tiles = sum(is_marked(stream, "dependent") for stream in videos)
+    if container.format.name.startswith("mov") and tiles > 1:
         raise ValueError(
-            f"{name}: a picture cut into {len(videos)} tiles; read it with Pillow 11.3 or newer (AVIF), or install "
+            f"{name}: a picture cut into {tiles} tiles; read it with Pillow 11.3 or newer (AVIF), or install "
             "and register pillow-heif (HEIC)"
         )
     broadcast = container.format.name == "mpegts"
@@ -186,6 +187,10 @@ def _fetch_only(container: Any, stream: Any) -> None:
         if other.index != stream.index:
             with suppress(AttributeError, ImportError):  # PyAV before 16
                 other.discard = import_module("av.stream").Discard.all
+
+
+def _number(flags: Any) -> int:
+    return int(getattr(flags, "value", flags))  # before PyAV 16, flags are no numbers
 
 
 def _length(stream: Any) -> float | None:
@@ -306,7 +311,7 @@ def declared_rate(container: Any, stream: Any) -> float | None:
 
 def is_untimed(container: Any) -> bool:
     """Whether the container holds no times, so that those of its packets are FFmpeg's invention."""
-    return container.format.name in _UNTIMED or bool(int(container.format.flags) & _NO_TIMESTAMPS)
+    return container.format.name in _UNTIMED or bool(_number(container.format.flags) & _NO_TIMESTAMPS)
 
 
 class _Packets:

@@ -1,6 +1,8 @@
 """How frames look: transparent parts, HDR, orientation, formats; right values from ffmpeg (HDR: zscale) and Pillow."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import av
@@ -231,3 +233,13 @@ def test_grey_frames():
         np.testing.assert_array_equal(open_video(form).read().pixels, grey.transpose(1, 2, 0)[None])
     with pytest.raises(ValueError, match="shape"):
         open_video(np.zeros((5, 6, 8))).read()
+
+
+def test_hdr_photographs_are_tone_mapped():
+    """PQ said in a PNG's cICP chunk: paper white at 0.58 of the scale comes out light, not middle grey."""
+    data = picture_bytes(Image.fromarray(np.full((8, 8, 3), 148, np.uint8)), "PNG")
+    chunk = b"cICP" + bytes([9, 16, 0, 1])
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    assert open_video(data).read().pixels[0, 0, 0].tolist() == [148, 148, 148]
+    seen = open_video(data[:33] + chunk + data[33:]).read().pixels[0, 0, 0]
+    assert (seen > 230).all() and (seen < 250).all()
