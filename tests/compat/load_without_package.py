@@ -46,7 +46,7 @@ def check(folder: Path) -> None:
         with torch.no_grad():
             close(model.get_video_features(pixels), expected["features"], "video features")
             close(model(**inputs).logits, expected["logits"], "logits")
-    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == config.tie_word_embeddings
     with torch.no_grad():
         base = AutoModel.from_pretrained(folder, **REMOTE).eval()
         close(base(**inputs).last_hidden_state, expected["hidden"], "hidden states")

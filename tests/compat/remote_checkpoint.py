@@ -1,10 +1,17 @@
 """Writes a checkpoint beside what the installed package computes with it, for `load_without_package.py`."""
 
+import shutil
 from pathlib import Path
 
 import torch
 
-from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoQuestionAnsweringPipeline
+from video_ma2mba import (
+    BUNDLED_CHECKPOINT,
+    VideoMa2mbaForConditionalGeneration,
+    VideoMa2mbaProcessor,
+    VideoMa2mbaVideoProcessor,
+    VideoQuestionAnsweringPipeline,
+)
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 
 
@@ -18,7 +25,18 @@ def write_checkpoint(folder: Path, model) -> None:
     model.generation_config.suppress_tokens = list(range(6))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    write_expected(folder, model, processor)
 
+
+def copy_bundled(folder: Path) -> None:
+    """The checkpoint that ships with the package, likewise."""
+    shutil.copytree(BUNDLED_CHECKPOINT, folder)  # links become the files that they stand for
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(folder).eval()
+    write_expected(folder, model, VideoMa2mbaProcessor.from_pretrained(folder))
+
+
+def write_expected(folder: Path, model, processor) -> None:
+    """What the installed package computes with a checkpoint, for `load_without_package.py`."""
     video = torch.randint(0, 256, (5, 20, 30, 3), dtype=torch.uint8)
     text = {"type": "text", "text": "What is shown?"}
     messages = [{"role": "user", "content": [{"type": "video", "video": video.numpy()}, text]}]

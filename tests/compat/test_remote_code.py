@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from video_ma2mba import BUNDLED_CHECKPOINT
+
 sys.path.insert(0, str(Path(__file__).parent))
-from remote_checkpoint import write_checkpoint
+from remote_checkpoint import copy_bundled, write_checkpoint
 
 SCRIPT = Path(__file__).with_name("load_without_package.py")
-# Path of a Python with another transformers; `make compat` installs the oldest supported one and sets it.
-OTHER_PYTHON = os.environ.get("VIDEO_MA2MBA_COMPAT_PYTHON")
+# Paths of Pythons with other versions of transformers, separated like those of PATH: the oldest supported one, the
+# newest, one in between. `make compat` installs the oldest and sets it.
+OTHER_PYTHONS = [path for path in os.environ.get("VIDEO_MA2MBA_COMPAT_PYTHON", "").split(os.pathsep) if path]
 
 
 def load_elsewhere(python: str, folders: list[Path], home: Path) -> str:
@@ -32,6 +35,9 @@ def checkpoints(make_model, tmp_path_factory) -> list[Path]:
         folder = tmp_path_factory.mktemp("remote") / kind
         write_checkpoint(folder, make_model(vision={"model_type": kind}))
         folders.append(folder)
+    if (BUNDLED_CHECKPOINT / "config.json").is_file():
+        folders.append(tmp_path_factory.mktemp("remote") / "bundled")
+        copy_bundled(folders[-1])
     return folders
 
 
@@ -40,9 +46,10 @@ def test_without_the_package(checkpoints, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(OTHER_PYTHON is None, reason="needs VIDEO_MA2MBA_COMPAT_PYTHON (see `make compat`)")
-def test_with_another_transformers(checkpoints, tmp_path):
-    said = load_elsewhere(OTHER_PYTHON, checkpoints, tmp_path)
+@pytest.mark.skipif(not OTHER_PYTHONS, reason="needs VIDEO_MA2MBA_COMPAT_PYTHON (see `make compat`)")
+@pytest.mark.parametrize("python", OTHER_PYTHONS)
+def test_with_another_transformers(checkpoints, tmp_path, python):
+    said = load_elsewhere(python, checkpoints, tmp_path)
     assert "all as expected" in said
     import transformers
 
