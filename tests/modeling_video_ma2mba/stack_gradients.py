@@ -42,7 +42,7 @@ def gradients(model, x, state=None, keep=None, final_state_weight=0.0, **kwargs)
     real = kwargs.get("attention_mask")
     if keep is None and real is not None:
         hidden = hidden[real.bool()]
-    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype, device=hidden.device).view(hidden.shape)
     loss = (hidden * weights).sum() + (hidden**2).sum()
     if final_state_weight:
         loss = loss + final_state_weight * ((conv**2).sum() + (ssm**2).sum())
