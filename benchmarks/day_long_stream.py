@@ -21,7 +21,7 @@ import psutil
 import torch
 from result_tables import hardware, write_rows
 
-from video_ma2mba.cli.loading import load_pipeline
+from video_ma2mba.loading import load_pipeline
 from video_ma2mba.streaming.live_sources import LiveSource
 from video_ma2mba.streaming.session import VideoSession
 from video_ma2mba.world.endless import EndlessWorld

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from result_tables import hardware, write_rows
 
-from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.eval.answer_log import AnswerLog
 from video_ma2mba.eval.answering import Answerer
 from video_ma2mba.eval.harness import OWN_TASKS, evaluate_tasks, prepare_environment, quiet_harness
 from video_ma2mba.eval.lmms_adapter import VideoMa2mbaChat
 from video_ma2mba.eval.lmms_requests import job_of
 from video_ma2mba.eval.state_store import StateStore
+from video_ma2mba.loading import load_pipeline
 
 FIELDS = ("adapter", "questions_per_video", "videos", "frames_per_video", "questions", "seconds", "videos_per_hour")
 FIELDS += ("cpu_seconds", "same_answers", "hardware", "threads", "date")

@@ -37,7 +37,7 @@ def random_pipeline(preset: str, device: torch.device, chunk_frames: int | None,
 
 
 def bundled_pipeline(device: torch.device):
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
 
     return load_pipeline(str(BUNDLED_CHECKPOINT), device=str(device))
 

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from video_ma2mba.loading import load_pipeline
+
 from .ask import reading_progress
 from .batch_queue import Item, Results, by_video, read_queue
 from .errors import is_expected, one_line
-from .loading import load_pipeline
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode
 
 

@@ -24,7 +24,7 @@ def classify(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Name the most probable classes of videos: one line a class with its probability, best first."""
-    from .loading import load_classifier
+    from video_ma2mba.loading import load_classifier
 
     classifier = load_classifier(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for video in videos:

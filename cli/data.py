@@ -62,12 +62,11 @@ def check(
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging
 
+    from video_ma2mba.loading import resolve_model
     from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
     from video_ma2mba.modeling_video_ma2mba.state_writing import write_whole
     from video_ma2mba.trainer.data import load_training_data
     from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
-
-    from .loading import resolve_model
 
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
     check_out_file("--json", out)

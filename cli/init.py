@@ -35,8 +35,7 @@ def init(
     import torch
 
     from video_ma2mba.conversion.compose import compose
-
-    from .loading import pick_dtype
+    from video_ma2mba.loading import pick_dtype
 
     written = compose(
         language_model=language_model,

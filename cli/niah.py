@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from video_ma2mba.loading import load_pipeline
+
 from .ask import reading_progress
 from .circumstances import circumstances, command_line, require_matplotlib
 from .errors import masked
-from .loading import load_pipeline
 from .options import Device, Dtype, Model, TrustRemoteCode
 
 

@@ -78,7 +78,7 @@ def resolve_config(model: str | None, preset: str | None):
     if preset is None:
         from transformers import AutoConfig
 
-        from .loading import resolve_model
+        from video_ma2mba.loading import resolve_model
 
         return AutoConfig.from_pretrained(resolve_model(model))
 

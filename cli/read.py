@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from video_ma2mba.loading import load_pipeline, pick_state_dtype
+
 from .ask import reading_progress, size_text
-from .loading import load_pipeline, pick_state_dtype
 from .options import (
     Device,
     Dtype,

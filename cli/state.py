@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .loading import load_pipeline, pick_state_dtype
+from video_ma2mba.loading import load_pipeline, pick_state_dtype
+
 from .options import (
     Device,
     Dtype,

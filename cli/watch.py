@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .loading import load_pipeline
+from video_ma2mba.loading import load_pipeline
+
 from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode
 from .out_files import check_out_file
 from .terminal import echo_json, given_text

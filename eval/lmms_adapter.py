@@ -83,7 +83,7 @@ class VideoMa2mbaSimple(lmms):
         self.answerer = Answerer(self.pipe, self.store, self.log, stop_repeat_ngram, self.batch_size, broken == "skip")
 
     def _load(self, pretrained: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
-        from ..cli.loading import load_pipeline
+        from ..loading import load_pipeline
 
         wanted = join_ranks(device or "auto")
         source = None if pretrained == "bundled" else pretrained

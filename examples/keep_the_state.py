@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from video_ma2mba import VideoState
-from video_ma2mba.cli.loading import load_pipeline
+from video_ma2mba.loading import load_pipeline
 
 video = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "videos" / "000000.mp4")
 file = Path(sys.argv[2] if len(sys.argv) > 2 else Path(tempfile.mkdtemp()) / "video.safetensors")

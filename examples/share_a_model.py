@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 
-from video_ma2mba.cli.loading import load_pipeline
+from video_ma2mba.loading import load_pipeline
 
 out = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 pipe = load_pipeline()

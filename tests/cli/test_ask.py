@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from video_ma2mba.cli.loading import load_pipeline, pick_device, pick_dtype
 from video_ma2mba.cli.main import app
+from video_ma2mba.loading import load_pipeline, pick_device, pick_dtype
 
 COMMAND = str(Path(sys.executable).parent / "video-ma2mba")
 QUICK = ["--device", "cpu", "--max-new-tokens", "4"]

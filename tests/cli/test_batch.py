@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from video_ma2mba.cli import batch as verb
 from video_ma2mba.cli import batch_queue
-from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.cli.main import app
+from video_ma2mba.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")

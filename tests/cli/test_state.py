@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoState
-from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.cli.main import app
+from video_ma2mba.loading import load_pipeline
 
 COMMAND = str(Path(sys.executable).parent / "video-ma2mba")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "videos"

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 from typer.testing import CliRunner
 
-from video_ma2mba.cli.loading import resolve_model
 from video_ma2mba.cli.main import app
 from video_ma2mba.conversion import released
 from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
 from video_ma2mba.conversion.released import usable_folder
+from video_ma2mba.loading import resolve_model
 
 IDS = torch.randint(6, 262, (1, 20), generator=torch.Generator().manual_seed(3))
 

@@ -23,7 +23,7 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "temperature": 0, "until": ["
 
 @pytest.fixture
 def pipe(tiny_checkpoint: Path):
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
 
     return load_pipeline(str(tiny_checkpoint), device="cpu")
 

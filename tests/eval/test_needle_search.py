@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.eval.needle_haystack import make_needles, open_haystack
 from video_ma2mba.eval.needle_scoring import NeedleReader, normalised
 from video_ma2mba.eval.needle_search import NeedleGrid, measure
+from video_ma2mba.loading import load_pipeline
 from video_ma2mba.world.world import CARD_SYMBOLS
 
 

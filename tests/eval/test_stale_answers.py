@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
 
 @pytest.fixture(scope="module")
 def pipe(tiny_checkpoint: Path):
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
 
     return load_pipeline(str(tiny_checkpoint), device="cpu")
 

@@ -178,7 +178,7 @@ def test_bad_input_is_one_line_and_code_2(tiny_checkpoint, tiny_video, options: 
 @pytest.mark.bundled
 def test_the_card_is_found_in_an_example_video():
     """The video shows its card in the first second."""
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
 
     pipe = load_pipeline(None, device="cpu")
     found = relevance(pipe.model, pipe.processor, EXAMPLE, "Which sign did the card show?", steps=4)

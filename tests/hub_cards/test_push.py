@@ -51,7 +51,7 @@ def test_dry_run_writes_the_folder_and_needs_no_hub(checkpoint: Path, tmp_path: 
     assert listed == sorted(path.name for path in out.iterdir())
     assert not any(path.is_symlink() for path in out.iterdir())
     # what a clean process answered is what the installed package answers
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
     from video_ma2mba.world import WorldDataset
     from video_ma2mba.world.video_files import write_video
 

@@ -59,7 +59,7 @@ def test_one_commit_whose_card_runs_as_it_stands(checkpoint: Path, hub, untried,
     script = f"import sys\nsys.modules['video_ma2mba'] = None\n{block}"
     done = subprocess.run([sys.executable, "-I", "-X", "utf8", "-c", script], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
 
     pipe = load_pipeline(str(checkpoint), device="cpu")
     assert done.stdout.decode() == pipe.ask(pipe.read(str(tiny_video), fps=1), "What is shown?") + "\n"

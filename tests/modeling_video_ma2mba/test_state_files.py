@@ -59,7 +59,7 @@ def test_the_metadata_say_where_a_state_comes_from(pipe, tiny_video, tmp_path):
 
 
 def test_a_name_tells_no_path(pipe, tiny_checkpoint, raw_video):
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
 
     assert load_pipeline(str(tiny_checkpoint), device="cpu").read(raw_video(1)).metadata["model"] == "checkpoint"
 

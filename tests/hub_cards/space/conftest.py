@@ -17,10 +17,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     """The page over the bundled checkpoint: `url`, and `readings`, which holds one entry for each video read."""
     pytest.importorskip("gradio")
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("uploads"))
-    from video_ma2mba.cli.loading import load_pipeline
     from video_ma2mba.hub_cards.relevance_strip import relevance_strip
     from video_ma2mba.hub_cards.space.web.examples import load_examples
     from video_ma2mba.hub_cards.space.web.layout import build_page, serve
+    from video_ma2mba.loading import load_pipeline
 
     pipe = load_pipeline(device="cpu")
     readings, read = [], pipe.read

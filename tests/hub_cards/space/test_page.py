@@ -73,7 +73,7 @@ def test_read_ask_twice_keep_and_go_on(client, served, tmp_path: Path):
     assert ask(other, question) == ([*texts, question, answer], "")
     assert len(served.readings) == before + 1
 
-    from video_ma2mba.cli.loading import load_pipeline
+    from video_ma2mba.loading import load_pipeline
 
     pipe = load_pipeline(device="cpu")  # the file is one that `video-ma2mba ask` takes, and with the same answer
     from video_ma2mba import VideoState

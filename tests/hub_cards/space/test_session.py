@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.hub_cards.space.web.background import Stopped, latest_reports
 from video_ma2mba.hub_cards.space.web.markup import note, problem, progress
 from video_ma2mba.hub_cards.space.web.session import Session
+from video_ma2mba.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")

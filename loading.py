@@ -1,0 +1,173 @@
+"""Loads a model and its processor from a directory, a Hub id, or the package's own checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from video_ma2mba import BUNDLED_CHECKPOINT
+
+if TYPE_CHECKING:
+    from video_ma2mba import VideoQuestionAnsweringPipeline
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def resolve_model(model: str | None) -> str:
+    """Directory or Hub id to load from; None is the bundled checkpoint.
+
+    A checkpoint in the released layout is converted into the cache, once: see `usable_folder`.
+
+    Raises:
+        FileNotFoundError: the directory does not exist or holds no `config.json`.
+        OSError, ValueError: the checkpoint cannot be fetched or converted.
+    """
+    if model is None:
+        if not (BUNDLED_CHECKPOINT / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the bundled checkpoint is missing from {BUNDLED_CHECKPOINT}: "
+                "name a model with --model, or train it with `python -m video_ma2mba.world.train`"
+            )
+        return str(BUNDLED_CHECKPOINT)
+    if not model:
+        raise ValueError("--model is empty: name a directory or a Hub id, or leave it out")
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model directory {model} holds no config.json: it is not a saved model")
+    if path.is_file():
+        raise FileNotFoundError(f"--model {model} is a file: name the directory that holds config.json")
+    if not path.is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith(".")):
+        raise FileNotFoundError(f"model directory {model} does not exist (and it is no Hub id such as owner/name)")
+    from video_ma2mba.conversion.released import usable_folder
+
+    return usable_folder(str(path) if path.is_dir() else model)
+
+
+def pick_device(device: str):
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a `torch.device`.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N")
+    picked = torch.device(device)
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
+    return picked
+
+
+def pick_dtype(dtype: str, device):
+    """`auto` is bf16 on CUDA and fp32 on CPU, where half precision is slower and less exact.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    import torch
+
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = _DTYPES.get(dtype, dtype)
+    if name not in _DTYPES.values():
+        raise ValueError(f"--dtype {dtype} is unknown: use auto, fp32, fp16 or bf16")
+    return getattr(torch, name)
+
+
+def pick_state_dtype(state_dtype: str):
+    """The `dtype` for `VideoState.save`: None for float32, which is as it is.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    import torch
+
+    name = _DTYPES.get(state_dtype, state_dtype)
+    if name not in _DTYPES.values():
+        raise ValueError(f"--state-dtype {state_dtype} is unknown: use float32, bfloat16 or float16")
+    return None if name == "float32" else getattr(torch, name)
+
+
+def load_pipeline(
+    model: str | None = None, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> VideoQuestionAnsweringPipeline:
+    """The question-answering pipeline of a directory, a Hub id, or (None) the bundled checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
+    """
+    source = resolve_model(model)
+    picked = pick_device(device)
+
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    from video_ma2mba import VideoQuestionAnsweringPipeline
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if source in str(error):
+            raise
+        raise OSError(f"{source} cannot be loaded: {error}") from error
+    if config.model_type != "video_ma2mba":
+        raise ValueError(f"{source} holds a model of the type {config.model_type}, not a Video-Ma2mba model")
+    logging.disable_progress_bar()  # loading takes a moment; the bar belongs to the video
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        source, config=config, dtype=pick_dtype(dtype, picked), trust_remote_code=trust_remote_code
+    )
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return VideoQuestionAnsweringPipeline(model=loaded.eval(), processor=processor, device=picked)
+
+
+def load_classifier(
+    model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Callable[..., list[dict[str, Any]]]:
+    """A function from a video (`top`, `num_segments`, `num_crops`) to its classes, `[{"label", "score"}, ...]`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
+    """
+    source = resolve_model(model)
+    picked = pick_device(device)
+
+    import torch
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForVideoClassification
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+    from transformers.utils import logging
+
+    import video_ma2mba  # noqa: F401 (registers the classes)
+
+    remote = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(source, **remote)
+    if config.model_type != "videomamba":
+        raise ValueError(f"{source} holds a model of the type {config.model_type}, not a VideoMamba classifier")
+    if not any("ForVideoClassification" in name for name in config.architectures or ()):
+        raise ValueError(
+            f"{source} is a VideoMamba encoder without a classifier: fine-tune it, or convert another file"
+        )
+    logging.disable_progress_bar()
+    auto_class = AutoModelForVideoClassification if config.is_video else AutoModelForImageClassification
+    loaded = auto_class.from_pretrained(source, config=config, dtype=pick_dtype(dtype, picked), **remote)
+    loaded = loaded.eval().to(picked)
+    processor = AutoVideoProcessor.from_pretrained(source, **remote)
+
+    def classes(video: Any, top: int = 5, **views: int) -> list[dict[str, Any]]:
+        pixels = processor(video, num_frames=config.num_frames, return_tensors="pt", **views)["pixel_values"]
+        with torch.inference_mode():
+            logits = loaded(pixels.to(picked)).logits[0].float().cpu()
+        scores = {"regression": lambda x: x, "multi_label_classification": torch.sigmoid}.get(
+            config.problem_type, lambda x: x.softmax(-1)
+        )(logits)
+        best = scores.topk(min(top, len(scores)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [{"label": config.id2label[number], "score": score} for score, number in pairs]
+
+    return classes
