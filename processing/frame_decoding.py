@@ -6,7 +6,7 @@ picture they may: FFmpeg fills in what it saw before.)
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ def decode_frames(
     fit: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
     fitted_pixels: int | None = None,
     threads: int = 1,
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> Generator[tuple[np.ndarray, int], None, None]:
     """Decode the wanted frames in display order, ahead of the consumer.
 
     Args:
@@ -65,8 +65,8 @@ def decode_frames(
     wanted_stamps = set() if index.pts is None else set(np.unique(index.pts[wanted]).tolist())
     with _Decoders(target, name, problems) as decoders:
 
-        def part(span: tuple[int, int]) -> Callable[[], Iterator[tuple[np.ndarray, int]]]:
-            def run() -> Iterator[tuple[np.ndarray, int]]:
+        def part(span: tuple[int, int]) -> Callable[[], Generator[tuple[np.ndarray, int], None, None]]:
+            def run() -> Generator[tuple[np.ndarray, int], None, None]:
                 count = {"errors": 0, "corrupt": 0}
                 counts.append(count)
                 return _part_frames(decoders, index, wanted, span, wanted_stamps, count, name, fit)
@@ -144,7 +144,7 @@ def _part_frames(
     count: dict[str, int],
     name: str,
     fit: Callable[[np.ndarray], np.ndarray],
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> Generator[tuple[np.ndarray, int], None, None]:
     """The wanted frames of one part, fitted."""
     position, end = span
     opened = decoders.take()
@@ -172,7 +172,7 @@ def _decoded(
     span: tuple[int, int],
     wanted_stamps: set[int],
     count: dict[str, int],
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Yield `(index, decoded frame)` in display order, leaving out what is not needed for the part's wanted frames."""
     import av.error
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 MAX_FPS = 1000.0
 MAX_SAMPLES = 2**22
@@ -37,7 +38,7 @@ class Sampling:
     end: float | None = None
     max_frames: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_frames is None:
             if self.fps is None:
                 raise ValueError("give either fps or num_frames")
@@ -73,16 +74,18 @@ class Sampling:
         if begin >= duration:
             raise ValueError(f"{name}: start ({begin:g} s) is beyond the end of the video ({duration:.3f} s)")
 
-        def on_screen(moments):
+        def on_screen(moments: ArrayLike) -> np.ndarray:
             return np.maximum(np.searchsorted(times, np.asarray(moments) + TIME_TOLERANCE, side="right") - 1, 0)
 
-        limit = min(filter(None, (self.num_frames, self.max_frames)), default=None)
+        limit = self.max_frames
         if self.num_frames is not None:
+            most = self.num_frames if limit is None else min(limit, self.num_frames)
             first = int(on_screen(begin))
             last = max(first, int(on_screen(finish - 2 * TIME_TOLERANCE)))
-            if last - first < limit:
+            if last - first < most:
                 return np.arange(first, last + 1)
-            return on_screen(np.linspace(begin, max(begin, times[last]), limit))
+            return on_screen(np.linspace(begin, max(begin, times[last]), most))
+        assert self.fps is not None, "seen to in __post_init__"
         count = max(1, math.ceil((finish - begin - TIME_TOLERANCE) * self.fps))
         if min(count, limit or count) > MAX_SAMPLES:
             raise ValueError(

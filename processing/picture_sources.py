@@ -44,7 +44,7 @@ def list_directory(directory: Path) -> list[Path]:
     return sorted((path for path in files if path.is_file()), key=natural)
 
 
-def split_array(frames: np.ndarray | torch.Tensor, name: str) -> Sequence[np.ndarray | torch.Tensor]:
+def split_array(frames: np.ndarray | torch.Tensor, name: str) -> np.ndarray | torch.Tensor:
     """Views an array of one or more frames as `(F, H, W, 3)` without copying it.
 
     Args:
@@ -207,7 +207,7 @@ class PictureSource:
         skip_unreadable: leave unreadable files out with a warning (directories) instead of failing.
     """
 
-    def __init__(self, pictures: Sequence[Any], name: str, skip_unreadable: bool = False):
+    def __init__(self, pictures: Sequence[Any] | np.ndarray | torch.Tensor, name: str, skip_unreadable: bool = False):
         if len(pictures) == 0:
             raise ValueError(f"{name}: there are no frames")
         self.pictures = pictures

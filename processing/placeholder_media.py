@@ -10,7 +10,7 @@ def deal_out(chats: list[Chat], media: Any, mark: str, kind: str) -> None:
     """Give each prompt its videos (images): as grouped by the caller, else in the order of the placeholders."""
     wanted = [chat.text.count(mark) for chat in chats]
     if media is None:
-        groups = [[] for _ in chats]
+        groups: list[list[Any]] = [[] for _ in chats]
     elif len(chats) > 1 and isinstance(media, list | tuple) and all(isinstance(item, list | tuple) for item in media):
         if len(media) != len(chats):
             raise ValueError(f"{kind} are given for {len(media)} prompts, but there are {len(chats)} prompts")

@@ -7,7 +7,7 @@ How far ahead is bounded: memory does not grow when the consumer is the slower o
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from itertools import islice
 from typing import Any, TypeVar
@@ -16,7 +16,9 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.05  # how soon a thread that waits for room notices that nobody reads on
 
 
-def in_order(parts: Iterable[Callable[[], Iterator[T]]], threads: int, outstanding: int, room: int) -> Iterator[T]:
+def in_order(
+    parts: Iterable[Callable[[], Generator[T, None, None]]], threads: int, outstanding: int, room: int
+) -> Generator[T, None, None]:
     """Yield the items of all parts, part after part, while `threads` threads run the parts.
 
     Args:
@@ -33,7 +35,8 @@ def in_order(parts: Iterable[Callable[[], Iterator[T]]], threads: int, outstandi
             yield from part()
         return
     parts = iter(parts)
-    stop, tasks = threading.Event(), queue.SimpleQueue()
+    stop = threading.Event()
+    tasks: queue.SimpleQueue[tuple[Callable[[], Generator[T, None, None]], queue.Queue] | None] = queue.SimpleQueue()
     waiting: deque[queue.Queue] = deque()
 
     def begin(count: int) -> None:

@@ -60,7 +60,7 @@ def pad_batch(
     if return_tensors is not None and not pads and any(len(row) != longest for row in rows):
         raise ValueError("the prompts differ in length; tensors of them need padding=True")
 
-    def fill(values: list[list[int]], filler: int | None) -> Any:
+    def fill(values: list[list[int]], filler: int) -> Any:
         if pads:
             values = [
                 [filler] * (longest - len(row)) + row
@@ -73,5 +73,5 @@ def pad_batch(
         tensor = torch.tensor(values, dtype=torch.long)
         return tensor if return_tensors == "pt" else tensor.numpy()
 
-    batch = {"input_ids": fill(rows, pad_token_id), "attention_mask": fill([[1] * len(row) for row in rows], 0)}
+    batch = {"input_ids": fill(rows, pad_token_id or 0), "attention_mask": fill([[1] * len(row) for row in rows], 0)}
     return batch | {name: fill(values, 0) for name, values in extras.items()}

@@ -65,7 +65,8 @@ def _units_by_code(data: bytes, _: int) -> Iterator[bytes]:
 
 def _golomb(data: bytes, count: int) -> list[int]:
     """The first `count` exponential Golomb numbers of some bytes; fewer where these end."""
-    bits, place, numbers = "".join(f"{byte:08b}" for byte in data), 0, []
+    bits, place = "".join(f"{byte:08b}" for byte in data), 0
+    numbers: list[int] = []
     while len(numbers) < count:
         one = bits.find("1", place)
         end = 2 * one - place + 1

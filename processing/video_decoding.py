@@ -107,6 +107,7 @@ def open_stream(
     # The protocol is spelled out, so that no file name is read as another of FFmpeg's protocols.
     file = f"file:{target}" if isinstance(target, Path) else target
     file = BytesIO(target) if isinstance(target, bytes) else file
+    failed: Exception | None = None
     try:
         container = av.open(
             file,
@@ -118,8 +119,6 @@ def open_stream(
         )
     except av.error.FFmpegError as error:
         failed = _opening_error(error, name, is_url)
-    else:
-        failed = None
     if failed is not None:  # outside of `except`: FFmpeg's own error tells the address, and with it its password
         raise failed
     with container:
@@ -449,7 +448,7 @@ class FrameTimes:
             return dts
         for kind, stamp, other in (("dts", dts, pts), ("pts", pts, dts)):
             self._faults[kind] += stamp is not None and stamp <= self._latest[kind]
-            if stamp is not None or other is not None:
-                self._latest[kind] = other if stamp is None else stamp
+            if (latest := other if stamp is None else stamp) is not None:
+                self._latest[kind] = latest
         in_order = self._faults["pts"] <= self._faults["dts"]
         return pts if pts is not None and (in_order or dts is None) else dts

@@ -6,7 +6,7 @@ FFmpeg alone would fetch all variants, and all of it again for the second pass o
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urljoin, urlsplit
 
 from .video_decoding import NETWORK_TIMEOUT
@@ -16,7 +16,7 @@ _URI = re.compile(r'URI="([^"]*)"')
 _BLOCK = 2**16
 
 
-def is_playlist(address: Any) -> bool:
+def is_playlist(address: Any) -> TypeGuard[str]:
     """Whether this is the address of an HLS playlist, by its name."""
     return isinstance(address, str) and urlsplit(address).path.lower().endswith((".m3u8", ".m3u"))
 

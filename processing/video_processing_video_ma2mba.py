@@ -83,7 +83,7 @@ def at_rate(source: Any, metadata: Any, sampling: Sampling) -> Any:
     return [frames[place] for place in chosen]
 
 
-class VideoMa2mbaVideosKwargs(VideosKwargs, total=False):
+class VideoMa2mbaVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict of transformers, which is not followed
     """Settings of a call besides those of transformers."""
 
     start: float | None
@@ -110,9 +110,9 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
     valid_kwargs = VideoMa2mbaVideosKwargs
     size = {"height": 336, "width": 336}
     resize_mode = "squash"
-    fps = 1.0
-    num_frames = None
-    max_frames = None
+    fps: float | None = 1.0
+    num_frames: int | None = None
+    max_frames: int | None = None
     do_sample_frames = True
 
     def __init__(
@@ -240,11 +240,12 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
                         "warnings": list(reader.warnings),
                     }
                 )
-        data = {"pixel_values_videos": torch.cat(pixels).contiguous(), "num_frames": torch.tensor(counts)}
+        tensors = {"pixel_values_videos": torch.cat(pixels).contiguous(), "num_frames": torch.tensor(counts)}
         if device is not None:
-            data = {name: value.to(device) for name, value in data.items()}
+            tensors = {name: value.to(device) for name, value in tensors.items()}
+        data: dict[str, Any] = dict(tensors)
         if return_tensors == "np":
-            data = {name: value.numpy() for name, value in data.items()}
+            data = {name: value.numpy() for name, value in tensors.items()}
         elif return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors must be 'pt' or 'np', not {return_tensors!r}")
         if return_metadata:

@@ -1,6 +1,6 @@
 """VideoMamba's frame processor: sparse sampling of clips (TSN), and several views of a video for testing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,12 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .frame_fitting import fit_frame
+from .frame_sampling import Sampling
 from .picture_sources import split_videos
 from .video_reader import open_video
 
 
-class VideoMambaVideosKwargs(VideosKwargs, total=False):
+class VideoMambaVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict of transformers, which is not followed
     """Settings of a call besides those of transformers."""
 
     num_segments: int | None
@@ -53,14 +54,13 @@ def crop_boxes(height: int, width: int, side: int, crops: int) -> list[tuple[int
 
 
 @dataclass(frozen=True)
-class _TheseFrames:
-    """Chooses the frames of all clips; takes the place of `Sampling` in a reader."""
+class _TheseFrames(Sampling):
+    """Chooses the frames of all clips, of `count` frames each, and leaves them in `clips`."""
 
-    count: int
-    segments: int
-    rng: np.random.Generator | None
-    clips: list[np.ndarray]
-    fps: float = 1.0
+    count: int = 1
+    segments: int = 1
+    rng: np.random.Generator | None = None
+    clips: list[np.ndarray] = field(default_factory=list)
 
     def choose(self, times: np.ndarray, duration: float, name: str) -> np.ndarray:
         self.clips[:] = [sparse_frames(len(times), self.count, self.segments, self.rng)]
@@ -152,7 +152,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         side = self.size["height"]
         clips: list[np.ndarray] = []
         with open_video(source) as reader:
-            reader.sampling = _TheseFrames(num_frames, num_segments, rng, clips)
+            reader.sampling = _TheseFrames(count=num_frames, segments=num_segments, rng=rng, clips=clips)
             cropped = []
             for chunk in reader.chunks(1):
                 height, width = chunk.pixels.shape[1:3]

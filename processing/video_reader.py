@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,8 @@ class FrameReader:
         self.warnings: list[str] = []
         self._file = file
         self._pictures = pictures
-        self._index: VideoIndex | None = None
-        self._wanted: np.ndarray | None = None
-        self._running: list[Iterator[FrameChunk]] = []
+        self._scanned: tuple[VideoIndex, np.ndarray] | None = None  # and the frames wanted
+        self._running: list[Generator[FrameChunk, None, None]] = []
         self._copy: LocalCopy | None = None
 
     def __enter__(self) -> "FrameReader":
@@ -95,9 +94,10 @@ class FrameReader:
         """
         sampling = replace(self.sampling, **changes)
         other = FrameReader(self.name, sampling, self.size, self.resize_mode, self._file, self._pictures)
-        if self._index is not None and self._pictures is None:  # the times of pictures depend on the sampling
-            other._index, other.warnings, other._copy = self._index, list(self.warnings), self._copy
-            other._wanted = sampling.choose(self._index.times, self._index.duration, self.name)
+        if self._scanned is not None and self._pictures is None:  # the times of pictures depend on the sampling
+            index, _ = self._scanned
+            other.warnings, other._copy = list(self.warnings), self._copy
+            other._scanned = index, sampling.choose(index.times, index.duration, self.name)
         return other
 
     def close(self) -> None:
@@ -109,16 +109,15 @@ class FrameReader:
     @property
     def duration(self) -> float:
         """Seconds the whole video lasts, from its packets (its header is not trusted)."""
-        return self._scan().duration
+        return self._scan()[0].duration
 
     @property
     def expected_frames(self) -> int:
         """Number of frames `chunks` will give in all; fewer come only where the file is damaged."""
-        self._scan()
-        return len(self._wanted)
+        return len(self._scan()[1])
 
-    def _scan(self) -> VideoIndex:
-        if self._index is None:
+    def _scan(self) -> tuple[VideoIndex, np.ndarray]:
+        if self._scanned is None:
             if self._pictures is not None:
                 # Pictures have no times of their own: they are taken as already sampled at `fps`.
                 times = np.arange(len(self._pictures)) / (self.sampling.fps or 1.0)
@@ -126,13 +125,13 @@ class FrameReader:
             else:
                 index = scan_video(self._readable(), self.name)
                 index.problems.extend(self._copy.problems if self._copy else [])
-            self._wanted = self.sampling.choose(index.times, index.duration, self.name)
-            self._index = index
+            self._scanned = index, self.sampling.choose(index.times, index.duration, self.name)
             self._report(index.problems)
-        return self._index
+        return self._scanned
 
     def _readable(self) -> str | Path | bytes:
         """What to decode: the file, or a copy of what would be fetched piece by piece."""
+        assert self._file is not None, "pictures are not decoded"
         if not is_playlist(self._file):
             return self._file
         self._copy = self._copy or LocalCopy(self._file)
@@ -178,13 +177,13 @@ class FrameReader:
         self._running.append(running)
         return running
 
-    def _chunks(self, n: int, skip: int, threads: int) -> Iterator[FrameChunk]:
-        index = self._scan()
+    def _chunks(self, n: int, skip: int, threads: int) -> Generator[FrameChunk, None, None]:
+        index, chosen = self._scan()
         problems: list[str] = []
-        wanted = len(self._wanted) - skip
+        wanted = len(chosen) - skip
         if skip and wanted <= 0:
             return
-        frames = self._fitted_frames(skip, threads, problems)
+        frames = self._fitted_frames(index, chosen, skip, threads, problems)
         size = self.size
         pixels, times, count = [], [], 0
         try:
@@ -201,13 +200,15 @@ class FrameReader:
         finally:
             frames.close()
         if 0 < count < wanted:
-            problems.append(f"only {count + skip} of {len(self._wanted)} frames could be read")
+            problems.append(f"only {count + skip} of {len(chosen)} frames could be read")
         self._report(problems)
         if count + skip == 0:
             reason = f" ({'; '.join(self.warnings)})" if self.warnings else ""
             raise ValueError(f"{self.name}: not one frame could be decoded{reason}")
 
-    def _fitted_frames(self, skip: int, threads: int, problems: list[str]) -> Iterator[tuple[np.ndarray, int]]:
+    def _fitted_frames(
+        self, index: VideoIndex, wanted: np.ndarray, skip: int, threads: int, problems: list[str]
+    ) -> Generator[tuple[np.ndarray, int], None, None]:
         """Sampled frames in the size wanted, each with its number; those of files are decoded ahead, in threads."""
 
         def fit(pixels: np.ndarray) -> np.ndarray:
@@ -217,8 +218,8 @@ class FrameReader:
             return decode_frames(
                 self._readable(),
                 self.name,
-                self._index,
-                self._wanted,
+                index,
+                wanted,
                 problems,
                 skip=skip,
                 fit=fit,
@@ -227,7 +228,7 @@ class FrameReader:
             )
 
         # An unreadable picture takes up no frame: only counting those that come finds the place again.
-        pictures = self._pictures.read(self._wanted, problems)
+        pictures = self._pictures.read(wanted, problems)
         for _ in range(skip):
             next(pictures, None)
         return ((fit(pixels), number) for pixels, number in pictures)

@@ -69,11 +69,16 @@ def _masked_value(match: re.Match[str]) -> str:
     return match[0] if _HARMLESS.fullmatch(name.lower()) and _PLAIN_VALUE.fullmatch(value) else f"{name}{mark}***"
 
 
+def _authority(rest: str) -> str:
+    """Login, host and port of what follows :// in an address."""
+    return re.split(r"[/?#]", rest, maxsplit=1)[0]
+
+
 def _login_length(scheme: str, rest: str) -> int:
     """Characters of the login in front of the host, its @ included; passwords may hold any of @, /, ? and #."""
     if "@" not in rest:
         return 0
-    authority = re.match(r"[^/?#]*", rest)[0]
+    authority = _authority(rest)
     login, at, host = authority.rpartition("@")
     tail = rest[len(authority) :]
     later = [match.start() for match in re.finditer("@", tail)]
@@ -91,7 +96,7 @@ def _login_length(scheme: str, rest: str) -> int:
 def address_to_open(address: str) -> str:
     """The address with a login that FFmpeg reads as it was meant: what stands in a password is written as %XX."""
     scheme, rest = address.split("://", 1)
-    authority = re.match(r"[^/?#]*", rest)[0]
+    authority = _authority(rest)
     host = authority.rpartition("@")[2]
     well_formed = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?", host) and rest[len(authority) : len(authority) + 1] != "#"
     if "@" in authority and "#" in rest and "@" in rest.partition("#")[2]:
