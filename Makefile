@@ -9,9 +9,7 @@ LOCK := requirements.lock
 INSTALL = $(BIN)/python -m pip install --quiet --constraint $(LOCK)
 SOURCES := setup.cfg pyproject.toml $(LOCK)
 
-OLDEST := $(VENV)/oldest
-
-.PHONY: demo test compat lock lint format clean
+.PHONY: demo test compat compat-newest compat-all lock lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -20,9 +18,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Checkpoints must also load on the oldest releases that setup.cfg allows, which get an environment of their own.
-compat: $(VENV)/.test $(OLDEST)/.installed
-	VIDEO_MA2MBA_COMPAT_PYTHON=$(abspath $(OLDEST)/bin/python) $(BIN)/python -m pytest tests/compat
+# The core checks (ask, pipeline, remote code, ...) in environments of their own: with the oldest versions that setup.cfg
+# allows, with the newest of everything, and with every minor release of transformers.
+compat: $(VENV)/.test
+	$(BIN)/python tests/compat/environments.py oldest
+
+compat-newest: $(VENV)/.test
+	$(BIN)/python tests/compat/environments.py newest
+
+compat-all: $(VENV)/.test
+	$(BIN)/python tests/compat/environments.py all --table docs/compatibility.md
 
 # The only way to change the locks: the newest releases for Python 3.10 to 3.13, and the oldest that setup.cfg allows on
 # Python 3.11. torch is named, so that a build of that version which the machine has (for the CPU, say) fits.
@@ -63,9 +68,3 @@ $(VENV)/.test: $(SOURCES) $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --no-deps --requirement $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@ $(VENV)/.demo
-
-$(OLDEST)/.installed: requirements-oldest.lock | $(VENV)/bin/python
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint requirements-oldest.lock torch
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps --requirement requirements-oldest.lock
-	@touch $@
