@@ -30,14 +30,14 @@ compat-all: $(VENV)/.test
 	$(BIN)/python tests/compat/environments.py all --table docs/compatibility.md
 
 # The only way to change the locks: the newest releases for Python 3.10 to 3.13, and the oldest that setup.cfg allows on
-# Python 3.11. torch is named, so that a build of that version which the machine has (for the CPU, say) fits.
+# Python 3.11, for answering and training. torch is named, so that a build of that version which the machine has fits.
 lock:
 	$(PYTHON) -m venv $(VENV)/lock
 	$(VENV)/lock/bin/python -m pip install --quiet --upgrade uv
-	$(RESOLVE) --universal --python-version 3.10 --output-file $(LOCK)
-	$(RESOLVE) --resolution lowest-direct --python-version 3.11 --output-file requirements-oldest.lock
-RESOLVE = printf 'torch==2.13.0\nlmms-eval>=0.7.3\n' | $(VENV)/lock/bin/uv pip compile setup.cfg - --extra test \
-	--upgrade --quiet --no-annotate --custom-compile-command 'make lock'
+	printf 'torch==2.13.0\nlmms-eval\n' | $(RESOLVE) --extra test --universal --python-version 3.10 --output-file $(LOCK)
+	printf 'torch==2.13.0\n' | $(RESOLVE) --extra train --resolution lowest-direct --python-version 3.11 \
+		--output-file requirements-oldest.lock
+RESOLVE = $(VENV)/lock/bin/uv pip compile setup.cfg - --upgrade --quiet --no-annotate --custom-compile-command 'make lock'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

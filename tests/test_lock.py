@@ -52,13 +52,13 @@ def test_lines_are_names_and_exact_versions(name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "python"),
-    [*((LOCKS[0], python) for python in ("3.10", "3.11", "3.12", "3.13")), (LOCKS[1], "3.11")],
+    ("name", "extra", "python"),
+    [*((LOCKS[0], "test", python) for python in ("3.10", "3.11", "3.12", "3.13")), (LOCKS[1], "train", "3.11")],
 )
-def test_the_locks_hold_what_setup_asks_for(name: str, python: str):
+def test_the_locks_hold_what_setup_asks_for(name: str, extra: str, python: str):
     """Fails where setup.cfg was changed without `make lock`."""
     pins = versions(name, python)
-    for requirement in direct("test"):
+    for requirement in direct(extra):
         environment = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
         if requirement.marker is None or requirement.marker.evaluate(environment):
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement

@@ -23,6 +23,8 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = sorted(Path(__file__).parent.glob("*_checks.py"))
 FATAL = ("ask", "pipeline", "remote code")
@@ -111,9 +113,14 @@ def check_saved_model(python: Path) -> tuple[str, str]:
 
 
 def locked_versions() -> dict[str, str]:
-    """Name -> version of requirements.lock; on Pythons with several, that of the newest Python."""
+    """Name -> version of requirements.lock, on this Python."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return {line.split("==")[0]: re.split(r"==|\s*;", line)[1] for line in lines if "==" in line}
+    locked = [Requirement(line) for line in lines if "==" in line]
+    return {
+        requirement.name: str(requirement.specifier).removeprefix("==")
+        for requirement in locked
+        if requirement.marker is None or requirement.marker.evaluate()
+    }
 
 
 def installed_versions(python: Path) -> dict[str, str]:
