@@ -27,7 +27,7 @@ def register() -> None:
     from .modeling_video_ma2mba.configuration_video_ma2mba import (
         Ma2mbaTextConfig,
         VideoMa2mbaConfig,
-        let_servers_know,
+        register_for_serving,
     )
     from .modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
     from .modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
@@ -49,7 +49,7 @@ def register() -> None:
         if hasattr(transformers, name):  # AutoModelForMultimodalLM came in the course of transformers 5
             getattr(transformers, name).register(VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, exist_ok=True)
             getattr(transformers, name).register(ReleasedConfig, released, exist_ok=True)
-    let_servers_know(VideoMa2mbaForConditionalGeneration)
+    register_for_serving(VideoMa2mbaForConditionalGeneration)
     transformers.AutoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaProcessor, exist_ok=True)
     transformers.AutoProcessor.register(ReleasedConfig, auto_loader(VideoMa2mbaProcessor), exist_ok=True)
     AutoVideoProcessor.register(VideoMa2mbaConfig, VideoMa2mbaVideoProcessor, exist_ok=True)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .circumstances import circumstances, command_line, require_matplotlib
 from .options import Device, Dtype, Fps, Model, NumFrames, TrustRemoteCode
+from .run_facts import command_line, require_matplotlib, run_facts
 
 
 def evaluate(
@@ -81,16 +81,23 @@ def evaluate(
     source = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
     prepare_environment(data)
     quiet_harness(verbose)
-    from video_ma2mba.eval.benchmark_run import ANSWERS, Evaluation, claim, collect_answers, leave_ranks, score_answers
+    from video_ma2mba.eval.benchmark_run import (
+        ANSWERS,
+        Evaluation,
+        claim_folder,
+        collect_answers,
+        leave_ranks,
+        score_answers,
+    )
     from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
 
     asked = None
     if judge is not None:
         asked = Judge(judge, judge_model, os.environ.get("OPENAI_API_KEY", ""), out / "judge.jsonl")
     evaluation = Evaluation(names, out, limit, None if no_judge else asked, further)
-    if evaluation.judged and asked is None and not no_judge:
+    if evaluation.judged_tasks and asked is None and not no_judge:
         raise ValueError(
-            f"{', '.join(evaluation.judged)}: a language model scores these answers. Name one with --judge and "
+            f"{', '.join(evaluation.judged_tasks)}: a language model scores these answers. Name one with --judge and "
             "--judge-model, or give --no-judge to collect the answers now and score them later"
         )
     join_ranks(device)
@@ -117,8 +124,8 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
         if first:
-            claim(out, adapter.settings())
-        about = {"frames": adapter.store.reading.text, **circumstances(adapter.pipe.model)}
+            claim_folder(out, adapter.settings())
+        about = {"frames": adapter.store.reading.text, **run_facts(adapter.pipe.model)}
         collect_answers(evaluation, adapter)
         if not leave_ranks():
             return
@@ -128,7 +135,7 @@ def evaluate(
         about = _of_recorded_answers()
     about |= {"command": command_line("eval", given), "limit": limit}
     about["model"] = model or ("recorded answers" if replay else "bundled checkpoint")
-    about["judge"] = judge_model if asked and evaluation.judged else None
+    about["judge"] = judge_model if asked and evaluation.judged_tasks else None
     try:
         score_answers(evaluation, answers, _tell)
     finally:  # a judge that fails does not take the other scores along

@@ -8,9 +8,9 @@ import typer
 from video_ma2mba.loading import load_pipeline
 
 from .ask import reading_progress
-from .circumstances import circumstances, command_line, require_matplotlib
 from .errors import masked
 from .options import Device, Dtype, Model, TrustRemoteCode
+from .run_facts import command_line, require_matplotlib, run_facts
 
 
 def niah(
@@ -66,7 +66,7 @@ def niah(
         "model": model or "bundled checkpoint",
         "haystack": "rendered world" if haystack == "synthetic" else masked(haystack),
         "needles": needles,
-        **circumstances(pipe.model),
+        **run_facts(pipe.model),
     }
     write_report(out, cells, about)
     typer.echo(f"{mean(cells, 'greedy'):.1%} found (chance {mean(cells, 'chance'):.1%}): {out / 'summary.md'}")

@@ -55,7 +55,7 @@ def push(
 
     from video_ma2mba.hub_cards.checkpoint_facts import read_facts
     from video_ma2mba.hub_cards.hub_folder import holds_only_our_code, write_hub_folder
-    from video_ma2mba.hub_cards.preflight import ask_as_a_stranger, refuse_secrets, refuse_wrong_sizes
+    from video_ma2mba.hub_cards.preflight import ask_remote_code, refuse_secrets, refuse_wrong_sizes
     from video_ma2mba.hub_cards.space_folder import CHECKPOINT, write_space_folder
     from video_ma2mba.hub_cards.upload import check_login, check_repo_id, upload
 
@@ -86,7 +86,7 @@ def push(
         refuse_secrets(target)
         typer.echo("trying the folder in a process without this package …", err=True)
         # an adapter is tried on the base model that it was trained on, which may be a folder of this machine
-        answer = ask_as_a_stranger(model, base)
+        answer = ask_remote_code(model, base)
         typer.echo(f"it answers: {answer!r}", err=True)
         if left_out:
             typer.echo(f"left out: {', '.join(left_out)}", err=True)

@@ -8,9 +8,9 @@ import typer
 from video_ma2mba.loading import load_pipeline
 
 from .ask import reading_progress
-from .circumstances import require_matplotlib
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
 from .out_files import check_out_file
+from .run_facts import require_matplotlib
 from .terminal import given_text
 
 

@@ -307,7 +307,7 @@ def _build(
     config: VideoMa2mbaConfig, tensors: dict[str, Tensor], dtype: torch.dtype, seed: int
 ) -> VideoMa2mbaForConditionalGeneration:
     """Model with the given tensors and random others."""
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]), without_loading_warnings():
         torch.manual_seed(seed)
         model = VideoMa2mbaForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype
@@ -327,7 +327,7 @@ def build_processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerBas
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def without_loading_warnings() -> Iterator[None]:
     """Keep transformers from warning of the tensors that are meant to be new."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -20,9 +20,9 @@ from video_ma2mba.conversion.compose import (
     build_processor,
     local_folder,
     pixel_statistics,
-    quiet,
     text_tokenizer,
     vision_parts,
+    without_loading_warnings,
 )
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
@@ -170,7 +170,7 @@ def _tokenizer(source: CheckpointSource, tokenizer: str | None, config: VideoMa2
     if tokenizer is None and source.folder is None:
         raise ValueError(f"{source.name} is a single file: name its tokenizer")
     rows = config.text_config.vocab_size
-    with quiet():  # transformers does not know the released checkpoints' model_type
+    with without_loading_warnings():  # transformers does not know the released checkpoints' model_type
         text, config.video_token_id = text_tokenizer(tokenizer, source.folder, config.text_config, {})
     if config.text_config.vocab_size != rows:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..modeling_video_ma2mba.state_writing import whole_file
 from .benchmark_scores import Scores
-from .benchmarks import is_of_five, title
+from .benchmarks import is_five_point_scale, title
 from .paper_numbers import SIZES, paper_columns
 
 _MARKERS = dict(zip(SIZES, "^sD", strict=True))
@@ -30,7 +30,7 @@ def draw_chart(scores: Mapping[str, Scores], path: Path, model: str, frames: str
         headings, paper = paper_columns(name, frames)
         named |= {heading: next(mark for size, mark in _MARKERS.items() if size in heading) for heading in headings}
         places = range(len(table.rows))
-        full = [5 if is_of_five(name, row.category) else 100 for row in table.rows]
+        full = [5 if is_five_point_scale(name, row.category) else 100 for row in table.rows]
         colours = ["#2b6cb0" if row.category == table.headline else "#90b4d8" for row in table.rows]
         ax.barh(places, [row.value / most for row, most in zip(table.rows, full, strict=True)], color=colours)
         for place, (row, most) in enumerate(zip(table.rows, full, strict=True)):

@@ -9,7 +9,7 @@ from typing import Any
 from ..modeling_video_ma2mba.state_writing import write_whole
 from .benchmark_chart import draw_chart
 from .benchmark_scores import Scores
-from .benchmarks import BENCHMARKS, is_of_five, title, unit
+from .benchmarks import BENCHMARKS, is_five_point_scale, title, unit
 from .needle_search import write_json
 from .paper_numbers import JUDGE, PAPER_NUMBERS, paper_columns
 
@@ -82,7 +82,7 @@ def _table(name: str, table: Scores, frames: str) -> list[str]:
     header += headings
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for row in table.rows:
-        digits = 2 if is_of_five(name, row.category) else 1
+        digits = 2 if is_five_point_scale(name, row.category) else 1
         value = f"{row.value:.{digits}f}"
         cells = [row.category, f"**{value}**" if row.category == table.headline else value, f"{row.questions:,}"]
         if paper:
@@ -124,7 +124,7 @@ def model_index(scores: Mapping[str, Scores], about: Mapping[str, Any]) -> str:
                         dataset_type=BENCHMARKS[name].dataset if name in BENCHMARKS else name,
                         dataset_name=title(name),
                         dataset_config=row.category,
-                        metric_type="score" if is_of_five(name, row.category) else "accuracy",
+                        metric_type="score" if is_five_point_scale(name, row.category) else "accuracy",
                         metric_name=f"{row.category} ({how}" + (f"; judge {about['judge']})" if judged else ")"),
                         metric_value=round(row.value, 4),
                     )

@@ -50,7 +50,7 @@ class Evaluation:
     scores: dict[str, Scores] = field(init=False, default_factory=dict)  # of the benchmarks that are scored so far
 
     @property
-    def judged(self) -> list[str]:
+    def judged_tasks(self) -> list[str]:
         """Benchmarks among `tasks` that a judge scores."""
         return [task for task in self.tasks if task in BENCHMARKS and BENCHMARKS[task].judge]
 
@@ -61,7 +61,7 @@ class Evaluation:
             ValueError: an unknown task, data that are missing. ConnectionError: the judge gives no usable reply.
         """
         self.manager = task_manager(self.tasks, self.include)
-        if self.judge is not None and self.judged and ParallelDims.of_run().first:
+        if self.judge is not None and self.judged_tasks and ParallelDims.of_run().first:
             self.judge.check()
         counts: dict[str, int] = {}
         for name in self.tasks:
@@ -70,7 +70,7 @@ class Evaluation:
         return counts
 
 
-def claim(out: Path, settings: Mapping[str, Any]) -> None:
+def claim_folder(out: Path, settings: Mapping[str, Any]) -> None:
     """Make a folder that of one model and one way of reading videos, or see that it is.
 
     Raises:
@@ -125,7 +125,7 @@ def score_answers(
     from .lmms_replay import ReplayChat
 
     for name in evaluation.tasks:
-        judged = name in evaluation.judged
+        judged = name in evaluation.judged_tasks
         if judged and evaluation.judge is None:
             if on_scores is not None:
                 on_scores(name, None)
@@ -133,7 +133,7 @@ def score_answers(
         model = ReplayChat(str(answers))
         told = {"limit": evaluation.limit, "out": evaluation.out / "harness"}
         if judged:
-            with evaluation.judge.serving():
+            with evaluation.judge.intercept():
                 results = evaluate_tasks(model, [name], evaluation.manager, threads=_JUDGING_THREADS, **told)
         else:
             results = evaluate_tasks(model, [name], evaluation.manager, **told)

@@ -83,6 +83,6 @@ def unit(name: str) -> str:
     return BENCHMARKS[name].unit if name in BENCHMARKS else ""
 
 
-def is_of_five(name: str, category: str) -> bool:
+def is_five_point_scale(name: str, category: str) -> bool:
     """Whether a score is on a scale of 0 to 5 rather than a percentage."""
     return unit(name) == "0-5" or (name == "activitynetqa" and category == "score")

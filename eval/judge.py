@@ -1,7 +1,7 @@
 """The language model that scores open answers: asked before the run whether it is fit, and during it never in vain.
 
 The harness's tasks post to the judge themselves, and what goes wrong there costs answers: a dead judge ends the run or
-scores 0, a reply with a word too many scores 0. Within `serving()` their posts go through here: every usable reply is
+scores 0, a reply with a word too many scores 0. In `intercept()` their posts go through here: every usable reply is
 kept in a file and never asked for again, nonsense is asked for anew, and a judge that stays useless ends the scoring.
 """
 
@@ -72,7 +72,7 @@ class Judge:
             raise ConnectionError(str(error)) from error
 
     @contextmanager
-    def serving(self) -> Iterator[None]:
+    def intercept(self) -> Iterator[None]:
         """What tasks post to a judge is asked here meanwhile.
 
         Raises:

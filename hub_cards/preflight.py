@@ -20,7 +20,7 @@ _SECRETS = {
     "an AWS key": r"\bAKIA[0-9A-Z]{16}\b",
     "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
 }
-_SCRIPT = Path(__file__).with_name("stranger.py")
+_SCRIPT = Path(__file__).with_name("ask_remote_code.py")
 
 
 def refuse_secrets(folder: Path) -> None:
@@ -63,7 +63,7 @@ def refuse_wrong_sizes(folder: Path) -> None:
             tensors_in(path)
 
 
-def ask_as_a_stranger(folder: Path, base_model: str | None = None) -> str:
+def ask_remote_code(folder: Path, base_model: str | None = None) -> str:
     """Let a clean process without this package load `folder` and answer a question about a small rendered video.
 
     Args:

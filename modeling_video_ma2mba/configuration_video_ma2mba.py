@@ -329,7 +329,7 @@ def _build_vision_config(config: PreTrainedConfig | dict | None) -> PreTrainedCo
 VideoMa2mbaConfig.register_for_auto_class()
 
 
-def let_servers_know(found: Any = AutoModelForImageTextToText) -> None:
+def register_for_serving(found: Any = AutoModelForImageTextToText) -> None:
     """`transformers serve` and `transformers chat` look a checkpoint's architecture up among transformers' own names,
     whatever code comes with it; without these two entries they cannot find it.
 
@@ -351,4 +351,4 @@ def let_servers_know(found: Any = AutoModelForImageTextToText) -> None:
             setattr(module, architecture, found)
 
 
-let_servers_know()
+register_for_serving()

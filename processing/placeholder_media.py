@@ -6,7 +6,7 @@ from .chat_format import Chat
 from .picture_sources import split_videos
 
 
-def deal_out(chats: list[Chat], media: Any, mark: str, kind: str) -> None:
+def assign_media(chats: list[Chat], media: Any, mark: str, kind: str) -> None:
     """Give each prompt its videos (images): as grouped by the caller, else in the order of the placeholders."""
     wanted = [chat.text.count(mark) for chat in chats]
     if media is None:

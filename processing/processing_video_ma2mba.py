@@ -21,9 +21,9 @@ from .chat_format import (
     render_chat,
     restored,
 )
-from .placeholder_media import deal_out, fill_placeholders, require_sources
+from .placeholder_media import assign_media, fill_placeholders, require_sources
 from .text_batches import IGNORED_LABEL, pad_batch
-from .video_processing_video_ma2mba import GIVEN_ANYWAY, SAMPLING_NAMES, drop_given_anyway, list_rates
+from .video_processing_video_ma2mba import FIXED_SETTINGS, SAMPLING_NAMES, drop_fixed_settings, list_rates
 from .video_reader import FrameReader
 
 _HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # of an emoji that was cut, say: no tokenizer takes them
@@ -155,8 +155,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             return self.video_processor(videos, return_tensors=return_tensors, **video_settings)
         texts = [text] if isinstance(text, str) else list(text)
         chats = [Chat(prompt, []) for prompt in texts]
-        deal_out(chats, videos, self.video_token, "videos")
-        deal_out(chats, images, self.image_token, "images")
+        assign_media(chats, videos, self.video_token, "videos")
+        assign_media(chats, images, self.image_token, "images")
         return self._encode_batch(chats, return_tensors, text_settings, video_settings)
 
     def apply_chat_template(
@@ -187,7 +187,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             ValueError: an empty question where an answer is asked for (`add_generation_prompt`), a malformed message,
                 a video or image without a source; and what reading a video raises.
         """
-        names = {*TEXT_SETTINGS, *VIDEO_NAMES, *RETURN_NAMES, *GIVEN_ANYWAY, *GROUPS}
+        names = {*TEXT_SETTINGS, *VIDEO_NAMES, *RETURN_NAMES, *FIXED_SETTINGS, *GROUPS}
         read = set(re.findall(r"\w+", chat_template or self.chat_template)) - names
         names |= NEUTRAL_TEXT.keys() - read
         for name in list(kwargs):
@@ -293,7 +293,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         given = dict(given)
         for group in GROUPS:
             given = {**(given.pop(group, None) or {}), **given}
-        given = drop_given_anyway(given, self.video_processor.size)
+        given = drop_fixed_settings(given, self.video_processor.size)
         text = {name: given.pop(name) for name in (*TEXT_SETTINGS, *RETURN_NAMES) if name in given}
         video = {name: given.pop(name) for name in VIDEO_NAMES if name in given}
         for name in [name for name in given if name in NEUTRAL_TEXT]:

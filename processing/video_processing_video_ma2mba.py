@@ -19,7 +19,7 @@ SAMPLING_NAMES = ("fps", "num_frames", "start", "end", "max_frames")
 _FITTED = "frames are always fitted to the size that the model takes; resize_mode of the processor says how"
 _BY_MODEL = "pixels stay uint8 0..255 here, and the model scales and normalises them"
 _READER = "videos are decoded by this package's own reader"
-GIVEN_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
+FIXED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_resize": ((True,), _FITTED),
     "do_center_crop": ((False,), _FITTED),
     "do_pad": ((False,), _FITTED),
@@ -43,19 +43,19 @@ GIVEN_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
 """Settings of transformers' processors that have one value here: what is accepted besides None, why nothing else."""
 
 
-def drop_given_anyway(given: dict[str, Any], size: dict[str, int]) -> dict[str, Any]:
+def drop_fixed_settings(given: dict[str, Any], size: dict[str, int]) -> dict[str, Any]:
     """`given` without the settings that say what is done anyway.
 
     Raises:
         ValueError: one of them says something else.
     """
-    for name in [name for name in given if name in GIVEN_ANYWAY]:
-        accepted, reason = GIVEN_ANYWAY[name]
+    for name in [name for name in given if name in FIXED_SETTINGS]:
+        accepted, reason = FIXED_SETTINGS[name]
         value = given[name]
         same_size = name == "size" and value is not None and dict(value) == {**dict(value), **size}
         if value is not None and value not in accepted and not same_size:
             raise ValueError(f"{name}={value!r:.60} is not possible here: {reason}")
-    return {name: value for name, value in given.items() if name not in GIVEN_ANYWAY}
+    return {name: value for name, value in given.items() if name not in FIXED_SETTINGS}
 
 
 def list_rates(metadata: Any, videos: int) -> Iterator[Any]:
@@ -204,7 +204,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             return_tensors: "pt" (default) or "np".
             kwargs: `fps`, `num_frames`, `start`, `end`, `max_frames`, `do_sample_frames` for this call;
                 `video_metadata` (one for each video, see `open`); `device` for the result; settings of transformers'
-                processors that say what is done anyway (`GIVEN_ANYWAY`); `return_metadata=True` adds
+                processors that say what is done anyway (`FIXED_SETTINGS`); `return_metadata=True` adds
                 "video_metadata", a list of dicts with name, duration, timestamps (seconds) and warnings of each video.
 
         Returns:
@@ -218,7 +218,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         return_metadata = kwargs.pop("return_metadata", False)
         device = kwargs.pop("device", None)
         metadata = kwargs.pop("video_metadata", None)
-        kwargs = drop_given_anyway(kwargs, self.size)
+        kwargs = drop_fixed_settings(kwargs, self.size)
         unknown = kwargs.keys() - {*SAMPLING_NAMES, "do_sample_frames"}
         if unknown:
             raise TypeError(f"unknown settings for videos: {', '.join(sorted(unknown))}")

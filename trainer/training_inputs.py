@@ -100,7 +100,7 @@ def sample_lengths(dataset: Any, processor: Any, args: VideoMa2mbaTrainingConfig
         )
 
 
-def on_host(loader: DataLoader) -> DataLoader:
+def keep_on_host(loader: DataLoader) -> DataLoader:
     """Keep batches on the host: `get_batch_samples` fetches all of an optimizer step before the first one is used,
     and an hour of frames is a gigabyte."""
     if hasattr(loader, "device"):

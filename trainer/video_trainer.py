@@ -42,8 +42,8 @@ from .training_inputs import (
     checked_rows,
     default_collator,
     evaluation_collator,
+    keep_on_host,
     load_for_training,
-    on_host,
     sample_lengths,
 )
 
@@ -153,12 +153,12 @@ class VideoMa2mbaTrainer(SFTTrainer):
             ]
 
     def get_train_dataloader(self) -> DataLoader:
-        return on_host(super().get_train_dataloader())
+        return keep_on_host(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self._eval_collator
         try:
-            return on_host(super().get_eval_dataloader(eval_dataset))
+            return keep_on_host(super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator = train_collator
 

@@ -33,7 +33,7 @@ _WORDS = re.compile("[a-z]+")
 _NAMES = frozenset([*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", "card"])
 
 
-def through_a_file(frames: np.ndarray, noise_seed: int) -> np.ndarray:
+def imitate_mp4(frames: np.ndarray, noise_seed: int) -> np.ndarray:
     """Frames, uint8 (F, H, W, 3), much as an mp4 file would give them back: colour at half resolution, slight noise.
 
     The model is trained on pictures from memory and used on files; this keeps it from depending on the difference.
@@ -118,7 +118,7 @@ class WorldBatches(IterableDataset):
         while True:
             rng = random.Random(f"{self.dataset.seed} {number}")
             frames = draw_length(rng, self._longest(longest), shortest, self.shorter)
-            length = frames * self.processor.tokens_per_frame + (self.turns(frames) + 3) * _TURN_TOKENS
+            length = frames * self.processor.tokens_per_frame + (self.questions_per_video(frames) + 3) * _TURN_TOKENS
             videos = max(self.tokens_per_batch // length, 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
             yield self.batch(indices, frames, files=0.5)
@@ -127,7 +127,7 @@ class WorldBatches(IterableDataset):
     def _longest(self, longest: int) -> int:
         return longest_at(float(self.progress), longest, self.ramp, self.ramp_from)
 
-    def turns(self, frames: int) -> int:
+    def questions_per_video(self, frames: int) -> int:
         """Questions about a video of `frames`: more where reading the video costs more."""
         return min(3 + frames // 4, self.dataset.questions)
 
@@ -143,16 +143,16 @@ class WorldBatches(IterableDataset):
             if mark < _LIST_ALONE * lists or not asked:
                 turns = [listed]
             else:
-                turns = choose_questions(rng, asked, self.turns(frames), weights)
+                turns = choose_questions(rng, asked, self.questions_per_video(frames), weights)
                 spare = [question for question in asked if question.options and question not in turns]
                 turns += [name_option(question) for question in spare[:_NAMED_OPTIONS]]
                 turns += [listed] if mark < (_LIST_ALONE + _LIST_LAST) * lists else []
             video = render(world, self.dataset.fps, self.dataset.resolution)
-            video = through_a_file(video, index % 2**32) if place < files * len(indices) else video
+            video = imitate_mp4(video, index % 2**32) if place < files * len(indices) else video
             rows.append({"id": str(index), "messages": chat(turns, video)})
         return self.collator(rows)
 
 
-def first(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def only_item(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Collator for items that are batches already."""
     return items[0]

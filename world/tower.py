@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..modeling_video_ma2mba.vision_features import encode_frames, used_tower_modules
 from . import World, WorldDataset
-from .batches import first, through_a_file
+from .batches import imitate_mp4, only_item
 from .world import CARD_SYMBOLS, COLOURS, SHAPES, SKY
 
 _FRAMES_PER_VIDEO = 8
@@ -95,7 +95,7 @@ class TowerFrames(IterableDataset):
             times = [int(rng.random() * world.seconds) for _ in range(_FRAMES_PER_VIDEO - 1)]
             times.append(world.card.start if world.card else 0)  # a frame in two dozens: too rare by itself
             frames = WorldRenderer(world, self.dataset.resolution).frames(times)
-            pictures.append(through_a_file(frames, index % 2**32) if rng.random() < 0.5 else frames)
+            pictures.append(imitate_mp4(frames, index % 2**32) if rng.random() < 0.5 else frames)
             for moment in times:
                 seen = cell_labels(world, moment, self.side)
                 classes.append(seen[0])
@@ -151,7 +151,7 @@ def train_tower(
     )
     frames = TowerFrames(frames_per_batch, side, seed, config.vision_config.image_size)
     loader = iter(
-        DataLoader(frames, batch_size=1, collate_fn=first, num_workers=workers, pin_memory=device.type == "cuda")
+        DataLoader(frames, batch_size=1, collate_fn=only_item, num_workers=workers, pin_memory=device.type == "cuda")
     )
     begun, step, right = time.monotonic(), 0, {}
     while True:

@@ -27,7 +27,7 @@ from ..trainer.training_clock import ENDLESS, TrainingClock
 from ..trainer.training_config import VideoMa2mbaTrainingConfig
 from ..trainer.video_trainer import VideoMa2mbaTrainer
 from . import KINDS, WorldDataset, parse_frames
-from .batches import SHORTER, WorldBatches, first
+from .batches import SHORTER, WorldBatches, only_item
 from .model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
 from .questions import check_kinds
 from .report import WorldReport
@@ -105,7 +105,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     exported_chunk = config.vision_chunk_frames
     config.vision_chunk_frames = 2048  # the small tower takes many frames at once
     if not checkpoint and not training.start_from:
-        see(model, training)
+        pretrain_tower(model, training)
     processor = world_processor(config, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
 
@@ -142,7 +142,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         model=model,
         args=arguments,
         train_dataset=batches,
-        data_collator=first,
+        data_collator=only_item,
         processing_class=processor,
         data_name="the rendered world",
     )
@@ -156,7 +156,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     return results
 
 
-def see(model: Any, training: WorldTraining) -> None:
+def pretrain_tower(model: Any, training: WorldTraining) -> None:
     """The first stage, see `world/tower.py`; the projector is then scaled to what the tower gives."""
     batch = train_tower(
         model,

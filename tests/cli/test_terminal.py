@@ -12,9 +12,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from video_ma2mba.cli.circumstances import command_line
 from video_ma2mba.cli.errors import OneLineErrors, one_line
 from video_ma2mba.cli.main import app
+from video_ma2mba.cli.run_facts import command_line
 from video_ma2mba.cli.terminal import echo_json, given_text, input_lines
 
 COMMAND = [sys.executable, "-m", "video_ma2mba"]

@@ -51,13 +51,13 @@ def test_replies_are_kept_and_not_asked_for_again(tmp_path: Path):
     log = tmp_path / "judge.jsonl"
     with fake_judge(lambda *_: "Well: {'pred': 'yes', 'score': 4}") as server:
         judge = Judge(server.url, "gpt", log=log)
-        with judge.serving():
+        with judge.intercept():
             assert post()["choices"][0]["message"]["content"] == "{'pred': 'yes', 'score': 4}"
             post()
-        with Judge(server.url, "gpt", log=log).serving():
+        with Judge(server.url, "gpt", log=log).intercept():
             post()
         assert len(server.asked) == 1
-        with Judge(server.url, "another", log=log).serving():
+        with Judge(server.url, "another", log=log).intercept():
             post()
         assert len(server.asked) == 2
     first, second = read_rows(log)
@@ -66,7 +66,7 @@ def test_replies_are_kept_and_not_asked_for_again(tmp_path: Path):
 
 def test_nonsense_and_errors_are_asked_for_again():
     replies = iter(["I cannot", 500, 429, "{'pred': 'no', 'score': 0}"])
-    with fake_judge(lambda *_: next(replies)) as server, Judge(server.url, "gpt", wait=0.01).serving():
+    with fake_judge(lambda *_: next(replies)) as server, Judge(server.url, "gpt", wait=0.01).intercept():
         assert post()["choices"][0]["message"]["content"] == "{'pred': 'no', 'score': 0}"
         assert len(server.asked) == 4
 
@@ -91,7 +91,7 @@ def test_a_useless_judge_is_an_error(case: str):
     reply, delay, reason, times = FAILURES[case]
     with fake_judge(reply, delay) as server:
         judge = Judge(server.url, "gpt", tries=3, timeout=0.2 if delay else 60, wait=0.01)
-        with pytest.raises(ConnectionError, match=f"gives no usable reply.*{reason}.*run the same"), judge.serving():
+        with pytest.raises(ConnectionError, match=f"gives no usable reply.*{reason}.*run the same"), judge.intercept():
             as_a_task_does()
         assert len(server.asked) == times
         with pytest.raises(ConnectionError, match=reason):
@@ -116,14 +116,14 @@ def test_a_full_disk_ends_judging_and_other_posts_pass(tmp_path: Path, monkeypat
         judge = Judge(server.url, "gpt", log=tmp_path / "judge.jsonl")
         judge.check()
         monkeypatch.setattr("video_ma2mba.eval.answer_log._write", full)
-        with pytest.raises(ConnectionError, match="No space left"), judge.serving():
+        with pytest.raises(ConnectionError, match="No space left"), judge.intercept():
             post(
                 json={
                     **ASKED["json"],
                     "messages": [{"role": "user", "content": "Correct Answer: a\nPredicted Answer: a"}],
                 }
             )
-        with judge.serving():
+        with judge.intercept():
             import requests
 
             with pytest.raises(requests.exceptions.ConnectionError):

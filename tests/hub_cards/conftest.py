@@ -36,4 +36,4 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pushes without the trial in a process of its own, for tests whose own process shows the same."""
-    monkeypatch.setattr("video_ma2mba.hub_cards.preflight.ask_as_a_stranger", lambda *_: "not asked")
+    monkeypatch.setattr("video_ma2mba.hub_cards.preflight.ask_remote_code", lambda *_: "not asked")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
 from video_ma2mba.hub_cards.hub_folder import write_hub_folder
-from video_ma2mba.hub_cards.preflight import ask_as_a_stranger, refuse_secrets, refuse_wrong_sizes
+from video_ma2mba.hub_cards.preflight import ask_remote_code, refuse_secrets, refuse_wrong_sizes
 from video_ma2mba.hub_cards.upload import check_login, check_repo_id
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_the_folder_must_work_without_the_package(checkpoint: Path, tmp_path: Pa
     write_hub_folder(checkpoint, target, "me/tiny")
     (target / "ops_ssd.py").unlink()
     with pytest.raises(ValueError, match=r"does not answer a question: .*ops_ssd"):
-        ask_as_a_stranger(target)
+        ask_remote_code(target)
 
 
 @pytest.mark.bundled

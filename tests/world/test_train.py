@@ -16,9 +16,9 @@ from video_ma2mba.world.batches import (
     WorldBatches,
     choose_questions,
     draw_length,
+    imitate_mp4,
     longest_at,
     subject,
-    through_a_file,
 )
 from video_ma2mba.world.model import (
     SIZES,
@@ -157,7 +157,7 @@ def test_batches_follow_from_their_number(processor):
 
 def test_pictures_as_from_a_file_stay_close():
     frames = WorldDataset(frames=(8, 8))[3].frames
-    rough = through_a_file(frames, 5)
+    rough = imitate_mp4(frames, 5)
     assert rough.shape == frames.shape
     assert rough.dtype == np.uint8
     assert 0.5 < np.abs(rough.astype(int) - frames).mean() < 6

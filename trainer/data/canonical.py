@@ -123,10 +123,10 @@ def _group(messages: list[Row], clips: bool, merge: bool) -> tuple[str | None, f
     return None, None
 
 
-def merged(rows: list[Row]) -> Row:
+def merge_rows(rows: list[Row]) -> Row:
     """One sample of rows of one group: clips one after the other in time, questions as turns about one video."""
     if len(rows) == 1:
-        return strip(rows[0])
+        return without_group(rows[0])
     rows = sorted(rows, key=lambda row: row["start"] or 0.0)  # stable: questions keep their order
     messages = list(rows[0]["messages"])
     is_questions = rows[0]["start"] is None
@@ -140,7 +140,7 @@ def merged(rows: list[Row]) -> Row:
     return {"messages": messages, "id": rows[0]["id"], "problem": None}
 
 
-def strip(row: Row) -> Row:
+def without_group(row: Row) -> Row:
     return {name: row[name] for name in ("messages", "id", "problem")}
 
 
@@ -149,11 +149,11 @@ def merge_neighbours(rows: Iterable[Row]) -> Iterator[Row]:
     waiting: list[Row] = []
     for row in rows:
         if waiting and (row["group"] is None or row["group"] != waiting[0]["group"]):
-            yield merged(waiting)
+            yield merge_rows(waiting)
             waiting = []
         waiting.append(row)
     if waiting:
-        yield merged(waiting)
+        yield merge_rows(waiting)
 
 
 def drop_empty(message: Row) -> Row:
@@ -167,4 +167,4 @@ def drop_empty(message: Row) -> Row:
     return {"role": message["role"], "content": parts, **({"learn": False} if message.get("learn") is False else {})}
 
 
-__all__ = ["MEDIA_COLUMNS", "canonical_row", "drop_empty", "features", "media_part", "merge_neighbours", "merged"]
+__all__ = ["MEDIA_COLUMNS", "canonical_row", "drop_empty", "features", "media_part", "merge_neighbours", "merge_rows"]

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from .canonical import MEDIA_COLUMNS, canonical_row, features, merge_neighbours, merged, strip
+from .canonical import MEDIA_COLUMNS, canonical_row, features, merge_neighbours, merge_rows, without_group
 from .row_formats import Row, detect_format
 
 _ARRAYS = (datasets.Array3D, datasets.Array4D, datasets.Array5D)
@@ -37,7 +37,7 @@ def merge_groups(rows: Dataset) -> Dataset:
 
 def _groups(rows: Dataset, order: tuple[tuple[int, ...], ...]) -> Iterator[Row]:
     for places in order:
-        yield merged([rows[place] for place in places])
+        yield merge_rows([rows[place] for place in places])
 
 
 def from_dataset(
@@ -97,7 +97,7 @@ def _streamed(
 
 
 def _convert_row(row: Row, number: int, **known: Any) -> Row:
-    return strip(_converted(row, number, **known))
+    return without_group(_converted(row, number, **known))
 
 
 def _convert_batch(batch: dict[str, list[Any]], numbers: list[int], **known: Any) -> dict[str, list[Any]]:

@@ -163,7 +163,7 @@ def lay_out(processor: Any, messages: list[dict[str, Any]], frames: list[int], s
     wanted = sum(frames)
     limit = settings.max_length
     if limit is None:
-        return Layout(tokens, written, thin(frames, settings.max_frames), wanted, 0)
+        return Layout(tokens, written, thin_frames(frames, settings.max_frames), wanted, 0)
     dropped, few = 0, FEW_FRAMES
     while len(tokens) - len(frames) + processor.tokens_per_frame * sum(min(n, few) for n in frames) > limit:
         shorter = without_last_turn(messages)
@@ -179,7 +179,7 @@ def lay_out(processor: Any, messages: list[dict[str, Any]], frames: list[int], s
         tokens, written = settings.tokens(processor, messages)
         frames = frames[: len(media_of(messages))]
     room = (limit - (len(tokens) - len(frames))) // processor.tokens_per_frame
-    return Layout(tokens, written, thin(frames, min(room, settings.max_frames or room)), wanted, dropped)
+    return Layout(tokens, written, thin_frames(frames, min(room, settings.max_frames or room)), wanted, dropped)
 
 
 def without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -192,7 +192,7 @@ def without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | 
     return messages[: answers[-2] + 1] if len(answers) > 1 else None
 
 
-def thin(frames: list[int], limit: int | None) -> list[int]:
+def thin_frames(frames: list[int], limit: int | None) -> list[int]:
     """Frame counts that add up to at most `limit` (or 1 each, where that is more), thinned in proportion."""
     if limit is None or sum(frames) <= limit:
         return list(frames)

@@ -14,7 +14,7 @@ from video_ma2mba.trainer.data.sample_encoding import (
     EncodingSettings,
     encode_row,
     lay_out,
-    thin,
+    thin_frames,
     without_last_turn,
 )
 
@@ -161,7 +161,7 @@ def test_long_samples_lose_frames_then_turns_and_never_part_of_an_answer(process
 
 @given(FRAMES, st.integers(0, 120))
 def test_thinning_is_even_and_leaves_every_video_a_frame(frames, limit):
-    kept = thin(frames, limit)
+    kept = thin_frames(frames, limit)
     assert len(kept) == len(frames)
     assert all(1 <= k <= n for k, n in zip(kept, frames, strict=True))
     assert sum(kept) == min(sum(frames), max(limit, len(frames)))

@@ -1,7 +1,7 @@
-"""Asks a checkpoint folder a question as a stranger would: without this package, by the folder's own code.
+"""Asks a checkpoint folder a question by the code that it carries, without this package, as any user of the Hub does.
 
-Run by `preflight.py` as a script, in an interpreter of its own: `stranger.py FOLDER VIDEO QUESTION [BASE_MODEL]`.
-With BASE_MODEL, FOLDER is a LoRA adapter of it. Prints one JSON object with the answer.
+Run by `preflight.py` as a script, in an interpreter of its own: `ask_remote_code.py FOLDER VIDEO QUESTION [BASE]`.
+With BASE, FOLDER is a LoRA adapter of it. Prints one JSON object with the answer.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a report says about how it came about: the command, versions, device, date."""
+"""Facts about a run for its report: the command, versions, device, date."""
 
 import shlex
 from typing import Any
@@ -25,7 +25,7 @@ def require_matplotlib(what: str) -> None:
         raise ImportError(f"{what} needs matplotlib: pip install 'video-ma2mba[plot]'", name="matplotlib")
 
 
-def circumstances(model: Any) -> dict[str, str]:
+def run_facts(model: Any) -> dict[str, str]:
     """Date, device, data type and versions, as a report says them."""
     import datetime
 
