@@ -34,12 +34,13 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[
         (K, B, S, E).
     """
     tokens, width = x.shape[1], weight.shape[-1]
-    out = []
-    for taps, offset, backwards in zip(weight.to(x.dtype), bias.to(x.dtype), reverse, strict=True):
-        padded = F.pad(x, (0, 0, 0, width - 1) if backwards else (0, 0, width - 1, 0))
+    work = torch.promote_types(x.dtype, torch.float32)
+    wide, out = x.to(work), []
+    for taps, offset, backwards in zip(weight.to(work), bias.to(work), reverse, strict=True):
+        padded = F.pad(wide, (0, 0, 0, width - 1) if backwards else (0, 0, width - 1, 0))
         steps = range(width)
         terms = (padded[:, k : k + tokens] * taps[:, width - 1 - k if backwards else k] for k in steps)
-        out.append(F.silu(sum(terms) + offset))
+        out.append(F.silu(sum(terms) + offset).to(x.dtype))
     return torch.stack(out)
 
 

@@ -95,11 +95,19 @@ def scan_differences(
 
 
 def model_differences(
-    device: str = "cpu", dtype: str = "float32", autocast: bool = False, settings: dict | None = None, **sizes
+    device: str = "cpu",
+    dtype: str = "float32",
+    autocast: bool = False,
+    settings: dict | None = None,
+    tokens_at_once: int = 65536,
+    **sizes,
 ) -> dict[str, float]:
-    """Logits and gradients of a small classifier, whole blocks and mixers between other modules."""
+    """Logits and gradients of a small classifier, whole blocks and mixers between other modules, beside PyTorch's
+    without autocast; under autocast PyTorch's own differences, too."""
+    from video_ma2mba.modeling_video_ma2mba import ops_mamba1_triton
     from video_ma2mba.modeling_video_ma2mba import ops_selective_scan_triton as kernels
 
+    ops_mamba1_triton._TOKENS_AT_ONCE = tokens_at_once
     kernels.force_settings(kernels.ScanSettings(**settings) if settings else None)
     torch.manual_seed(0)
     fields = dict(hidden_size=16, num_hidden_layers=2, state_size=4, image_size=32, num_frames=2, num_labels=5)
@@ -109,21 +117,23 @@ def model_differences(
             parameter.add_(torch.randn_like(parameter) * 0.1)
     clip = torch.randn(2, model.config.num_frames, 3, 32, 32, device=device, dtype=getattr(torch, dtype))
     runs = {}
-    for name in ("torch", "whole blocks", "mixers"):
+    names = ("whole blocks", "mixers") if not autocast else ("torch under autocast", "whole blocks", "mixers")
+    for name in ("torch", *names):
+        mixed = autocast and name != "torch"
         hook = (lambda *_: None) if name == "mixers" else None  # a hook on a projection calls for modules
         handles = [block.mixer.in_proj.register_forward_hook(hook) for block in model.videomamba.layers if hook]
-        with force_backend("torch" if name == "torch" else "triton"):
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        with force_backend("torch" if name.startswith("torch") else "triton"):
+            with torch.autocast(device, torch.bfloat16, enabled=mixed):
                 logits = model(clip).logits
             gradients = torch.autograd.grad(logits.float().square().sum(), list(model.parameters()))
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=mixed):
                 without = model(clip).logits
         runs[name] = (logits, without, torch.cat([g.float().flatten() for g in gradients]))
         for handle in handles:
             handle.remove()
     return {
         f"{name} {what}": relative(runs[name][i], runs["torch"][i])
-        for name in ("whole blocks", "mixers")
+        for name in names
         for i, what in enumerate(("logits", "logits without gradients", "gradients"))
     }
 

@@ -19,6 +19,7 @@ INTERPRETED = [
     {"tokens": 8, "reverse": [True], "initial": False, "gated": False, "width": 3, "settings": TINY},
     {"tokens": 1, "reverse": [False, True, False], "initial": False, "settings": TINY},
     {"model": True, "settings": TINY},
+    {"model": True, "settings": TINY, "tokens_at_once": 9},  # row by row
     {"model": True, "settings": TINY, "scan_order": "spatiotemporal_v2"},
 ]
 
@@ -63,7 +64,12 @@ def test_kernels_equal_their_twin_in_16_bits(dtype, programs):
 def test_models_equal_their_twin_on_a_gpu(autocast):
     sizes = {"hidden_size": 192, "state_size": 16, "image_size": 32}
     found = cases.model_differences("cuda", autocast=autocast, **sizes)
-    assert all(value < (3e-2 if autocast else 1e-4) for value in found.values()), found
+    for name, value in found.items():
+        if autocast:  # what bf16 costs depends on the model: no more than it costs plain PyTorch
+            what = name.removeprefix("whole blocks ").removeprefix("mixers ").removeprefix("torch under autocast ")
+            assert value < max(1e-2, 1.5 * found[f"torch under autocast {what}"]), found
+        else:
+            assert value < 1e-4, found
 
 
 @pytest.mark.gpu
