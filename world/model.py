@@ -21,7 +21,7 @@ _SLOWEST, _FASTEST = 0.004, 8.0  # decay rates A; a token multiplies a head's me
 
 @dataclass(frozen=True)
 class WorldModelSize:
-    """Widths and depths. `frame` and `patch` are in pixels."""
+    """Widths and depths. `frame` and `patch` are in pixels; a VideoMamba tower looks at `clip` frames together."""
 
     hidden: int = 384
     layers: int = 7
@@ -31,18 +31,38 @@ class WorldModelSize:
     vision_hidden: int = 192
     vision_layers: int = 3
     vision_heads: int = 4
+    videomamba_layers: int = 4
+    clip: int = 4
     frame: int = 64
     patch: int = 8
 
 
 SIZES = {
     "bundled": WorldModelSize(),
-    "tiny": WorldModelSize(hidden=32, layers=2, state=16, head=16, vision_hidden=32, vision_layers=1, vision_heads=2),
+    "tiny": WorldModelSize(
+        hidden=32, layers=2, state=16, head=16, vision_hidden=32, vision_layers=1, vision_heads=2, videomamba_layers=1
+    ),
 }
+TOWERS = ("vit", "videomamba")
 
 
-def world_config(size: WorldModelSize, tokenizer: PreTrainedTokenizerFast) -> VideoMa2mbaConfig:
-    """Configuration of the small model; the embedding is padded to a multiple of 16 rows."""
+def _vision_config(size: WorldModelSize, tower: str) -> dict[str, Any]:
+    sizes = {"hidden_size": size.vision_hidden, "image_size": size.frame, "patch_size": size.patch}
+    if tower == "videomamba":
+        layers = {"num_hidden_layers": size.videomamba_layers, "num_frames": size.clip}
+        return {"model_type": "videomamba", **sizes, **layers}
+    return {
+        "model_type": "clip_vision_model",
+        **sizes,
+        "intermediate_size": 4 * size.vision_hidden,
+        "num_hidden_layers": size.vision_layers,
+        "num_attention_heads": size.vision_heads,
+        "projection_dim": size.vision_hidden,
+    }
+
+
+def world_config(size: WorldModelSize, tokenizer: PreTrainedTokenizerFast, tower: str = "vit") -> VideoMa2mbaConfig:
+    """Configuration of the small model with one of `TOWERS`; the embedding is padded to a multiple of 16 rows."""
     return VideoMa2mbaConfig(
         text_config={
             "vocab_size": -(-len(tokenizer) // 16) * 16,
@@ -56,16 +76,7 @@ def world_config(size: WorldModelSize, tokenizer: PreTrainedTokenizerFast) -> Vi
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": size.vision_hidden,
-            "intermediate_size": 4 * size.vision_hidden,
-            "num_hidden_layers": size.vision_layers,
-            "num_attention_heads": size.vision_heads,
-            "image_size": size.frame,
-            "patch_size": size.patch,
-            "projection_dim": size.vision_hidden,
-        },
+        vision_config=_vision_config(size, tower),
         video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
         vision_feature_layer=-1,
         image_mean=PIXEL_MEAN,
@@ -87,7 +98,12 @@ def start_for_recall_(model: VideoMa2mbaForConditionalGeneration) -> None:
     for layer in model.model.language_model.layers:
         rates = layer.mixer.A_log
         rates.copy_(torch.linspace(math.log(_SLOWEST), math.log(_FASTEST), rates.numel()))
-    model.model.vision_tower.embeddings.position_embedding.weight.normal_(0.0, 0.2)
+    tower = model.model.vision_tower
+    if model.config.vision_config.model_type == "videomamba":
+        tower.pos_embed.normal_(0.0, 0.2)
+        tower.temporal_pos_embedding.normal_(0.0, 0.2)
+    else:
+        tower.embeddings.position_embedding.weight.normal_(0.0, 0.2)
     model.get_input_embeddings().weight.normal_(0.0, 0.5)
     projector = model.model.multi_modal_projector
     for linear in (projector.linear_1, projector.linear_2):

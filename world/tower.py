@@ -3,6 +3,7 @@
 Video-Ma2mba starts from a CLIP tower that already sees; this stage gives the small tower the same start, in a minute.
 Single frames of training videos go through the tower and its pooling; linear heads, thrown away afterwards, name for
 each of the pooled cells the colour, the shape and the place of the thing in it, the sign on the card and the sun.
+A tower that looks at clips gets clips, whose frames follow each other.
 
 Shapes: F frames, C pooled cells of a frame in raster order (the tokens of a frame), W vision width.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..modeling_video_ma2mba.vision_features import encode_frames, used_tower_modules
+from ..modeling_video_ma2mba.vision_features import encode_frames, used_tower_modules, whole_clips
 from . import World, WorldDataset
 from .batches import imitate_mp4, only_item
 from .world import CARD_SYMBOLS, COLOURS, SHAPES, SKY
@@ -70,9 +71,10 @@ def cell_labels(world: World, time: float, side: int) -> tuple[np.ndarray, np.nd
 
 
 class TowerFrames(IterableDataset):
-    """Endless batches of single frames with the labels of their cells."""
+    """Endless batches of frames, `clip` that follow each other together, with the labels of their cells."""
 
-    def __init__(self, frames_per_batch: int, side: int, seed: int, resolution: int):
+    def __init__(self, frames_per_batch: int, side: int, seed: int, resolution: int, clip: int = 1):
+        self.clip = clip
         self.frames_per_batch, self.side, self.seed = frames_per_batch, side, seed
         self.dataset = WorldDataset("train", 10**9, frames=(4, 24), seed=seed, resolution=resolution)
 
@@ -92,8 +94,11 @@ class TowerFrames(IterableDataset):
         for _ in range(max(self.frames_per_batch // _FRAMES_PER_VIDEO, 1)):
             index = int(rng.random() * len(self.dataset))
             world = self.dataset.world(index)
-            times = [int(rng.random() * world.seconds) for _ in range(_FRAMES_PER_VIDEO - 1)]
-            times.append(world.card.start if world.card else 0)  # a frame in two dozens: too rare by itself
+            starts = [int(rng.random() * world.seconds) for _ in range(max(_FRAMES_PER_VIDEO // self.clip - 1, 0))]
+            starts.append(world.card.start if world.card else 0)  # a frame in two dozens: too rare by itself
+            latest = max(world.seconds - self.clip, 0)
+            starts = [min(start, latest) for start in starts] if self.clip > 1 else starts
+            times = [min(start + i, world.seconds - 1) for start in starts for i in range(self.clip)]
             frames = WorldRenderer(world, self.dataset.resolution).frames(times)
             pictures.append(imitate_mp4(frames, index % 2**32) if rng.random() < 0.5 else frames)
             for moment in times:
@@ -135,6 +140,42 @@ class TowerHeads(nn.Module):
         return loss + error, {name: value.detach() for name, value in right.items()}
 
 
+def clips_of(config: Any, frames: int) -> list[int]:
+    """Lengths of the clips that `frames` frames in a row are to the tower."""
+    return whole_clips([frames], config.clip_frames, frames)[0]
+
+
+def tower_costs(model: Any, pixels: Tensor, repeats: int = 5) -> dict[str, float]:
+    """Frames per second of the tower forward, and forward and backward, and (CUDA) the peak bytes a frame of each.
+
+    Args:
+        pixels: uint8 (F, 3, h, w).
+    """
+    config, tower = model.config, model.model.vision_tower
+    cuda = pixels.device.type == "cuda"
+    clips, found = clips_of(config, len(pixels)), {}
+    for name in ("forward", "training"):
+        seconds = []
+        for _ in range(repeats):
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            begun = time.monotonic()
+            with torch.set_grad_enabled(name == "training"), torch.autocast(pixels.device.type, torch.bfloat16, cuda):
+                features = encode_frames(tower, config, pixels, clips)
+            if name == "training":
+                features.float().square().mean().backward()
+            if cuda:
+                torch.cuda.synchronize()
+                found[f"{name} bytes a frame"] = (torch.cuda.max_memory_allocated() - before) / len(pixels)
+            del features
+            seconds.append(time.monotonic() - begun)
+        found[f"{name} frames/s"] = len(pixels) / sorted(seconds)[repeats // 2]
+    tower.zero_grad(set_to_none=True)
+    return found
+
+
 def train_tower(
     model: Any, *, seconds: float, steps: int | None, frames_per_batch: int, workers: int, seed: int, rate: float
 ) -> Tensor:
@@ -149,7 +190,7 @@ def train_tower(
     optimizer = torch.optim.AdamW(
         parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.02, fused=device.type == "cuda"
     )
-    frames = TowerFrames(frames_per_batch, side, seed, config.vision_config.image_size)
+    frames = TowerFrames(frames_per_batch, side, seed, config.vision_config.image_size, config.clip_frames)
     loader = iter(
         DataLoader(frames, batch_size=1, collate_fn=only_item, num_workers=workers, pin_memory=device.type == "cuda")
     )
@@ -163,7 +204,8 @@ def train_tower(
             group["lr"] = rate * min((step + 1) / 100, 1.0) * max(1 - progress, 0.02)
         batch = {name: value.to(device, non_blocking=True) for name, value in next(loader).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, right = heads(encode_frames(tower, config, batch["pixels"]), batch["classes"], batch["places"])
+            features = encode_frames(tower, config, batch["pixels"], clips_of(config, len(batch["pixels"])))
+            loss, right = heads(features, batch["classes"], batch["places"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

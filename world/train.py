@@ -2,6 +2,7 @@
 
     python -m video_ma2mba.world.train --out DIR --max-seconds 900        # a GPU
     python -m video_ma2mba.world.train --out DIR --steps 20 --size tiny --frames 8..8   # a CPU, to see it run
+    python -m video_ma2mba.world.train --out CLIPS --tower videomamba --max-seconds 900     # another vision tower
     python -m video_ma2mba.world.train --out LONG --start-from DIR/model --frames 64..2048   # longer videos
 
 `--out` holds checkpoints while it trains, `training_log.csv`, `validation.csv`, and at the end `model/`, which
@@ -28,11 +29,11 @@ from ..trainer.training_config import VideoMa2mbaTrainingConfig
 from ..trainer.video_trainer import VideoMa2mbaTrainer
 from . import KINDS, WorldDataset, parse_frames
 from .batches import SHORTER, WorldBatches, only_item
-from .model import SIZES, fit_projector_, start_for_recall_, world_config, world_processor
+from .model import SIZES, TOWERS, fit_projector_, start_for_recall_, world_config, world_processor
 from .questions import check_kinds
 from .report import WorldReport
 from .tokenizer import build_world_tokenizer
-from .tower import train_tower
+from .tower import clips_of, tower_costs, train_tower
 
 _SINGLE_PRECISION = ("A_log", "D", "dt_bias")  # what decides how long is remembered stays in fp32
 
@@ -47,6 +48,7 @@ class WorldTraining:
 
     out: str = dataclasses.field(metadata={"help": "folder of the run"})
     size: str = _option("bundled", f"one of {', '.join(SIZES)}")
+    tower: str = _option("vit", f"vision tower, one of {', '.join(TOWERS)}")
     start_from: str | None = _option(None, "folder of a trained model to go on from: no first stage, its size")
     train_parts: str | None = _option(None, "parts that train, of lm, projector, vision; unset: all of them")
     memory_budget: str | None = _option(None, "GPU memory of a step above weights, such as 4GB; unset: what is free")
@@ -81,6 +83,8 @@ class WorldTraining:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r}: must be one of {', '.join(SIZES)}.")
+        if self.tower not in TOWERS:
+            raise ValueError(f"tower={self.tower!r}: must be one of {', '.join(TOWERS)}.")
         self.frame_range = parse_frames(self.frames)
         if not 0 <= self.shorter <= 1:
             raise ValueError(f"shorter={self.shorter}: must be a share from 0 to 1.")
@@ -168,13 +172,17 @@ def pretrain_tower(model: Any, training: WorldTraining) -> None:
         rate=training.tower_rate,
     )
     with torch.no_grad():
-        fit_projector_(model, encode_frames(model.model.vision_tower, model.config, batch))
+        clips = clips_of(model.config, len(batch))
+        fit_projector_(model, encode_frames(model.model.vision_tower, model.config, batch, clips))
+    costs = ", ".join(f"{name} {value:,.0f}" for name, value in tower_costs(model, batch).items())
+    parameters = sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
+    print(f"tower {training.tower}: {parameters:,} parameters, {costs}", flush=True)
 
 
 def _model(training: WorldTraining, tokenizer: Any) -> VideoMa2mbaForConditionalGeneration:
     """A new model of the size asked for, or the trained one to go on from, in fp32."""
     if training.start_from is None:
-        model = VideoMa2mbaForConditionalGeneration(world_config(SIZES[training.size], tokenizer))
+        model = VideoMa2mbaForConditionalGeneration(world_config(SIZES[training.size], tokenizer, training.tower))
         start_for_recall_(model)
         return model
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(training.start_from, dtype=torch.float32)

@@ -9,7 +9,7 @@ from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mba
 from video_ma2mba.world import WorldDataset, render
 from video_ma2mba.world.model import SIZES, world_config
 from video_ma2mba.world.tokenizer import build_world_tokenizer
-from video_ma2mba.world.tower import TowerFrames, cell_labels, train_tower
+from video_ma2mba.world.tower import TowerFrames, cell_labels, tower_costs, train_tower
 from video_ma2mba.world.world import CARD_SYMBOLS, COLOURS, SHAPES
 
 
@@ -62,6 +62,22 @@ def test_batches_follow_from_their_number():
     assert all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
     assert one["pixels"].shape == (16, 3, 64, 64)
     assert one["classes"].shape == (16, 16, 4)
+
+
+def test_a_tower_of_clips_gets_frames_that_follow_each_other():
+    torch.manual_seed(0)
+    frames = TowerFrames(16, 4, seed=0, resolution=64, clip=4).batch(random.Random("x"))
+    suns = frames["classes"][..., 3].argmax(-1).view(4, 4)  # it crosses the sky from left to right
+    assert (suns.diff(dim=1) >= 0).all()
+    assert frames["pixels"].shape == (16, 3, 64, 64)
+    model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], build_world_tokenizer(), "videomamba"))
+    assert model.config.clip_frames == 4
+    before = model.model.vision_tower.temporal_pos_embedding.detach().clone()
+    pixels = train_tower(model, seconds=0.0, steps=3, frames_per_batch=8, workers=0, seed=0, rate=3e-3)
+    assert not torch.equal(before, model.model.vision_tower.temporal_pos_embedding)
+    costs = tower_costs(model, pixels, repeats=1)
+    assert set(costs) == {"forward frames/s", "training frames/s"}  # bytes are of a GPU
+    assert costs["forward frames/s"] > costs["training frames/s"] > 0
 
 
 def test_the_tower_learns_colours(capsys):

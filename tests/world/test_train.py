@@ -190,7 +190,7 @@ def test_recall_start_reaches_every_layer(make_model):
         assert (rates.diff() > 0).all()
 
 
-@pytest.mark.parametrize("wrong", [{"size": "huge"}, {"frames": "9..1"}, {"kinds": "colour,smell"}])
+@pytest.mark.parametrize("wrong", [{"size": "huge"}, {"tower": "cnn"}, {"frames": "9..1"}, {"kinds": "colour,smell"}])
 def test_wrong_settings(wrong):
     with pytest.raises(ValueError):
         WorldTraining(out="x", steps=1, **wrong)
