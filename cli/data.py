@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Fps, Model, NumFrames
-from .out_files import check_out_file
+from .options import Fps, Model, NumFrames, check_out_file
 
 app = typer.Typer(
     help="Training data: what can be used, and what training on it will take.",
@@ -96,6 +95,7 @@ def check(
 
 
 def partial_file(out: Path) -> Path:
+    """Where the samples checked so far are kept until the report `out` is written: `out` with `.partial` added."""
     return out.with_name(f"{out.name}.partial")
 
 
@@ -103,8 +103,7 @@ def run_check(rows: Any, processor: Any, settings: Any, workers: int, out: Path 
     """Check all rows with a progress bar."""
     from tqdm import tqdm
 
-    from video_ma2mba.trainer.data.check_report import CheckReport
-    from video_ma2mba.trainer.data.checking import check_rows
+    from video_ma2mba.trainer.data.checking import CheckReport, check_rows
 
     found: dict[int, Any] = {}
     partial = None if out is None else partial_file(out)

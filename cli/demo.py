@@ -100,13 +100,12 @@ def serve_page(folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | N
         ImportError: gradio is not installed. OSError: the port is taken.
     """
     try:
-        from video_ma2mba.hub_cards.space.web.layout import build_page, serve
+        from video_ma2mba.hub_cards.space.web.layout import about_model, build_page, serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise ImportError("the page needs gradio: pip install 'video-ma2mba[demo]'", name="gradio") from None
     from video_ma2mba.hub_cards.relevance_strip import relevance_strip
-    from video_ma2mba.hub_cards.space.web.about import about_model
     from video_ma2mba.hub_cards.space.web.examples import load_examples
 
     about = f"{about_model(Path(pipe.model.name_or_path))} It runs on this machine; nothing leaves it."

@@ -19,8 +19,8 @@ from .init import init
 from .niah import niah
 from .plan import plan
 from .push import push
-from .read import read
 from .state import app as state
+from .state import read
 from .train import train
 from .watch import watch
 from .where import where

@@ -1,5 +1,7 @@
 """Options that several verbs share, declared once: same names, same meaning, same help."""
 
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,3 +27,25 @@ def chosen_frames(fps: float | None, num_frames: int | None, start: float | None
     """The options about frames that were given, by name."""
     given = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def check_out_file(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written; None is no file. Of a symbolic link, its target is meant.
+
+    Raises:
+        FileNotFoundError: its folder does not exist. ValueError: it is a folder. PermissionError: its folder, or the
+            file itself, is not writable.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder: name a file")
+    if os.path.exists(path) and not path.is_file():  # a device or a pipe
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"{option} {path}: writing there is not permitted")
+        return
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{option} {path}: there is no folder {str(path.parent)!r}")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"{option} {path}: writing there is not permitted")

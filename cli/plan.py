@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .out_files import check_out_file
+from .options import check_out_file
 
 
 def plan(

@@ -54,9 +54,8 @@ def push(
     from huggingface_hub import HfApi
 
     from video_ma2mba.hub_cards.checkpoint_facts import read_facts
-    from video_ma2mba.hub_cards.hub_folder import holds_only_our_code, write_hub_folder
+    from video_ma2mba.hub_cards.hub_folder import CHECKPOINT, holds_only_our_code, write_hub_folder, write_space_folder
     from video_ma2mba.hub_cards.preflight import ask_remote_code, refuse_secrets, refuse_wrong_sizes
-    from video_ma2mba.hub_cards.space_folder import CHECKPOINT, write_space_folder
     from video_ma2mba.hub_cards.upload import check_login, check_repo_id, upload
 
     from .ask import size_text

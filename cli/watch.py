@@ -10,8 +10,7 @@ import typer
 
 from video_ma2mba.loading import load_pipeline
 
-from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode
-from .out_files import check_out_file
+from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode, check_out_file
 from .terminal import echo_json, given_text
 
 

@@ -8,8 +8,19 @@ import typer
 from video_ma2mba.loading import load_pipeline
 
 from .ask import reading_progress
-from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
-from .out_files import check_out_file
+from .options import (
+    Device,
+    Dtype,
+    End,
+    Fps,
+    MaxNewTokens,
+    Model,
+    NumFrames,
+    Start,
+    TrustRemoteCode,
+    check_out_file,
+    chosen_frames,
+)
 from .run_facts import require_matplotlib
 from .terminal import given_text
 

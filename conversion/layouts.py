@@ -84,10 +84,12 @@ class Layout:
         return ", ".join(places)
 
     def to_dict(self) -> dict[str, Any]:
+        """Fields as plain data for a conversion's record; `from_dict` reads it back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Layout":
+        """The layout that `to_dict` has written, also after a round trip through JSON."""
         return cls(**{**fields, "projector_layers": tuple(fields["projector_layers"])})
 
 

@@ -37,6 +37,7 @@ class CheckpointSource:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
+        """Name -> data type and shape of every tensor of the checkpoint, without reading any."""
         return self.store.specs
 
 

@@ -41,10 +41,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the data, without any header."""
         return self.numel * DTYPES[self.dtype].itemsize
 
 

@@ -48,6 +48,7 @@ class Scores:
     harness: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """All fields as plain data for `report.json`."""
         return asdict(self)
 
 

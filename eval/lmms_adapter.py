@@ -6,6 +6,8 @@ a copy of that state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ from .answer_log import AnswerLog
 from .answering import Answerer
 from .harness import join_ranks
 from .lmms_ranks import answer_together, gathered
-from .lmms_requests import Job, is_padding, job_of
-from .lmms_rounds import answer_rounds
+from .lmms_requests import Job, Prompt, is_padding, job_of, prompt_of_messages, prompt_of_visuals
 from .state_store import Reading, StateStore
 
 _DEFAULT_BYTES = 10.0  # GB
@@ -97,6 +98,7 @@ class VideoMa2mbaSimple(lmms):
 
     @property
     def device(self) -> Any:
+        """Where the language model runs (`torch.device`); lmms-eval asks for it."""
         return self.pipe.model.device
 
     def clean(self) -> None:
@@ -116,20 +118,8 @@ class VideoMa2mbaSimple(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Loss (the harness takes the smallest) and whether greedy decoding says the same.
-
-        lmms-eval 0.7.3 turns these tuples into text before it scores them, so tasks of this kind fail there.
-        """
-        from .lmms_loglikelihood import continuation_loss
-
-        found = []
-        for request in requests:
-            context, continuation, doc_to_visual, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
-            text = continuation(doc) if callable(continuation) else continuation
-            job = Job(task, split, doc_id, context, {}, doc_to_visual, is_chat=False)
-            found.append(continuation_loss(self.pipe, self.store, job.prompt(doc), text))
-        return found
+        """Refused: tasks of this kind ask for likelihoods, and lmms-eval 0.7.3 cannot score them."""
+        raise NotImplementedError("likelihoods of given answers are not computed: name a task that generates answers")
 
     def _answers(self, asked: list[tuple[Job, bool]]) -> list[GenerationResult]:
         seen: dict[str, int] = {}
@@ -197,3 +187,35 @@ class VideoMa2mbaChat(VideoMa2mbaSimple):
     """For tasks of the chat interface."""
 
     is_simple = False
+
+
+def answer_rounds(answerer: Answerer, job: Job, document: Callable[[Job], Any]) -> list[str]:
+    """Answers of all rounds. Each round is a question of its own: what the task wants remembered, it says again."""
+    doc = document(job)
+    outputs: list[str] = []
+    told: Any = None
+    prompt: Prompt | None = job.prompt(doc)
+    while prompt is not None:
+        this = replace(job, round=len(outputs))
+        key = f"{answerer.key(job, prompt)}-{len(outputs)}"
+        answerer.log.expect(this.place, key)
+        if answerer.log.holds(key):
+            answerer.reused += 1
+        else:
+            answerer.answer([(key, this, prompt)])
+        outputs.append(answerer.log.answers[key]["answer"])
+        prompt, told = _next(job, doc, outputs, told)
+    return outputs
+
+
+def _next(job: Job, doc: Any, outputs: list[str], told: Any) -> tuple[Prompt | None, Any]:
+    """The next round's prompt (None: there is none), and what the task wants to be told then."""
+    progress = {"round_idx": len(outputs), "previous_output": list(outputs), "previous_round_info": told}
+    if job.is_chat:
+        found = job.source(doc, **progress)
+        if not isinstance(found, tuple) or len(found) != 4:
+            return None, None
+        messages, is_over, _, told = found
+        return (None if is_over else prompt_of_messages(messages)), told
+    visuals, text, is_over, _, told = job.rounds(doc, **progress)
+    return (None if is_over else prompt_of_visuals(visuals, text)), told

@@ -70,4 +70,6 @@ class ReplaySimple(lmms):
 
 
 class ReplayChat(ReplaySimple):
+    """Recorded answers for tasks of the chat interface."""
+
     is_simple = False

@@ -98,6 +98,7 @@ def is_padding(request: Any) -> bool:
 
 
 def prompt_of_visuals(visuals: Any, text: str) -> Prompt:
+    """Prompt of the simple interface: the media first, then `text` as one user turn."""
     content = [{"type": "text", "text": _unmarked(text)}]
     return Prompt(media_of(visuals or ()), [{"role": "user", "content": content}])
 

@@ -29,6 +29,7 @@ class Medium:
 
     @property
     def in_memory(self) -> bool:
+        """Whether `source` is a tuple of pictures rather than a path or an address."""
         return not isinstance(self.source, str)
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 from ..modeling_video_ma2mba.state_writing import whole_file, write_whole
 from .attribution import VideoReading, as_function, gradient_times_input, integrated_gradients
 from .decay import DecayRecorder
-from .pass_progress import pass_progress
 from .read_features import VideoQuestion, read_features
 
 MEANINGS = {
@@ -207,3 +207,30 @@ def _answer(
     if not text:
         raise ValueError("the model answers nothing to this question: there is nothing to explain; give an answer")
     return ids, text
+
+
+@contextlib.contextmanager
+def pass_progress(language_model: Any, tokens: int, tell: Callable[[float], None] | None) -> Iterator[None]:
+    """Call `tell(share)`, rising from 0 to 1, while the model computes gradients of a sequence inside.
+
+    Args:
+        language_model: a `Ma2mbaTextModel`.
+        tokens: of all sequences together; each goes through every layer once forward and once recomputed backward.
+        tell: what it raises ends the work; None counts nothing.
+    """
+    if tell is None:
+        yield
+        return
+    done, whole = 0, 2 * len(language_model.layers) * tokens
+
+    def count(_: Any, given: tuple[Any, ...], __: Any) -> None:
+        nonlocal done
+        done += given[0].shape[1]
+        tell(min(done / whole, 1.0))
+
+    hooks = [layer.mixer.in_proj.register_forward_hook(count) for layer in language_model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

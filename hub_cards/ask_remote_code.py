@@ -13,6 +13,11 @@ from transformers import pipeline  # noqa: E402 (the package must be hidden befo
 
 
 def main(folder: str, video: str, question: str, base: str | None = None) -> None:
+    """Load `folder`, ask, and print one JSON object: "answer" and the number of "frames" read.
+
+    Raises:
+        AssertionError: the model's class comes from elsewhere than the folder.
+    """
     pipe = pipeline("video-question-answering", model=base or folder, device="cpu", trust_remote_code=True)
     if base is not None:
         from peft import PeftModel

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from video_ma2mba import EXAMPLE_VIDEOS
+
 from .checkpoint_facts import read_facts, read_json, weight_files
 from .evaluations import read_evaluation
 from .measured_cost import measured_cost
@@ -193,3 +195,26 @@ def _hub_id(name: Any) -> str | None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_SPACE = Path(__file__).parent / "space"
+_PAGE = ("app.py", "requirements.txt", "README.md")
+CHECKPOINT = "checkpoint"  # where `app.py` looks for the model
+
+
+def write_space_folder(source: Path, target: Path, **card: Any) -> HubFolder:
+    """Copy the page and the checkpoint in `source` to `target`; see `write_hub_folder`, whose settings `card` takes.
+
+    Raises:
+        ValueError: a LoRA adapter, which a Space cannot run alone; and what `write_hub_folder` raises.
+    """
+    if (source / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source} is an adapter: merge it into its model (merge_and_unload) and save that for a Space"
+        )
+    written = write_hub_folder(source, target / CHECKPOINT, CHECKPOINT, pin=False, **card)  # by its path in the Space
+    for name in _PAGE:
+        shutil.copyfile(_SPACE / name, target / name)
+    shutil.copytree(_SPACE / "web", target / "web", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(EXAMPLE_VIDEOS, target / "examples")
+    return written

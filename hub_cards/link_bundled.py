@@ -33,6 +33,7 @@ def needed_files() -> dict[str, Path]:
 
 
 def main() -> None:
+    """Replace all links in `bundled/` by those to the files that are needed now."""
     bundled = ROOT / "bundled"
     for old in bundled.glob("*.py"):
         old.unlink()

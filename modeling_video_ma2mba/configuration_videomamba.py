@@ -139,6 +139,7 @@ class VideoMambaConfig(PreTrainedConfig):
 
     @property
     def patches_per_side(self) -> int:
+        """Patches along one side of a frame; a frame has the square of it."""
         return self.image_size // self.patch_size
 
     @property

@@ -122,6 +122,7 @@ class Workload:
 
     @property
     def kept_rows(self) -> int:
+        """Positions whose hidden states are kept, of all rows together: `kept`, or every one."""
         return self.tokens * self.batch if self.kept is None else self.kept
 
 

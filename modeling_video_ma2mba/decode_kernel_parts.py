@@ -18,20 +18,24 @@ except ModuleNotFoundError as error:
 
 @functools.cache
 def early_start(device: torch.device) -> bool:
+    """Whether kernels may start before their predecessor ends (programmatic dependent launch: Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch_options(tensor: Tensor) -> dict[str, bool]:
+    """Keyword arguments of a launch on the device of `tensor`: kernels start early where the device can."""
     return {"PDL": True, "launch_pdl": True} if early_start(tensor.device) else {"PDL": False}
 
 
 @triton.jit
 def silu(x):
+    """x * sigmoid(x), fp32, of any shape."""
     return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def softplus(x):
+    """log(1 + exp(x)), fp32, of any shape; x itself above 20, as PyTorch has it."""
     u = tl.exp(x)
     w = 1.0 + u
     # log(1 + u) without losing the small u (Kahan); the second `where` only avoids 0 / 0.
@@ -41,12 +45,14 @@ def softplus(x):
 
 @triton.jit
 def wait(PDL: tl.constexpr):
+    """Wait for the results of the kernel launched before; nothing read above this line may come from it."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def release(PDL: tl.constexpr):
+    """Let the next kernel start, up to its own `wait`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -91,6 +91,7 @@ class DecodeWeights(NamedTuple):
         return weights
 
     def tensors(self) -> list[Tensor]:
+        """Every weight tensor that there is: embeddings, final norm, head, then layer by layer."""
         every = [self.embeddings, self.norm_f, self.head]
         for layer in self.layers:
             every += [tensor for tensor in layer if tensor is not None]

@@ -37,10 +37,12 @@ class MixerShape:
 
     @property
     def inner(self) -> int:
+        """Channels between the projections: heads times their width, H * P."""
         return self.num_heads * self.head_dim
 
     @property
     def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C together, H * P + 2 * G * N."""
         return self.inner + 2 * self.n_groups * self.state_size
 
     @property

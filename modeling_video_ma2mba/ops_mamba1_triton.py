@@ -219,6 +219,7 @@ def add_norm_kernel(
     delta_ptr, residual_ptr, weight_ptr, stream_ptr, normed_ptr, rows, width, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """One program: ROWS rows of the stream, `delta` plus the residual where ADD, in fp32, and their RMS norm."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, WIDTH)
     inside = (r < rows)[:, None] & (c < width)[None, :]
@@ -237,6 +238,8 @@ def norm_backward_kernel(
     stream_ptr, weight_ptr, dnormed_ptr, dstream_ptr, total_ptr, dweight_ptr, rows, width, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
+    """One program: gradients of TURNS * ROWS rows of the stream, `dstream` added where ADD, and their part of the
+    weight's gradient, fp32 (programs, width), which the caller sums up."""
     c = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + c, mask=c < width, other=0.0).to(tl.float32)
     dweight = tl.zeros([WIDTH], tl.float32)

@@ -579,6 +579,7 @@ class ScanInputs:
         return triton.cdiv(chunks, per_segment), per_segment
 
     def gate(self) -> tuple[Tensor, int, int]:
+        """The gate and its strides of rows and batch; without one, `u` in its place, which the kernels do not read."""
         return (self.u, 0, 0) if self.z is None else (self.z, self.z.stride(1), self.z.stride(0))
 
 

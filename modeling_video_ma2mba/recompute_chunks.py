@@ -57,6 +57,7 @@ class ChunkJob:
 
     @property
     def device_type(self) -> str:
+        """ "cuda" or "cpu": of the device that the chunks run on, for autocast."""
         return self.devices[0].type
 
     def pieces(self, source: Tensor) -> Iterator[tuple[int, Tensor]]:

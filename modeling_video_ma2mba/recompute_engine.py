@@ -73,6 +73,7 @@ class MultiAxisEngine:
         self._pool.reserve(nbytes)
 
     def store_for(self, plan: RecomputePlan, device: torch.device) -> DeviceStore | HostStore:
+        """Where the kept activations of a step go: pinned host memory if `plan` offloads on a GPU, else the device."""
         if plan.offload and device.type == "cuda":
             return HostStore(self._pool, device)
         return DeviceStore()

@@ -27,6 +27,7 @@ class DeviceStore:
         self._items: dict[Hashable, list[Tensor]] = {}
 
     def put(self, key: Hashable, tensors: list[Tensor]) -> None:
+        """Keep `tensors` as they are under `key`, without a copy."""
         self._items[key] = tensors
 
     def prefetch(self, key: Hashable) -> None:
@@ -66,6 +67,7 @@ class PinnedPool:
 
     @property
     def nbytes(self) -> int:
+        """Pinned host memory held, in bytes, whether lent or free."""
         return sum(slab.nbytes for slab in self._slabs)
 
     def get(self, nbytes: int) -> Tensor:

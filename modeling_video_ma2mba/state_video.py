@@ -44,6 +44,7 @@ class VideoState:
 
     @property
     def layers(self) -> list[LayerState]:
+        """State of each layer, first layer first."""
         return self._layers
 
     @layers.setter
@@ -139,6 +140,7 @@ class VideoState:
 
     @property
     def batch_size(self) -> int:
+        """Rows B of every layer's tensors."""
         return self._layers[0][0].shape[0]
 
     @property

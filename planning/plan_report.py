@@ -29,6 +29,7 @@ class ConsideredPlan:
     fits: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for `plan --json`: bytes, seconds, and None where the method has no such setting."""
         p = self.prediction
         return {
             "method": self.method,
@@ -71,6 +72,7 @@ class PlanReport:
 
     @property
     def plan(self) -> RecomputePlan | None:
+        """The plan that was chosen; None where nothing is recomputed."""
         return self.prediction.plan
 
     @property

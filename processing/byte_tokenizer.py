@@ -31,6 +31,11 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return as_chat_tokenizer(tokenizer)
+
+
+def as_chat_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with our special tokens, for transformers. Pads on the left, as generation needs."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_TOKEN,

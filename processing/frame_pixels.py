@@ -43,6 +43,7 @@ class Look:
 
     @classmethod
     def of(cls, stream: Any, decoder: Any) -> "Look":
+        """The look of a stream before its first frame; an implausible pixel aspect counts as square."""
         aspect = float(stream.sample_aspect_ratio or 1)
         return cls(decoder, aspect if PLAUSIBLE_ASPECTS[0] <= aspect <= PLAUSIBLE_ASPECTS[1] else 1.0)
 

@@ -90,6 +90,7 @@ class VideoSession:
 
     @property
     def fps(self) -> float:
+        """Frames read per second of the stream."""
         return self._clock.fps
 
     @property

@@ -119,3 +119,69 @@ def test_no_circles():
 def test_imports_point_one_way():
     found = {(name, target) for name in IMPORTS for target in IMPORTS[name] if forbidden(name, target)}
     assert found == set(), "imports against the rules"
+
+
+# Methods that a framework calls by these names and documents itself; the class's docstring says what ours do.
+FRAMEWORK_METHODS = {
+    "forward", "backward",  # torch.nn.Module, torch.autograd.Function
+    # transformers.PreTrainedModel
+    "get_input_embeddings", "set_input_embeddings", "get_output_embeddings", "set_output_embeddings",
+    "model_input_names",  # ProcessorMixin
+    "on_train_begin", "on_step_end", "on_log",  # TrainerCallback
+    "prediction_step", "log", "get_decay_parameter_names",  # Trainer
+    "invoke", "main",  # click.Command
+    "loglikelihood",  # lmms
+}  # fmt: skip
+
+
+def class_nodes() -> dict[str, ast.ClassDef]:
+    """Every class of the package by its name."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in FILES.values())
+    return {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def base_names(node: ast.ClassDef) -> list[str]:
+    return [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+
+
+def documented_by_a_base(method: str, node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> bool:
+    """Whether a class of ours, from which this one inherits, says what the method does."""
+    for base in (classes[name] for name in base_names(node) if name in classes):
+        own = [item for item in base.body if isinstance(item, ast.FunctionDef) and item.name == method]
+        if any(map(ast.get_docstring, own)) or documented_by_a_base(method, base, classes):
+            return True
+    return False
+
+
+def undocumented(tree: ast.Module, classes: dict[str, ast.ClassDef]) -> list[str]:
+    """Public functions, classes and methods without a docstring, and "module" where the file has none.
+
+    Nested functions and what begins with `_` are not public. Setters of properties, methods in `FRAMEWORK_METHODS`
+    (of classes with a base) and overrides of methods that our own base class documents need none.
+    """
+    found = [] if ast.get_docstring(tree) else ["module"]
+
+    def visit(owner: ast.Module | ast.ClassDef, prefix: str) -> None:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name[0] == "_":
+                continue
+            exempt = any(ast.unparse(decorator).endswith(".setter") for decorator in node.decorator_list)
+            if isinstance(owner, ast.ClassDef) and owner.bases:
+                exempt |= node.name in FRAMEWORK_METHODS or documented_by_a_base(node.name, owner, classes)
+            if not exempt and not ast.get_docstring(node):
+                found.append(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node, f"{prefix}{node.name}.")
+
+    visit(tree, "")
+    return found
+
+
+def test_public_names_have_docstrings():
+    sample = (
+        "class A(B):\n  def forward(self): ...\n  def run(self): ...\n  def _run(self): ...\ndef f():\n  def g(): ..."
+    )
+    assert undocumented(ast.parse(sample), {}) == ["module", "A", "A.run", "f"], "the rule finds what it should"
+    classes = class_nodes()
+    found = {name: undocumented(ast.parse(path.read_text(encoding="utf-8")), classes) for name, path in FILES.items()}
+    assert {name: names for name, names in found.items() if names} == {}

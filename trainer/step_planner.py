@@ -45,6 +45,7 @@ class StepPlan:
 
     @property
     def plan(self) -> RecomputePlan | None:
+        """The recomputation plan of the step; None where nothing is recomputed."""
         return self.prediction.plan
 
     def __str__(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from ..conversion.released import usable_folder
@@ -106,3 +108,23 @@ def keep_on_host(loader: DataLoader) -> DataLoader:
     if hasattr(loader, "device"):
         loader.device = None
     return loader
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """transformers' length-grouped order, drawn from seed and epoch alone: every process and every resumed run agree.
+
+    Args:
+        lengths: tokens of each sample, about. batch_size: samples of one optimizer step.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=list(lengths))
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader when an epoch begins."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        return super().__iter__()

@@ -27,10 +27,8 @@ from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditio
 from ..modeling_video_ma2mba.state_writing import write_whole
 from ..planning.planned_step import set_trainable
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
-from .answer_scores import AnswerScores, install_answer_scores
+from .answer_scores import AnswerScores, EvaluationLosses, install_answer_scores
 from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
-from .evaluation_losses import EvaluationLosses
-from .length_groups import EpochLengthSampler
 from .memory_retry import MemoryRetry
 from .parameter_groups import decays, split_by_part
 from .throughput import Throughput, ThroughputBar
@@ -39,6 +37,7 @@ from .training_clock import ENDLESS, ClockCallback, TrainingClock
 from .training_config import VideoMa2mbaTrainingConfig
 from .training_inputs import (
     BROKEN_SAMPLES,
+    EpochLengthSampler,
     checked_rows,
     default_collator,
     evaluation_collator,
@@ -153,9 +152,11 @@ class VideoMa2mbaTrainer(SFTTrainer):
             ]
 
     def get_train_dataloader(self) -> DataLoader:
+        """transformers' loader, whose batches stay on the host until their step begins."""
         return keep_on_host(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """transformers' loader with the evaluation's collator; batches stay on the host until their step begins."""
         train_collator, self.data_collator = self.data_collator, self._eval_collator
         try:
             return keep_on_host(super().get_eval_dataloader(eval_dataset))

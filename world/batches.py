@@ -87,7 +87,7 @@ def choose_questions(
 
 
 class WorldBatches(IterableDataset):
-    """Endless training batches. Each item is one whole batch; read it with `batch_size=1` and `first` as collator.
+    """Endless training batches. Each item is one whole batch; read it with `batch_size=1` and `only_item` as collator.
 
     `progress` (1,) and `weights` (one per kind) are tensors in shared memory: training writes them, workers follow.
     """

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from .glyphs import GLYPHS
 from .world import COLOURS, SKY, Backdrop, Card, Thing, World
 
 _SUPERSAMPLE = 4
@@ -224,3 +223,34 @@ def _card_picture(card: Card, size: int) -> tuple[slice, slice, np.ndarray]:
     y, x = (height - glyph_height) // 2, (width - glyph_width) // 2
     picture[y : y + glyph_height, x : x + glyph_width][bitmap[np.ix_(rows, columns)]] = card.ink
     return slice(top, top + height), slice(left, left + width), picture
+
+
+# A 5 x 7 dot-matrix alphabet for the cards, so that they look the same on every machine.
+_ROWS = """
+2  .###. #...# ....# ..##. .#... #.... #####
+3  ####. ....# ....# .###. ....# ....# ####.
+4  ...#. ..##. .#.#. #..#. ##### ...#. ...#.
+5  ##### #.... ####. ....# ....# #...# .###.
+6  ..##. .#... #.... ####. #...# #...# .###.
+7  ##### ....# ...#. ..#.. .#... .#... .#...
+8  .###. #...# #...# .###. #...# #...# .###.
+9  .###. #...# #...# .#### ....# ...#. .##..
+A  .###. #...# #...# ##### #...# #...# #...#
+C  .#### #.... #.... #.... #.... #.... .####
+E  ##### #.... #.... ####. #.... #.... #####
+F  ##### #.... #.... ####. #.... #.... #....
+H  #...# #...# #...# ##### #...# #...# #...#
+K  #...# #..#. #.#.. ##... #.#.. #..#. #...#
+L  #.... #.... #.... #.... #.... #.... #####
+M  #...# ##.## #.#.# #.#.# #...# #...# #...#
+N  #...# ##..# ##..# #.#.# #..## #..## #...#
+P  ####. #...# #...# ####. #.... #.... #....
+R  ####. #...# #...# ####. #.#.. #..#. #...#
+T  ##### ..#.. ..#.. ..#.. ..#.. ..#.. ..#..
+U  #...# #...# #...# #...# #...# #...# .###.
+V  #...# #...# #...# #...# .#.#. .#.#. ..#..
+X  #...# #...# .#.#. ..#.. .#.#. #...# #...#
+Y  #...# #...# .#.#. ..#.. ..#.. ..#.. ..#..
+"""
+
+GLYPHS: dict[str, tuple[str, ...]] = {line.split()[0]: tuple(line.split()[1:]) for line in _ROWS.strip().splitlines()}

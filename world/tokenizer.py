@@ -12,7 +12,14 @@ from itertools import chain
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..processing.byte_tokenizer import END_TOKEN, PAD_TOKEN, ROLE_TOKENS, VIDEO_TOKEN, byte_alphabet
+from ..processing.byte_tokenizer import (
+    END_TOKEN,
+    PAD_TOKEN,
+    ROLE_TOKENS,
+    VIDEO_TOKEN,
+    as_chat_tokenizer,
+    byte_alphabet,
+)
 from ..processing.chat_format import DEFAULT_SYSTEM_PROMPT
 from . import WorldDataset
 from .questions import list_things, name_option
@@ -51,12 +58,4 @@ def build_world_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=byte_alphabet(),
     )
     tokenizer.train_from_iterator(_texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_TOKEN,
-        eos_token=END_TOKEN,
-        pad_token=PAD_TOKEN,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return as_chat_tokenizer(tokenizer)

@@ -88,6 +88,7 @@ class TowerFrames(IterableDataset):
             number += workers
 
     def batch(self, rng: random.Random) -> dict[str, Tensor]:
+        """Random frames of random videos: uint8 pictures and, for each cell of each frame, what stands in it."""
         from . import WorldRenderer
 
         pictures, classes, places = [], [], []

@@ -84,6 +84,7 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """Colour and shape, as questions and answers say it: "red circle"."""
         return f"{self.colour} {self.shape}"
 
     def position(self, time: float) -> tuple[float, float]:
@@ -150,6 +151,7 @@ def whole(rng: random.Random, low: int, high: int) -> int:
 
 
 def between(rng: random.Random, low: float, high: float) -> float:
+    """A random number from `low` to `high`, the same on every Python for the same state of `rng`."""
     return low + (high - low) * rng.random()
 
 

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 from transformers import pipeline
-from web.about import about_model
 from web.examples import load_examples
-from web.layout import build_page, serve
+from web.layout import about_model, build_page, serve
 
 HERE = Path(__file__).parent
 ABOUT = "Uploads stay on this machine for an hour at most."

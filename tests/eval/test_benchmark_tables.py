@@ -12,7 +12,7 @@ from benchmark_fixtures import MVBENCH_FOLDERS
 from fake_judge import by_rule, fake_judge
 
 from video_ma2mba.cli.main import app
-from video_ma2mba.eval.paper_numbers import PAPER_NUMBERS
+from video_ma2mba.eval.benchmark_report import PAPER_NUMBERS
 
 
 def recorded() -> list[dict]:

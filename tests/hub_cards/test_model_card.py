@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from video_ma2mba.hub_cards.accuracy_table import accuracy_command, accuracy_markdown, read_accuracy
 from video_ma2mba.hub_cards.checkpoint_facts import read_facts
-from video_ma2mba.hub_cards.evaluations import read_evaluation
+from video_ma2mba.hub_cards.evaluations import accuracy_command, accuracy_markdown, read_accuracy, read_evaluation
 from video_ma2mba.hub_cards.model_card import OWN_WORDS_BEGIN, OWN_WORDS_END, model_card, own_words, read_metadata
 
 HEADER = "frames,kind,form,questions,right,accuracy,chance\n"

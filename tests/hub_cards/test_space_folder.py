@@ -14,7 +14,7 @@ from huggingface_hub import SpaceCard
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
-from video_ma2mba.hub_cards.space_folder import write_space_folder
+from video_ma2mba.hub_cards.hub_folder import write_space_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 START = """

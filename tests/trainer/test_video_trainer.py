@@ -8,8 +8,8 @@ from datasets import Dataset
 from tensor_chats import TensorChats, collate, losses, make_trainer, settings, tiny_model, tiny_processor
 
 from video_ma2mba.hub_cards.model_card import OWN_WORDS_BEGIN, read_metadata
-from video_ma2mba.trainer.length_groups import EpochLengthSampler
 from video_ma2mba.trainer.training_config import VideoMa2mbaTrainingConfig
+from video_ma2mba.trainer.training_inputs import EpochLengthSampler
 from video_ma2mba.trainer.video_trainer import VideoMa2mbaTrainer
 
 

@@ -19,7 +19,7 @@ from video_ma2mba.world import (
     split_of,
     video_seed,
 )
-from video_ma2mba.world.glyphs import GLYPHS
+from video_ma2mba.world.render import GLYPHS
 from video_ma2mba.world.world import CARD_SYMBOLS, COLOURS, MAX_AT_ONCE, SHAPES
 
 SECONDS = st.integers(1, 500)

@@ -59,6 +59,7 @@ class BrokenSamples:
 
     @property
     def broken(self) -> int:
+        """Samples left out so far because they could not be read, in all workers."""
         return self._count("broken")
 
     @property

@@ -141,6 +141,7 @@ def merge_rows(rows: list[Row]) -> Row:
 
 
 def without_group(row: Row) -> Row:
+    """The row as training wants it, without the columns by which rows are merged."""
     return {name: row[name] for name in ("messages", "id", "problem")}
 
 

@@ -29,6 +29,7 @@ def media_part(kind: str, source: Any, start: float | None = None, end: float | 
 
 
 def text_part(text: str) -> Part:
+    """Part of a message that holds `text`."""
     return {"type": "text", "text": text}
 
 

@@ -67,6 +67,7 @@ class EncodingSettings:
 
     @property
     def chat_template(self) -> str | None:
+        """Template without roles where captions are learnt; None is the processor's own."""
         return CAPTION_TEMPLATE if self.labels == "captions" else None
 
     def tokens(self, processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_ma2mba.eval.repeat_stop import RepeatedNgramStop
+from video_ma2mba.eval.answering import RepeatedNgramStop
 
 
 @given(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_ma2mba.eval.number_lists import parse_depths, parse_lengths
+from video_ma2mba.cli.niah import parse_depths, parse_lengths
 
 
 @pytest.mark.parametrize(
