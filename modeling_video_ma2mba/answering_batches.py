@@ -79,8 +79,8 @@ def answer_together(
         ]
     texts = tokenizer.batch_decode([row for row, _ in rows], skip_special_tokens=True)
     answers = [{"answer": text.strip()} for text in texts]
-    if return_scores:
-        for answer, (_, log_probabilities) in zip(answers, rows, strict=True):
+    for answer, (_, log_probabilities) in zip(answers, rows, strict=True):
+        if log_probabilities is not None:
             answer["score"] = log_probabilities.float().exp().mean().item()
     per_question = len(answers) // len(questions)
     return [answers[i : i + per_question] for i in range(0, len(answers), per_question)]

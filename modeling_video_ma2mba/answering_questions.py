@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationMixin
 
 from .answering_batches import answer_together
+from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .reading_prompt import read_prompt
 from .reading_resumable import read_resumably
 from .reading_together import read_together
+from .stack_protocols import Processor, Reader, VideoModel
 from .stack_weights import execution_device
 from .state_identity import identity_facts, record_source, refuse_other, source_facts
 from .state_video import VideoState
@@ -26,8 +29,11 @@ from .state_video import VideoState
 VIDEO_SETTINGS = ("fps", "num_frames", "start", "end", "max_frames")
 
 
-class VideoQuestionsMixin:
+class VideoQuestionsMixin(GenerationMixin):
     """Gives `VideoMa2mbaForConditionalGeneration` its `read`, `read_video`, `check_state` and `answer`."""
+
+    config: VideoMa2mbaConfig
+    model: VideoModel
 
     def read(
         self,
@@ -48,7 +54,7 @@ class VideoQuestionsMixin:
     def read_video(
         self,
         video: Any,
-        processor: Any,
+        processor: Processor,
         *,
         state: VideoState | None = None,
         on_frames: Callable[[int, int | None], None] | None = None,
@@ -95,20 +101,28 @@ class VideoQuestionsMixin:
                 request = {name: value for name, value in source.items() if name not in ("name", "sha256")}
                 request |= {"video": source["sha256"] or source["name"]}
                 request |= {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
-                settings = {"partial": partial, "request": request, "save_seconds": save_seconds, "on_frames": report}
-                found = read_resumably(self, prefix, reader, state, **settings)
+                found = read_resumably(
+                    self,
+                    prefix,
+                    reader,
+                    state,
+                    partial=partial,
+                    request=request,
+                    save_seconds=save_seconds,
+                    on_frames=report,
+                )
         finally:
             reader.close()
         found.metadata |= identity
         record_source(found.metadata, before, source, reader.duration)
         return found
 
-    def check_state(self, state: VideoState, processor: Any) -> None:
+    def check_state(self, state: VideoState, processor: Processor) -> None:
         """ValueError naming what differs, unless this model and `processor` made the state."""
         refuse_other(state.metadata, identity_facts(self, processor))
         state.check_fits(self.config.text_config)
 
-    def answer(self, state: VideoState, question: Any, processor: Any, **settings: Any) -> Any:
+    def answer(self, state: VideoState, question: Any, processor: Processor, **settings: Any) -> Any:
         """Answer a question from a state, which stays as it is; or several questions in one batch.
 
         Args:
@@ -139,7 +153,7 @@ class VideoQuestionsMixin:
         return answers if several else answers[0]
 
 
-def question_ids(processor: Any, question: str | list[dict[str, Any]]) -> Tensor:
+def question_ids(processor: Processor, question: str | list[dict[str, Any]]) -> Tensor:
     """(1, Q) token ids by which a question, or a conversation, follows a video that was read before.
 
     Raises:
@@ -151,7 +165,7 @@ def question_ids(processor: Any, question: str | list[dict[str, Any]]) -> Tensor
     return _split_prompt(processor, [{**messages[0], "content": [_blank(), *content]}, *messages[1:]])[1]
 
 
-def video_prefix(processor: Any) -> Tensor:
+def video_prefix(processor: Processor) -> Tensor:
     """(1, S) token ids of a conversation up to a video, which is the last of them: ONE token for all its frames."""
     return _split_prompt(processor, [{"role": "user", "content": [_blank()]}], add_generation_prompt=False)[0]
 
@@ -161,21 +175,21 @@ def _blank() -> dict[str, Any]:
     return {"type": "image", "image": Image.new("RGB", (1, 1))}
 
 
-def _split_prompt(processor: Any, messages: list[dict[str, Any]], **settings: Any) -> tuple[Tensor, Tensor]:
+def _split_prompt(processor: Processor, messages: list[dict[str, Any]], **settings: Any) -> tuple[Tensor, Tensor]:
     prefix, rest, readers = processor.streaming_prompt(messages, **settings)
     for reader in readers:
         reader.close()
     return prefix, rest
 
 
-def chunks_of_all(readers: Sequence[Any], size: int) -> list[Iterable[Any]]:
+def chunks_of_all(readers: Sequence[Reader], size: int) -> list[Iterable[Any]]:
     """Frame chunks of several readers that are read at once, and share the decoding threads."""
     threads = max(1, torch.get_num_threads() // max(1, len(readers)))
     return [reader.chunks(size, threads=threads) for reader in readers]
 
 
 def report_frames(
-    readers: list[Any], on_frames: Callable[[int, int | None], None] | None
+    readers: list[Reader], on_frames: Callable[[int, int | None], None] | None
 ) -> Callable[[int], None] | None:
     """`on_frames` with the number of frames expected filled in."""
     if on_frames is None:

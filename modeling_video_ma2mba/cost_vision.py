@@ -42,7 +42,7 @@ class VisionLoad:
 
 def vision_kept(shape: StackShape, vision: VisionLoad) -> float:
     """What autograd keeps of all frames until vision's backward where they are not recomputed."""
-    kept = vision.tokens_per_frame * shape.compute * (vision.tower.width + 4 * shape.width)
+    kept: float = vision.tokens_per_frame * shape.compute * (vision.tower.width + 4 * shape.width)
     if vision.tower_trains:
         kept += vision.tower.kept_bytes(shape.compute, vision.weight_bytes)
     return vision.frames * kept
@@ -52,13 +52,13 @@ def vision_phases(shape: StackShape, work: Workload, vision: VisionLoad) -> dict
     """GPU bytes of the phases in which frames run: before the language model, and after its backward."""
     frames = min(vision.frames, vision.chunk)
     inputs = shape.compute * shape.width * work.batch * work.tokens if work.input_on_gpu else 0
-    features = 0  # a frozen tower's output is kept for the projector's backward, beside the rows
+    features = 0.0  # a frozen tower's output is kept for the projector's backward, beside the rows
     if vision.projector_trains and not vision.tower_trains and work.input_on_gpu:
         features = vision.frames * vision.tokens_per_frame * vision.tower.width * shape.compute
     pixels = 8 * vision.tower.pixels
     layer = vision.tower.layer_bytes(shape.compute)
     projector = vision.tokens_per_frame * shape.compute * (vision.tower.width + 4 * shape.width)
-    phases = {
+    phases: dict[str, dict[str, float]] = {
         "vision": {
             "input": inputs,
             "vision": features + frames * (pixels + layer + projector),
@@ -69,7 +69,7 @@ def vision_phases(shape: StackShape, work: Workload, vision: VisionLoad) -> dict
         return phases
     differentiated = frames
     parameters = vision.projector_parameters
-    kept = projector
+    kept: float = projector
     if vision.tower_trains:
         differentiated = min(vision.frames, max(1, vision.chunk // 4))
         parameters += vision.tower_parameters

@@ -6,6 +6,7 @@ capturing fails, generation runs as it does elsewhere.
 """
 
 import contextlib
+import functools
 import importlib.util
 import threading
 import warnings
@@ -64,7 +65,7 @@ class Decoder:
         self._run = lambda fold: token_step(OPERATIONS, weights, self.buffers, fold)
         # A step that folds the history into the state is another list of kernels; with one slot every step does.
         kinds = (True,) if slots == 1 else (False, True)
-        self._steps = {fold: self._captured(lambda f=fold: self._run(f)) for fold in kinds} if graphs else {}
+        self._steps = {fold: self._captured(functools.partial(self._run, fold)) for fold in kinds} if graphs else {}
 
     def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A graph of `run`, which runs once before: compiling and tuning cannot be captured."""
@@ -111,7 +112,9 @@ class Decoder:
 
     def read_prompt(self, model: Any, ids: Tensor, lengths: Tensor) -> None:
         """Read (B, S) `ids`, of which each row's first `lengths` (B,) count, after `prepare_prompt` and `load`."""
-        own_ids, own_lengths, graph = self._prompts[_padded(ids.shape[1])]
+        prepared = self._prompts[_padded(ids.shape[1])]
+        assert prepared is not None, "prepare_prompt() has failed"
+        own_ids, own_lengths, graph = prepared
         own_ids[:, : ids.shape[1]] = ids
         own_lengths.copy_(lengths)
         if graph is None:

@@ -5,7 +5,7 @@ knows nothing of transformers' loop. Legend: B rows, S prompt tokens, T new toke
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,12 +191,14 @@ class Decoding:
             history: (B, any) what processors and criteria see before the new tokens.
             videos: arguments of the forward pass that reads the prompts.
         """
-        prompt = {"ids": ids, "embeds": embeds, "mask": mask, "videos": videos or {}}
         with self._steps(history) as steps:
-            steps.read(**prompt)
-            plain = not self.config.do_sample and not len(self.processors) and self._known_ends() is not None
+            steps.read(ids, embeds, mask, videos or {})
+            ends = None if self.config.do_sample or len(self.processors) else self._known_ends()
             wants = self.wants_scores or self.wants_logits or self.wants_log_probabilities
-            found = self._greedily(steps, history) if plain and not wants else self._step_by_step(steps, history)
+            if ends is None or wants:
+                found = self._step_by_step(steps, history)
+            else:
+                found = self._greedily(steps, history, ends)
             if self.streamer is not None:
                 self.streamer.end()
             if self.keep_state:
@@ -204,7 +206,7 @@ class Decoding:
         return found
 
     @contextlib.contextmanager
-    def _steps(self, history: Tensor):
+    def _steps(self, history: Tensor) -> Iterator["_ForwardSteps"]:
         longest = getattr(self.criteria, "max_length", None)
         if longest is None:
             yield _ForwardSteps(self.model, self.state)
@@ -226,17 +228,18 @@ class Decoding:
                 return None
         return ends if self.criteria.max_length is not None else None
 
-    def _greedily(self, steps: Any, history: Tensor) -> Decoded:
+    def _greedily(self, steps: "_ForwardSteps", history: Tensor, ends: set[int]) -> Decoded:
         """The decoder picks the tokens; the host only looks whether to go on."""
-        ends, rows = self._known_ends(), history.shape[0]
+        rows = history.shape[0]
         most = self.criteria.max_length - history.shape[1]
         columns: list[list[int]] = []
         going = [True] * rows
         lengths = [0] * rows
+        pad = self.pad or 0  # where there are ends, there is one
         while True:
             picked = steps.likeliest()
             if not all(going):
-                picked = [token if goes else self.pad for token, goes in zip(picked, going, strict=True)]
+                picked = [token if goes else pad for token, goes in zip(picked, going, strict=True)]
             columns.append(picked)
             before = going
             lengths = [length + goes for length, goes in zip(lengths, going, strict=True)]
@@ -250,7 +253,7 @@ class Decoding:
         ended = [not goes for goes in going]
         return Decoded(torch.tensor(columns).T, lengths, ended, None, None, None, self.state)
 
-    def _step_by_step(self, steps: Any, history: Tensor) -> Decoded:
+    def _step_by_step(self, steps: "_ForwardSteps", history: Tensor) -> Decoded:
         """As transformers does it: processors, sampling and criteria see every token."""
         device, rows, start = history.device, history.shape[0], history.shape[1]
         stops_rows = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
@@ -267,7 +270,7 @@ class Decoding:
             if self.wants_logits:
                 logits_kept.append(logits)
             picked = scores.argmax(-1) if draw is None else draw(torch.softmax(scores, dim=-1))
-            if stops_rows:
+            if stops_rows and self.pad is not None:
                 picked = torch.where(going, picked, self.pad)
             if self.wants_log_probabilities:
                 chosen.append(torch.log_softmax(logits, dim=-1).gather(1, picked[:, None])[:, 0])
@@ -313,11 +316,12 @@ class _ForwardSteps:
 
     def __init__(self, model: Any, state: VideoState) -> None:
         self.model, self.state = model, state
-        self._logits: Tensor | None = None
+        self._logits = torch.empty(0)  # until something was read
 
     def read(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, videos: dict[str, Any]) -> None:
         device = execution_device(self.model.get_input_embeddings())
-        given = {"input_ids": ids.to(device)} if embeds is None else {"inputs_embeds": embeds.to(device)}
+        prompt = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
+        given = {name: value.to(device) for name, value in prompt.items() if value is not None}
         self._forward(**given, attention_mask=mask, **videos)
 
     def _forward(self, **arguments: Any) -> None:
@@ -396,14 +400,15 @@ class _DecoderSteps(_ForwardSteps):
 
     def write_back(self) -> None:
         seen = self.state.seen_tokens + self.read_by_decoder
-        self.state.take(VideoState.from_stacked(*self.decoder.buffers.export(), seen))
+        conv, ssm = self.decoder.buffers.export()
+        self.state.take(VideoState.from_stacked(conv, ssm, seen))
 
 
 def one_state(model: Any, states: VideoState | Sequence[VideoState]) -> VideoState:
     """A new state of all rows, where and as the model computes."""
     embeddings = model.get_input_embeddings()
     device, dtype = execution_device(embeddings), embeddings.weight.dtype
-    if not isinstance(states, list | tuple):
+    if not isinstance(states, Sequence):
         return states.fork().to(device, dtype)
     states = [state.to(device, dtype) for state in states]
     return VideoState.concatenate(states)

@@ -37,14 +37,14 @@ def _normed_products(
     tiles = ()
     for i in tl.static_range(AHEAD):
         if i * BLOCK_K < K:
-            tiles = tiles + (_tile(weight_ptrs, cols, i, K, BLOCK_K),)  # noqa: RUF005 (Triton)
+            tiles = tiles + (_tile(weight_ptrs, cols, i, K, BLOCK_K),)  # type: ignore[assignment]  # noqa: RUF005 (Triton's tuples grow)
     wait(PDL)
     parts = tl.arange(0, PARTS)
     squares = tl.load(squares_ptr + parts, mask=parts < COUNT, other=0.0)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         if (i + AHEAD) * BLOCK_K < K:
-            tiles = tiles + (_tile(weight_ptrs, cols, i + AHEAD, K, BLOCK_K),)  # noqa: RUF005
+            tiles = tiles + (_tile(weight_ptrs, cols, i + AHEAD, K, BLOCK_K),)  # type: ignore[assignment]  # noqa: RUF005
         if (i + 1) * BLOCK_K <= K:
             x = tl.load(x_ptrs + i * BLOCK_K)
         else:

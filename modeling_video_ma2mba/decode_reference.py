@@ -160,7 +160,7 @@ def batch_scan_step(
         counts = steps * torch.exp(totals[:, -1:] - totals)
         base.copy_(decay[..., None, None] * base + torch.einsum("bkh,bkhp,bkhn->bhpn", counts, x, b))
     out = y.flatten(1).to(proj.dtype).float() * F.silu(proj[:, : shape.inner].float())
-    if scale is not None:
+    if scale is not None and squares is not None:
         _put_square(out, squares)
         out = out * scale.float()
     gated.copy_(out)

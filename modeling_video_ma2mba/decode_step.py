@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .decode_reference import partial_sums, scale_residual, square_parts
 from .mixer_mamba2 import MixerShape
+from .stack_protocols import TextStack
 from .state_layers import Mamba2State, unstack
 from .state_video import VideoState
 
@@ -99,19 +100,21 @@ class DecodeWeights(NamedTuple):
 
 
 def prompt_step(
-    language_model: nn.Module, head: Tensor, buffers: "DecodeBuffers", ids: Tensor, lengths: Tensor
+    language_model: TextStack, head: Tensor, buffers: "DecodeBuffers", ids: Tensor, lengths: Tensor
 ) -> None:
     """Read the first `lengths` (B,) of `ids` (B, S) and write the `logits` behind each row's last token.
 
     Everything goes through the model's own blocks; the buffers must have been loaded, and not stepped since.
     """
-    x, delta = language_model.embeddings(ids).to(language_model.stream_dtype), None
+    x: Tensor = language_model.embeddings(ids).to(language_model.stream_dtype)
+    delta: Tensor | None = None
     for block, state in zip(language_model.layers, buffers.layers(), strict=True):
         x, delta, new = block(x, delta, state, lengths)
         for own, value in zip(state, new, strict=True):
             own.copy_(value)  # at once: all layers' new states together would be as large as the buffers
     last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
-    hidden = language_model.norm_f(x.gather(1, last), delta.gather(1, last), head.dtype)[0][:, 0]
+    delta = None if delta is None else delta.gather(1, last)
+    hidden = language_model.norm_f(x.gather(1, last), delta, head.dtype)[0][:, 0]
     torch.mm(hidden, head.T, out=buffers.logits)
     buffers.tokens.copy_(buffers.logits.argmax(-1))
 
@@ -133,31 +136,37 @@ class DecodeBuffers:
         self, weights: DecodeWeights, batch: int, slots: int = 1, state_dtype: torch.dtype = torch.float32
     ) -> None:
         shape, layers = weights.shape, len(weights.layers)
-        model = {"device": weights.embeddings.device, "dtype": weights.embeddings.dtype}
-        full = {"device": weights.embeddings.device, "dtype": torch.float32}
+        device = weights.embeddings.device
+
+        def model(*size: int) -> Tensor:
+            return torch.zeros(size, device=device, dtype=weights.embeddings.dtype)
+
+        def full(*size: int) -> Tensor:
+            return torch.zeros(size, device=device, dtype=torch.float32)
+
         width = weights.embeddings.shape[1]
-        self.tokens = torch.zeros(batch, dtype=torch.long, device=model["device"])
-        self.slot = torch.zeros(1, dtype=torch.int32, device=model["device"])
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
+        self.slot = torch.zeros(1, dtype=torch.int32, device=device)
         self.position = 0  # slot's value, as the host knows it
-        self.residual = torch.zeros(batch, width, device=model["device"], dtype=weights.stream_dtype)
-        self.normed = torch.zeros(batch, width, **model)
-        self.projected = torch.zeros(batch, shape.inner + shape.conv_dim + shape.num_heads, **model)
-        self.gated = torch.zeros(batch, shape.inner, **full)
-        self.inner = torch.zeros(batch, shape.inner, **model)
+        self.residual = torch.zeros(batch, width, device=device, dtype=weights.stream_dtype)
+        self.normed = model(batch, width)
+        self.projected = model(batch, shape.inner + shape.conv_dim + shape.num_heads)
+        self.gated = full(batch, shape.inner)
+        self.inner = model(batch, shape.inner)
         # Parts of squared norms, one per program of the kernels; what no program writes stays zero.
-        self.squares = torch.zeros(-(-width // 4), **full)
-        self.gated_squares = torch.zeros(batch, square_parts(shape), **full)
+        self.squares = full(-(-width // 4))
+        self.gated_squares = full(batch, square_parts(shape))
         splits, dtype = partial_sums(batch, weights.layers[0].out_proj)
-        self.partial = torch.zeros(splits, batch, width, device=model["device"], dtype=dtype)
-        self.weights = torch.zeros(batch, shape.num_heads, slots, **full)
-        self.decay = torch.zeros(batch, shape.num_heads, **full)
-        self.logits = torch.zeros(batch, weights.head.shape[0], **model)
-        self.conv = torch.zeros(layers, batch, shape.conv_dim, shape.conv_kernel - 1, **model)
+        self.partial = torch.zeros(splits, batch, width, device=device, dtype=dtype)
+        self.weights = full(batch, shape.num_heads, slots)
+        self.decay = full(batch, shape.num_heads)
+        self.logits = model(batch, weights.head.shape[0])
+        self.conv = model(layers, batch, shape.conv_dim, shape.conv_kernel - 1)
         sizes = (layers, batch, shape.num_heads, shape.head_dim, shape.state_size)
-        self.base = torch.zeros(sizes, device=model["device"], dtype=state_dtype)
-        self.xbc = torch.zeros(layers, batch, slots, shape.conv_dim, **model)
-        self.steps = torch.zeros(layers, batch, slots, shape.num_heads, **full)
-        self.totals = torch.zeros(layers, batch, slots, shape.num_heads, **full)
+        self.base = torch.zeros(sizes, device=device, dtype=state_dtype)
+        self.xbc = model(layers, batch, slots, shape.conv_dim)
+        self.steps = full(layers, batch, slots, shape.num_heads)
+        self.totals = full(layers, batch, slots, shape.num_heads)
 
     @property
     def nbytes(self) -> int:

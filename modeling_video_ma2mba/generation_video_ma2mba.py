@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .decode_graph import decodes_by_graph
 from .decode_loop import Decoding, FastDecodingMixin
 from .decode_settings import plain_mode, settled, stop_strings_of
 from .stack_arguments import named_arguments
+from .stack_protocols import VideoModel
 from .stack_weights import execution_device
 from .state_outputs import CACHE_NAME, StateCausalLMOutput, check_state, take_state
 from .state_video import VideoState
@@ -49,8 +51,11 @@ class PromptVideos:
         return {"pixel_values_videos": self.pixels, "num_frames": self.frames_each, "prompt_copies": self.copies}
 
 
-class PromptGenerationMixin(FastDecodingMixin):
-    """Comes before transformers' `GenerationMixin` among the bases."""
+class PromptGenerationMixin(FastDecodingMixin, GenerationMixin):
+    """transformers' `GenerationMixin` for this model."""
+
+    config: VideoMa2mbaConfig
+    model: VideoModel
 
     def generate(
         self,

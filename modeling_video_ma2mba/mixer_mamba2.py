@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +88,11 @@ class CoreBackends(NamedTuple):
         packed: bool = False,
     ) -> "CoreBackends":
         """For `tokens` tokens a row on `device`, computed in `dtype`."""
-        call = {"padded": padded, "packed": packed}
-        ssd = ssd_sizes(*_ssd_arguments(shape))
+        call, ssd = (device, dtype, tokens, padded, packed), ssd_sizes(*_ssd_arguments(shape))
         picked = cls(
-            CAUSAL_CONV.pick(device, dtype, tokens, **call, channels=shape.conv_dim, offset=shape.inner),
-            SSD.pick(device, dtype, tokens, **call, **ssd),
-            GATED_RMS_NORM.pick(device, dtype, tokens, **call, width=shape.inner, groups=shape.n_groups),
+            CAUSAL_CONV.pick(*call, channels=shape.conv_dim, offset=shape.inner),
+            SSD.pick(*call, **ssd),
+            GATED_RMS_NORM.pick(*call, width=shape.inner, groups=shape.n_groups),
         )
         return picked if all(backend.backward for backend in picked) else cls.named("torch")
 
@@ -125,11 +124,11 @@ class CoreBackends(NamedTuple):
 
     def forward_bytes(self, shape: MixerShape, itemsize: int) -> float:
         """At the worst moment of a forward that keeps nothing: in the scan, or in the norm behind it."""
-        sizes = {"itemsize": itemsize, **ssd_sizes(*_ssd_arguments(shape))}
+        itemsize, sizes = itemsize if self.fused else max(4, itemsize), ssd_sizes(*_ssd_arguments(shape))
+        scan, norm = self.ssd.forward_bytes(itemsize=itemsize, **sizes), 2.0 * itemsize * shape.inner
         if not self.fused:  # PyTorch frees nothing before the end that it would have kept
-            sizes["itemsize"] = itemsize = max(4, itemsize)
-            return self.kept_bytes(shape, itemsize) + self.ssd.forward_bytes(**sizes) + 2 * itemsize * shape.inner
-        scan, norm = self.ssd.forward_bytes(**sizes), self.ssd.kept_bytes(**sizes) + 2 * itemsize * shape.inner
+            return self.kept_bytes(shape, itemsize) + scan + norm
+        norm += self.ssd.kept_bytes(itemsize=itemsize, **sizes)
         return itemsize * (shape.projected + shape.conv_dim) + max(scan, norm)
 
     def backward_bytes(self, shape: MixerShape, itemsize: int) -> float:
@@ -269,7 +268,7 @@ class _FusedCore(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dout: Tensor, dconv_out: Tensor | None, dssm_out: Tensor | None
+        ctx: Any, dout: Tensor | None, dconv_out: Tensor | None, dssm_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         shape, backends = ctx.shape, ctx.backends
         (zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, y,
@@ -350,7 +349,7 @@ class Ma2mbaConvolution(nn.Conv1d):
     Weights are fetched by calls because hooks on modules (offloading by accelerate) bring them only for a call.
     """
 
-    def forward(self) -> tuple[Tensor, Tensor | None]:
+    def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]  # see above: it takes no input
         return self.weight, self.bias
 
 
@@ -455,6 +454,7 @@ def run_blocks(
     seq_idx: Tensor | None = None,
     unread: bool = False,
     around: Callable[[nn.Module], AbstractContextManager] | None = None,
+    streams: Sequence[list[Tensor]] = (),
 ) -> tuple[Tensor, Tensor, list[LayerState]]:
     """Run consecutive blocks over one segment.
 
@@ -462,12 +462,16 @@ def run_blocks(
         x: (B, S, D) residual stream. states: one per block, None for the start of a sequence.
         unread: the values of the last delta will not be looked at, only its gradient is wanted.
         around: runs each block's `forward` within this context, past hooks on the block; see `parallel_shards`.
+        streams: a list for each block, to which the stream in front of it is appended; nothing is by default.
 
     Returns:
         residual and delta (B, S, D), whose sum is the stream, the blocks' new states.
     """
-    delta, new = None, []
+    delta: Tensor | None = None
+    new: list[LayerState] = []
     for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        if streams:
+            streams[index].append(x.clone() if delta is None else x + delta)
         arguments = (x, delta, state, lengths, seq_idx, unread and index == len(blocks) - 1)
         if around is None:
             x, delta, state = block(*arguments)
@@ -475,7 +479,13 @@ def run_blocks(
             with around(block):
                 x, delta, state = block.forward(*arguments)
         new.append(state)
+    assert delta is not None, "a stack has at least one block"
     return x, delta, new
+
+
+def is_mixer(module: nn.Module) -> TypeGuard[Ma2mbaMixer]:
+    """Whether this is a mixer; by what it has, as the same file loaded as remote code makes another class of it."""
+    return hasattr(module, "dt_bias")
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
 
     def _base(self) -> "VideoMa2mbaModel":
-        return getattr(self, self.base_model_prefix, self)
+        return getattr(self, self.base_model_prefix) if hasattr(self, self.base_model_prefix) else self
 
     def _set_gradient_checkpointing(
         self,
@@ -164,7 +164,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.set_input_embeddings(value)
 
     def freeze_unused_parameters(self) -> None:
@@ -351,6 +351,7 @@ class VideoMa2mbaForConditionalGeneration(
 ):
     """Answers in words: `VideoMa2mbaModel` with a language modelling head."""
 
+    model: VideoMa2mbaModel
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embeddings.weight"}
 
     def __init__(self, config: VideoMa2mbaConfig) -> None:
@@ -362,13 +363,13 @@ class VideoMa2mbaForConditionalGeneration(
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
@@ -411,7 +412,7 @@ class VideoMa2mbaForConditionalGeneration(
         """
         past_key_values = take_state(kwargs | {"past_key_values": past_key_values})
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-        if prompt_copies > 1 and pixel_values_videos is not None:
+        if prompt_copies > 1 and pixel_values_videos is not None and input_ids is not None:
             if past_key_values is not None and labels is None:
                 return self._read_prompt_once(
                     prompt_copies,
@@ -425,12 +426,12 @@ class VideoMa2mbaForConditionalGeneration(
                     output_hidden_states=output_hidden_states,
                 )
             pixel_values_videos, num_frames = self._copy_videos(input_ids, pixel_values_videos, prompt_copies), None
-        if (input_ids is None) == (inputs_embeds is None):
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
         shift_labels = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None:
             shift_labels = shift_labels_left(labels)
-        inputs = input_ids if input_ids is not None else inputs_embeds
         rows, tokens = inputs.shape[:2]
         if shift_labels is not None and logits_to_keep is None and not torch.is_grad_enabled() and not self.training:
             if rows * tokens * self.config.text_config.vocab_size <= MOST_EVALUATED_LOGITS:
@@ -463,7 +464,7 @@ class VideoMa2mbaForConditionalGeneration(
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
-        if shift_labels is not None:
+        if labelled is not None:
             at_labels = hidden if positions is not None else hidden[labelled.to(hidden.device)]
             targets = shift_labels[labelled]
             loss = chunked_causal_lm_loss(self.lm_head, at_labels, targets, num_items_in_batch)

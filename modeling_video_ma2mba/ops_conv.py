@@ -32,8 +32,8 @@ def causal_conv(
         (B, S, C) in x's dtype, and the new state, which owns its memory.
     """
     packed = seq_idx is not None
-    sizes = {"channels": x.shape[2], "offset": x.storage_offset()}
-    backend = CAUSAL_CONV.pick(x.device, x.dtype, x.shape[1], packed=packed, **sizes)
+    call = (x.device, x.dtype, x.shape[1])
+    backend = CAUSAL_CONV.pick(*call, packed=packed, channels=x.shape[2], offset=int(x.storage_offset()))
     if backend.backward is None:
         return backend.forward(x, weight, bias, state, lengths, seq_idx)
     return run(backend, x, weight, bias, state, seq_idx), last_inputs(x, state, lengths)
@@ -50,13 +50,17 @@ def causal_conv_torch(
     """`causal_conv` as W shifted products: exact in every dtype and quick on CPU."""
     tokens, width = x.shape[1], weight.shape[-1]
     extended = torch.cat([state.transpose(1, 2), x], dim=1)  # (B, W-1+S, C)
-    out = None
-    for k in range(width):
+
+    def tap(k: int) -> Tensor:
         term = extended[:, k : k + tokens] * weight[:, k]
         back = width - 1 - k  # how many tokens before the current one this tap reads
-        if seq_idx is not None and back:
-            term = term * (seq_idx[:, k : k + tokens] == seq_idx[:, width - 1 :]).unsqueeze(-1)
-        out = term if out is None else out + term
+        if seq_idx is None or not back:
+            return term
+        return term * (seq_idx[:, k : k + tokens] == seq_idx[:, width - 1 :]).unsqueeze(-1)
+
+    out = tap(0)
+    for k in range(1, width):
+        out = out + tap(k)
     out = F.silu(out if bias is None else out + bias)
     return out, _last_rows(extended, width - 1, lengths)
 

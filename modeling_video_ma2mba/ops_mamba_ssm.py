@@ -69,8 +69,14 @@ def _longest_call(row: int) -> int:
 
 
 def _backend(**fields: Any) -> Backend:
-    served = {"device": "cuda", "dtypes": _SIXTEEN_BITS, "available": kernels_available}
-    return Backend("mamba_ssm", **served, longest_call=_longest_call, **fields)
+    return Backend(
+        "mamba_ssm",
+        device="cuda",
+        dtypes=_SIXTEEN_BITS,
+        available=kernels_available,
+        longest_call=_longest_call,
+        **fields,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- causal convolution
@@ -90,7 +96,7 @@ def _conv_forward(
 
 
 def _conv_backward(
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
     kept: tuple,
     gradients: tuple[Tensor],
     into: Tensor | None = None,
@@ -160,7 +166,7 @@ def _ssd_forward(
 
 
 def _ssd_backward(
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, Tensor | None],
     kept: tuple[Tensor, Tensor, Tensor],
     gradients: tuple[Tensor | None, Tensor | None],
     into: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -331,7 +337,7 @@ def _gated_norm_forward(
 
 
 def _gated_norm_backward(
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, Tensor, Tensor],
     kept: tuple[Tensor],
     gradients: tuple[Tensor],
     into: Tensor | None = None,

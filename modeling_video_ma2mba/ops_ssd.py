@@ -9,6 +9,8 @@ Legend: B batch, S tokens, H heads, P head width, N state size, G groups, Q chun
 Gu, arXiv 2405.21060, sections 6 and 7.
 """
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +51,7 @@ def ssd(
     """
     backend = SSD.pick(
         x.device, x.dtype, x.shape[1], padded=lengths is not None, packed=seq_idx is not None,
-        **ssd_sizes(*x.shape[2:], *reversed(b.shape[2:]), chunk_size, dt_limit),
+        **ssd_sizes(x.shape[2], x.shape[3], b.shape[3], b.shape[2], chunk_size, dt_limit),
     )  # fmt: skip
     if backend.backward is None:
         return backend.forward(x, dt, a, b, c, D, dt_bias, state, chunk_size, dt_limit, lengths, seq_idx)
@@ -57,12 +59,25 @@ def ssd(
     return run(backend, x, dt, a, b, c, D, dt_bias, state, seq_idx, chunk_size=chunk_size, dt_limit=dt_limit)
 
 
+class SSDSizes(TypedDict):
+    """See `SSD`."""
+
+    heads: int
+    head_dim: int
+    state_size: int
+    groups: int
+    chunk: int
+    dt_min: float
+
+
 def ssd_sizes(
     heads: int, head_dim: int, state_size: int, groups: int, chunk: int, dt_limit: tuple[float, float]
-) -> dict[str, float]:
+) -> SSDSizes:
     """The sizes by which backends of `SSD` are picked."""
-    sizes = {"heads": heads, "head_dim": head_dim, "state_size": state_size, "groups": groups, "chunk": chunk}
-    return sizes | {"dt_min": dt_limit[0]}
+    return {
+        "heads": heads, "head_dim": head_dim, "state_size": state_size, "groups": groups, "chunk": chunk,
+        "dt_min": dt_limit[0],
+    }  # fmt: skip
 
 
 def mask_steps(dt: Tensor, lengths: Tensor | None) -> Tensor:

@@ -6,11 +6,13 @@ for the start of a sequence, or for no gradients.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-States = list[Tensor | None]
+from .recompute_store import DeviceStore, HostStore
+
+States = list[Tensor]
+Gradients = list[Tensor | None]
 
 
 class LocalBorders:
@@ -24,10 +26,10 @@ class LocalBorders:
         start: states before the first token, by block.
     """
 
-    def __init__(self, store: Any, start: Sequence[States]) -> None:
+    def __init__(self, store: DeviceStore | HostStore, start: Sequence[States]) -> None:
         self._store, self._start = store, list(start)
         self._states: list[States] = list(start)
-        self._gradients: list[States] = []
+        self._gradients: list[Gradients] = []
 
     # --------------------------------------------------------------------------------------------- forward
     def state_before(self, block: int, segment: int) -> States:
@@ -47,7 +49,7 @@ class LocalBorders:
         return ends
 
     # -------------------------------------------------------------------------------------------- backward
-    def start_backward(self, gradients: Sequence[States]) -> None:
+    def start_backward(self, gradients: Sequence[Gradients]) -> None:
         """Take the gradients of the states after the last token, by block."""
         self._gradients = list(gradients)
 
@@ -55,14 +57,14 @@ class LocalBorders:
         """The state that a cell started from; handed out once."""
         return self._store.take(("state", block, segment)) if segment > 0 else self._start[block]
 
-    def gradient_after(self, block: int, segment: int) -> States:
+    def gradient_after(self, block: int, segment: int) -> Gradients:
         """The gradient of the state at a cell's end."""
         return self._gradients[block]
 
-    def gradient_before(self, block: int, segment: int, gradients: States) -> None:
+    def gradient_before(self, block: int, segment: int, gradients: Gradients) -> None:
         """Hand back the gradient of the state that a cell started from."""
         self._gradients[block] = gradients
 
-    def start_gradients(self) -> list[States]:
+    def start_gradients(self) -> list[Gradients]:
         """Gradients of the states before the first token, by block."""
         return self._gradients

@@ -65,8 +65,8 @@ class ParallelDims:
             ValueError: more than two dimensions of unknown names.
         """
         known = {alias: name for name, aliases in _NAMES.items() for alias in aliases}
-        names = [known.get(name) for name in mesh.mesh_dim_names or (None,) * mesh.ndim]
-        if None in names or len(set(names)) < len(names):
+        names = [known[name] for name in mesh.mesh_dim_names or () if name in known]
+        if len(set(names)) < mesh.ndim:  # unknown ones, or one twice
             if mesh.ndim > 2:
                 raise ValueError(f"the mesh {mesh.mesh_dim_names} has dimensions other than {', '.join(_NAMES)}")
             names = ["data", "shard"][-mesh.ndim :]

@@ -9,18 +9,27 @@ the mean gradient.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
 
 from .parallel_dims import ParallelDims
+from .stack_protocols import Layers
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def is_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` made this module a unit of its own."""
     return type(module).__name__.startswith("FSDP") and hasattr(module, "unshard")
+
+
+def is_shard(parameter: Tensor) -> "TypeGuard[DTensor]":
+    """Whether this is one process's part of a parameter."""
+    return hasattr(parameter, "device_mesh")
 
 
 class ShardedLayers:
@@ -30,12 +39,12 @@ class ShardedLayers:
         layers: at rest, that is, not gathered.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.mesh = next(layers[0].parameters()).device_mesh
+    def __init__(self, layers: Layers) -> None:
+        self.mesh = next(p for p in layers[0].parameters() if is_shard(p)).device_mesh
         self.dims = ParallelDims.of_mesh(self.mesh)
 
     @classmethod
-    def of(cls, layers: Sequence[nn.Module]) -> "ShardedLayers | None":
+    def of(cls, layers: Layers) -> "ShardedLayers | None":
         """None where no layer is a unit.
 
         Raises:
@@ -72,14 +81,14 @@ class ShardedLayers:
             for layer in layers:
                 layer.reshard()
 
-    def idle_rounds(self, layers: Sequence[nn.Module], rounds: int) -> None:
+    def idle_rounds(self, layers: Iterable[nn.Module], rounds: int) -> None:
         """Take part in gathering while only other processes, with longer samples, have anything to run."""
         for _ in range(rounds):
             for layer in layers:
                 with self.gathered(layer):
                     pass
 
-    def shard_of_mean(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+    def shard_of_mean(self, gradient: Tensor, parameter: "DTensor") -> Tensor:
         """From every process's gradient of a whole parameter, its shard of the mean, laid out like `parameter`."""
         from torch.distributed.tensor import DTensor, Partial
 

@@ -21,6 +21,7 @@ from .cost_time import H200, MeasuredCosts
 from .mixer_mamba2 import CoreBackends
 from .parallel_shards import is_unit
 from .recompute_plan import RecomputePlan, RecomputeSettings, parse_bytes
+from .stack_protocols import TextStack
 
 # Segments are multiples of this: the chunk of the SSD kernels (paper, section 4.1).
 SEGMENT_STEP = 256
@@ -138,11 +139,11 @@ def _with_tokens(job: StepJob, tokens: int) -> StepJob:
 
 # ------------------------------------------------------------------------------------------ for the engine
 # What was planned for each model, by situation.
-_known: WeakKeyDictionary[nn.Module, dict[Any, Prediction]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[TextStack, dict[Any, Prediction]] = WeakKeyDictionary()
 _MOST_KNOWN = 1024
 
 
-def choose_plan(settings: RecomputeSettings, model: nn.Module, x: Tensor, keep: Tensor | None) -> RecomputePlan:
+def choose_plan(settings: RecomputeSettings, model: TextStack, x: Tensor, keep: Tensor | None) -> RecomputePlan:
     """The plan for this batch: what the settings fix, the rest the fastest that fits.
 
     Args:
@@ -158,12 +159,12 @@ def choose_plan(settings: RecomputeSettings, model: nn.Module, x: Tensor, keep: 
     pinned = getattr(getattr(model, "engine", None), "last_host_bytes", 0)
     limits = step_limits(settings, model, device, pinned, x.nbytes if x.device == device else 0)
     best = best_plan(settings, model, job, limits)
-    if best is None:
+    if best is None or best.plan is None:
         raise ValueError(_nothing_fits(job, limits, choices(settings, model, job)))
     return best.plan
 
 
-def best_plan(settings: RecomputeSettings, model: nn.Module, job: StepJob, limits: Limits) -> Prediction | None:
+def best_plan(settings: RecomputeSettings, model: TextStack, job: StepJob, limits: Limits) -> Prediction | None:
     """The fastest plan within the limits that the settings leave for a step of a `Ma2mbaTextModel`; None if none is.
 
     A plan that the settings fix in all its parts is held against the limits only if they name a memory budget, too.
@@ -188,7 +189,7 @@ def best_plan(settings: RecomputeSettings, model: nn.Module, job: StepJob, limit
     return best
 
 
-def choices(settings: RecomputeSettings, model: nn.Module, job: StepJob) -> dict[str, Any]:
+def choices(settings: RecomputeSettings, model: TextStack, job: StepJob) -> dict[str, Any]:
     """What the settings leave to choose, as arguments of `candidate_plans`.
 
     Raises:
@@ -226,7 +227,7 @@ def _refuse_too_long(job: StepJob, segment_length: int | None) -> None:
         )
 
 
-def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
+def describe_batch(model: TextStack, x: Tensor, keep: Tensor | None) -> StepJob:
     """The step of a `Ma2mbaTextModel` over x (B, S, D), as the predictions want it."""
     mixer = model.layers[0].mixer
     weight = next(p for p in mixer.in_proj.parameters() if p.is_floating_point())
@@ -251,15 +252,19 @@ def describe_batch(model: nn.Module, x: Tensor, keep: Tensor | None) -> StepJob:
 
 
 def step_limits(
-    settings: RecomputeSettings, model: nn.Module, device: torch.device, pinned: int = 0, allocated: int = 0
+    settings: RecomputeSettings,
+    model: nn.Module | TextStack,
+    device: torch.device,
+    pinned: int = 0,
+    allocated: int = 0,
 ) -> Limits:
     """What a step of `model` on `device` may take now: the settings' budgets, or what is free.
 
     Args:
         pinned: host bytes pinned for kept activations already. allocated: GPU bytes of the step already there.
     """
-    host = parse_bytes(settings.host_memory_budget, "host_memory_budget")
-    host = host if host is not None else (available_host_bytes() + pinned) / 2
+    asked = parse_bytes(settings.host_memory_budget, "host_memory_budget")
+    host = asked if asked is not None else (available_host_bytes() + pinned) / 2
     gpu = parse_bytes(settings.memory_budget, "memory_budget")
     if gpu is not None:
         return Limits(gpu, host)
@@ -326,7 +331,7 @@ def out_of_memory_message(
         "were allocated in all, weights and everything else included. "
     )
     smaller = fastest(job, candidate_plans(job), Limits(0.8 * predicted.above_weights, float("inf")))
-    if smaller is None:
+    if smaller is None or smaller.plan is None:
         return f"{text}No smaller plan exists: give it fewer tokens (frames) or fewer rows at a time. {error}"
     return (
         f"{text}The next smaller plan, '{smaller.plan}', takes {smaller.above_weights / 1e9:.1f} GB: "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .stack_protocols import VideoModel
 from .stack_weights import execution_device
 from .state_video import VideoState
 
@@ -25,7 +26,7 @@ def frames_of(chunk: Any) -> Tensor:
 
 @torch.no_grad()
 def read_prompt(
-    model: Any,
+    model: VideoModel,
     input_ids: Tensor,
     videos: Iterable[Iterable[Any]] = (),
     state: VideoState | None = None,

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .stack_protocols import Reader
 from .state_video import VideoState
 
 
 def read_resumably(
     model: Any,
     prefix: Tensor,
-    reader: Any,
+    reader: Reader,
     state: VideoState | None,
     *,
     partial: str | os.PathLike,
@@ -38,7 +39,7 @@ def read_resumably(
         on_frames: called with the number of frames read, those before the interruption included.
 
     Raises:
-        ValueError: `partial` is damaged or belongs to another reading; names what differs.
+        ValueError: the video has no frames, or `partial` is damaged or belongs to another reading; names what differs.
     """
     size = model.config.read_chunk_frames
     at_once = [size, model.config.vision_chunk_frames]
@@ -64,6 +65,8 @@ def read_resumably(
             unfinished = state.fork()
             unfinished.metadata |= {"reading": json.dumps(request), "reading_frames": str(done)}
             unfinished.save(partial)
+    if state is None:
+        raise ValueError(f"{reader.name}: not one frame could be read")
     return state
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .reading_prompt import frames_of, read_prompt
+from .stack_protocols import VideoModel
 from .state_video import VideoState
 
 
 @torch.no_grad()
-def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -> list[VideoState | Exception]:
+def read_together(model: VideoModel, prefix: Tensor, videos: Sequence[Iterable[Any]]) -> list[VideoState | Exception]:
     """Read videos of any lengths, all after the same text, into a state each; as `read_prompt` does one by one.
 
     No more frames are in memory than for one video (`config.read_chunk_frames`, but at least one of each video) and
@@ -35,7 +36,7 @@ def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -
     if model.config.clip_frames > 1:  # a short video's end would cut the clips of the others
         return [_read_alone(model, prefix, video) for video in videos]
     sources = [_Frames(video) for video in videos]
-    found: list[VideoState | Exception | None] = [None] * len(sources)
+    found: dict[int, VideoState | Exception] = {}
     text = prefix[:, :-1]
     if text.shape[1]:
         start = read_prompt(model, text)
@@ -62,10 +63,10 @@ def read_together(model: Any, prefix: Tensor, videos: Sequence[Iterable[Any]]) -
             rows = [rows[place] for place in going]
         if rows:
             _advance(model, state, [sources[row].take(min(lengths)) for row in rows])
-    return found
+    return [found[row] for row in range(len(sources))]
 
 
-def _read_alone(model: Any, prefix: Tensor, video: Iterable[Any]) -> VideoState | Exception:
+def _read_alone(model: VideoModel, prefix: Tensor, video: Iterable[Any]) -> VideoState | Exception:
     try:
         return read_prompt(model, prefix, [video])
     except Exception as error:
@@ -78,7 +79,8 @@ class _Frames:
     def __init__(self, chunks: Iterable[Any]):
         self._chunks: Iterator[Any] = iter(chunks)
         self._left: list[Tensor] = []
-        self.count, self.seconds = 0, None
+        self.count = 0
+        self.seconds: float | None = None
 
     def fetch(self, most: int) -> int:
         """Frames that can be taken now: `most`, at the end fewer, then none."""
@@ -96,7 +98,7 @@ class _Frames:
         return pixels[:count]
 
 
-def _advance(model: Any, state: VideoState, pieces: list[Tensor]) -> None:
+def _advance(model: VideoModel, state: VideoState, pieces: list[Tensor]) -> None:
     """Every row of the state reads its piece (F, 3, h, w), all of the same number of frames."""
     if len({(piece.dtype, piece.shape) for piece in pieces}) == 1:
         features = model.get_video_features(torch.cat(pieces))
@@ -109,7 +111,7 @@ def _advance(model: Any, state: VideoState, pieces: list[Tensor]) -> None:
 
 
 def _finished(
-    model: Any, start: VideoState, state: VideoState, place: int, frames: _Frames, row: int
+    model: VideoModel, start: VideoState, state: VideoState, place: int, frames: _Frames, row: int
 ) -> VideoState | ValueError:
     """The state of one row alone, counting its own tokens."""
     if frames.count == 0:

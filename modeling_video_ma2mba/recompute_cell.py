@@ -7,16 +7,17 @@ Legend: B batch, S tokens, s tokens of a segment, D width.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .mixer_mamba2 import run_blocks
-from .parallel_borders import States
+from .parallel_borders import Gradients, States
 from .recompute_schedule import Cell
+from .stack_protocols import TextStack
 from .stack_token_layout import TokenLayout
 from .state_layers import LayerState, flatten, layer_kinds, regroup
 
@@ -33,7 +34,7 @@ class CellRunner:
 
     def __init__(
         self,
-        model: Any,
+        model: TextStack,
         blocks: Sequence[range],
         segments: Sequence[tuple[int, int]],
         layout: TokenLayout,
@@ -47,11 +48,8 @@ class CellRunner:
         self.halo, self.kinds = model.config.conv_kernel - 1, layer_kinds(model.config)
         self.device = model.norm_f.weight.device
         kind = self.device.type
-        self.autocast = {
-            "device_type": kind,
-            "enabled": torch.is_autocast_enabled(kind),
-            "dtype": torch.get_autocast_dtype(kind),
-        }
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self.autocast = functools.partial(torch.autocast, kind, dtype, enabled)
         self.random = any(
             isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.layers.modules()
         )
@@ -63,7 +61,7 @@ class CellRunner:
 
     def parameters(self, block: int) -> list[nn.Parameter]:
         """Trainable parameters of a block, in a fixed order."""
-        modules = [self.layers[i] for i in self.blocks[block]]
+        modules: list[nn.Module] = [self.layers[i] for i in self.blocks[block]]
         if self.is_last(block):
             modules.append(self.norm)
         return list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())
@@ -80,7 +78,7 @@ class CellRunner:
         """
         with self._same_randomness(cell, replay=False):
             y, delta, states = self._run(cell, x, states)
-        return y if delta is None else y + delta, states
+        return y if y is None or delta is None else y + delta, states
 
     def backward(
         self,
@@ -88,9 +86,9 @@ class CellRunner:
         x: Tensor,
         states: States,
         dout: Tensor | None,
-        dstates: States,
+        dstates: Gradients,
         parameters: Sequence[nn.Parameter],
-    ) -> tuple[Tensor, States, list[Tensor | None]]:
+    ) -> tuple[Tensor, Gradients, Gradients]:
         """Compute one cell again and differentiate it.
 
         Args:
@@ -101,7 +99,7 @@ class CellRunner:
         """
         x = x.detach().to(self.stream_dtype).requires_grad_()
         states = [s.detach().requires_grad_() for s in states]
-        with torch.enable_grad(), torch.autocast(**self.autocast), self._same_randomness(cell, replay=True):
+        with torch.enable_grad(), self.autocast(), self._same_randomness(cell, replay=True):
             y, delta, ends = self._run(cell, x, states, again=True)
         outputs, gradients = [], []
         dstates = dstates or [None] * len(ends)
@@ -110,10 +108,9 @@ class CellRunner:
                 outputs.append(value)
                 gradients.append(gradient.to(value.device, value.dtype, non_blocking=True))
         wanted = [x, *states, *parameters]
+        results: Gradients = [None] * len(wanted)
         if outputs:
             results = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-        else:
-            results = [None] * len(wanted)
         dx = results.pop(0)
         dx = torch.zeros_like(x) if dx is None else dx
         return dx, results[: len(states)], results[len(states) :]
@@ -127,7 +124,9 @@ class CellRunner:
         lengths, seq_idx = self.layout.segment(start, stop, self.halo)
         last = self.is_last(block)
         layers = [self.layers[i] for i in self.blocks[block]]
-        starts = regroup((self.kinds[i] for i in self.blocks[block]), states) if states else [None] * len(layers)
+        starts: Sequence[LayerState | None] = (
+            regroup((self.kinds[i] for i in self.blocks[block]), states) if states else [None] * len(layers)
+        )
         # In recomputation nobody looks at the stream after the block, only its gradient comes in.
         y, delta, ends = run_blocks(layers, x, starts, lengths, seq_idx, again and not last, self.around)
         if self.detect_anomaly and not again and not bool(torch.isfinite(y + delta).all()):
@@ -166,6 +165,6 @@ class CellRunner:
         with torch.random.fork_rng([self.device] if cuda else []):
             cpu, gpu = self.random_states[cell]
             torch.set_rng_state(cpu)
-            if cuda:
+            if gpu is not None:
                 torch.cuda.set_rng_state(gpu, self.device)
             yield

@@ -82,7 +82,7 @@ def fill_rows(
         device=job.layout.device,
         pin_memory=job.layout.device.type == "cpu" and job.device_type == "cuda",
     )
-    if text is not None:
+    if text is not None and job.layout.text_rows is not None:
         out[job.layout.text_rows.to(out.device)] = text.to(out.device, out.dtype)
     for first, piece in job.pieces(source):
         if before_chunk is not None:
@@ -151,7 +151,8 @@ class ChunkedRows(torch.autograd.Function):
                 for i, gradient in zip(wanted, found, strict=False):
                     if gradient is not None:
                         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                        sums[i] = wide if sums[i] is None else sums[i].add_(wide)
+                        before = sums[i]
+                        sums[i] = wide if before is None else before.add_(wide)
                 if grad_source is not None:
                     grad_source[first : first + len(part)] = found[-1]
         grads = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]

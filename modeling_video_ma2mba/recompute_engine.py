@@ -24,20 +24,24 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .parallel_borders import LocalBorders, States
-from .parallel_shards import ShardedLayers
+from .parallel_borders import LocalBorders
+from .parallel_shards import ShardedLayers, is_shard
 from .planner import choose_plan, describe_batch, out_of_memory_message
 from .recompute_cell import CellRunner
 from .recompute_plan import RecomputePlan, RecomputeSettings
 from .recompute_schedule import Cell, CellOrder, named_order
 from .recompute_store import DeviceStore, HostStore, PinnedPool
+from .stack_protocols import TextStack
 from .stack_token_layout import TokenLayout
 from .state_layers import KINDS, LayerState, flatten, regroup
+from .state_video import VideoState
+
+T = TypeVar("T")
 
 
 class MultiAxisEngine:
@@ -65,7 +69,7 @@ class MultiAxisEngine:
         return {"settings": self.settings}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__()
+        MultiAxisEngine.__init__(self)
         self.settings = state["settings"]
 
     def reserve_host_memory(self, nbytes: int) -> None:
@@ -79,19 +83,20 @@ class MultiAxisEngine:
         return DeviceStore()
 
     def run(
-        self, model: nn.Module, x: Tensor, state: Any, layout: TokenLayout, keep: Tensor | None
+        self, model: TextStack, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
     ) -> tuple[Tensor, list[LayerState]]:
         """The stack of `model` (a `Ma2mbaTextModel`) over x (B, S, D), on any device; a backward of exact gradients.
 
         Returns normed hidden states (B, S, D) or (kept, D) on x's device, and the layers' states.
         """
         sharded = ShardedLayers.of(model.layers)
-        plan = self._given or choose_plan(self.settings, model, x, keep)
+        settings = self.settings or RecomputeSettings()
+        plan = self._given or choose_plan(settings, model, x, keep)
         if sharded is not None:  # all processes gather alike: the smallest blocks
             plan = replace(plan, layers_per_block=-sharded.largest(-plan.layers_per_block)[0])
         self.last_plan = plan
-        inputs = (x,) if state is None else (x, *flatten(state.layers))
-        work = _StackRun(self, model, plan, layout, keep, inputs, sharded)
+        inputs: tuple[Tensor, ...] = (x,) if state is None else (x, *flatten(state.layers))
+        work = _StackRun(self, model, plan, settings.detect_anomaly, layout, keep, inputs, sharded)
         with torch.no_grad(), work.guarded("forward"):
             results = work.forward()
         below: tuple[Tensor | None, ...] = inputs
@@ -120,7 +125,9 @@ class _Block(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, work: "_StackRun", block: int, results: tuple[Tensor, ...] | None, *inputs: Tensor | None):
+    def forward(
+        ctx: Any, work: "_StackRun", block: int, results: tuple[Tensor, ...] | None, *inputs: Tensor | None
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.work, ctx.block = work, block
         ctx.set_materialize_grads(False)
         # Cells of the first block, which any node may run, read them; autograd notices a change in place.
@@ -148,8 +155,9 @@ class _StackRun:
     def __init__(
         self,
         engine: MultiAxisEngine,
-        model: nn.Module,
+        model: TextStack,
         plan: RecomputePlan,
+        detect_anomaly: bool,
         layout: TokenLayout,
         keep: Tensor | None,
         inputs: tuple[Tensor, ...],
@@ -159,16 +167,15 @@ class _StackRun:
         self.model, self.layers, self.norm = model, model.layers, model.norm_f
         self.sharded = sharded
         self.device = model.norm_f.weight.device
-        x, *start = self.inputs = inputs
+        self.inputs = inputs
+        x, *start = inputs
         self.segments = plan.segments(x.shape[1])
         self.blocks = plan.blocks(len(self.layers))
         self.keep = None if keep is None else keep.to(self.device)
         self.store = engine.store_for(plan, self.device)
         # Layers that are FSDP units are gathered here, block by block, and called past their hooks.
         around = None if sharded is None else contextlib.nullcontext
-        self.runner = CellRunner(
-            model, self.blocks, self.segments, layout, self.keep, around, engine.settings.detect_anomaly
-        )
+        self.runner = CellRunner(model, self.blocks, self.segments, layout, self.keep, around, detect_anomaly)
         self.borders = LocalBorders(self.store, self.by_block(start))
         self.like_input = torch.empty(*x.shape[:2], 0, device=x.device, requires_grad=x.requires_grad)
         self.spent = False
@@ -183,7 +190,7 @@ class _StackRun:
     def order(self, name: str) -> CellOrder:
         return named_order(name, len(self.blocks), len(self.segments))
 
-    def by_block(self, tensors: Sequence[Tensor | None]) -> list[States]:
+    def by_block(self, tensors: Sequence[T]) -> list[list[T]]:
         """Tensors of all layers' states, or none at all, as the borders want them."""
         left, fields = iter(tensors), [len(KINDS[kind]._fields) for kind in self.runner.kinds]
         return [list(islice(left, sum(fields[i] for i in block))) for block in self.blocks]
@@ -220,27 +227,29 @@ class _StackRun:
                         self.store.prefetch(("x", *after))
                     h, states = self.runner.forward(cell, h, self.borders.state_before(*cell))
                     self.borders.state_after(*cell, states)
-                    if not self.runner.is_last(block):
-                        self.store.put(("x", *above), [h])
-                    elif out is not None:
-                        out[:, start:stop].copy_(h, non_blocking=True)
-                    elif h is not None:
-                        kept.append(h[0])
+                    if h is not None:  # None behind the last block, where nothing of a segment is wanted
+                        if not self.runner.is_last(block):
+                            self.store.put(("x", *above), [h])
+                        elif out is not None:
+                            out[:, start:stop].copy_(h, non_blocking=True)
+                        else:
+                            kept.append(h[0])
                     if after != above:
                         h = None
-        if self.keep is not None:
+        if out is None:
             width = self.norm.weight.shape[0]
             out = torch.cat(kept) if kept else torch.empty(0, width, dtype=self.norm.weight.dtype, device=self.device)
-            out = out[self.row_order().argsort()] if self.keep.shape[0] > 1 else out
+            if self.keep is not None and self.keep.shape[0] > 1:
+                out = out[self.row_order(self.keep).argsort()]
         self.engine.last_host_bytes = self.store.host_bytes
         _wait_for_host_copies(out, self.device)
         return out, *chain(*self.borders.end())
 
-    def row_order(self) -> Tensor:
+    def row_order(self, keep: Tensor) -> Tensor:
         """Row-major rank of the kept positions in the order the segments produce them."""
-        rank = torch.zeros(self.keep.shape, dtype=torch.int64, device=self.device)
-        rank[self.keep] = torch.arange(int(self.keep.sum()), device=self.device)
-        return torch.cat([rank[:, a:b][self.keep[:, a:b]] for a, b in self.segments])
+        rank = torch.zeros(keep.shape, dtype=torch.int64, device=self.device)
+        rank[keep] = torch.arange(int(keep.sum()), device=self.device)
+        return torch.cat([rank[:, a:b][keep[:, a:b]] for a, b in self.segments])
 
     # -------------------------------------------------------------------------------------------- backward
     def start_backward(self, dout: Tensor | None, *dstates: Tensor | None) -> None:
@@ -252,9 +261,7 @@ class _StackRun:
         self.borders.start_backward(self.by_block(dstates))
         self.to_do.extend(self.order(self.plan.backward_order).backward())
 
-    def backward_block(
-        self, block: int, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
-    ) -> list[Tensor | None]:
+    def backward_block(self, block: int, inputs: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
         """Run cells in the plan's order up to the one that completes the block's parameter gradients.
 
         Args:
@@ -290,9 +297,10 @@ class _StackRun:
 
     def run_next(self, x: Tensor) -> Cell:
         """Backward of the next cell."""
-        cell = self.next_to_do()
-        self.to_do.popleft()
-        after = self.next_to_do()
+        self.drop_idle()
+        cell = self.to_do.popleft()
+        self.drop_idle()
+        after = self.to_do[0] if self.to_do else None
         for coming in (cell, after):
             if coming is not None:
                 for kind in ("x", "state", "dx"):
@@ -302,14 +310,14 @@ class _StackRun:
         h = x[:, start:stop].to(self.device, non_blocking=True) if block == 0 else self.store.take(("x", *cell))[0]
         states = self.borders.kept_state(*cell)
         if self.runner.is_last(block):
-            dh = self.douts[segment]
+            dout = self.douts[segment]
         elif self.handed is not None:
-            dh, self.handed = self.handed, None
+            dout, self.handed = self.handed, None
         else:
-            dh = self.store.take(("dx", *cell))[0]
+            dout = self.store.take(("dx", *cell))[0]
         parameters = self.runner.parameters(block)
         dh, dstates, gradients = self.runner.backward(
-            cell, h, states, dh, self.borders.gradient_after(*cell), parameters
+            cell, h, states, dout, self.borders.gradient_after(*cell), parameters
         )
         self.borders.gradient_before(*cell, dstates)
         self.sums[block] = _accumulate(self.sums.get(block), gradients)
@@ -325,17 +333,18 @@ class _StackRun:
                 self.store.put(("dx", *below), [dh])
         return cell
 
-    def next_to_do(self) -> Cell | None:
-        """The cell that backward runs next, past all that have nothing to differentiate."""
+    def drop_idle(self) -> None:
+        """Leave out the cells that backward would run next and that have nothing to differentiate."""
         while self.to_do and self.to_do[0][0] < self.lowest:
             self.to_do.popleft()
-        return self.to_do[0] if self.to_do else None
 
     def as_owned(self, gradient: Tensor | None, owner: nn.Parameter) -> Tensor | None:
         """A parameter's gradient in its own type, and where it is a shard of a layer's, the shard of the mean."""
-        if self.sharded is not None and hasattr(owner, "device_mesh"):
+        if gradient is None:
+            return None
+        if self.sharded is not None and is_shard(owner):
             return self.sharded.shard_of_mean(gradient, owner)
-        return None if gradient is None else gradient.to(owner.dtype)
+        return gradient.to(owner.dtype)
 
     def split_output_gradient(self, dout: Tensor | None) -> list[Tensor | None]:
         """The part of the output's gradient that belongs to each segment, None where nothing was kept."""
@@ -344,7 +353,7 @@ class _StackRun:
         if self.keep is None:
             return [dout[:, a:b] for a, b in self.segments]
         if self.keep.shape[0] > 1:
-            dout = dout[self.row_order()]
+            dout = dout[self.row_order(self.keep)]
         counts = [int(self.keep[:, a:b].sum()) for a, b in self.segments]
         return [part.unsqueeze(0) if n else None for n, part in zip(counts, dout.split(counts), strict=True)]
 
@@ -355,7 +364,7 @@ class _StackRun:
             yield
         except torch.OutOfMemoryError as error:
             self.store.finish()
-            with torch.autocast(**self.runner.autocast):
+            with self.runner.autocast():
                 job = describe_batch(self.model, self.like_input, self.keep)
             message = out_of_memory_message(self.plan, job, self.device, phase, error)
             raise torch.OutOfMemoryError(message) from error

@@ -22,7 +22,7 @@ def shift_labels_left(labels: Tensor) -> Tensor:
 
 
 def chunked_causal_lm_loss(
-    lm_head: nn.Module,
+    lm_head: nn.Linear,
     hidden: Tensor,
     targets: Tensor,
     num_items_in_batch: Tensor | int | None = None,

@@ -1,7 +1,7 @@
 """What Multi-Axis Gradient Checkpointing is asked to do (settings) and what it will do (a plan), as plain values."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .recompute_schedule import ORDERS
 
@@ -83,26 +83,27 @@ class RecomputeSettings:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not valid: use one of {METHODS}")
         # The plan checks its own fields: a wrong value fails here, not in the first training step.
-        RecomputePlan(self.layers_per_block or 1, self.segment_length or 1, **self._orders)
+        self._with_orders(RecomputePlan(self.layers_per_block or 1, self.segment_length or 1))
         for field in ("segment_length", "layers_per_block"):
             if getattr(self, field) == 0:
                 raise ValueError(f"{field}=0 is not valid: it must be an integer of at least 1")
         for field in ("memory_budget", "host_memory_budget"):
             parse_bytes(getattr(self, field), field)
 
-    @property
-    def _orders(self) -> dict[str, str]:
-        orders = {"forward_order": self.forward_order, "backward_order": self.backward_order}
-        return {name: order for name, order in orders.items() if order is not None}
+    def _with_orders(self, plan: RecomputePlan) -> RecomputePlan:
+        forward = plan.forward_order if self.forward_order is None else self.forward_order
+        backward = plan.backward_order if self.backward_order is None else self.backward_order
+        return replace(plan, forward_order=forward, backward_order=backward)
 
     def fixed_plan(self, layers: int, tokens: int) -> RecomputePlan | None:
         """The plan when the settings leave nothing to choose, else None."""
         if self.method == "per_layer":
-            return RecomputePlan(1, tokens, bool(self.offload), **self._orders)
+            return self._with_orders(RecomputePlan(1, tokens, bool(self.offload)))
         if self.method == "sqrt":
-            return RecomputePlan(max(1, round(math.sqrt(layers))), tokens, bool(self.offload), **self._orders)
+            return self._with_orders(RecomputePlan(max(1, round(math.sqrt(layers))), tokens, bool(self.offload)))
         if self.segment_length is not None and self.layers_per_block is not None and self.offload is not None:
-            return RecomputePlan(min(self.layers_per_block, layers), self.segment_length, self.offload, **self._orders)
+            layers = min(self.layers_per_block, layers)
+            return self._with_orders(RecomputePlan(layers, self.segment_length, self.offload))
         return None
 
 

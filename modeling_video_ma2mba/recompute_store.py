@@ -117,7 +117,7 @@ class PinnedPool:
             torch.cuda.synchronize()
         for slab in self._slabs:
             torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
-        self.__init__()
+        PinnedPool.__init__(self)
 
     # At the interpreter's end this module's names are gone before the last pool: what is needed is bound here. The
     # driver frees the memory then.

@@ -5,7 +5,7 @@ the public kernels overflow 32-bit offsets beyond about 200k tokens). Legend: B 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_video_ma2mba import Ma2mbaTextConfig
-from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, run_blocks
+from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, is_mixer, run_blocks
 from .parallel_shards import ShardedLayers, is_unit
 from .recompute_engine import MultiAxisEngine
 from .recompute_plan import RecomputeSettings
@@ -53,13 +53,13 @@ class Ma2mbaTextModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "dt_bias"):
+        if is_mixer(module):
             init_mixer_(module, self.config, init)
         elif module is self.embeddings:
             init.normal_(module.weight, std=self.config.initializer_range)
@@ -176,7 +176,7 @@ class Ma2mbaTextModel(PreTrainedModel):
             hidden_states[:] = [layout.restore(outputs) for outputs in hidden_states]
         if keep is None:
             hidden = layout.restore(hidden)
-        elif (order := original_order(output_positions, layout)) is not None:
+        elif output_positions is not None and (order := original_order(output_positions, layout)) is not None:
             hidden = hidden[order]
         others = layout.other_samples(self.config.conv_kernel - 1)
         if others is not None:
@@ -198,7 +198,8 @@ class Ma2mbaTextModel(PreTrainedModel):
         """
         batch, tokens = x.shape[:2]
         device, own = execution_device(self.norm_f), self.norm_f.weight.dtype
-        states = [None] * len(self.layers) if state is None else state.layers
+        starts: Sequence[LayerState | None] = [None] * len(self.layers) if state is None else state.layers
+        ends: list[LayerState] = []
         pieces, rows = [], []
         sharded = ShardedLayers.of(self.layers) if is_unit(self.layers[0]) else None
         if sharded is not None and torch.is_grad_enabled():
@@ -210,18 +211,18 @@ class Ma2mbaTextModel(PreTrainedModel):
             length = min(length, max(CPU_SEGMENT // max(batch, 1), CPU_SEGMENT // 8))
         rounds = math.ceil(tokens / length)
         most = rounds if sharded is None else sharded.largest(rounds)[0]
-        streams: list[list[Tensor]] = [[] for _ in range(len(self.layers) + 1)]
+        streams: list[list[Tensor]] = [[] for _ in range(0 if outputs is None else len(self.layers) + 1)]
         blocks = list(self.layers)
-        if outputs is not None:
-            if sharded is not None:
-                raise ValueError("output_hidden_states is not possible while layers are FSDP units")
-            blocks = [_noting_input(block, into) for block, into in zip(blocks, streams, strict=False)]
+        if outputs is not None and sharded is not None:
+            raise ValueError("output_hidden_states is not possible while layers are FSDP units")
         for start in range(0, tokens, length):
             stop = min(start + length, tokens)
             lengths, seq_idx = layout.segment(start, stop, self.config.conv_kernel - 1)
             segment = x[:, start:stop].to(device, self.stream_dtype)
             around = None if sharded is None else sharded.gathered
-            segment, delta, states = run_blocks(blocks, segment, states, lengths, seq_idx, around=around)
+            segment, delta, ends = run_blocks(
+                blocks, segment, ends or starts, lengths, seq_idx, around=around, streams=streams
+            )
             if outputs is not None:
                 streams[-1].append(self.norm_f(segment, delta, own)[0])
             if keep is not None:
@@ -241,14 +242,4 @@ class Ma2mbaTextModel(PreTrainedModel):
             if batch > 1:  # segments come one after the other, the result is row after row
                 hidden = hidden[torch.cat(rows).argsort()]
         # Layers may live on several GPUs; the state is in one place, and hooks bring its parts to where they are used.
-        return hidden, [layer._make(tensor.to(device) for tensor in layer) for layer in states]
-
-
-def _noting_input(block: nn.Module, into: list[Tensor]) -> Callable[..., Any]:
-    """`block`, which also appends the residual stream before it to `into`."""
-
-    def run(x: Tensor, delta: Tensor | None, *rest: Any) -> Any:
-        into.append(x.clone() if delta is None else x + delta)
-        return block(x, delta, *rest)
-
-    return run
+        return hidden, [type(layer)._make(tensor.to(device) for tensor in layer) for layer in ends]

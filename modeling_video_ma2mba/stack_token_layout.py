@@ -47,6 +47,7 @@ class TokenLayout:
             )
         real = attention_mask[:, -tokens:].bool()
         lengths = real.sum(dim=1)
+        order: Tensor | None
         if exporting():  # the mask must not decide what is computed
             order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
             if seq_idx is not None:

@@ -148,7 +148,7 @@ def checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     rest = [*rest, *(facts[name] for name in ("layers", "kinds") if name in facts)]
     crc = zlib.crc32(json.dumps([described, *rest]).encode())
     for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from .stack_protocols import Processor, Reader
 from .stack_weights import quantised_weights
 from .state_version import PACKAGE_VERSION
 from .vision_towers import tower_adapter
@@ -27,7 +29,7 @@ _RECORDED_SOURCES = 64
 _SAMPLING = ("fps", "num_frames", "start", "end", "max_frames")
 
 
-def identity_facts(model: torch.nn.Module, processor: Any) -> dict[str, str]:
+def identity_facts(model: PreTrainedModel, processor: Processor) -> dict[str, str]:
     """What the states of a model and a processor belong to: entries for a state's metadata.
 
     Weights and vocabulary are looked at again only after a change; their digests are kept on the model.
@@ -57,7 +59,7 @@ def _kept(model: torch.nn.Module, name: str, key: Hashable, make: Callable[[], s
     return digests[name][1]
 
 
-def source_facts(reader: Any) -> dict[str, Any]:
+def source_facts(reader: Reader) -> dict[str, Any]:
     """A video's name, the digest of its bytes, and how its frames are chosen."""
     sampling = {name: getattr(reader.sampling, name) for name in _SAMPLING}
     return {"name": str(reader.name), "sha256": reader.content_digest(), **sampling}
@@ -118,7 +120,7 @@ def vocabulary_digest(tokenizer: Any) -> str:
     return _short_digest(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token]))
 
 
-def processor_facts(processor: Any, vocabulary: str) -> str:
+def processor_facts(processor: Processor, vocabulary: str) -> str:
     """What a `VideoMa2mbaProcessor` does to frames and text, as JSON; its sampling defaults are facts of a reading."""
     facts = {
         "size": dict(processor.video_processor.size),
@@ -155,11 +157,11 @@ def refuse_other(metadata: Mapping[str, str], identity: Mapping[str, str]) -> No
                 f"the state belongs to another {what}: {name} is {there.get(name)} there and {here.get(name)} here"
                 f"{more}; use {made_by}, which read it, or read the video again"
             )
-    there, here = metadata.get("weights"), identity.get("weights")
-    if there and here and there != here:
+    read_with, own = metadata.get("weights"), identity.get("weights")
+    if read_with and own and read_with != own:
         raise ValueError(
-            f"the state belongs to another model: its weights have the digest {there[:12]}, those of "
-            f"{_named(identity)} have {here[:12]}; use {made_by}, which read it, or read the video again"
+            f"the state belongs to another model: its weights have the digest {read_with[:12]}, those of "
+            f"{_named(identity)} have {own[:12]}; use {made_by}, which read it, or read the video again"
         )
 
 

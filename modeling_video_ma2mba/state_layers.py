@@ -8,26 +8,29 @@ Legend: B batch, C conv channels, W conv width, H heads, P head width, N state s
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Mamba2State(NamedTuple):
+class _Mamba2Tensors(NamedTuple):
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba2State(_Mamba2Tensors):
     """The state of a Mamba-2 mixer.
 
     conv: (B, C, W-1) the last raw inputs of the convolution, in the model's dtype.
     ssm: (B, H, P, N) SSM state, fp32 (fp64 in fp64 models).
     """
 
-    conv: Tensor
-    ssm: Tensor
-
-    kind = "mamba2"
-    version = 1  # of these tensors' meaning, for files
-    axes = ("(L, B, C, W-1)", "(L, B, H, P, N)")  # of stacked layers
-    wide = ("ssm",)  # what is computed in at least fp32, whatever the model's dtype
+    __slots__ = ()
+    kind: ClassVar[str] = "mamba2"
+    version: ClassVar[int] = 1  # of these tensors' meaning, for files
+    axes: ClassVar[tuple[str, ...]] = ("(L, B, C, W-1)", "(L, B, H, P, N)")  # of stacked layers
+    wide: ClassVar[tuple[str, ...]] = ("ssm",)  # what is computed in at least fp32, whatever the model's dtype
 
     @classmethod
     def sizes(cls, config: Any) -> tuple[tuple[int, ...], ...]:

@@ -83,7 +83,8 @@ class VideoState:
         cls, config: Any, batch: int = 1, device: Any = "cpu", dtype: torch.dtype = torch.float32
     ) -> "VideoState":
         """The state before the first token, for a `Ma2mbaTextConfig`."""
-        kinds, stacks = layer_kinds(config), {}
+        kinds = layer_kinds(config)
+        stacks: dict[str, LayerState] = {}
         for kind in dict.fromkeys(kinds):
             named = zip(KINDS[kind]._fields, KINDS[kind].sizes(config), strict=True)
             stacks[kind] = KINDS[kind]._make(
@@ -169,7 +170,9 @@ class VideoState:
     def _mapped(self, function: Callable[[Tensor, type[LayerState], str], Tensor]) -> "VideoState":
         """A new state of `function` (of a stacked tensor, its kind and field) of all tensors."""
         stacks = {
-            kind: stacked._make(function(t, type(stacked), f) for f, t in zip(stacked._fields, stacked, strict=True))
+            kind: type(stacked)._make(
+                function(t, type(stacked), f) for f, t in zip(stacked._fields, stacked, strict=True)
+            )
             for kind, stacked in self._all_stacked().items()
         }
         return self._of_stacks(self.kinds, stacks, self.seen_tokens, self.metadata)
@@ -187,7 +190,8 @@ class VideoState:
 
         like = self._layers[0]
         types = [
-            t.dtype if dtype is None else tensor_dtype(like, f, dtype) for f, t in zip(like._fields, like, strict=True)
+            t.dtype if dtype is None else tensor_dtype(type(like), f, dtype)
+            for f, t in zip(like._fields, like, strict=True)
         ]
         if like[0].device == torch.device(device) and [t.dtype for t in like] == types:
             same = VideoState(self._layers, self.seen_tokens, self.metadata)
@@ -204,7 +208,7 @@ class VideoState:
         if isinstance(rows, Tensor):
             index = rows.to(self.device)
             return self._mapped(lambda tensor, kind, field: tensor.index_select(1, index))
-        layers = [layer._make(tensor[rows] for tensor in layer) for layer in self._layers]
+        layers = [type(layer)._make(tensor[rows] for tensor in layer) for layer in self._layers]
         return VideoState(layers, self.seen_tokens, self.metadata)
 
     @classmethod
@@ -214,10 +218,10 @@ class VideoState:
         first, *others = states
         if any(other.kinds != first.kinds for other in others):
             raise ValueError("the states have layers of different kinds: they belong to different models")
-        stacks = {}
+        stacks: dict[str, LayerState] = {}
         for kind, stacked in first._all_stacked().items():
             parts = zip(stacked, *(other._all_stacked()[kind] for other in others), strict=True)
-            stacks[kind] = stacked._make(torch.cat([a, *(b.to(a) for b in rest)], dim=1) for a, *rest in parts)
+            stacks[kind] = type(stacked)._make(torch.cat([a, *(b.to(a) for b in rest)], dim=1) for a, *rest in parts)
         return cls._of_stacks(first.kinds, stacks, max(state.seen_tokens for state in states))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

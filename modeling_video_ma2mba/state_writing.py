@@ -39,8 +39,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             draft = os.path.join(folder, "draft")
             yield draft
-            with open(draft, "rb") as source, open_through(path) as target:
-                shutil.copyfileobj(source, target)
+            with open(draft, "rb") as source, open_through(path) as stream:
+                shutil.copyfileobj(source, stream)
         return
     target = os.path.realpath(path)
     if os.path.isdir(target):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,23 @@ class TowerCost:
         return self.layers * r * (2 * (4 * d * d + 2 * d * m) + 4 * r * d)
 
 
-class TowerAdapter:
+class Encoder(Protocol):
+    """The layers of an `EncoderTower`."""
+
+    layers: nn.ModuleList
+
+
+class EncoderTower(Protocol):
+    """A vision tower of transformers, as its CLIP and SigLIP classes build it."""
+
+    embeddings: nn.Module
+    encoder: Encoder
+
+
+Tower = TypeVar("Tower", bound=EncoderTower)
+
+
+class TowerAdapter(Generic[Tower]):
     """A tower as transformers' CLIP and SigLIP classes build it; other kinds override what differs.
 
     Attributes:
@@ -107,16 +123,16 @@ class TowerAdapter:
         layer = config.vision_feature_layer
         return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
 
-    def used_modules(self, tower: nn.Module, config: Any) -> Iterator[nn.Module]:
+    def used_modules(self, tower: Tower, config: Any) -> Iterator[nn.Module]:
         """The parts of the tower that the features depend on."""
         yield tower.embeddings
         yield from tower.encoder.layers[: self.layer_count(config)]
 
-    def input_dtype(self, tower: nn.Module) -> torch.dtype:
+    def input_dtype(self, tower: Tower) -> torch.dtype:
         """The type that the tower wants its pixels in."""
-        return tower.embeddings.patch_embedding.weight.dtype
+        return tower.embeddings.get_parameter("patch_embedding.weight").dtype
 
-    def encode(self, tower: nn.Module, config: Any, pixels: Tensor, clips: Sequence[int]) -> Tensor:
+    def encode(self, tower: Tower, config: Any, pixels: Tensor, clips: Sequence[int]) -> Tensor:
         """Normalised frames `(F, 3, h, w)` -> rows of their patches `(F, patches_per_side**2, D)`, raster order.
 
         `clips` are the lengths of the clips that the F frames belong to, in order. Layers are walked here instead of
@@ -128,7 +144,7 @@ class TowerAdapter:
             hidden = layer(hidden, None)
         return hidden[:, self.leading_rows :]
 
-    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+    def embed(self, tower: Tower, pixels: Tensor) -> Tensor:
         """`(F, 3, h, w)` -> `(F, R, D)`, what the first layer reads."""
         return tower.embeddings(pixels)
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .vision_adapter import TowerAdapter
+from .vision_adapter import EncoderTower, TowerAdapter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class ClipAdapter(TowerAdapter):
+class ClipTower(EncoderTower, Protocol):
+    """With the norm in front, spelt as in the checkpoints."""
+
+    pre_layrnorm: nn.Module
+
+
+class ClipAdapter(TowerAdapter[ClipTower]):
     """transformers' `CLIPVisionModel`."""
 
     model_type = "clip_vision_model"
@@ -21,9 +27,9 @@ class ClipAdapter(TowerAdapter):
     no_split_modules = ("CLIPVisionEmbeddings", "CLIPEncoderLayer")
     no_decay = ("class_embedding",)
 
-    def used_modules(self, tower: nn.Module, config: Any) -> Iterator[nn.Module]:
+    def used_modules(self, tower: ClipTower, config: Any) -> Iterator[nn.Module]:
         embeddings, *layers = super().used_modules(tower, config)
-        yield from (embeddings, tower.pre_layrnorm, *layers)  # so it is spelt in the checkpoints
+        yield from (embeddings, tower.pre_layrnorm, *layers)
 
-    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+    def embed(self, tower: ClipTower, pixels: Tensor) -> Tensor:
         return tower.pre_layrnorm(tower.embeddings(pixels))

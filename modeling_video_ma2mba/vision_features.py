@@ -195,6 +195,6 @@ def _interleave(features: Tensor, text: Tensor | None, layout: RowLayout) -> Ten
         return features
     out = features.new_zeros(layout.total_rows, features.shape[1])
     out = out.index_copy(0, layout.computed_rows.to(layout.device), features)
-    if text is None:
+    if text is None or layout.text_rows is None:
         return out
     return out.index_copy(0, layout.text_rows.to(layout.device), text.to(layout.device, out.dtype))

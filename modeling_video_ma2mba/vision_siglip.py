@@ -1,9 +1,9 @@
 """SigLIP's vision tower: patches only."""
 
-from .vision_adapter import TowerAdapter
+from .vision_adapter import EncoderTower, TowerAdapter
 
 
-class SiglipAdapter(TowerAdapter):
+class SiglipAdapter(TowerAdapter[EncoderTower]):
     """transformers' `SiglipVisionModel`."""
 
     model_type = "siglip_vision_model"

@@ -7,12 +7,12 @@ from .vision_clip import ClipAdapter
 from .vision_siglip import SiglipAdapter
 from .vision_videomamba import VideoMambaAdapter
 
-TOWERS: dict[str, TowerAdapter] = {
+TOWERS: dict[str, TowerAdapter[Any]] = {
     adapter.model_type: adapter for adapter in (ClipAdapter(), SiglipAdapter(), VideoMambaAdapter())
 }
 
 
-def tower_adapter(vision_config: Any) -> TowerAdapter:
+def tower_adapter(vision_config: Any) -> TowerAdapter[Any]:
     """The adapter for a vision configuration, or for its `model_type`.
 
     Raises:

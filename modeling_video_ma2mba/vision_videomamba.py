@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .modeling_videomamba import VideoMambaModel
+
 
 @dataclass(frozen=True)
 class VideoMambaCost(TowerCost):
@@ -34,7 +36,7 @@ class VideoMambaCost(TowerCost):
         return self.layers * self.rows * (projections + 2 * self.hidden * (9 * self.heads + self.width // 4))
 
 
-class VideoMambaAdapter(TowerAdapter):
+class VideoMambaAdapter(TowerAdapter["VideoMambaModel"]):
     """This package's `VideoMambaModel`.
 
     A clip is as long as the tower's `num_frames`; a last, shorter one takes the first temporal positions (and repeats
@@ -66,7 +68,7 @@ class VideoMambaAdapter(TowerAdapter):
     def clip_frames(self, vision_config: Any) -> int:
         return vision_config.num_frames
 
-    def used_modules(self, tower: nn.Module, config: Any) -> Iterator[nn.Module]:
+    def used_modules(self, tower: VideoMambaModel, config: Any) -> Iterator[nn.Module]:
         from torch import nn
 
         yield tower.patch_embed
@@ -75,10 +77,10 @@ class VideoMambaAdapter(TowerAdapter):
         yield from tower.layers[: self.layer_count(config)]
         yield tower.norm_f
 
-    def input_dtype(self, tower: nn.Module) -> torch.dtype:
+    def input_dtype(self, tower: VideoMambaModel) -> torch.dtype:
         return tower.patch_embed.proj.weight.dtype
 
-    def encode(self, tower: nn.Module, config: Any, pixels: Tensor, clips: Sequence[int]) -> Tensor:
+    def encode(self, tower: VideoMambaModel, config: Any, pixels: Tensor, clips: Sequence[int]) -> Tensor:
         """Normalised frames `(F, 3, h, w)` -> `(F, patches_per_side**2, D)`; see the class."""
         import torch
 
@@ -90,7 +92,7 @@ class VideoMambaAdapter(TowerAdapter):
             first += count * length
         return torch.cat(rows)
 
-    def _encode_clips(self, tower: nn.Module, config: Any, frames: Tensor) -> Tensor:
+    def _encode_clips(self, tower: VideoMambaModel, config: Any, frames: Tensor) -> Tensor:
         """Clips of one length `(B, T, 3, h, w)` -> `(B, T, P, D)`."""
         import torch
 

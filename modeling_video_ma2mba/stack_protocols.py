@@ -1,0 +1,107 @@
+"""What files ask of objects that others make, as types for the checker: the seams between reader, processor, stack and
+recomputation. At run time any object will do that has these attributes.
+
+Legend: B batch, S tokens, D width.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
+from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm
+
+
+class Chunk(Protocol):
+    """Frames that follow one another; see `FrameChunk` of the reader."""
+
+    pixels: np.ndarray
+    timestamps: np.ndarray
+
+
+class Reader(Protocol):
+    """One video, read chunk by chunk: a `FrameReader`, or whatever gives frames as it does."""
+
+    name: str
+    warnings: list[str]
+    sampling: Any
+
+    @property
+    def duration(self) -> float: ...
+
+    @property
+    def expected_frames(self) -> int: ...
+
+    def chunks(self, n: int = 32, skip: int = 0, threads: int | None = None) -> Iterator[Any]:
+        """`Chunk`s of n frames."""
+
+    def content_digest(self) -> str | None: ...
+
+    def close(self) -> None: ...
+
+
+class Processor(Protocol):
+    """What answering questions takes of a `VideoMa2mbaProcessor`. `tokenizer`: transformers'."""
+
+    tokenizer: Any
+    chat_template: str
+    video_processor: Any
+
+    def streaming_prompt(
+        self, messages: Any, add_generation_prompt: bool = True, **video_settings: Any
+    ) -> tuple[Tensor, Tensor, list[Reader]]:
+        """(1, S) token ids up to the last video and behind it, and a reader for each video."""
+
+
+class Layers(Protocol):
+    """Modules in a row: a list of them, or a `ModuleList`."""
+
+    def __getitem__(self, index: int, /) -> nn.Module: ...
+
+    def __iter__(self) -> Iterator[nn.Module]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Blocks(Protocol):
+    """The `ModuleList` of a stack, whose items `torch` does not tell."""
+
+    def __getitem__(self, index: int, /) -> Ma2mbaBlock: ...
+
+    def __iter__(self) -> Iterator[Ma2mbaBlock]: ...
+
+    def __len__(self) -> int: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class TextStack(Protocol):
+    """What recomputation, planning and decoding ask of a `Ma2mbaTextModel`."""
+
+    config: Ma2mbaTextConfig
+    embeddings: nn.Embedding
+    layers: Blocks
+    norm_f: Ma2mbaRMSNorm
+    prefill_segment_length: int
+
+    @property
+    def stream_dtype(self) -> torch.dtype: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def __call__(self, **arguments: Any) -> Any:
+        """See `Ma2mbaTextModel.forward`."""
+
+
+class VideoModel(Protocol):
+    """What reading takes of a `VideoMa2mbaModel`."""
+
+    config: VideoMa2mbaConfig
+    language_model: TextStack
+
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor: ...
