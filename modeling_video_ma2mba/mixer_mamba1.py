@@ -6,7 +6,7 @@ Legend: B batch, S tokens, C model width, E inner channels, N state per channel,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,20 @@ def scan_passes(scan_order: str, layer: int, layers: int, share_weights: bool) -
     return tuple(ScanPass(*which, "temporal" if temporal else "spatial") for which in (forward, backward))
 
 
+ScanWeights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Norm(Protocol):
+    """An RMS norm."""
+
+    weight: nn.Parameter
+    eps: float
+
+
 class VideoMambaMixer(nn.Module):
     """`out_proj` of the sum of all scans of `in_proj(hidden)`; parameters are named as in released checkpoints."""
+
+    A_log: nn.Parameter
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -93,29 +105,26 @@ class VideoMambaMixer(nn.Module):
 
     def _scan(self, projected: Tensor, passes: list[ScanPass]) -> Tensor:
         """Sum (B, S, E) of the gated scans of `projected` (B, S, 2E), all in its order of tokens."""
-        return mamba1_core(projected, *self.scan_weights(passes), [each.reverse for each in passes])
+        return mamba1_core(projected, *self.scan_weights(passes), reverse=[each.reverse for each in passes])
 
-    def scan_weights(self, passes: Sequence[ScanPass]) -> list[Tensor]:
+    def scan_weights(self, passes: Sequence[ScanPass]) -> ScanWeights:
         """Parameters of these scans, stacked, in the order in which `mamba1_core` takes them."""
         sets = [each.weights for each in passes]
         convs = [getattr(self, f"conv1d{name}") for name in sets]
         steps = [getattr(self, f"dt_proj{name}") for name in sets]
-        return [
-            torch.stack(list(parts))
-            for parts in (
-                (conv.weight.squeeze(1) for conv in convs),
-                (conv.bias for conv in convs),
-                (getattr(self, f"x_proj{name}").weight for name in sets),
-                (step.weight for step in steps),
-                (step.bias for step in steps),
-                (getattr(self, self.rates_name(name)) for name in sets),
-                (getattr(self, f"D{name}") for name in sets),
-            )
-        ]
+        return (
+            torch.stack([conv.weight.squeeze(1) for conv in convs]),
+            torch.stack([conv.bias for conv in convs]),
+            torch.stack([getattr(self, f"x_proj{name}").weight for name in sets]),
+            torch.stack([step.weight for step in steps]),
+            torch.stack([step.bias for step in steps]),
+            torch.stack([getattr(self, self.rates_name(name)) for name in sets]),
+            torch.stack([getattr(self, f"D{name}") for name in sets]),
+        )
 
 
 def add_norm_mix(
-    mixer: VideoMambaMixer, norm: nn.Module, delta: Tensor, residual: Tensor | None
+    mixer: VideoMambaMixer, norm: Norm, delta: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """A whole block, `mixer(norm(residual + delta))` and the sum, as one node of autograd that keeps little more than
     the sum; None where that is not possible: without our kernels, in temporal order, with adapters or hooks on the

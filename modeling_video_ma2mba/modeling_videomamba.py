@@ -52,7 +52,8 @@ def temporal_order(frames: int, patches: int, device: torch.device | None = None
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """An optimizer's parameter groups as the released models were trained: matrices and convolutions decay, `A_log`
     (a matrix) among them; vectors, biases, positions and the class token do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             free = parameter.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in NO_DECAY
@@ -81,7 +82,8 @@ class VideoMambaPatchEmbed(nn.Module):
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__()
         side = config.patch_size
-        if config.is_video:
+        self.proj: nn.Conv2d | nn.Conv3d
+        if config.tubelet_size is not None:
             size = (config.tubelet_size, side, side)
             self.proj = nn.Conv3d(config.num_channels, config.hidden_size, size, size)
         else:
@@ -183,7 +185,9 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, width))
         self.temporal_pos_embedding = nn.Parameter(torch.zeros(1, frames, width)) if config.is_video else None
-        self.layers = nn.ModuleList(VideoMambaBlock(config, layer) for layer in range(config.num_hidden_layers))
+        blocks = [VideoMambaBlock(config, layer) for layer in range(config.num_hidden_layers)]
+        self.temporal = any(each.order == "temporal" for block in blocks for each in block.mixer.passes)
+        self.layers = nn.ModuleList(blocks)
         self.norm_f = VideoMambaRMSNorm(width, config.layer_norm_eps)
         self.post_init()
 
@@ -206,11 +210,11 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             tokens = tokens + self.temporal_pos_embedding[:, :frames, None]
         return torch.cat([first, tokens.flatten(1, 2)], dim=1)
 
-    def run_blocks(self, tokens: Tensor, layers: int | None = None) -> tuple[Tensor, Tensor]:
+    def run_blocks(self, tokens: Tensor, layers: int | None = None) -> tuple[Tensor | None, Tensor]:
         """`embed`'s tokens through the first `layers` blocks (default: all): residual stream and the last delta; the
         stream after the blocks is their sum."""
         temporal = spatial = None
-        if any(each.order == "temporal" for block in self.layers for each in block.mixer.passes):
+        if self.temporal:
             patches = self.config.grid[1]
             temporal, spatial = temporal_order((tokens.shape[1] - 1) // patches, patches, tokens.device)
         delta, residual = tokens, None

@@ -101,6 +101,7 @@ def _scan_all_backward(
     dx_weight = torch.cat([dx_weight[:, :rank], dx_weight[:, w.rank :]], dim=1)
     dxz = torch.empty_like(xz)
     dx, dz = dxz.chunk(2, dim=-1)
+    assert found.dz is not None, "mixers have a gate"
     torch.sum(found.dz, dim=0, out=dz)
     dconv_weight, dconv_bias = conv_backward(xz.chunk(2, dim=-1)[0], w.conv_weight, w.conv_bias, du, reverse, dx)
     rates = -torch.exp(weights.A_log.float())
@@ -198,7 +199,7 @@ class MixerBlock(torch.autograd.Function):
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else [part.float() for part in parts]
             del dxz, y, dy, normed
         din_weight, dout_weight = sums[0].to(in_weight.dtype), sums[1].to(out_weight.dtype)
-        gradients = [g.to(p.dtype) for g, p in zip(sums[2:], weights, strict=True)]
+        found = [g.to(p.dtype) for g, p in zip(sums[2:], weights, strict=True)]
         total, dnorm_weight = norm_backward(stream, norm_weight, ctx.eps, dnormed, dstream)
         return (
             total.to(ctx.delta_dtype),
@@ -210,7 +211,7 @@ class MixerBlock(torch.autograd.Function):
             None,
             None,
             None,
-            *gradients,
+            *found,
         )
 
 

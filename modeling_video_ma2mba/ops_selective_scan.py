@@ -77,10 +77,11 @@ def selective_scan(
         state = initial_state.to(work)
     outputs = []
     for piece in zip(*(t.split(GROUP, dim=2) for t in inputs), strict=True):
+        group = (*piece, A, state)
         if torch.is_grad_enabled():
-            y, state = checkpoint(_scan_group, *piece, A, state, use_reentrant=False, preserve_rng_state=False)
+            y, state = checkpoint(_scan_group, *group, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, state = _scan_group(*piece, A, state)
+            y, state = _scan_group(*group)
         outputs.append(y)
     y = _turn(torch.cat(outputs, dim=2), reverse) + u.to(work) * D[:, None, None]
     if z is not None:
@@ -104,16 +105,16 @@ def _scan_group(u: Tensor, step: Tensor, B: Tensor, C: Tensor, A: Tensor, state:
         u, step, B, C = (F.pad(t, (0, 0, 0, missing)) for t in (u, step, B, C))
     u, step, B, C = (t.unflatten(2, (-1, chunk)) for t in (u, step, B, C))  # (K, B, chunks, Q, E or N)
     rates = A[:, None, None]  # (K, 1, 1, E, N)
-    added, inner, local = u * step, None, []
+    added = u * step
+    local: list[Tensor] = []
     for i in range(chunk):  # all chunks at once, each from a state of zero
         new = added[:, :, :, i, :, None] * B[:, :, :, i, None, :]
-        inner = new if inner is None else torch.exp(step[:, :, :, i, :, None] * rates) * inner + new
-        local.append(inner)
+        local.append(torch.exp(step[:, :, :, i, :, None] * rates) * local[-1] + new if local else new)
     passed = torch.exp(step.cumsum(3)[..., None] * rates.unsqueeze(3))  # decay since the chunk's start
     entering = []
     for i in range(u.shape[2]):
         entering.append(state)
-        state = passed[:, :, i, -1] * state + inner[:, :, i]
+        state = passed[:, :, i, -1] * state + local[-1][:, :, i]
     states = torch.stack(local, dim=3) + passed * torch.stack(entering, dim=2).unsqueeze(3)
     y = (states @ C.unsqueeze(-1)).squeeze(-1)
     return y.flatten(2, 3)[:, :, :tokens], state

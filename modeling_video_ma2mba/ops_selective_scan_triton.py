@@ -595,7 +595,7 @@ def scan_forward(given: ScanInputs, initial: Tensor | None, keep: bool) -> tuple
     channels = min(settings.channels, width)
     segments, per_segment = given.plan(settings, channels)
     chunks = triton.cdiv(tokens, settings.chunk)
-    fp32 = {"dtype": torch.float32, "device": given.u.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": given.u.device}
     y = torch.empty_like(given.u)
     end = torch.empty(directions, batch, state, width, **fp32)
     kept = torch.empty(directions, batch, chunks, state, width, **fp32) if keep else end
@@ -654,7 +654,7 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     directions, batch, tokens, width, state = given.sizes
     channels = min(settings.backward_channels, width)
     segments, per_segment = given.plan(settings, channels)
-    fp32 = {"dtype": torch.float32, "device": given.u.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": given.u.device}
     rows, blocks = directions * batch, width // channels
     grid = (blocks, segments, rows)
     dy = dy.contiguous()
