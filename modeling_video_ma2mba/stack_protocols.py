@@ -30,17 +30,21 @@ class Reader(Protocol):
     sampling: Any
 
     @property
-    def duration(self) -> float: ...
+    def duration(self) -> float:
+        """Seconds."""
 
     @property
-    def expected_frames(self) -> int: ...
+    def expected_frames(self) -> int:
+        """How many frames `chunks` gives in all."""
 
     def chunks(self, n: int = 32, skip: int = 0, threads: int | None = None) -> Iterator[Any]:
         """`Chunk`s of n frames."""
 
-    def content_digest(self) -> str | None: ...
+    def content_digest(self) -> str | None:
+        """SHA-256 of the video's bytes, where it has any of its own."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End unfinished `chunks`."""
 
 
 class Processor(Protocol):
@@ -75,9 +79,11 @@ class Blocks(Protocol):
 
     def __len__(self) -> int: ...
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def modules(self) -> Iterator[nn.Module]:
+        """As in `nn.Module`."""
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As in `nn.Module`."""
 
 
 class TextStack(Protocol):
@@ -90,9 +96,11 @@ class TextStack(Protocol):
     prefill_segment_length: int
 
     @property
-    def stream_dtype(self) -> torch.dtype: ...
+    def stream_dtype(self) -> torch.dtype:
+        """Data type of the residual stream."""
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As in `nn.Module`."""
 
     def __call__(self, **arguments: Any) -> Any:
         """See `Ma2mbaTextModel.forward`."""
@@ -104,4 +112,5 @@ class VideoModel(Protocol):
     config: VideoMa2mbaConfig
     language_model: TextStack
 
-    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor: ...
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
+        """Frames (F, 3, h, w) to rows of the stack's input (N, D)."""

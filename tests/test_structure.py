@@ -141,7 +141,7 @@ def class_nodes() -> dict[str, ast.ClassDef]:
 
 
 def base_names(node: ast.ClassDef) -> list[str]:
-    return [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+    return [ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases]
 
 
 def documented_by_a_base(method: str, node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> bool:
