@@ -1,4 +1,7 @@
-"""What transformers' Auto classes load for a checkpoint in the released layout: its conversion."""
+"""What transformers' Auto classes load for a checkpoint in the released layout: its conversion.
+
+Not in `released.py`, which must not import transformers while it is imported: that is what registers these classes.
+"""
 
 from pathlib import Path
 from typing import Any

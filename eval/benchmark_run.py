@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.text_files import json_line
-from ..modeling_video_ma2mba.parallel_dims import ParallelDims, met
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims, process_group_exists
 from ..modeling_video_ma2mba.state_writing import write_whole
 from .answer_log import files_of, read_rows
 from .benchmark_scores import Scores, score
@@ -101,7 +101,7 @@ def leave_ranks() -> bool:
     import torch.distributed as dist
 
     first = ParallelDims.of_run().first
-    if met():
+    if process_group_exists():
         from accelerate.state import AcceleratorState
 
         dist.barrier()

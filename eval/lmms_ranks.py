@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ..modeling_video_ma2mba.parallel_dims import met
+from ..modeling_video_ma2mba.parallel_dims import process_group_exists
 from .answering import Answerer
 from .lmms_requests import Job
 
@@ -44,7 +44,7 @@ def answer_together(
     todo = {key: job for key, job in jobs.items() if not log.holds(key)}
     answerer.reused += len(jobs) - len(todo)
     works = _works(todo, document)
-    shared = world > 1 and met()
+    shared = world > 1 and process_group_exists()
     if shared:
         works, todo = _dealt_out(works, todo, jobs, rank, world)
     with tqdm(total=sum(len(work.keys) for work in works), desc="answers", disable=rank != 0) as bar:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .decode_loop import decode, one_state
-from .decode_settings import beyond_the_loop, end_tokens, settled
+from .decode_settings import end_tokens, settled, unsupported_settings
 from .stack_weights import execution_device
 from .state_video import VideoState
 
@@ -67,7 +67,7 @@ def answer_together(
     settings.setdefault("tokenizer", tokenizer)
     given = {name: settings.pop(name, None) for name in ("generation_config", *_FOR_THE_LOOP)}
     config, others = settled(model.generation_config, given["generation_config"], settings)
-    if others or beyond_the_loop(config):
+    if others or unsupported_settings(config):
         rows = _by_generate(model, states, ids, mask, return_scores, given, settings)
     else:
         loop = {ours: given[theirs] for theirs, ours in _FOR_THE_LOOP.items()}

@@ -85,8 +85,8 @@ def decode(
         states: one of a single row for each prompt (the same one may come several times), or one of B rows. They stay
             as they are.
         ids: (B, S) token ids of what follows the states, padded on the left; mask: (B, S), 1 on real tokens.
-        config: settings, complete (`decode_settings.settled`); `decode_settings.beyond_the_loop` tells whether this
-            loop can honour them. With `num_return_sequences` n every row becomes n rows, next to each other.
+        config: settings, complete (`decode_settings.settled`); `decode_settings.unsupported_settings` names those that
+            this loop cannot honour. With `num_return_sequences` n every row becomes n rows, next to each other.
         processors, criteria, allowed: the caller's logits processors, stopping criteria and
             `prefix_allowed_tokens_fn`, as `generate()` takes them.
         tokenizer: needed by `stop_strings`.

@@ -159,7 +159,7 @@ def plain_mode(config: GenerationConfig) -> bool:
     return config.get_generation_mode().value in ("greedy_search", "sample")
 
 
-def beyond_the_loop(config: GenerationConfig) -> list[str]:
+def unsupported_settings(config: GenerationConfig) -> list[str]:
     """Names of the settings that are asked for and that only `generate()` can honour."""
     known = (
         _NO_MATTER | {name for name, *_ in (*_PROCESSORS, *_WARPERS)} | {"watermarking_config", "renormalize_logits"}

@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple, logging
 from .answering_questions import VideoQuestionsMixin
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import PromptGenerationMixin
-from .parallel_dims import met
+from .parallel_dims import process_group_exists
 from .recompute_chunks import RowLayout
 from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
 from .recompute_plan import RecomputeSettings
@@ -265,7 +265,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         """
         if not (self.training and torch.is_grad_enabled()):
             return embeddings
-        if not met():
+        if not process_group_exists():
             return embeddings
         parts = [*used_tower_modules(self.vision_tower, self.config), self.multi_modal_projector]
         if not any(p.requires_grad for part in parts for p in part.parameters()):

@@ -48,7 +48,7 @@ class ParallelDims:
             ValueError: `shard * sequence` does not divide the number of processes.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if met():
+        if process_group_exists():
             from torch import distributed
 
             world, rank = distributed.get_world_size(), distributed.get_rank()
@@ -103,7 +103,7 @@ class ParallelDims:
         return self.rank == 0
 
 
-def met() -> bool:
+def process_group_exists() -> bool:
     """Whether the processes of this run can talk to each other (`torch.distributed` is initialised)."""
     from torch import distributed
 

@@ -284,7 +284,7 @@ class _StackRun:
             if self.sharded is not None:  # all processes reduce alike, whatever of their samples is learnt
                 whole = self.runner.parameters(block)
                 sums = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, whole, strict=True)]
-        gradients = [self.as_owned(g, p) for g, p in zip(sums, owners, strict=True)]
+        gradients = [self.like_its_parameter(g, p) for g, p in zip(sums, owners, strict=True)]
         if first or not needs[0]:
             self.store.finish()
         if not first:
@@ -338,7 +338,7 @@ class _StackRun:
         while self.to_do and self.to_do[0][0] < self.lowest:
             self.to_do.popleft()
 
-    def as_owned(self, gradient: Tensor | None, owner: nn.Parameter) -> Tensor | None:
+    def like_its_parameter(self, gradient: Tensor | None, owner: nn.Parameter) -> Tensor | None:
         """A parameter's gradient in its own type, and where it is a shard of a layer's, the shard of the mean."""
         if gradient is None:
             return None

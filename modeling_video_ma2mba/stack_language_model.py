@@ -180,7 +180,7 @@ class Ma2mbaTextModel(PreTrainedModel):
             hidden = hidden[order]
         others = layout.other_samples(self.config.conv_kernel - 1)
         if others is not None:
-            layers = [layer.without(others) for layer in layers]
+            layers = [layer.without_inputs_of(others) for layer in layers]
         return hidden, VideoState(layers, (0 if state is None else state.seen_tokens) + tokens)
 
     def _run_segments(

@@ -38,7 +38,7 @@ class Mamba2State(_Mamba2Tensors):
         conv = (config.conv_dim, config.conv_kernel - 1)
         return conv, (config.num_heads, config.head_dim, config.state_size)
 
-    def without(self, others: Tensor) -> "Mamba2State":
+    def without_inputs_of(self, others: Tensor) -> "Mamba2State":
         """Blank the remembered inputs that come from other samples, (B, W-1) true where one does."""
         return self._replace(conv=self.conv.masked_fill(others.to(self.conv.device)[:, None], 0))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .frame_pixels import TRANSPARENT, Look, upright_pixels
+from .frame_pixels import TRANSPARENT, FrameDisplay, upright_pixels
 from .read_ahead import in_order
 from .video_decoding import VideoIndex, decoder_of, every_packet, open_stream, packets_of, reason_of
 
@@ -100,7 +100,7 @@ def part_cuts(index: VideoIndex, wanted: np.ndarray) -> list[int]:
 class _Opened(NamedTuple):
     container: Any
     stream: Any
-    look: Look
+    look: FrameDisplay
 
 
 class _Decoders:
@@ -128,7 +128,7 @@ class _Decoders:
             return self._idle.pop()
         except IndexError:
             container, stream = self._stack.enter_context(open_stream(self.target, self.name))
-            self._all.append(_Opened(container, stream, Look.of(stream, decoder_of(stream))))
+            self._all.append(_Opened(container, stream, FrameDisplay.of(stream, decoder_of(stream))))
             return self._all[-1]
 
     def give_back(self, opened: "_Opened") -> None:

@@ -26,7 +26,7 @@ _STRIP = 2**18  # pixels whose light is computed at a time
 
 
 @dataclass
-class Look:
+class FrameDisplay:
     """How the frames of one decoder are to be shown.
 
     Attributes:
@@ -42,13 +42,13 @@ class Look:
     orientation: tuple[int | None, bool, int] = (None, False, 0)
 
     @classmethod
-    def of(cls, stream: Any, decoder: Any) -> "Look":
+    def of(cls, stream: Any, decoder: Any) -> "FrameDisplay":
         """The look of a stream before its first frame; an implausible pixel aspect counts as square."""
         aspect = float(stream.sample_aspect_ratio or 1)
         return cls(decoder, aspect if PLAUSIBLE_ASPECTS[0] <= aspect <= PLAUSIBLE_ASPECTS[1] else 1.0)
 
 
-def upright_pixels(frame: Any, name: str, look: Look) -> np.ndarray:
+def upright_pixels(frame: Any, name: str, look: FrameDisplay) -> np.ndarray:
     """A decoded frame as uint8 `(H, W, 3)` RGB: turned and mirrored as its display matrix says, pixels made square.
 
     Transparent parts are shown on black, as video players do; HDR (PQ, HLG) is tone-mapped to SDR, and BT.2020
@@ -106,7 +106,7 @@ def _has_alpha(pixel_format: str) -> bool:
     return pixel_format == "pal8" or any(component.is_alpha for component in av.VideoFormat(pixel_format).components)
 
 
-def _oriented(pixels: np.ndarray, frame: Any, look: Look) -> np.ndarray:
+def _oriented(pixels: np.ndarray, frame: Any, look: FrameDisplay) -> np.ndarray:
     """Turn and mirror a picture; angles between the eight orientations count as the nearest."""
     # PyAV's side data and its frame hold each other in memory: looked at only when something changes.
     if frame.rotation != look.orientation[0]:

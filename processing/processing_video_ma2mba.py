@@ -17,11 +17,13 @@ from .chat_format import (
     ROLE_TAG_ENDS,
     ROLE_TAGS,
     Chat,
+    assign_media,
+    fill_placeholders,
     is_conversation,
     render_chat,
+    require_sources,
     restored,
 )
-from .placeholder_media import assign_media, fill_placeholders, require_sources
 from .text_batches import IGNORED_LABEL, pad_batch
 from .video_processing_video_ma2mba import FIXED_SETTINGS, SAMPLING_NAMES, drop_fixed_settings, list_rates
 from .video_reader import FrameReader

@@ -17,7 +17,7 @@ ROOMS = {
         "recompute_", "parallel_", "cost_", "planner", "state_", "reading_", "answering_", "decode_",
     ),
     "processing": (
-        "__init__", "byte_tokenizer", "chat_", "frame_", "mp4_index", "picture_sources", "placeholder_media",
+        "__init__", "byte_tokenizer", "chat_", "frame_", "mp4_index", "picture_sources",
         "processing_", "read_ahead", "text_batches", "video_",
     ),
 }  # fmt: skip

@@ -64,7 +64,7 @@ def draw_length(rng: random.Random, top: int, shortest: int, shorter: float = SH
     return whole(rng, shortest, top)
 
 
-def subject(question: Question) -> tuple[str, frozenset[str]]:
+def question_subject(question: Question) -> tuple[str, frozenset[str]]:
     """What a question is about, the same for every wording and for both forms: kind and the things that it names."""
     text = question.text if question.kind == "order" else question.text.partition(" (A)")[0]
     return question.kind, frozenset(_NAMES & set(_WORDS.findall(text)))
@@ -81,7 +81,7 @@ def choose_questions(
     keyed = sorted(asked, key=lambda question: math.log(1 - rng.random()) / weights[question.kind], reverse=True)
     subjects: dict[tuple[str, frozenset[str]], Question] = {}
     for question in keyed:
-        subjects.setdefault(subject(question), question)
+        subjects.setdefault(question_subject(question), question)
     chosen = list(subjects.values())[:count]
     return chosen[:1] + sorted(chosen[1:], key=lambda question: _TURNS.index(question.kind))
 

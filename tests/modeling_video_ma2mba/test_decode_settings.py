@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from video_ma2mba import VideoState
 from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 from video_ma2mba.modeling_video_ma2mba.decode_loop import decode
-from video_ma2mba.modeling_video_ma2mba.decode_settings import beyond_the_loop, settled
+from video_ma2mba.modeling_video_ma2mba.decode_settings import settled, unsupported_settings
 
 VIDEO, NEW = 2, 8
 
@@ -62,7 +62,7 @@ def by_loop(model, states, **settings):
     extra |= {name: settings.pop(name) for name in ("seed", "streamer", "tokenizer") if name in settings}
     output = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
     config, rest = settled(model.generation_config, None, settings | output)
-    assert not rest and not beyond_the_loop(config)
+    assert not rest and not unsupported_settings(config)
     torch.manual_seed(7)
     return decode(model, states, ids, config, mask=mask, log_probabilities=True, **extra)
 
@@ -180,9 +180,9 @@ def test_what_only_generate_can_do_is_named():
         ({"cache_implementation": "static"}, "cache_implementation"),
     ):
         config, _ = settled(GenerationConfig(), None, asked)
-        assert name in beyond_the_loop(config), asked
+        assert name in unsupported_settings(config), asked
     config, rest = settled(GenerationConfig(), None, {"temprature": 2})
-    assert rest == {"temprature": 2} and beyond_the_loop(config) == []
+    assert rest == {"temprature": 2} and unsupported_settings(config) == []
 
 
 def test_call_before_configuration_before_model_before_defaults():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims, met
+from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims, process_group_exists
 
 
 def mesh(shape: tuple[int, ...], names: tuple[str, ...] | None, place: tuple[int, ...]) -> SimpleNamespace:
@@ -16,7 +16,7 @@ def test_one_process_is_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     dims = ParallelDims.of_run()
     assert dims == ParallelDims() and dims.first and dims.world == dims.batches == 1
-    assert not met()
+    assert not process_group_exists()
 
 
 def test_the_launcher_announces_processes(monkeypatch):

@@ -18,7 +18,7 @@ from video_ma2mba.world.batches import (
     draw_length,
     imitate_mp4,
     longest_at,
-    subject,
+    question_subject,
 )
 from video_ma2mba.world.model import (
     SIZES,
@@ -114,7 +114,7 @@ def test_questions_are_drawn_by_the_weights_of_their_kinds():
     for index in range(300):
         asked = data.asked(index)[1]
         chosen = choose_questions(rng, asked, 4, weights)
-        assert len({subject(question) for question in chosen}) == len(chosen) <= 4
+        assert len({question_subject(question) for question in chosen}) == len(chosen) <= 4
         assert set(chosen) <= set(asked)
         kinds.update(question.kind for question in chosen)
         firsts[chosen[0].kind] += 1
@@ -126,10 +126,10 @@ def test_a_subject_is_the_same_in_every_wording():
     data = WorldDataset(frames=(24, 24), questions=40)
     for index in range(20):
         asked = data.asked(index)[1]
-        about = Counter(subject(question) for question in asked)
+        about = Counter(question_subject(question) for question in asked)
         assert about["needle", frozenset({"card"})] == sum(question.kind == "needle" for question in asked)
         for question in asked:
-            kind, names = subject(question)
+            kind, names = question_subject(question)
             assert len(names) == {"direction": 2, "count": 1, "colour": 1, "shape": 1}.get(kind, len(names))
             if kind == "order":
                 assert 3 <= len(names) <= 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from video_ma2mba.trainer.data import VideoChatCollator, load_training_data
-from video_ma2mba.trainer.data.row_files import read_rows
+from video_ma2mba.trainer.data.loading import read_rows
 from video_ma2mba.trainer.data.row_formats import FORMATS, detect_format
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "training_data.md").read_text(encoding="utf-8")

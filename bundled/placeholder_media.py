@@ -1,1 +1,0 @@
-../processing/placeholder_media.py
