@@ -125,7 +125,5 @@ def test_loads_without_the_package(saved, make_video, tmp_path):
     assert loaded["prompt again"] == loaded["prompt"][:2]
     for name in ("processor_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "resaved" / name).read_text() == (folder / name).read_text()
-    assert {file.name for file in FILES} - ELSEWHERE <= {
-        path.name for path in (tmp_path / "resaved").iterdir()
-    }
+    assert {file.name for file in FILES} - ELSEWHERE <= {path.name for path in (tmp_path / "resaved").iterdir()}
     assert np.array(loaded["masks"]).sum() == len("A cat.") + 1
