@@ -4,11 +4,10 @@
 
 Needs a GPU. Every setting is checked against the default one before it is timed, since compilers go wrong in some.
 Times are medians of device events over both directions, in nanoseconds a token (of one layer); `parts` times what else
-a layer does. Rows are written as they are measured; the best settings of a shape are printed after it.
+a layer does. Rows are written as they are measured; the best settings of each shape are printed last.
 """
 
 import argparse
-import dataclasses
 import itertools
 import statistics
 import sys
@@ -63,57 +62,32 @@ def scan_inputs(batch: int, tokens: int, channels: int, state: int = 16, rank: i
     return given, torch.randn(batch, tokens, channels, **options)
 
 
-# Forward and backward are told apart: (channels, warps, stages) and (channels, warps, stages, registers).
-FORWARD = ((32, 1, 2), (32, 1, 1), (32, 1, 3), (64, 1, 2))
-BACKWARD = ((32, 1, 1, None), (32, 1, 2, None), (32, 1, 1, 168), (32, 1, 2, 168), (32, 1, 1, 128))
-BACKWARD_NAMES = ("backward_channels", "backward_warps", "backward_stages", "backward_registers")
-LAUNCHES = ((128, 4224), (128, 2112), (128, 8448), (64, 4224), (256, 4224), (128, 1056), (128, 1))
-
-
 def sweep(shape: str, batch: int, tokens: int, channels: int, small: bool) -> Iterator[dict]:
-    """Rows of one shape: settings of each direction first, then chunks and programs with the best of them."""
+    """Every setting of the grid on one shape, a row each."""
     given, dy = scan_inputs(batch, tokens, channels)
     kernels.force_settings(kernels.ScanSettings())
     expected_y, _, kept = kernels.scan_forward(given, None, True)
     expected = kernels.scan_backward(given, kept, dy, None)
-    scale = 1e6 / (batch * tokens)
-
-    def timed(direction: str, settings: kernels.ScanSettings) -> dict:
+    blocks = ((32, 1), (64, 1), (64, 2), (128, 4)) if not small else ((32, 1),)
+    for (block, warps), programs, chunk, stages in itertools.product(
+        blocks, (1, 1056, 2112, 4224), (128,) if small else (64, 128, 256), (1,) if small else (1, 2)
+    ):
+        settings = kernels.ScanSettings(block, warps, block, warps, chunk, programs, stages)
         kernels.force_settings(settings)
-        row = {"shape": shape, "channels": channels, "direction": direction, **dataclasses.asdict(settings)}
-        block = settings.channels if direction == "forward" else settings.backward_channels
-        row["segments"] = given.plan(settings, block)[0]
+        row = {"shape": shape, "channels": channels, "block": block, "warps": warps, "chunk": chunk}
+        row |= {"programs": programs, "stages": stages, "segments": given.plan(settings, block)[0]}
         try:
             y, _, kept = kernels.scan_forward(given, None, True)
-            if direction == "forward":
-                row["worst"] = relative(y, expected_y)
-                row["ns"] = milliseconds(lambda: kernels.scan_forward(given, None, True)) * scale
-            else:
-                back = kernels.scan_backward(given, kept, dy, None)
-                names = ("du", "ddt", "dz", "dbc", "dA")
-                row["worst"] = max(relative(getattr(back, name), getattr(expected, name)) for name in names)
-                del back
-                row["ns"] = milliseconds(lambda: kernels.scan_backward(given, kept, dy, None)) * scale
+            back = kernels.scan_backward(given, kept, dy, None)
+            worst = max(relative(y, expected_y), relative(back.du, expected.du), relative(back.dA, expected.dA))
+            row["worst"] = max(worst, relative(back.dbc, expected.dbc), relative(back.ddt, expected.ddt))
+            scale = 1e6 / (batch * tokens)
+            row["forward_ns"] = milliseconds(lambda: kernels.scan_forward(given, None, True)) * scale
+            row["backward_ns"] = milliseconds(lambda k=kept: kernels.scan_backward(given, k, dy, None)) * scale
         except Exception as error:  # a setting that does not compile or launch is a result, too
-            row["error"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            row["error"] = str(error).splitlines()[0][:200]
         kernels.force_settings(None)
-        return row
-
-    best = kernels.ScanSettings()
-    for direction, choices in (("forward", FORWARD), ("backward", BACKWARD)):
-        rows = []
-        for choice in choices[:2] if small else choices:
-            names = ("channels", "warps", "stages") if direction == "forward" else BACKWARD_NAMES
-            rows.append(timed(direction, dataclasses.replace(best, **dict(zip(names, choice, strict=True)))))
-            yield rows[-1]
-        right = [row for row in rows if row.get("worst", 1.0) < 1e-2]
-        if right:
-            row = min(right, key=lambda row: row["ns"])
-            best = kernels.ScanSettings(**{name: row[name] for name in dataclasses.asdict(best)})
-    for (chunk, programs), direction in itertools.product(
-        LAUNCHES[:4] if small else LAUNCHES, ("forward", "backward")
-    ):
-        yield timed(direction, dataclasses.replace(best, chunk=chunk, programs=programs))
+        yield row
 
 
 def parts(batch: int, tokens: int, width: int = 192) -> list[dict]:
@@ -167,24 +141,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV to write, row by row")
     parser.add_argument("--small", action="store_true", help="only a few settings")
-    parser.add_argument("--shapes", default="64 frames x 16,8 frames x 64,64 frames x 2", help=", ".join(SHAPES))
-    parser.add_argument("--channels", type=int, default=384, help="inner channels, 384 for Ti")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: needs a CUDA device")
     print(hardware("cuda"), torch.__version__, flush=True)
     parts(16, 12545)
-    fields = ["shape", "channels", "direction", *dataclasses.asdict(kernels.ScanSettings()), "segments", "worst", "ns"]
+    shapes = (("64 frames x 16", 384), ("8 frames x 64", 384), ("64 frames x 2", 384), ("256 x 1", 384))
+    about = ("shape", "channels", "block", "warps", "chunk", "programs", "stages", "segments")
+    fields = [*about, "worst", "forward_ns", "backward_ns", "error"]
     rows = []
-    for shape in arguments.shapes.split(","):
-        for row in sweep(shape, *SHAPES[shape], arguments.channels, arguments.small):
+    for number, (shape, channels) in enumerate((*shapes, ("8 frames x 64", 1152))):
+        for row in sweep(shape, *SHAPES[shape], channels, arguments.small or number > 0):
             rows.append(row)
-            write_rows(arguments.out, rows, [*fields, "error"])
+            write_rows(arguments.out, rows, fields)
             print({key: value for key, value in row.items() if value is not None}, flush=True)
-        for direction in ("forward", "backward"):
-            found = [row for row in rows if (row["shape"], row["direction"]) == (shape, direction) and "ns" in row]
-            for row in sorted(found, key=lambda row: row["ns"])[:3]:
-                print("best", {key: value for key, value in row.items() if value is not None}, flush=True)
+    for direction in ("forward_ns", "backward_ns"):
+        for shape, channels in dict.fromkeys((row["shape"], row["channels"]) for row in rows):
+            timed = [r for r in rows if (r["shape"], r["channels"]) == (shape, channels) and direction in r]
+            for row in sorted(timed, key=lambda row: row[direction])[:3]:
+                print(direction, {key: value for key, value in row.items() if value is not None})
 
 
 if __name__ == "__main__":

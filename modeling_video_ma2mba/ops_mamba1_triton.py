@@ -2,9 +2,8 @@
 
 `core_forward` and `core_backward` stand between the projections of a mixer. `MixerBlock` is a block from residual
 stream to residual stream: it keeps the stream, which the next block needs anyway, and the states at the chunks'
-starts; normed input, projections, convolution and steps are computed again in backward. Rows of a batch are taken a
-few at a time, since what is between the projections is many times what is kept. Parameters are inputs of the autograd
-nodes, so that hooks of distributed training fire once.
+starts; normed input, projections, convolution and steps are computed again in backward. Parameters are inputs of the
+autograd nodes, so that hooks of distributed training fire once.
 
 Legend: K scans, B batch, S tokens, C model width, E inner channels, N state per channel, R step rank, W conv width.
 """
@@ -88,7 +87,7 @@ def _scan_all(xz: Tensor, w: _Prepared, reverse: Sequence[bool], keep: bool) -> 
 def _scan_all_backward(
     xz: Tensor, kept: Tensor, w: _Prepared, weights: ScanWeights, reverse: Sequence[bool], dy: Tensor
 ) -> tuple[Tensor, Tensor, ScanWeights]:
-    """Gradient of xz, the core's output again, and the gradients of the weights as they were summed."""
+    """Gradient of xz, the core's output again, and the gradients of the weights."""
     given = _inputs(xz, w, reverse)
     found = scan_backward(given, kept, dy.to(xz.dtype), None)
     rank, rows = weights.dt_weight.shape[-1], (1, 2)
@@ -108,6 +107,7 @@ def _scan_all_backward(
     gradients = ScanWeights(
         dconv_weight, dconv_bias, dx_weight, ddt_weight, found.dbias, found.dA * rates, found.dskip
     )
+    gradients = ScanWeights(*(g.to(p.dtype) for g, p in zip(gradients, weights, strict=True)))
     y = found.y[0] + found.y[1] if len(found.y) == 2 else found.y.sum(dim=0)
     return dxz, y, gradients
 
@@ -132,16 +132,7 @@ def core_backward(
     xz, weights = tensors[0].contiguous(), ScanWeights(*tensors[1:])
     prepared = _Prepared.of(weights, xz.dtype)
     dxz, _, found = _scan_all_backward(xz, kept[0], prepared, weights, reverse, gradients[0])
-    return dxz, *(g.to(p.dtype) for g, p in zip(found, weights, strict=True))
-
-
-_TOKENS_AT_ONCE = 65536  # they fill a GPU
-
-
-def _slices(batch: int, tokens: int) -> list[slice]:
-    """Rows that go through a block together."""
-    rows = max(1, _TOKENS_AT_ONCE // max(1, tokens))
-    return [slice(first, first + rows) for first in range(0, batch, rows)]
+    return dxz, *found
 
 
 class MixerBlock(torch.autograd.Function):
@@ -166,40 +157,29 @@ class MixerBlock(torch.autograd.Function):
             delta = delta.clone()  # it becomes the stream, which is a result
         stream, normed = add_norm_forward(delta, residual, norm_weight, eps, dtype)
         prepared = _Prepared.of(ScanWeights(*weights), dtype)
-        in_cast, out_cast = in_weight.to(dtype), out_weight.to(dtype)
-        out, states = torch.empty_like(normed), []
-        for rows in _slices(*normed.shape[:2]):
-            y, kept = _scan_all(F.linear(normed[rows], in_cast), prepared, reverse, keep)
-            out[rows] = F.linear(y, out_cast)
-            states.append(kept)
-        ctx.save_for_backward(stream, norm_weight, in_weight, out_weight, *weights, *states)
+        xz = F.linear(normed, in_weight.to(dtype))
+        y, kept = _scan_all(xz, prepared, reverse, keep)
+        ctx.save_for_backward(stream, kept, norm_weight, in_weight, out_weight, *weights)
         ctx.eps, ctx.reverse, ctx.dtype, ctx.delta_dtype = eps, reverse, dtype, delta.dtype
         ctx.has_residual = residual is not None
-        return out, stream
+        return F.linear(y, out_weight.to(dtype)), stream
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor, dstream: Tensor | None) -> tuple[Any, ...]:
-        stream, norm_weight, in_weight, out_weight, *tensors = ctx.saved_tensors
-        count = len(ScanWeights._fields)
-        weights, states, dtype = ScanWeights(*tensors[:count]), tensors[count:], ctx.dtype
+        stream, kept, norm_weight, in_weight, out_weight, *tensors = ctx.saved_tensors
+        weights, dtype = ScanWeights(*tensors), ctx.dtype
         prepared = _Prepared.of(weights, dtype)
         in_cast, out_cast = in_weight.to(dtype), out_weight.to(dtype)
-        dout = dout.to(dtype)
-        dnormed = torch.empty_like(stream, dtype=dtype)
-        sums: list[Tensor] = []
-        for rows, kept in zip(_slices(*stream.shape[:2]), states, strict=True):
-            _, normed = add_norm_forward(stream[rows], None, norm_weight, ctx.eps, dtype)
-            given = dout[rows].contiguous()
-            dy = torch.matmul(given, out_cast)
-            dxz, y, gradients = _scan_all_backward(F.linear(normed, in_cast), kept, prepared, weights, ctx.reverse, dy)
-            dnormed[rows] = torch.matmul(dxz, in_cast)
-            din = torch.matmul(dxz.flatten(0, 1).T, normed.flatten(0, 1))
-            parts = (din, torch.matmul(given.flatten(0, 1).T, y.flatten(0, 1)), *gradients)
-            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else [part.float() for part in parts]
-            del dxz, y, dy, normed
-        din_weight, dout_weight = sums[0].to(in_weight.dtype), sums[1].to(out_weight.dtype)
-        found = [g.to(p.dtype) for g, p in zip(sums[2:], weights, strict=True)]
+        _, normed = add_norm_forward(stream, None, norm_weight, ctx.eps, dtype)
+        xz = F.linear(normed, in_cast)
+        dout = dout.to(dtype).contiguous()
+        dxz, y, gradients = _scan_all_backward(xz, kept, prepared, weights, ctx.reverse, torch.matmul(dout, out_cast))
+        dout_weight = torch.matmul(dout.flatten(0, 1).T, y.flatten(0, 1)).to(out_weight.dtype)
+        del y, xz
+        flat = dxz.flatten(0, 1)
+        din_weight = torch.matmul(flat.T, normed.flatten(0, 1)).to(in_weight.dtype)
+        dnormed = torch.matmul(dxz, in_cast)
         total, dnorm_weight = norm_backward(stream, norm_weight, ctx.eps, dnormed, dstream)
         return (
             total.to(ctx.delta_dtype),
@@ -211,7 +191,7 @@ class MixerBlock(torch.autograd.Function):
             None,
             None,
             None,
-            *found,
+            *gradients,
         )
 
 

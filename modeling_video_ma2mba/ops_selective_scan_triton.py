@@ -3,13 +3,9 @@
 One program walks the tokens of a segment for a block of channels, all N states of a channel at once; a segment is as
 long as the whole sequence where batch and channels alone fill the GPU, else segments run at the same time and a short
 pass hands states from one to the next. Of forward only the state at every chunk's start is kept. Backward goes through
-the chunks from the end: it walks a chunk once to leave the state of every second token in a scratch that stays in the
-cache, then takes two tokens at a time, forward and back. State is fp32 but for that scratch (bf16 under inputs of 16
-bits), no matrix unit is used, and sums over channels go through one partial sum for each block, added in a fixed
-order: results do not change from run to run.
-
-Inputs and outputs of four tokens are tiles (4, channels), with 32 channels laid out over a warp's lanes as the states
-(16, channels) are: a token's row is picked, or put back, by shuffles and selections, never through shared memory.
+the chunks from the end: it walks a chunk once to leave the state of every fourth token in a scratch that stays in the
+cache, then takes four tokens at a time, forward and back. All state is fp32, no matrix unit is used, and sums over
+channels go through one partial sum for each block, added in a fixed order: results do not change from run to run.
 
 Settings come from a fixed table (`settings_for`): nothing is tuned when a model runs.
 Layout: K directions, B batch, S tokens, E channels, N states, W conv width; states are (..., N, E) here.
@@ -29,6 +25,9 @@ try:  # the guard keeps transformers from demanding it; the other file of Mamba-
 except ModuleNotFoundError as error:
     raise ImportError("the selective scan's kernels need triton, which comes with PyTorch's CUDA builds") from error
 
+TOKENS_AT_ONCE = 4
+"""Tokens whose states backward holds in registers; written out in the kernels."""
+
 
 @dataclass(frozen=True)
 class ScanSettings:
@@ -36,10 +35,9 @@ class ScanSettings:
 
     Args:
         channels, warps: of a program, forward; backward_channels, backward_warps: backward.
-        chunk: tokens between kept states, a multiple of 4.
+        chunk: tokens between kept states.
         programs: as many fill the GPU; sequences are cut in segments until there are so many.
-        stages, backward_stages: of loading ahead.
-        backward_registers: of a thread at most, for more programs at a time; None leaves it to the compiler.
+        stages: of loading ahead.
     """
 
     channels: int = 32
@@ -48,9 +46,7 @@ class ScanSettings:
     backward_warps: int = 1
     chunk: int = 128
     programs: int = 4224
-    stages: int = 2
-    backward_stages: int = 1
-    backward_registers: int | None = None
+    stages: int = 1
 
 
 _TABLE = {(9, 0): ScanSettings()}  # measured on an H200, see benchmarks/selective_scan_kernels.py
@@ -96,15 +92,8 @@ def _row(at, left, sign):
 
 
 @triton.jit
-def _rows(at, left, sign, E, d, four):
-    """Offsets (4, channels) of four tokens' rows from `at` and which of them there are."""
-    t = at + four
-    return (tl.minimum(t, left - 1) * sign)[:, None] * E + d[None, :], (t < left)[:, None]
-
-
-@triton.jit
-def _tile(ptr, offsets, inside):
-    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+def _channels(ptr, row, stride, d, inside, other: tl.constexpr):
+    return tl.load(ptr + row * stride + d, mask=inside, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -113,20 +102,18 @@ def _states(ptr, row, stride, n):
 
 
 @triton.jit
-def _pick(tile, four, i: tl.constexpr):
-    """Row `i` of a tile of four tokens; a tile's layout is that of states, so that two shuffles do it."""
-    return tl.sum(tl.where((four == i)[:, None], tile, 0.0), axis=0)
+def _advance(s, raw, u, b, a2, bias, inside):
+    """The state after a token; one beyond the end leaves it alone."""
+    step = tl.where(inside, _softplus(raw + bias), 0.0)
+    return tl.exp2(step[None, :] * a2) * s + (step * u)[None, :] * b[:, None]
 
 
 @triton.jit
-def _put(tile, row, four, i: tl.constexpr):
-    return tl.where((four == i)[:, None], row[None, :], tile)
-
-
-@triton.jit
-def _advance(s, step, added, b, a2):
-    """The state after a token; one beyond the end, with a step of zero, leaves it alone."""
-    return tl.exp2(step[None, :] * a2) * s + added[None, :] * b[:, None]
+def _emit(y_ptr, row, s, u, c, z, skip, E, d, inside, GATED: tl.constexpr):
+    y = tl.sum(s * c[:, None], axis=0) + skip * u
+    if GATED:
+        y = y * z * _sigmoid(z)
+    tl.store(y_ptr + row * E + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
@@ -142,7 +129,7 @@ def scan_forward_kernel(
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
-    n, four = tl.arange(0, N), tl.arange(0, 4)
+    n = tl.arange(0, N)
     backwards = ((REVERSE >> k) & 1) == 1
     sign = tl.where(backwards, -1, 1)
     chunks = tl.cdiv(S, CHUNK)
@@ -159,7 +146,7 @@ def scan_forward_kernel(
         s = tl.load(start_ptr + (kb * segments + segment) * N * E + tile)
     else:
         s = tl.zeros([N, CHANNELS], tl.float32)
-    total = tl.zeros([4, CHANNELS], tl.float32)
+    total = tl.zeros([CHANNELS], tl.float32)
     first = segment * segment_chunks
     for chunk in range(first, tl.minimum(first + segment_chunks, chunks)):
         if KEEP:
@@ -169,39 +156,50 @@ def scan_forward_kernel(
         u_at, dt_at, y_at = u_ptr + base * E, dt_ptr + base * E, y_ptr + base * E
         bc_at, z_at = bc_ptr + base * bc_width, z_ptr + base * z_row
         for at in tl.range(0, CHUNK, 4, num_stages=STAGES):
-            tile_at, inside = _rows(at, left, sign, E, d, four)
-            step = tl.where(inside, _softplus(_tile(dt_at, tile_at, inside) + bias[None, :]), 0.0)
-            u = _tile(u_at, tile_at, inside)
-            added = step * u
+            in0, in1, in2, in3 = at < left, at + 1 < left, at + 2 < left, at + 3 < left
             t0, t1 = _row(at, left, sign), _row(at + 1, left, sign)
             t2, t3 = _row(at + 2, left, sign), _row(at + 3, left, sign)
+            r0 = _channels(dt_at, t0, E, d, in0, 0.0)
+            r1 = _channels(dt_at, t1, E, d, in1, 0.0)
+            r2 = _channels(dt_at, t2, E, d, in2, 0.0)
+            r3 = _channels(dt_at, t3, E, d, in3, 0.0)
+            u0 = _channels(u_at, t0, E, d, in0, 0.0)
+            u1 = _channels(u_at, t1, E, d, in1, 0.0)
+            u2 = _channels(u_at, t2, E, d, in2, 0.0)
+            u3 = _channels(u_at, t3, E, d, in3, 0.0)
             b0, b1 = _states(bc_at, t0, bc_width, n), _states(bc_at, t1, bc_width, n)
             b2, b3 = _states(bc_at, t2, bc_width, n), _states(bc_at, t3, bc_width, n)
-            s1 = _advance(s, _pick(step, four, 0), _pick(added, four, 0), b0, a2)
-            s2 = _advance(s1, _pick(step, four, 1), _pick(added, four, 1), b1, a2)
-            s3 = _advance(s2, _pick(step, four, 2), _pick(added, four, 2), b2, a2)
-            s = _advance(s3, _pick(step, four, 3), _pick(added, four, 3), b3, a2)
             if OUTPUT:
                 c0, c1 = _states(bc_at + N, t0, bc_width, n), _states(bc_at + N, t1, bc_width, n)
                 c2, c3 = _states(bc_at + N, t2, bc_width, n), _states(bc_at + N, t3, bc_width, n)
-                y = tl.zeros([4, CHANNELS], tl.float32)
-                y = _put(y, tl.sum(s1 * c0[:, None], axis=0), four, 0)
-                y = _put(y, tl.sum(s2 * c1[:, None], axis=0), four, 1)
-                y = _put(y, tl.sum(s3 * c2[:, None], axis=0), four, 2)
-                y = _put(y, tl.sum(s * c3[:, None], axis=0), four, 3) + skip[None, :] * u
                 if GATED:
-                    z_tile, _ = _rows(at, left, sign, z_row, d, four)
-                    z = _tile(z_at, z_tile, inside)
-                    y = y * z * _sigmoid(z)
-                tl.store(y_at + tile_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+                    z0 = _channels(z_at, t0, z_row, d, in0, 0.0)
+                    z1 = _channels(z_at, t1, z_row, d, in1, 0.0)
+                    z2 = _channels(z_at, t2, z_row, d, in2, 0.0)
+                    z3 = _channels(z_at, t3, z_row, d, in3, 0.0)
+                else:
+                    z0, z1, z2, z3 = u0, u1, u2, u3
+                s = _advance(s, r0, u0, b0, a2, bias, in0)
+                _emit(y_at, t0, s, u0, c0, z0, skip, E, d, in0, GATED)
+                s = _advance(s, r1, u1, b1, a2, bias, in1)
+                _emit(y_at, t1, s, u1, c1, z1, skip, E, d, in1, GATED)
+                s = _advance(s, r2, u2, b2, a2, bias, in2)
+                _emit(y_at, t2, s, u2, c2, z2, skip, E, d, in2, GATED)
+                s = _advance(s, r3, u3, b3, a2, bias, in3)
+                _emit(y_at, t3, s, u3, c3, z3, skip, E, d, in3, GATED)
             else:
-                total += step
+                s = _advance(s, r0, u0, b0, a2, bias, in0)
+                s = _advance(s, r1, u1, b1, a2, bias, in1)
+                s = _advance(s, r2, u2, b2, a2, bias, in2)
+                s = _advance(s, r3, u3, b3, a2, bias, in3)
+                total += tl.where(in0, _softplus(r0 + bias), 0.0) + tl.where(in1, _softplus(r1 + bias), 0.0)
+                total += tl.where(in2, _softplus(r2 + bias), 0.0) + tl.where(in3, _softplus(r3 + bias), 0.0)
     if OUTPUT:
         if segment == segments - 1:
             tl.store(end_ptr + kb * N * E + tile, s)
     else:
         tl.store(end_ptr + (kb * segments + segment) * N * E + tile, s)
-        tl.store(sum_ptr + (kb * segments + segment) * E + d, tl.sum(total, axis=0))
+        tl.store(sum_ptr + (kb * segments + segment) * E + d, total)
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -228,15 +226,14 @@ def pass_states_kernel(
 def scan_gradient_ends_kernel(
     dt_ptr, bc_ptr, z_ptr, dy_ptr, a2_ptr, bias_ptr, end_ptr, sum_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, dy_direction, segment_chunks, segments,
-    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """A segment's gradient of the state before it, if nothing came from after it, and its summed steps."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
-    n, four = tl.arange(0, N), tl.arange(0, 4)
+    n = tl.arange(0, N)
     backwards = ((REVERSE >> k) & 1) == 1
     sign = tl.where(backwards, -1, 1)
     tile = n[:, None] * E + d[None, :]
@@ -247,7 +244,7 @@ def scan_gradient_ends_kernel(
     z_ptr += b_row * z_batch
     dy_ptr += k * dy_direction + b_row * S * E
     ds = tl.zeros([N, CHANNELS], tl.float32)
-    total = tl.zeros([4, CHANNELS], tl.float32)
+    total = tl.zeros([CHANNELS], tl.float32)
     first = segment * segment_chunks
     last = tl.minimum(first + segment_chunks, tl.cdiv(S, CHUNK))
     for number in range(0, last - first):
@@ -256,71 +253,55 @@ def scan_gradient_ends_kernel(
         left = S - chunk * CHUNK
         dt_at, dy_at = dt_ptr + base * E, dy_ptr + base * E
         bc_at, z_at = bc_ptr + base * bc_width, z_ptr + base * z_row
-        for reversed_at in tl.range(0, CHUNK, 4, num_stages=STAGES):
-            at = CHUNK - 4 - reversed_at
-            tile_at, inside = _rows(at, left, sign, E, d, four)
-            step = tl.where(inside, _softplus(_tile(dt_at, tile_at, inside) + bias[None, :]), 0.0)
-            dy = _tile(dy_at, tile_at, inside)
+        for reversed_at in tl.range(0, CHUNK):
+            at = CHUNK - 1 - reversed_at
+            inside = at < left
+            t = _row(at, left, sign)
+            step = tl.where(inside, _softplus(_channels(dt_at, t, E, d, inside, 0.0) + bias), 0.0)
+            dy = _channels(dy_at, t, E, d, inside, 0.0)
             if GATED:
-                z_tile, _ = _rows(at, left, sign, z_row, d, four)
-                z = _tile(z_at, z_tile, inside)
+                z = _channels(z_at, t, z_row, d, inside, 0.0)
                 dy = dy * z * _sigmoid(z)
-            t0, t1 = _row(at, left, sign), _row(at + 1, left, sign)
-            t2, t3 = _row(at + 2, left, sign), _row(at + 3, left, sign)
-            c0, c1 = _states(bc_at, t0, bc_width, n), _states(bc_at, t1, bc_width, n)
-            c2, c3 = _states(bc_at, t2, bc_width, n), _states(bc_at, t3, bc_width, n)
-            ds += c3[:, None] * _pick(dy, four, 3)[None, :]
-            ds = _advance(ds, _pick(step, four, 3), _pick(dy, four, 2), c2, a2)
-            ds = _advance(ds, _pick(step, four, 2), _pick(dy, four, 1), c1, a2)
-            ds = _advance(ds, _pick(step, four, 1), _pick(dy, four, 0), c0, a2)
-            ds *= tl.exp2(_pick(step, four, 0)[None, :] * a2)
+            c = _states(bc_at, t, bc_width, n)
+            ds = tl.exp2(step[None, :] * a2) * (ds + c[:, None] * dy[None, :])
             total += step
     tl.store(end_ptr + (kb * segments + segment) * N * E + tile, ds)
-    tl.store(sum_ptr + (kb * segments + segment) * E + d, tl.sum(total, axis=0))
+    tl.store(sum_ptr + (kb * segments + segment) * E + d, total)
 
 
 @triton.jit
 def _back(
-    ds, before, after, a, step, added, g, b, c, a2, dA, y, through, decay, dbc_ptr, row, n, inside, four,
-    i: tl.constexpr, N: tl.constexpr,
+    ds, before, after, a, step, raw, u, b, z, dy, a2, bias, skip, dA, dskip, dbias,
+    c_ptr, y_ptr, du_ptr, ddt_ptr, dz_ptr, dbc_ptr, row, E, bc_width, d, n, inside,
+    N: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Token `i` of four in backward: `before` and `after` are the states around it, `a` its decay, `g` the gradient of
-    its output, `ds` that of `after` from later tokens. Returns the gradient of `before` and what adds up: dA, and the
-    token's rows of y, of the gradient of `added`, and of that of the decay's exponent."""
-    y = _put(y, tl.sum(after * c[:, None], axis=0), four, i)
-    dc = tl.sum(after * g[None, :], axis=1)
-    ds = ds + c[:, None] * g[None, :]
-    db = tl.sum(ds * added[None, :], axis=1)
-    through = _put(through, tl.sum(ds * b[:, None], axis=0), four, i)
+    """One token of backward: `before` and `after` are the states around it, `a` its decay, `ds` the gradient of
+    `after` without this token's output. Returns the gradient of `before` and the sums over tokens."""
+    c = _states(c_ptr, row, bc_width, n)
+    y = tl.sum(after * c[:, None], axis=0) + skip * u
+    if GATED:
+        sig = _sigmoid(z)
+        gate = z * sig
+        tl.store(
+            dz_ptr + row * E + d, (dy * y * sig * (1.0 + z * (1.0 - sig))).to(dz_ptr.dtype.element_ty), mask=inside
+        )
+        y = y * gate
+        dy = dy * gate
+    tl.store(y_ptr + row * E + d, y.to(y_ptr.dtype.element_ty), mask=inside)
+    dc = tl.sum(after * dy[None, :], axis=1)
+    ds = ds + c[:, None] * dy[None, :]
+    db = tl.sum(ds * (step * u)[None, :], axis=1)
+    through = tl.sum(ds * b[:, None], axis=0)
     ds = ds * a
     by_decay = ds * before
     dA = dA + by_decay * step[None, :]
-    decay = _put(decay, tl.sum(by_decay * a2, axis=0), four, i)
+    dstep = tl.sum(by_decay * a2, axis=0) * 0.6931471805599453 + through * u
+    draw = tl.where(inside, dstep * _sigmoid(raw + bias), 0.0)
+    tl.store(ddt_ptr + row * E + d, draw.to(ddt_ptr.dtype.element_ty), mask=inside)
+    tl.store(du_ptr + row * E + d, (through * step + skip * dy).to(du_ptr.dtype.element_ty), mask=inside)
     tl.store(dbc_ptr + row * 2 * N + n, db, mask=inside)
     tl.store(dbc_ptr + row * 2 * N + N + n, dc, mask=inside)
-    return ds, dA, y, through, decay
-
-
-@triton.jit
-def _back_two(
-    ds, before, step, added, g, b_first, b_second, c_first, c_second, a2, dA, y, through, decay,
-    dbc_ptr, row_first, row_second, n, inside_first, inside_second, four, i: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Tokens `i` and `i + 1` of four, from the state `before` both: two, since registers hold no more states."""
-    step_first, step_second = _pick(step, four, i), _pick(step, four, i + 1)
-    added_first, added_second = _pick(added, four, i), _pick(added, four, i + 1)
-    a_first, a_second = tl.exp2(step_first[None, :] * a2), tl.exp2(step_second[None, :] * a2)
-    before = before.to(tl.float32)
-    between = a_first * before + added_first[None, :] * b_first[:, None]
-    after = a_second * between + added_second[None, :] * b_second[:, None]
-    ds, dA, y, through, decay = _back(
-        ds, between, after, a_second, step_second, added_second, _pick(g, four, i + 1), b_second, c_second, a2, dA, y,
-        through, decay, dbc_ptr, row_second, n, inside_second, four, i + 1, N,
-    )  # fmt: skip
-    return _back(
-        ds, before, between, a_first, step_first, added_first, _pick(g, four, i), b_first, c_first, a2, dA, y,
-        through, decay, dbc_ptr, row_first, n, inside_first, four, i, N,
-    )  # fmt: skip
+    return ds, dA, dskip + dy * u, dbias + draw
 
 
 @triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
@@ -337,13 +318,12 @@ def scan_backward_kernel(
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
-    n, four = tl.arange(0, N), tl.arange(0, 4)
+    n = tl.arange(0, N)
     backwards = ((REVERSE >> k) & 1) == 1
     sign = tl.where(backwards, -1, 1)
     chunks = tl.cdiv(S, CHUNK)
     tile = n[:, None] * E + d[None, :]
-    # The hint keeps to four elements a lane, so that 16 bits are laid out as 32 are.
-    own = tl.max_contiguous(n[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :], [1, 4])
+    own = n[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     a2 = tl.load(a2_ptr + k * N * E + tile)
     skip = tl.load(skip_ptr + k * E + d)
     bias = tl.load(bias_ptr + k * E + d)
@@ -361,8 +341,8 @@ def scan_backward_kernel(
     program = (kb * segments + segment) * tl.num_programs(0) + block
     scratch_ptr += program * (CHUNK // 4) * N * CHANNELS
     dA = tl.zeros([N, CHANNELS], tl.float32)
-    dskip = tl.zeros([4, CHANNELS], tl.float32)
-    dbias = tl.zeros([4, CHANNELS], tl.float32)
+    dskip = tl.zeros([CHANNELS], tl.float32)
+    dbias = tl.zeros([CHANNELS], tl.float32)
     after = (kb * segments + segment) * N * E
     ds = tl.load(ends_ptr + after + tile) if ENDS else tl.zeros([N, CHANNELS], tl.float32)
     first = segment * segment_chunks
@@ -377,70 +357,84 @@ def scan_backward_kernel(
         bc_at, z_at, dbc_at = bc_ptr + base * bc_width, z_ptr + base * z_row, dbc_ptr + base * 2 * N
         tl.debug_barrier()  # the scratch of the chunk before has been read
         for part in tl.range(0, CHUNK // 4, num_stages=STAGES):
-            scratch_at = scratch_ptr + part * 2 * N * CHANNELS + own
-            tl.store(scratch_at, s.to(scratch_ptr.dtype.element_ty))
+            tl.store(scratch_ptr + part * N * CHANNELS + own, s)
             at = part * 4
-            tile_at, inside = _rows(at, left, sign, E, d, four)
-            step = tl.where(inside, _softplus(_tile(dt_at, tile_at, inside) + bias[None, :]), 0.0)
-            added = step * _tile(u_at, tile_at, inside)
-            b0 = _states(bc_at, _row(at, left, sign), bc_width, n)
-            b1 = _states(bc_at, _row(at + 1, left, sign), bc_width, n)
-            b2 = _states(bc_at, _row(at + 2, left, sign), bc_width, n)
-            b3 = _states(bc_at, _row(at + 3, left, sign), bc_width, n)
-            s = _advance(s, _pick(step, four, 0), _pick(added, four, 0), b0, a2)
-            s = _advance(s, _pick(step, four, 1), _pick(added, four, 1), b1, a2)
-            tl.store(scratch_at + N * CHANNELS, s.to(scratch_ptr.dtype.element_ty))
-            s = _advance(s, _pick(step, four, 2), _pick(added, four, 2), b2, a2)
-            s = _advance(s, _pick(step, four, 3), _pick(added, four, 3), b3, a2)
+            in0, in1, in2, in3 = at < left, at + 1 < left, at + 2 < left, at + 3 < left
+            t0, t1 = _row(at, left, sign), _row(at + 1, left, sign)
+            t2, t3 = _row(at + 2, left, sign), _row(at + 3, left, sign)
+            r0 = _channels(dt_at, t0, E, d, in0, 0.0)
+            r1 = _channels(dt_at, t1, E, d, in1, 0.0)
+            r2 = _channels(dt_at, t2, E, d, in2, 0.0)
+            r3 = _channels(dt_at, t3, E, d, in3, 0.0)
+            u0 = _channels(u_at, t0, E, d, in0, 0.0)
+            u1 = _channels(u_at, t1, E, d, in1, 0.0)
+            u2 = _channels(u_at, t2, E, d, in2, 0.0)
+            u3 = _channels(u_at, t3, E, d, in3, 0.0)
+            b0, b1 = _states(bc_at, t0, bc_width, n), _states(bc_at, t1, bc_width, n)
+            b2, b3 = _states(bc_at, t2, bc_width, n), _states(bc_at, t3, bc_width, n)
+            s = _advance(s, r0, u0, b0, a2, bias, in0)
+            s = _advance(s, r1, u1, b1, a2, bias, in1)
+            s = _advance(s, r2, u2, b2, a2, bias, in2)
+            s = _advance(s, r3, u3, b3, a2, bias, in3)
         tl.debug_barrier()
         for reversed_part in tl.range(0, CHUNK // 4, num_stages=STAGES):
             part = CHUNK // 4 - 1 - reversed_part
             at = part * 4
-            scratch_at = scratch_ptr + part * 2 * N * CHANNELS + own
-            tile_at, inside = _rows(at, left, sign, E, d, four)
-            raw = _tile(dt_at, tile_at, inside) + bias[None, :]
-            u, dy = _tile(u_at, tile_at, inside), _tile(dy_at, tile_at, inside)
+            in0, in1, in2, in3 = at < left, at + 1 < left, at + 2 < left, at + 3 < left
             t0, t1 = _row(at, left, sign), _row(at + 1, left, sign)
             t2, t3 = _row(at + 2, left, sign), _row(at + 3, left, sign)
+            s0 = tl.load(scratch_ptr + part * N * CHANNELS + own)
+            r0 = _channels(dt_at, t0, E, d, in0, 0.0)
+            r1 = _channels(dt_at, t1, E, d, in1, 0.0)
+            r2 = _channels(dt_at, t2, E, d, in2, 0.0)
+            r3 = _channels(dt_at, t3, E, d, in3, 0.0)
+            u0 = _channels(u_at, t0, E, d, in0, 0.0)
+            u1 = _channels(u_at, t1, E, d, in1, 0.0)
+            u2 = _channels(u_at, t2, E, d, in2, 0.0)
+            u3 = _channels(u_at, t3, E, d, in3, 0.0)
             b0, b1 = _states(bc_at, t0, bc_width, n), _states(bc_at, t1, bc_width, n)
             b2, b3 = _states(bc_at, t2, bc_width, n), _states(bc_at, t3, bc_width, n)
-            c0, c1 = _states(bc_at + N, t0, bc_width, n), _states(bc_at + N, t1, bc_width, n)
-            c2, c3 = _states(bc_at + N, t2, bc_width, n), _states(bc_at + N, t3, bc_width, n)
-            step = tl.where(inside, _softplus(raw), 0.0)
-            added = step * u
+            g0 = _channels(dy_at, t0, E, d, in0, 0.0)
+            g1 = _channels(dy_at, t1, E, d, in1, 0.0)
+            g2 = _channels(dy_at, t2, E, d, in2, 0.0)
+            g3 = _channels(dy_at, t3, E, d, in3, 0.0)
             if GATED:
-                z_tile, _ = _rows(at, left, sign, z_row, d, four)
-                z = _tile(z_at, z_tile, inside)
-                sig = _sigmoid(z)
-                g = dy * z * sig
+                z0 = _channels(z_at, t0, z_row, d, in0, 0.0)
+                z1 = _channels(z_at, t1, z_row, d, in1, 0.0)
+                z2 = _channels(z_at, t2, z_row, d, in2, 0.0)
+                z3 = _channels(z_at, t3, z_row, d, in3, 0.0)
             else:
-                g = dy
-            y, through, decay = step * 0.0, step * 0.0, step * 0.0
-            ds, dA, y, through, decay = _back_two(
-                ds, tl.load(scratch_at + N * CHANNELS), step, added, g, b2, b3, c2, c3, a2, dA, y, through, decay,
-                dbc_at, t2, t3, n, at + 2 < left, at + 3 < left, four, 2, N,
+                z0, z1, z2, z3 = u0, u1, u2, u3
+            d0 = tl.where(in0, _softplus(r0 + bias), 0.0)
+            d1 = tl.where(in1, _softplus(r1 + bias), 0.0)
+            d2 = tl.where(in2, _softplus(r2 + bias), 0.0)
+            d3 = tl.where(in3, _softplus(r3 + bias), 0.0)
+            p0, p1 = tl.exp2(d0[None, :] * a2), tl.exp2(d1[None, :] * a2)
+            p2, p3 = tl.exp2(d2[None, :] * a2), tl.exp2(d3[None, :] * a2)
+            s1 = p0 * s0 + (d0 * u0)[None, :] * b0[:, None]
+            s2 = p1 * s1 + (d1 * u1)[None, :] * b1[:, None]
+            s3 = p2 * s2 + (d2 * u2)[None, :] * b2[:, None]
+            s4 = p3 * s3 + (d3 * u3)[None, :] * b3[:, None]
+            ds, dA, dskip, dbias = _back(
+                ds, s3, s4, p3, d3, r3, u3, b3, z3, g3, a2, bias, skip, dA, dskip, dbias,
+                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t3, E, bc_width, d, n, in3, N, GATED,
             )  # fmt: skip
-            ds, dA, y, through, decay = _back_two(
-                ds, tl.load(scratch_at), step, added, g, b0, b1, c0, c1, a2, dA, y, through, decay,
-                dbc_at, t0, t1, n, at < left, at + 1 < left, four, 0, N,
+            ds, dA, dskip, dbias = _back(
+                ds, s2, s3, p2, d2, r2, u2, b2, z2, g2, a2, bias, skip, dA, dskip, dbias,
+                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t2, E, bc_width, d, n, in2, N, GATED,
             )  # fmt: skip
-            y += skip[None, :] * u
-            if GATED:
-                dz = dy * y * sig * (1.0 + z * (1.0 - sig))
-                tl.store(dz_at + tile_at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-                y = y * z * sig
-            tl.store(y_at + tile_at, y.to(y_ptr.dtype.element_ty), mask=inside)
-            draw = (decay * 0.6931471805599453 + through * u) * _sigmoid(raw)
-            draw = tl.where(inside, draw, 0.0)
-            tl.store(ddt_at + tile_at, draw.to(ddt_ptr.dtype.element_ty), mask=inside)
-            du = through * step + skip[None, :] * g
-            tl.store(du_at + tile_at, du.to(du_ptr.dtype.element_ty), mask=inside)
-            dskip += g * u
-            dbias += draw
+            ds, dA, dskip, dbias = _back(
+                ds, s1, s2, p1, d1, r1, u1, b1, z1, g1, a2, bias, skip, dA, dskip, dbias,
+                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t1, E, bc_width, d, n, in1, N, GATED,
+            )  # fmt: skip
+            ds, dA, dskip, dbias = _back(
+                ds, s0, s1, p0, d0, r0, u0, b0, z0, g0, a2, bias, skip, dA, dskip, dbias,
+                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t0, E, bc_width, d, n, in0, N, GATED,
+            )  # fmt: skip
     place = kb * segments + segment
     tl.store(dA_ptr + place * N * E + tile, dA)
-    tl.store(dskip_ptr + place * E + d, tl.sum(dskip, axis=0))
-    tl.store(dbias_ptr + place * E + d, tl.sum(dbias, axis=0))
+    tl.store(dskip_ptr + place * E + d, dskip)
+    tl.store(dbias_ptr + place * E + d, dbias)
     if segment == 0:
         tl.store(dstart_ptr + kb * N * E + tile, ds)
 
@@ -663,7 +657,7 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     sizes = (tokens, width, batch, given.bc.shape[-1], given.rank, z_row, z_batch, dy_direction, per_segment, segments)
     launch: dict[str, Any] = {
         "N": state, "CHANNELS": channels, "CHUNK": settings.chunk, "REVERSE": _mask(given.reverse),
-        "GATED": given.z is not None, "STAGES": settings.backward_stages, "num_warps": settings.backward_warps,
+        "GATED": given.z is not None, "num_warps": settings.backward_warps,
     }  # fmt: skip
     ends, has_ends = dend, dend is not None
     if segments > 1:
@@ -683,15 +677,10 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     dA = torch.empty(directions, batch, segments, state, width, **fp32)
     dskip, dbias = torch.empty(2, directions, batch, segments, width, **fp32)
     dinitial = torch.empty(directions, batch, state, width, **fp32)
-    # Bounded by its traffic: 16 bits where inputs have them (bf16: states may be larger than fp16 holds).
-    scratch_type = torch.float32 if given.u.dtype == torch.float32 else torch.bfloat16
-    scratch = torch.empty(
-        rows * segments * blocks, settings.chunk // 2, state, channels, dtype=scratch_type, device=given.u.device
-    )
+    scratch = torch.empty(rows * segments * blocks, settings.chunk // TOKENS_AT_ONCE, state, channels, **fp32)
     scan_backward_kernel[grid](
         given.u, given.dt, given.bc, gate, dy, given.a2, given.skip, given.bias, kept, ends if has_ends else kept,
-        scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes, ENDS=has_ends,
-        **launch | ({} if settings.backward_registers is None else {"maxnreg": settings.backward_registers}),
+        scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes, ENDS=has_ends, STAGES=settings.stages, **launch,
     )  # fmt: skip
     return ScanGradients(
         y=out[0],

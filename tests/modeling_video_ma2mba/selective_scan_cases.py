@@ -95,19 +95,12 @@ def scan_differences(
 
 
 def model_differences(
-    device: str = "cpu",
-    dtype: str = "float32",
-    autocast: bool = False,
-    settings: dict | None = None,
-    tokens_at_once: int = 65536,
-    **sizes,
+    device: str = "cpu", dtype: str = "float32", autocast: bool = False, settings: dict | None = None, **sizes
 ) -> dict[str, float]:
     """Logits and gradients of a small classifier, whole blocks and mixers between other modules, beside PyTorch's
     without autocast; under autocast PyTorch's own differences, too."""
-    from video_ma2mba.modeling_video_ma2mba import ops_mamba1_triton
     from video_ma2mba.modeling_video_ma2mba import ops_selective_scan_triton as kernels
 
-    ops_mamba1_triton._TOKENS_AT_ONCE = tokens_at_once
     kernels.force_settings(kernels.ScanSettings(**settings) if settings else None)
     torch.manual_seed(0)
     fields = dict(hidden_size=16, num_hidden_layers=2, state_size=4, image_size=32, num_frames=2, num_labels=5)

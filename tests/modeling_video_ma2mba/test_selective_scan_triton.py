@@ -19,7 +19,6 @@ INTERPRETED = [
     {"tokens": 8, "reverse": [True], "initial": False, "gated": False, "width": 3, "settings": TINY},
     {"tokens": 1, "reverse": [False, True, False], "initial": False, "settings": TINY},
     {"model": True, "settings": TINY},
-    {"model": True, "settings": TINY, "tokens_at_once": 9},  # row by row
     {"model": True, "settings": TINY, "scan_order": "spatiotemporal_v2"},
 ]
 
