@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..processing.frame_pixels import Look, upright_pixels
+from ..processing.frame_pixels import FrameDisplay, upright_pixels
 from ..processing.picture_sources import PictureSource, split_array
 from ..processing.video_decoding import (
     FALLBACK_RATE,
@@ -165,7 +165,7 @@ class LiveFrames:
                 self.report.mark("no times in the stream", f"taken instead: {assumed}")
             times = FrameTimes(container, stream)
             decoder = decoder_of(stream)
-            look = Look.of(stream, decoder)
+            look = FrameDisplay.of(stream, decoder)
             first = True
             for packet in every_packet(packets_of(container, stream, problems)):
                 if self.stop.is_set():
@@ -204,7 +204,7 @@ class LiveFrames:
         self.report.gap_seconds += missed
         self.report.mark("connected again", f"{missed:.1f} s were missed" if missed else "nothing was missed")
 
-    def _take(self, frame: Any, raw: float, look: Look) -> Iterator[tuple[Any, float]]:
+    def _take(self, frame: Any, raw: float, look: FrameDisplay) -> Iterator[tuple[Any, float]]:
         seconds = self._offset + raw - self._first_raw
         latest = self.clock.latest
         if latest is not None and not latest - 1 <= seconds <= latest + LONGEST_GAP:

@@ -16,6 +16,7 @@ from video_ma2mba.cli import batch as verb
 from video_ma2mba.cli import batch_queue
 from video_ma2mba.cli.main import app
 from video_ma2mba.loading import load_pipeline
+from video_ma2mba.modeling_video_ma2mba import answering_batches
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +169,18 @@ def test_what_fails_together_is_tried_alone(run, queue, tmp_path, tiny_pipe, mon
     def too_much(*_, **__):
         raise RuntimeError("CUDA out of memory")
 
-    real = type(tiny_pipe.model).generate
+    real = answering_batches.decode
 
-    def only_one(self, *arguments, **settings):
-        if settings["input_ids"].shape[0] > 1:
+    def only_one(model, states, ids, *arguments, **settings):
+        if len(ids) > 1:
             raise RuntimeError("CUDA out of memory")
-        return real(self, *arguments, **settings)
+        return real(model, states, ids, *arguments, **settings)
 
     monkeypatch.setattr(type(tiny_pipe.model), "read_together", too_much)
-    monkeypatch.setattr(type(tiny_pipe.model), "generate", only_one)
+    monkeypatch.setattr(answering_batches, "decode", only_one)
     run(queue, tmp_path / "out.jsonl")
     assert results(tmp_path / "out.jsonl") == results(tmp_path / "whole.jsonl")
-    monkeypatch.setattr(type(tiny_pipe.model), "generate", too_much)
+    monkeypatch.setattr(answering_batches, "decode", too_much)
     run(queue, tmp_path / "errors.jsonl")
     assert all("error" in result for result in results(tmp_path / "errors.jsonl"))
     assert results(tmp_path / "errors.jsonl")[-1]["error"] == "CUDA out of memory"
