@@ -9,7 +9,7 @@ LOCK := requirements.lock
 INSTALL = $(BIN)/python -m pip install --quiet --constraint $(LOCK)
 SOURCES := setup.cfg pyproject.toml $(LOCK)
 
-.PHONY: demo test compat compat-newest compat-all lock lint format clean
+.PHONY: demo test check types compat compat-newest compat-all lock lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -39,9 +39,16 @@ lock:
 		--output-file requirements-oldest.lock
 RESOLVE = $(VENV)/lock/bin/uv pip compile setup.cfg - --upgrade --quiet --no-annotate --custom-compile-command 'make lock'
 
-lint: $(VENV)/.test
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+# What to run before every commit: style, types, and tests of single functions and classes, in less than three minutes.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow' $(QUICK)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -58,7 +58,7 @@ class VideoQuestionsMixin(GenerationMixin):
         *,
         state: VideoState | None = None,
         on_frames: Callable[[int, int | None], None] | None = None,
-        partial: str | os.PathLike | None = None,
+        partial: str | os.PathLike[str] | None = None,
         save_seconds: float = 30.0,
         **video_settings: Any,
     ) -> VideoState:
@@ -198,7 +198,7 @@ def report_frames(
     return lambda read: on_frames(read, expected)
 
 
-def _current_device(model: Any) -> AbstractContextManager:
+def _current_device(model: Any) -> AbstractContextManager[object]:
     """Compiled kernels start on the current CUDA device, which is not always the model's."""
     device = execution_device(model.get_input_embeddings())
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

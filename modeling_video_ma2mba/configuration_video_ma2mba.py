@@ -160,7 +160,7 @@ def _as_float(value: Any) -> float:
     return number
 
 
-class CheckpointPipelines(dict):
+class CheckpointPipelines(dict[str, Any]):
     """Tasks whose code comes with a checkpoint (`config.custom_pipelines`).
 
     transformers asks for `trust_remote_code` for all that are in here. Where the package is imported it has registered
@@ -205,8 +205,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        text_config: Ma2mbaTextConfig | dict | None = None,
-        vision_config: PreTrainedConfig | dict | None = None,
+        text_config: Ma2mbaTextConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
         video_token_id: int = 50277,
         vision_feature_layer: int = -2,
         spatial_pool_stride: int = 2,
@@ -292,7 +292,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         return max(1, frames // self.clip_frames) * self.clip_frames
 
 
-def _build_text_config(config: Ma2mbaTextConfig | dict | None) -> PreTrainedConfig:
+def _build_text_config(config: Ma2mbaTextConfig | dict[str, Any] | None) -> PreTrainedConfig:
     if config is None:
         return Ma2mbaTextConfig()
     if not isinstance(config, dict):
@@ -306,7 +306,7 @@ def _build_text_config(config: Ma2mbaTextConfig | dict | None) -> PreTrainedConf
     return config
 
 
-def _build_vision_config(config: PreTrainedConfig | dict | None) -> PreTrainedConfig:
+def _build_vision_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
     if config is None:
         config = {
             "model_type": "clip_vision_model",

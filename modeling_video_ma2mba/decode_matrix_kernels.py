@@ -56,7 +56,7 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
 
 
-def _multiply(x: Tensor, weight: Tensor, out: Tensor, splits: int, tile: dict) -> None:
+def _multiply(x: Tensor, weight: Tensor, out: Tensor, splits: int, tile: dict[str, int]) -> None:
     batch, (rows, columns), early = len(x), weight.shape, tile["EARLY"]
     while early > columns // splits:  # nothing beyond a program's own columns
         early //= 2

@@ -4,6 +4,8 @@ Reading every weight once is nearly all of such a step. Norms are applied behind
 only a factor, so no kernel waits for a norm. `decode_reference` documents the functions.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from .decode_kernel_parts import conv_inputs, convolve, launch_options, release, tl, triton, wait
@@ -65,7 +67,7 @@ def _norm_linear_kernel(
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=rows < N)
 
 
-def _product_options(weight: Tensor, squares: Tensor) -> tuple[tuple[int], dict]:
+def _product_options(weight: Tensor, squares: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a kernel over `weight`'s rows."""
     count = len(squares)
     sizes = {"K": weight.shape[1], "COUNT": count, "PARTS": triton.next_power_of_2(count)}

@@ -136,7 +136,9 @@ class PromptGenerationMixin(FastDecodingMixin, GenerationMixin):
             "size. Give generate() a padded batch, or answer() a list of questions"
         )
 
-    def _decodes_here(self, config: GenerationConfig, state: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _decodes_here(
+        self, config: GenerationConfig, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
         """Whether `decode_loop` makes the tokens, over a graph, instead of transformers' loop."""
         if state is None or not _TAKES_LOOP or not plain_mode(config) or not decodes_by_graph(self):
             return False

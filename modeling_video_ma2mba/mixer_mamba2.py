@@ -453,7 +453,7 @@ def run_blocks(
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
     unread: bool = False,
-    around: Callable[[nn.Module], AbstractContextManager] | None = None,
+    around: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
     streams: Sequence[list[Tensor]] = (),
 ) -> tuple[Tensor, Tensor, list[LayerState]]:
     """Run consecutive blocks over one segment.

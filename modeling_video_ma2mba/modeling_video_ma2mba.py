@@ -72,7 +72,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,
-        gradient_checkpointing_func: Callable = checkpoint,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         every_n_layers: int = 1,
     ) -> None:
         """Every road of transformers, PEFT and TRL to gradient checkpointing ends here.
@@ -111,7 +111,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers, but an incomplete checkpoint is refused, and the tower's unused layers stay frozen.
 
@@ -134,7 +134,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
         model._base().freeze_unused_parameters()  # loading makes every parameter trainable
         return (model, report) if wants_report else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As in transformers; the checkpoint also gets all code that it needs to load without this package."""
         from .pipeline_video_ma2mba import CUSTOM_PIPELINES
 

@@ -112,7 +112,9 @@ def _scan_all_backward(
     return dxz, y, gradients
 
 
-def core_forward(xz: Tensor, *weights: Tensor, reverse: Sequence[bool], keep: bool) -> tuple[tuple[Tensor], tuple]:
+def core_forward(
+    xz: Tensor, *weights: Tensor, reverse: Sequence[bool], keep: bool
+) -> tuple[tuple[Tensor], tuple[Tensor | None, ...]]:
     """`mamba1_core` for the registry of operations."""
     xz = xz.contiguous()
     y, kept = _scan_all(xz, _Prepared.of(ScanWeights(*weights), xz.dtype), reverse, keep)

@@ -82,7 +82,7 @@ def _backend(**fields: Any) -> Backend:
 # ---------------------------------------------------------------------------------------------- causal convolution
 def _conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ids: Tensor | None
-) -> tuple[tuple[Tensor], tuple]:
+) -> tuple[tuple[Tensor], tuple[()]]:
     (causal_conv1d_fwd_function,) = _kernels_of("causal_conv1d.cpp_functions", "causal_conv1d_fwd_function")
 
     state = state.transpose(1, 2).contiguous().transpose(1, 2)
@@ -97,7 +97,7 @@ def _conv_forward(
 
 def _conv_backward(
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
-    kept: tuple,
+    kept: tuple[()],
     gradients: tuple[Tensor],
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:

@@ -140,7 +140,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         *,
         state: VideoState | None = None,
         on_frames: Callable[[int, int | None], None] | None = None,
-        partial: str | os.PathLike | None = None,
+        partial: str | os.PathLike[str] | None = None,
         save_seconds: float = 30.0,
         **video_settings: Any,
     ) -> VideoState:

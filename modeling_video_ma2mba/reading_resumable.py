@@ -18,7 +18,7 @@ def read_resumably(
     reader: Reader,
     state: VideoState | None,
     *,
-    partial: str | os.PathLike,
+    partial: str | os.PathLike[str],
     request: Mapping[str, Any],
     save_seconds: float,
     on_frames: Callable[[int], None] | None = None,
@@ -80,7 +80,7 @@ def _until(deadline: float, chunk: Any, chunks: Iterator[Any], unread: list[Any]
     unread.append(chunk)
 
 
-def _frames_done(state: VideoState, request: Mapping[str, Any], partial: str | os.PathLike) -> int:
+def _frames_done(state: VideoState, request: Mapping[str, Any], partial: str | os.PathLike[str]) -> int:
     """Take the record of the unfinished reading out of the state's metadata, if it is the reading of `request`."""
     try:
         there, done = dict(json.loads(state.metadata.pop("reading"))), int(state.metadata.pop("reading_frames"))

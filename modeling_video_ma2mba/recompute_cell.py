@@ -39,7 +39,7 @@ class CellRunner:
         segments: Sequence[tuple[int, int]],
         layout: TokenLayout,
         keep: Tensor | None,
-        around: Callable[[nn.Module], AbstractContextManager] | None = None,
+        around: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
         detect_anomaly: bool = False,
     ) -> None:
         self.layers, self.norm, self.stream_dtype = model.layers, model.norm_f, model.stream_dtype

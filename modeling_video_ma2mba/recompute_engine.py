@@ -60,15 +60,15 @@ class MultiAxisEngine:
         if settings is None:
             self._pool.release()
 
-    def __deepcopy__(self, memo: dict) -> "MultiAxisEngine":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MultiAxisEngine":
         copy = MultiAxisEngine()
         copy.settings = self.settings
         return copy
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"settings": self.settings}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         MultiAxisEngine.__init__(self)
         self.settings = state["settings"]
 
@@ -195,7 +195,7 @@ class _StackRun:
         left, fields = iter(tensors), [len(KINDS[kind]._fields) for kind in self.runner.kinds]
         return [list(islice(left, sum(fields[i] for i in block))) for block in self.blocks]
 
-    def gathered(self, block: int) -> AbstractContextManager:
+    def gathered(self, block: int) -> AbstractContextManager[object]:
         """Inside, the layers of a block hold whole parameters."""
         if self.sharded is None:
             return contextlib.nullcontext()

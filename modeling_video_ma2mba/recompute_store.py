@@ -8,6 +8,7 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,9 @@ class PinnedPool:
 
     # At the interpreter's end this module's names are gone before the last pool: what is needed is bound here. The
     # driver frees the memory then.
-    def __del__(self, _ending: Callable = sys.is_finalizing, _suppress: Callable = contextlib.suppress) -> None:
+    def __del__(
+        self, _ending: Callable[[], bool] = sys.is_finalizing, _suppress: Callable[..., Any] = contextlib.suppress
+    ) -> None:
         if self._slabs and not _ending():
             with _suppress(Exception):
                 self.release()
@@ -205,7 +208,9 @@ class HostStore:
         self._coming.clear()
 
     # A forward pass whose backward never came: its memory must not stay lent for ever.
-    def __del__(self, _ending: Callable = sys.is_finalizing, _suppress: Callable = contextlib.suppress) -> None:
+    def __del__(
+        self, _ending: Callable[[], bool] = sys.is_finalizing, _suppress: Callable[..., Any] = contextlib.suppress
+    ) -> None:
         if not _ending():
             with _suppress(Exception):
                 self.finish()

@@ -31,7 +31,7 @@ class StateContents(NamedTuple):
     format_version: int = FORMAT_VERSION
 
 
-def write_state(path: str | os.PathLike, contents: StateContents, dtype: torch.dtype | None) -> None:
+def write_state(path: str | os.PathLike[str], contents: StateContents, dtype: torch.dtype | None) -> None:
     """Write a file of the newest format; see `VideoState.save`."""
     from safetensors.torch import save_file
 
@@ -66,7 +66,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype | None, wide: bool) -> Tensor:
     return tensor.to(dtype) if wide or tensor.element_size() > dtype.itemsize else tensor
 
 
-def read_state(path: str | os.PathLike) -> StateContents:
+def read_state(path: str | os.PathLike[str]) -> StateContents:
     """Read a file of any format up to the newest; see `VideoState.load`."""
     from safetensors import SafetensorError, safe_open
 
@@ -152,7 +152,7 @@ def checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     return f"{crc:08x}"
 
 
-def is_state_file(path: str | os.PathLike) -> bool:
+def is_state_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins like a state (as safetensors: the length of a header, then the header).
 
     No video, image or text begins so. Damage further inside is for `VideoState.load` to name.

@@ -257,7 +257,7 @@ class VideoState:
                 crc = zlib.crc32(getattr(layer, field).detach().cpu().contiguous().numpy(), crc)
         return crc
 
-    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write one safetensors file, complete or not at all.
 
         Args:
@@ -271,7 +271,7 @@ class VideoState:
         write_state(path, StateContents(self.kinds, self._all_stacked(), self.seen_tokens, self.metadata), dtype)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "VideoState":
+    def load(cls, path: str | os.PathLike[str]) -> "VideoState":
         """Read a file written by `save`, of this release or an earlier one.
 
         Raises:

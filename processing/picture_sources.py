@@ -35,7 +35,7 @@ def list_directory(directory: Path) -> list[Path]:
         ValueError: there is none.
     """
 
-    def natural(path: Path) -> list:
+    def natural(path: Path) -> list[tuple[int, int, str]]:
         return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
     files = [path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]

@@ -13,6 +13,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Channel = queue.Queue[Any]
+"""Pairs of an item and None, or of None and an error; None where a part has ended."""
+Tasks = queue.SimpleQueue[Any]
+"""Pairs of a part and its channel; None ends a thread."""
 _POLL_SECONDS = 0.05  # how soon a thread that waits for room notices that nobody reads on
 
 
@@ -36,8 +40,8 @@ def in_order(
         return
     parts = iter(parts)
     stop = threading.Event()
-    tasks: queue.SimpleQueue[tuple[Callable[[], Generator[T, None, None]], queue.Queue] | None] = queue.SimpleQueue()
-    waiting: deque[queue.Queue] = deque()
+    tasks: Tasks = queue.SimpleQueue()
+    waiting: deque[Channel] = deque()
 
     def begin(count: int) -> None:
         for part in islice(parts, count):
@@ -69,10 +73,10 @@ def in_order(
                 worker.join()
 
 
-def _work(tasks: queue.SimpleQueue, stop: threading.Event) -> None:
+def _work(tasks: Tasks, stop: threading.Event) -> None:
     """Run parts until told to stop; every part's channel ends with None or an error."""
 
-    def give(channel: queue.Queue, item: Any) -> bool:
+    def give(channel: Channel, item: Any) -> bool:
         while not stop.is_set():
             try:
                 channel.put(item, timeout=_POLL_SECONDS)

@@ -164,7 +164,7 @@ def choose_stream(container: Any, name: str) -> Any:
     filmed = any(stream.codec_context is not None and stream.codec_context.name not in _STILLS for stream in videos)
     length = max((_length(stream) or 0.0 for stream in videos), default=0.0)
 
-    def rank(stream: Any) -> tuple:
+    def rank(stream: Any) -> tuple[Any, ...]:
         decoder, seconds = stream.codec_context, _length(stream)
         return (
             decoder is not None,

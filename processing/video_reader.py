@@ -325,7 +325,7 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
     )
 
 
-def _classify_path(source: str | os.PathLike) -> tuple[str, Path | None, PictureSource | None]:
+def _classify_path(source: str | os.PathLike[str]) -> tuple[str, Path | None, PictureSource | None]:
     if not os.fspath(source):
         raise ValueError("the path of the video is empty")
     path, name = local_path(source), shown_name(source)

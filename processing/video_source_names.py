@@ -113,7 +113,7 @@ def is_address(source: Any) -> bool:
     return isinstance(source, str) and "://" in source and source[:5].lower() != "file:"
 
 
-def local_path(source: str | os.PathLike) -> Path:
+def local_path(source: str | os.PathLike[str]) -> Path:
     """Where a file is that was named by a path, by `~/path` or by a `file:` address.
 
     A name that exists as it is written is taken so, whatever it begins with.
