@@ -120,7 +120,7 @@ def _answered(
         if item.error is not None:
             yield item.result(error=item.error)
         elif isinstance(states[item.video], Exception):
-            yield item.result(error=_said(states[item.video]), **facts[item.video])
+            yield item.result(error=_error_text(states[item.video]), **facts[item.video])
         else:
             asked += [(item, question) for question in item.questions]
     answers: dict[int, list[str]] = {}
@@ -133,7 +133,7 @@ def _answered(
                 continue
             wrong = next((answer for answer in given if isinstance(answer, Exception)), None)
             if wrong is not None:
-                found = {"error": _said(wrong)}
+                found = {"error": _error_text(wrong)}
             else:
                 found = {"answers": given} if item.several else {"answer": given[0]}
             yield item.result(**found, **facts[item.video])
@@ -157,7 +157,9 @@ def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[d
         try:
             found = model.read_together(prefix, chunks_of_all(list(readers.values()), size))
         except Exception:  # too much for the memory, say: one by one may do
-            found = [_alone(lambda v=video: model.read(prefix, [readers[v].chunks(size)])) for video in opened]
+            found = [
+                _result_or_error(lambda v=video: model.read(prefix, [readers[v].chunks(size)])) for video in opened
+            ]
         states |= dict(zip(opened, found, strict=True))
     finally:
         for reader in readers.values():
@@ -193,16 +195,16 @@ def _answers(pipe, part: list[tuple[Item, str]], states: dict, max_new_tokens: i
     try:
         return together(part)
     except Exception:  # one of them, or too many for the memory
-        return [_alone(lambda r=row: together([r])[0]) for row in part]
+        return [_result_or_error(lambda r=row: together([r])[0]) for row in part]
 
 
-def _alone(run):
+def _result_or_error(run):
     try:
         return run()
     except Exception as error:
         return error
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """An error as a result tells it; what nobody expected with its kind."""
     return one_line(error) if is_expected(error) else f"{type(error).__name__}: {one_line(error)}"

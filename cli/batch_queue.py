@@ -109,7 +109,7 @@ class Results:
             return
         try:
             self._claim(settings)
-            kept = self._there({item.line: item for item in items}, retry_errors)
+            kept = self._kept_results({item.line: item for item in items}, retry_errors)
             self.done = {result["line"] for result in kept}
         except BaseException:
             self._log.close()
@@ -153,7 +153,7 @@ class Results:
                 f"{self.path} holds results with another {' and another '.join(differing)}: name another file"
             )
 
-    def _there(self, items: dict[int, Item], retry_errors: bool) -> list[dict[str, Any]]:
+    def _kept_results(self, items: dict[int, Item], retry_errors: bool) -> list[dict[str, Any]]:
         """Results that are there; those about another content of a video are taken out, and by request the errors."""
         kept, lines, entries = [], [], read_log(self.path)
         for number in count(1):

@@ -137,7 +137,7 @@ def evaluate(
     about["model"] = model or ("recorded answers" if replay else "bundled checkpoint")
     about["judge"] = judge_model if asked and evaluation.judged_tasks else None
     try:
-        score_answers(evaluation, answers, _tell)
+        score_answers(evaluation, answers, _print_score)
     finally:  # a judge that fails does not take the other scores along
         _report(evaluation, answers, about)
     typer.echo(f"{out / 'report.md'}")
@@ -162,7 +162,7 @@ def _of_recorded_answers() -> dict[str, str]:
     return {"frames": "recorded answers", "date": date, "device": "none", "dtype": "none", "versions": versions}
 
 
-def _tell(name: str, scores) -> None:
+def _print_score(name: str, scores) -> None:
     from video_ma2mba.eval.benchmarks import title
 
     if scores is None:

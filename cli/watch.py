@@ -86,7 +86,7 @@ def watch(
             typer.echo("stopped", err=True)
         finally:
             signal.signal(signal.SIGTERM, terminated)
-        _keep(session, save)
+        _save_state(session, save)
         counters = session.counters()
     if as_json:
         echo_json({"counters": counters})
@@ -133,11 +133,11 @@ def _until_the_end(session: Any, seconds: float | None, save: Path | None, save_
         if ended:
             return
         if save is not None and time.monotonic() - saved >= save_every:
-            _keep(session, save)
+            _save_state(session, save)
             saved = time.monotonic()
 
 
-def _keep(session: Any, save: Path | None) -> None:
+def _save_state(session: Any, save: Path | None) -> None:
     if save is not None and session.seen is not None:
         session.fork().save(save)
 

@@ -107,7 +107,7 @@ def convert_checkpoint(
     def write(folder: Path) -> None:
         _write_model_files(folder, plan.config, specs, text)
         _write_shards(folder, specs, read, opened, max_shard_bytes)
-        record = plan.report.to_dict() | {"official": _way_back(plan, opened)}
+        record = plan.report.to_dict() | {"official": _reverse_record(plan, opened)}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
     _write_whole(out, sum(spec.nbytes for spec in specs.values()), write)
@@ -209,7 +209,7 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _way_back(plan: TensorPlan, opened: list[CheckpointSource]) -> dict[str, Any] | None:
+def _reverse_record(plan: TensorPlan, opened: list[CheckpointSource]) -> dict[str, Any] | None:
     """What `--to official` needs to restore the very names; None for what never was one checkpoint."""
     if len(opened) > 1 or opened[0].layout == OURS:
         return None

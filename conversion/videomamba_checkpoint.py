@@ -74,7 +74,7 @@ def convert_videomamba(
     prefix = next((p for p in _PREFIXES if f"{p}patch_embed.proj.weight" in stored), None)
     if prefix is None:
         raise ConversionError(source, {"missing": ["patch_embed.proj.weight"]}, "it is no VideoMamba checkpoint")
-    names, beside, dropped = _sort_out(source, stored, prefix, leave_out)
+    names, beside, dropped = _split_tensors(source, stored, prefix, leave_out)
     tensors = {own: stored[name] for name, own in names.items()}
     config = _config(source, tensors)
     if num_frames is not None and not config.is_video:
@@ -166,7 +166,7 @@ def _fetch(repo: str, file: str) -> Path:
         ) from error
 
 
-def _sort_out(
+def _split_tensors(
     source: str, stored: dict[str, Tensor], prefix: str, leave_out: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, Tensor], list[str]]:
     """Stored name -> ours for encoder and head; tensors kept beside; names left over."""

@@ -139,12 +139,12 @@ def score_answers(
         if not results or not results.get("samples"):
             raise RuntimeError(f"lmms-eval returned no samples of {name}: its own messages above say why")
         scores = evaluation.scores[name] = score(name, results["samples"], results["results"])
-        _keep(evaluation.out, name, results, scores)
+        _write_results(evaluation.out, name, results, scores)
         if on_scores is not None:
             on_scores(name, scores)
 
 
-def _keep(out: Path, name: str, results: dict[str, Any], scores: Scores) -> None:
+def _write_results(out: Path, name: str, results: dict[str, Any], scores: Scores) -> None:
     for folder in ("scores", "samples"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for task, rows in results["samples"].items():

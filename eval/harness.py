@@ -70,7 +70,7 @@ class _Answered(BaseException):
     fails at tasks of several rounds. It calls `clean()` of the model between answering and scoring."""
 
 
-def _stop() -> None:
+def _raise_answered() -> None:
     raise _Answered
 
 
@@ -94,7 +94,7 @@ def evaluate_tasks(
     from lmms_eval.evaluator import simple_evaluate
 
     if answers_only:
-        model.clean = _stop
+        model.clean = _raise_answered
     told = argparse.Namespace(output_path=None if out is None else str(out), process_with_media=False)
     try:
         return simple_evaluate(

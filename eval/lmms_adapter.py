@@ -113,8 +113,8 @@ class VideoMa2mbaSimple(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
         """For each request the answers of its rounds; each round may show other media."""
         answers = [answer_rounds(self.answerer, job_of(request), self._document) for request in requests]
-        self._forget_others()
-        self._tell()
+        self._drop_stale_answers()
+        self._log_summary()
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -132,15 +132,15 @@ class VideoMa2mbaSimple(lmms):
             self.log.expect(job.place, keys[-1])
         jobs = dict(zip(keys, (job for job, _ in asked), strict=True))
         rows = answer_together(self.answerer, jobs, self._document, self._rank, self._world_size)
-        self._forget_others()
-        self._tell()
+        self._drop_stale_answers()
+        self._log_summary()
         counted = [TokenCounts(rows[key]["input_tokens"], rows[key]["output_tokens"]) for key in keys]
         return [GenerationResult(rows[key]["answer"], count) for key, count in zip(keys, counted, strict=True)]
 
     def _document(self, job: Job) -> Any:
         return self.task_dict[job.task][job.split][job.doc_id]
 
-    def _forget_others(self) -> None:
+    def _drop_stale_answers(self) -> None:
         """Drop recorded answers in whose place another question, or another video, stands by now."""
         import torch.distributed as dist
 
@@ -157,7 +157,7 @@ class VideoMa2mbaSimple(lmms):
         if together:
             dist.barrier()
 
-    def _tell(self) -> None:
+    def _log_summary(self) -> None:
         """What reading each video once has saved, to the log and into the harness's results."""
         tally = self.store.tally
         disk = f", {tally.from_disk} states being on disk" if tally.from_disk else ""
@@ -204,11 +204,11 @@ def answer_rounds(answerer: Answerer, job: Job, document: Callable[[Job], Any]) 
         else:
             answerer.answer([(key, this, prompt)])
         outputs.append(answerer.log.answers[key]["answer"])
-        prompt, told = _next(job, doc, outputs, told)
+        prompt, told = _next_round(job, doc, outputs, told)
     return outputs
 
 
-def _next(job: Job, doc: Any, outputs: list[str], told: Any) -> tuple[Prompt | None, Any]:
+def _next_round(job: Job, doc: Any, outputs: list[str], told: Any) -> tuple[Prompt | None, Any]:
     """The next round's prompt (None: there is none), and what the task wants to be told then."""
     progress = {"round_idx": len(outputs), "previous_output": list(outputs), "previous_round_info": told}
     if job.is_chat:

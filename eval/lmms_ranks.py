@@ -43,10 +43,10 @@ def answer_together(
     log = answerer.log
     todo = {key: job for key, job in jobs.items() if not log.holds(key)}
     answerer.reused += len(jobs) - len(todo)
-    works = _works(todo, document)
+    works = _grouped_by_media(todo, document)
     shared = world > 1 and process_group_exists()
     if shared:
-        works, todo = _dealt_out(works, todo, jobs, rank, world)
+        works, todo = _share_of_rank(works, todo, jobs, rank, world)
     with tqdm(total=sum(len(work.keys) for work in works), desc="answers", disable=rank != 0) as bar:
         for work in works:
             answerer.answer([(key, todo[key], todo[key].prompt(document(todo[key]))) for key in work.keys])
@@ -58,7 +58,7 @@ def answer_together(
     return {key: log.answers[key] for key in jobs}
 
 
-def _works(todo: Mapping[str, Job], document: Document) -> list[Work]:
+def _grouped_by_media(todo: Mapping[str, Job], document: Document) -> list[Work]:
     """Requests by media, in the order in which media first occur."""
     cheap: dict[str, bool] = {}
     works: dict[str, Work] = {}
@@ -81,11 +81,11 @@ def _works(todo: Mapping[str, Job], document: Document) -> list[Work]:
     return list(works.values())
 
 
-def _dealt_out(
+def _share_of_rank(
     works: list[Work], todo: dict[str, Job], jobs: Mapping[str, Job], rank: int, world: int
 ) -> tuple[list[Work], dict[str, Job]]:
     """This rank's share of all ranks' work. Heaviest first, to whom has least."""
-    told = [(work.label, work.weight, [(key, _told(todo[key])) for key in work.keys]) for work in works]
+    told = [(work.label, work.weight, [(key, _as_tuple(todo[key])) for key in work.keys]) for work in works]
     everyone = gathered((told, {job.task for job in jobs.values()}), world)
     merged: dict[str, Work] = {}
     requests: dict[str, tuple] = {}
@@ -106,14 +106,14 @@ def _dealt_out(
         if lightest == rank:
             mine.append(work)
     like = {job.task: job for job in jobs.values()}
-    return mine, {key: _job(requests[key], like) for work in mine for key in work.keys}
+    return mine, {key: _from_tuple(requests[key], like) for work in mine for key in work.keys}
 
 
-def _told(job: Job) -> tuple:
+def _as_tuple(job: Job) -> tuple:
     return job.task, job.split, job.doc_id, job.context, job.settings, job.repeat
 
 
-def _job(told: tuple, like: Mapping[str, Job]) -> Job:
+def _from_tuple(told: tuple, like: Mapping[str, Job]) -> Job:
     task, split, doc_id, context, settings, repeat = told
     model = like[task]
     return Job(task, split, doc_id, context, settings, model.source, model.is_chat, model.rounds, repeat)

@@ -105,7 +105,7 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
         if not any(key in names for names in known):
             close = difflib.get_close_matches(key, set.union(*known), 1)
             raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
-    content = {key: _as_meant(key, value) for key, value in content.items()}
+    content = {key: _yaml_value(key, value) for key, value in content.items()}
     if workers := content.get("dataloader_num_workers"):
         content["dataloader_num_workers"] = min(workers, _processors())  # more of them slow each other down
     if content.get("deepspeed") and ParallelDims.of_run().world == 1:
@@ -144,7 +144,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _as_meant(key: str, value: Any) -> Any:
+def _yaml_value(key: str, value: Any) -> Any:
     """YAML 1.1 takes 4e-5 for a text and no for False."""
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)

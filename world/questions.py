@@ -153,13 +153,13 @@ def _listed(options: Sequence[str]) -> str:
     return " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def _alone(things: Sequence[Thing], attribute: Callable[[Thing], str]) -> list[Thing]:
+def _unique(things: Sequence[Thing], attribute: Callable[[Thing], str]) -> list[Thing]:
     values = [attribute(thing) for thing in things]
     return [thing for thing, value in zip(things, values, strict=True) if values.count(value) == 1]
 
 
 def _colour(world: World, rng: random.Random) -> _Draft | None:
-    things = _alone(world.things, lambda thing: thing.shape)
+    things = _unique(world.things, lambda thing: thing.shape)
     if not things:
         return None
     thing = pick(rng, things)
@@ -168,7 +168,7 @@ def _colour(world: World, rng: random.Random) -> _Draft | None:
 
 
 def _shape(world: World, rng: random.Random) -> _Draft | None:
-    things = _alone(world.things, lambda thing: thing.colour)
+    things = _unique(world.things, lambda thing: thing.colour)
     if not things:
         return None
     thing = pick(rng, things)

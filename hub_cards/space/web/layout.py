@@ -95,7 +95,7 @@ def build_page(
                     yield {reading: markup.progress(seen, expected)}
                 yield {reading: markup.note(markup.what_was_read(now)), chat: [], answering: "", shown: ""}
             except Exception as error:
-                yield {reading: _said(error)}
+                yield {reading: _error_text(error)}
             yield {stop_reading: gr.Button(interactive=False), session: now}
 
         def on_ask(now: Session, text: str) -> Iterator[dict[Any, Any]]:
@@ -108,7 +108,7 @@ def build_page(
                     begun = {}  # from now on, the next question may be typed
                 yield {chat: now.messages, answering: "", **begun}
             except Exception as error:
-                yield {chat: now.messages, answering: _said(error)}
+                yield {chat: now.messages, answering: _error_text(error)}
             yield {stop_answer: gr.Button(interactive=False), session: now}
 
         def on_where(now: Session) -> Iterator[dict[Any, Any]]:
@@ -118,21 +118,21 @@ def build_page(
                     yield {answering: markup.note(said)}
                 yield {shown: markup.filmstrip(now.strip, *now.last_answer()), answering: ""}
             except Exception as error:
-                yield {answering: _said(error)}
+                yield {answering: _error_text(error)}
             yield {stop_answer: gr.Button(interactive=False), session: now}
 
         def on_save(now: Session) -> dict[Any, Any]:
             try:
                 file = now.save(scratch)
             except Exception as error:
-                return {filed: _said(error), link: None}
+                return {filed: _error_text(error), link: None}
             return {filed: markup.note(f"{file.name}, {markup.size(file.stat().st_size)}"), link: str(file)}
 
         def on_open(now: Session, path: str) -> dict[Any, Any]:
             try:
                 now.open(pipe, path)
             except Exception as error:
-                return {filed: _said(error)}
+                return {filed: _error_text(error)}
             return {filed: markup.note(markup.what_was_read(now)), chat: now.messages, shown: "", session: now}
 
         def on_forget(now: Session) -> dict[Any, Any]:
@@ -162,7 +162,7 @@ def build_page(
     return page
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """What the page says about an error: the sentence of an expected one; others go to the log."""
     if isinstance(error, Stopped):
         return markup.note("Stopped.")
