@@ -69,9 +69,9 @@ def pipeline() -> None:
 def remote_code() -> None:
     """In a process that cannot import the package, with the folder's own code."""
     from video_ma2mba import BUNDLED_CHECKPOINT
-    from video_ma2mba.hub_cards.preflight import ask_as_a_stranger
+    from video_ma2mba.hub_cards.preflight import ask_remote_code
 
-    expect(bool(ask_as_a_stranger(BUNDLED_CHECKPOINT).strip()), True)
+    expect(bool(ask_remote_code(BUNDLED_CHECKPOINT).strip()), True)
 
 
 def training_step() -> None:

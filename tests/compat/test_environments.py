@@ -1,5 +1,7 @@
 """The runner of the core checks: what it makes of their output, and what stops CI."""
 
+import ast
+import importlib
 import subprocess
 import sys
 from importlib import util
@@ -93,3 +95,15 @@ def test_checks_say_what_they_find(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout.splitlines() == ["a: FAIL ('red' instead of 'blue') [0.0 s]", "b: PASS [0.0 s]"]
+
+
+@pytest.mark.parametrize("script", ["bundled_checks.py", "core_checks.py"])
+def test_names_that_the_checks_import_are_there(script: str):
+    """They are imported where they are needed, in environments that only CI makes."""
+    found = 0
+    for node in ast.walk(ast.parse(FILE.with_name(script).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("video_ma2mba"):
+            module = importlib.import_module(node.module)
+            found += len(node.names)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+    assert found > 2
