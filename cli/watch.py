@@ -86,6 +86,7 @@ def watch(
             typer.echo("stopped", err=True)
         finally:
             signal.signal(signal.SIGTERM, terminated)
+        session.close()  # so that nothing more is read between what is saved and what is counted
         _save_state(session, save)
         counters = session.counters()
     if as_json:
