@@ -263,12 +263,12 @@ def _tower_tensors(source: str, config: VideoMa2mbaConfig) -> dict[str, Tensor]:
 def _config(
     text_config: Ma2mbaTextConfig, vision_config: Any, statistics: dict[str, list[float]], video_token_id: int
 ) -> VideoMa2mbaConfig:
+    kind = "clip_vision_model" if vision_config is None else vision_config.model_type
     return VideoMa2mbaConfig(
         text_config,
         vision_config,
         video_token_id=video_token_id,
-        # All of a VideoMamba is used; of a CLIP the paper leaves the last layer out.
-        vision_feature_layer=-1 if getattr(vision_config, "model_type", None) == "videomamba" else -2,
+        vision_feature_layer=TOWERS[kind].feature_layer,
         tie_word_embeddings=text_config.tie_word_embeddings,
         **statistics,
     )

@@ -14,11 +14,10 @@ from video_ma2mba import EXAMPLE_VIDEOS
 
 from .checkpoint_facts import read_facts, read_json, weight_files
 from .evaluations import read_evaluation
+from .link_bundled import HUB_FOLDERS, ROOT
 from .measured_cost import measured_cost
 from .model_card import model_card, own_words, read_metadata
 
-_ROOT = Path(__file__).resolve().parents[1]
-_CODE_FOLDERS = ("modeling_video_ma2mba", "processing")
 # What save_pretrained of a model, a processor or an adapter writes beside weights and code.
 _KEPT = (
     "config.json",
@@ -143,7 +142,7 @@ def _content_tag(folder: Path) -> str:
 def _refuse_links_outside(source: Path) -> None:
     """Links to the package's own code are fine: its content is copied. Any other would publish a file of elsewhere."""
     inside = source.resolve()
-    own_code = {(_ROOT / folder) for folder in _CODE_FOLDERS}
+    own_code = {(ROOT / folder) for folder in HUB_FOLDERS}
     for path in sorted(source.rglob("*")):
         if path.is_symlink():
             real = path.resolve()
@@ -167,7 +166,7 @@ def _code_for(source: Path) -> dict[str, Path]:
     modules = {reference.split(".")[0] for group in named for reference in group.values()}
     found: dict[str, Path] = {}
     for module in sorted(modules):
-        path = next((p for f in _CODE_FOLDERS if (p := _ROOT / f / f"{module}.py").is_file()), None)
+        path = next((p for f in HUB_FOLDERS if (p := ROOT / f / f"{module}.py").is_file()), None)
         if path is None:
             raise ValueError(f"{source} names the code file {module}.py, which is not of this package")
         for file in (path, *map(Path, get_relative_import_files(path))):
@@ -177,7 +176,7 @@ def _code_for(source: Path) -> dict[str, Path]:
 
 def holds_only_our_code(folder: Path) -> bool:
     """Whether a folder's own code, which `trust_remote_code` would run, is this package's, byte for byte."""
-    ours = {path.name: path for part in _CODE_FOLDERS for path in (_ROOT / part).glob("*.py")}
+    ours = {path.name: path for part in HUB_FOLDERS for path in (ROOT / part).glob("*.py")}
     found = list(folder.rglob("*.py"))
     return folder.is_dir() and all(
         path.parent == folder and path.name in ours and path.read_bytes() == ours[path.name].read_bytes()

@@ -81,6 +81,7 @@ class TowerAdapter(Generic[Tower]):
         leading_rows: rows in front of the patches that say nothing about a place in the frame (class tokens).
         no_split_modules: classes that `device_map` must keep on one device.
         lora_targets: names of the linear layers that adapters are put on.
+        feature_layer: `vision_feature_layer` of a fresh model (the paper leaves the last layer of a CLIP out).
         no_decay: names of parameters without weight decay, beside biases and norms.
         identity_fields: of the vision configuration, those that decide what the tower computes: states made with other
             values are refused.
@@ -92,6 +93,7 @@ class TowerAdapter(Generic[Tower]):
     leading_rows: int = 0
     no_split_modules: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    feature_layer: int = -2
     no_decay: tuple[str, ...] = ()
     identity_fields: tuple[str, ...] = (
         *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"),

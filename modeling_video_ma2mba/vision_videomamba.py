@@ -45,6 +45,7 @@ class VideoMambaAdapter(TowerAdapter["VideoMambaModel"]):
     """
 
     model_type = "videomamba"
+    feature_layer = -1  # all of it is used
     image_mean = IMAGENET_MEAN
     image_std = IMAGENET_STD
     leading_rows = 1
