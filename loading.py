@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,45 @@ def pick_device(device: str):
             f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
         )
     return picked
+
+
+def join_ranks(device: str = "auto") -> str:
+    """Meet the other processes that torchrun (or `accelerate launch`, or SLURM) started; returns this one's device.
+
+    To be called before anything makes an Accelerator, as lmms-eval does: the first one decides, and without being told
+    it takes several processes on CPU for one each.
+    """
+    from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
+
+    if ParallelDims.of_run().world == 1:
+        return device
+    import torch
+    from accelerate import Accelerator
+
+    on_cuda = torch.cuda.is_available() and device != "cpu"
+    accelerator = Accelerator(cpu=not on_cuda)
+    return str(accelerator.device) if on_cuda else "cpu"
+
+
+@contextmanager
+def shared_run(device: str = "auto") -> Iterator[tuple[str, Any, bool]]:
+    """`join_ranks` for as long as something is shared out.
+
+    Yields:
+        the device of this process, the process group of all of them (None where this is the only one), and whether
+        this is the one that writes files and messages.
+    """
+    from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims, process_group_exists
+
+    device = join_ranks(device)
+    if not process_group_exists():
+        yield device, None, True
+        return
+    from torch import distributed
+
+    yield device, distributed.group.WORLD, ParallelDims.of_run().first
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def pick_dtype(dtype: str, device):

@@ -4,6 +4,7 @@ Warnings (a damaged video, say) are one line each as well, without the place in 
 that is printed here tells a password or a token.
 """
 
+import os
 import re
 import traceback
 import warnings
@@ -66,12 +67,14 @@ class OneLineErrors(TyperGroup):
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx):
-        warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {one_line(message)}", err=True)
+        warnings.showwarning = _show_warning
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
+            if not ctx.params.get("debug") and not said_first("error"):
+                raise typer.Exit(2) from None
             if hasattr(error, "format_message"):  # of the command line's parser
                 error.message = masked(error.message)
                 raise
@@ -82,6 +85,34 @@ class OneLineErrors(TyperGroup):
                 raise
             typer.echo(masked("".join(traceback.format_exception(error))), err=True, nl=False)
             raise typer.Exit(1) from None
+
+
+def _show_warning(message: Warning, *_, **__) -> None:
+    line = f"warning: {one_line(message)}"
+    if said_first(line):
+        typer.echo(line, err=True)
+
+
+def said_first(what: str) -> bool:
+    """Whether no other process of this run has said it yet: several that meet the same error say one line together.
+
+    What follows from the first error in the others (a connection that is closed, say) is not worth a line either.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    import hashlib
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+    key = hashlib.sha256("\0".join([*run, what]).encode()).hexdigest()
+    try:  # torchrun keeps the store, whatever becomes of its processes
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return store.add(f"video_ma2mba/said/{key}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 def _tells_secrets(error: BaseException | None) -> bool:

@@ -58,8 +58,9 @@ def evaluate(
     given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
     _require_packages()
     from video_ma2mba.eval.benchmarks import expand
-    from video_ma2mba.eval.harness import join_ranks, prepare_environment, quiet_harness
+    from video_ma2mba.eval.harness import prepare_environment, quiet_harness
     from video_ma2mba.eval.judge import Judge
+    from video_ma2mba.loading import join_ranks
 
     if fps is not None and num_frames is not None:
         raise ValueError("--fps and --num-frames exclude each other: give one")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from video_ma2mba.loading import load_pipeline, pick_state_dtype
+from video_ma2mba.loading import load_pipeline, pick_state_dtype, shared_run
 
 from .ask import reading_progress, size_text
 from .options import (
@@ -101,15 +101,18 @@ def append(
 ) -> None:
     """Read more video into a state, as if it had followed the first without a break.
 
-    Interrupted, the same command continues from OUT.partial and ends with the same state.
+    Interrupted, the same command continues from OUT.partial and ends with the same state. Several processes
+    (torchrun -m video_ma2mba state append …) share the video out.
     """
     from video_ma2mba import VideoState
 
     check_out_file("--out", out)
     rounded, found = pick_state_dtype(state_dtype), VideoState.load(file)
-    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = chosen_frames(fps, num_frames, start, end)
-    read_into_file(pipe, video, out or file, rounded, state=found, save_seconds=save_every, **chosen)
+    with shared_run(device) as (own, group, first):
+        pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
+        settings = {"state": found, "save_seconds": save_every, "group": group, **chosen}
+        read_into_file(pipe, video, out or file, rounded, quiet=not first, **settings)
 
 
 def read(
@@ -129,7 +132,8 @@ def read(
 ) -> None:
     """Read a video once and keep what the model remembers, in a file of constant size.
 
-    Interrupted, the same command continues from OUT.partial and ends with the same state.
+    Interrupted, the same command continues from OUT.partial and ends with the same state. Several processes
+    (torchrun --nproc_per_node 2 -m video_ma2mba read …) share the video out and reach that state sooner.
     """
     from video_ma2mba.modeling_video_ma2mba.state_writing import is_written_through
 
@@ -137,17 +141,20 @@ def read(
     if out.is_file() and not overwrite and not is_written_through(out):
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
     rounded = pick_state_dtype(state_dtype)
-    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = chosen_frames(fps, num_frames, start, end)
-    read_into_file(pipe, video, out, rounded, save_seconds=save_every, **chosen)
+    with shared_run(device) as (own, group, first):
+        pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
+        settings = {"save_seconds": save_every, "group": group, **chosen}
+        read_into_file(pipe, video, out, rounded, quiet=not first, **settings)
 
 
-def read_into_file(pipe, video: str, out: Path, state_dtype=None, **settings) -> None:
+def read_into_file(pipe, video: str, out: Path, state_dtype=None, quiet: bool = False, **settings) -> None:
     """Read a video and save the state; interrupted, the same call continues from OUT.partial.
 
     Args:
         pipe: the question-answering pipeline.
         state_dtype: of the file, as in `VideoState.save`; an unfinished state is always saved as it is.
+        quiet: only help another process that writes the file and tells how far it is.
         settings: of `pipe.read`.
     """
     from video_ma2mba.modeling_video_ma2mba.state_writing import is_written_through
@@ -156,6 +163,9 @@ def read_into_file(pipe, video: str, out: Path, state_dtype=None, **settings) ->
     partial: Path | None = Path(f"{os.fspath(out)}.partial")
     if is_written_through(out):  # nothing that could be read again
         partial = None
+    if quiet:
+        pipe.read(video, partial=partial, **settings)
+        return
     if partial is not None and partial.exists():
         typer.echo(f"continuing from {partial}", err=True)
     try:

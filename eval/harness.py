@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .benchmarks import folders_of
 
 OWN_TASKS = Path(__file__).parent / "lmms_tasks"
@@ -138,22 +137,6 @@ def prepare_environment(data: Path | None = None) -> None:
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     os.environ["HF_HOME"] = str(Path(home).expanduser().resolve())  # some tasks fail without it, some if relative
     os.environ["API_TYPE"] = "openai"  # else judged tasks cannot even be imported
-
-
-def join_ranks(device: str = "auto") -> str:
-    """Meet the other processes of this run, if any; returns the device of this one.
-
-    To be called before anything of the harness makes an Accelerator: the first one decides, and without being told it
-    takes several processes on CPU for one each.
-    """
-    if ParallelDims.of_run().world == 1:
-        return device
-    import torch
-    from accelerate import Accelerator
-
-    on_cuda = torch.cuda.is_available() and device != "cpu"
-    accelerator = Accelerator(cpu=not on_cuda)
-    return str(accelerator.device) if on_cuda else "cpu"
 
 
 def quiet_harness(verbose: bool = False) -> None:

@@ -19,7 +19,6 @@ from loguru import logger
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .answer_log import AnswerLog
 from .answering import Answerer
-from .harness import join_ranks
 from .lmms_ranks import answer_together, gathered
 from .lmms_requests import Job, Prompt, is_padding, job_of, prompt_of_messages, prompt_of_visuals
 from .state_store import Reading, StateStore
@@ -84,7 +83,7 @@ class VideoMa2mbaSimple(lmms):
         self.answerer = Answerer(self.pipe, self.store, self.log, stop_repeat_ngram, self.batch_size, broken == "skip")
 
     def _load(self, pretrained: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
-        from ..loading import load_pipeline
+        from ..loading import join_ranks, load_pipeline
 
         wanted = join_ranks(device or "auto")
         source = None if pretrained == "bundled" else pretrained

@@ -19,7 +19,7 @@ from transformers import GenerationMixin
 from .answering_batches import answer_together
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .reading_prompt import read_prompt
-from .reading_resumable import read_resumably
+from .reading_resumable import read_resumably, read_shared_resumably
 from .reading_together import read_together
 from .stack_protocols import Processor, Reader, VideoModel
 from .stack_weights import execution_device
@@ -60,6 +60,7 @@ class VideoQuestionsMixin(GenerationMixin):
         on_frames: Callable[[int, int | None], None] | None = None,
         partial: str | os.PathLike[str] | None = None,
         save_seconds: float = 30.0,
+        group: Any = None,
         **video_settings: Any,
     ) -> VideoState:
         """Read a video into a state of constant size, to be asked, kept, copied and continued.
@@ -71,6 +72,9 @@ class VideoQuestionsMixin(GenerationMixin):
             on_frames: called with the number of frames read and the number expected.
             partial: file to keep the unfinished state in, every `save_seconds`. The same call continues from it after
                 an interruption; remove it when the result is safe. See `read_resumably`.
+            group: a process group of `torch.distributed` (`torch.distributed.group.WORLD`: all processes) that shares
+                the video out. All its ranks make the same call and get the same state, which is the one that a single
+                process would reach; `partial` is the first rank's. See `read_shared`.
             video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`.
 
         Returns:
@@ -95,22 +99,17 @@ class VideoQuestionsMixin(GenerationMixin):
         source = source_facts(reader)
         report = report_frames([reader], on_frames)
         try:
-            if partial is None:
+            request = {name: value for name, value in source.items() if name not in ("name", "sha256")}
+            request |= {"video": source["sha256"] or source["name"]}
+            request |= {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
+            keeping: dict[str, Any] = {"partial": partial, "request": request, "save_seconds": save_seconds}
+            if group is not None and torch.distributed.get_world_size(group) > 1:
+                with _current_device(self):
+                    found = read_shared_resumably(self, prefix, reader, state, group, on_frames=report, **keeping)
+            elif partial is None:
                 found = self.read(prefix, [reader.chunks(self.config.read_chunk_frames)], state, report)
             else:
-                request = {name: value for name, value in source.items() if name not in ("name", "sha256")}
-                request |= {"video": source["sha256"] or source["name"]}
-                request |= {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
-                found = read_resumably(
-                    self,
-                    prefix,
-                    reader,
-                    state,
-                    partial=partial,
-                    request=request,
-                    save_seconds=save_seconds,
-                    on_frames=report,
-                )
+                found = read_resumably(self, prefix, reader, state, on_frames=report, **keeping)
         finally:
             reader.close()
         found.metadata |= identity

@@ -455,6 +455,7 @@ def run_blocks(
     unread: bool = False,
     around: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
     streams: Sequence[list[Tensor]] = (),
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[LayerState]]:
     """Run consecutive blocks over one segment.
 
@@ -463,11 +464,11 @@ def run_blocks(
         unread: the values of the last delta will not be looked at, only its gradient is wanted.
         around: runs each block's `forward` within this context, past hooks on the block; see `parallel_shards`.
         streams: a list for each block, to which the stream in front of it is appended; nothing is by default.
+        delta: (B, S, D) what x still lacks, where blocks before these returned it so.
 
     Returns:
         residual and delta (B, S, D), whose sum is the stream, the blocks' new states.
     """
-    delta: Tensor | None = None
     new: list[LayerState] = []
     for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
         if streams:

@@ -142,6 +142,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         on_frames: Callable[[int, int | None], None] | None = None,
         partial: str | os.PathLike[str] | None = None,
         save_seconds: float = 30.0,
+        group: Any = None,
         **video_settings: Any,
     ) -> VideoState:
         """Read a video into a state of constant size, to be asked, kept, copied and continued.
@@ -152,9 +153,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """
         kept = {k: v for k, v in self._preprocess_params.items() if k in (*VIDEO_SETTINGS, "on_frames")}
         given = {k: v for k, v in {**video_settings, "on_frames": on_frames}.items() if v is not None}
-        return self.model.read_video(
-            video, self.processor, state=state, partial=partial, save_seconds=save_seconds, **{**kept, **given}
-        )
+        keeping = {"partial": partial, "save_seconds": save_seconds, "group": group}
+        return self.model.read_video(video, self.processor, state=state, **keeping, **{**kept, **given})
 
     def append(self, state: VideoState, video: Any, **settings: Any) -> VideoState:
         """A new state that has read more frames: `read(video, state=state, ...)`."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .reading_shared import read_shared, reading_group
 from .stack_protocols import Reader
+from .stack_weights import execution_device
 from .state_video import VideoState
 
 
@@ -68,6 +70,58 @@ def read_resumably(
     if state is None:
         raise ValueError(f"{reader.name}: not one frame could be read")
     return state
+
+
+def read_shared_resumably(
+    model: Any,
+    prefix: Tensor,
+    reader: Reader,
+    state: VideoState | None,
+    group: Any,
+    *,
+    partial: str | os.PathLike[str] | None,
+    request: Mapping[str, Any],
+    save_seconds: float,
+    on_frames: Callable[[int], None] | None = None,
+) -> VideoState:
+    """`read_resumably` by all ranks of a process group together (`read_shared`), `partial` being the first rank's.
+
+    What one process began, several may finish, and the other way round. `partial=None` saves nothing on the way.
+
+    Raises:
+        ValueError: on every rank, as in `read_resumably`.
+    """
+    stack = model.model.language_model
+    link = reading_group(group, execution_device(stack.norm_f))
+    size = model.config.read_chunk_frames
+    at_once = [size, model.config.vision_chunk_frames]
+    request = {**request, "number of frames at once": at_once, "state to continue": _mark(state)}
+    done, error = 0, None
+    if link.rank == 0 and partial is not None and os.path.exists(partial):
+        try:
+            state = VideoState.load(partial)
+            done = _frames_done(state, json.loads(json.dumps(request)), partial)
+        except (OSError, ValueError) as found:
+            error = found
+    facts = None if state is None else (state.seen_tokens, state.metadata)
+    done, failed, facts = link.of_first((done, error and str(error), facts))
+    if failed is not None:
+        raise error or ValueError(failed)
+    if done:
+        prefix = prefix[:, -1:]
+    if link.rank and facts is not None:  # the tensors are looked at on the first rank alone
+        rows = 1 if state is None else state.batch_size
+        state = VideoState.zeros(stack.config, rows, stack.norm_f.weight.device, stack.norm_f.weight.dtype)
+        state.seen_tokens, state.metadata = facts
+
+    def keep(reached: VideoState, frames: int) -> None:
+        reached.metadata |= {"reading": json.dumps(request), "reading_frames": str(done + frames)}
+        reached.save(partial or "")
+
+    report = None if on_frames is None else lambda read: on_frames(done + read)
+    chunks = reader.chunks(size, skip=done, turn=(link.rank, link.world))
+    kept = None if partial is None else keep
+    return read_shared(model.model, prefix, chunks, group, state, report, kept, save_seconds)
 
 
 def _until(deadline: float, chunk: Any, chunks: Iterator[Any], unread: list[Any]) -> Iterator[Any]:

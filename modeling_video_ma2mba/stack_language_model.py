@@ -132,6 +132,12 @@ class Ma2mbaTextModel(PreTrainedModel):
             **{CACHE_NAME: state if use_cache else None},
         )
 
+    def longest_pass(self, batch: int) -> int:
+        """Tokens of each row that pass through the layers at a time."""
+        if execution_device(self.norm_f).type != "cpu":
+            return self.prefill_segment_length
+        return min(self.prefill_segment_length, max(CPU_SEGMENT // max(batch, 1), CPU_SEGMENT // 8))
+
     @property
     def recomputes(self) -> bool:
         """Whether a forward pass now would checkpoint: switched on, in training, gradients wanted."""
@@ -206,9 +212,7 @@ class Ma2mbaTextModel(PreTrainedModel):
             raise ValueError(
                 "layers that are FSDP units train with checkpointing only: gradient_checkpointing_enable()"
             )
-        length = self.prefill_segment_length
-        if device.type == "cpu":
-            length = min(length, max(CPU_SEGMENT // max(batch, 1), CPU_SEGMENT // 8))
+        length = self.longest_pass(batch)
         rounds = math.ceil(tokens / length)
         most = rounds if sharded is None else sharded.largest(rounds)[0]
         streams: list[list[Tensor]] = [[] for _ in range(0 if outputs is None else len(self.layers) + 1)]

@@ -37,8 +37,10 @@ class Reader(Protocol):
     def expected_frames(self) -> int:
         """How many frames `chunks` gives in all."""
 
-    def chunks(self, n: int = 32, skip: int = 0, threads: int | None = None) -> Iterator[Any]:
-        """`Chunk`s of n frames."""
+    def chunks(
+        self, n: int = 32, skip: int = 0, threads: int | None = None, turn: tuple[int, int] = (0, 1)
+    ) -> Iterator[Any]:
+        """`Chunk`s of n frames: of so many processes that take turns, those of this one."""
 
     def content_digest(self) -> str | None:
         """SHA-256 of the video's bytes, where it has any of its own."""
@@ -98,6 +100,9 @@ class TextStack(Protocol):
     @property
     def stream_dtype(self) -> torch.dtype:
         """Data type of the residual stream."""
+
+    def longest_pass(self, batch: int) -> int:
+        """Tokens of each row that pass through the layers at a time."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """As in `nn.Module`."""

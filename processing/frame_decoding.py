@@ -36,6 +36,7 @@ def decode_frames(
     problems: list[str],
     *,
     skip: int = 0,
+    own: np.ndarray | None = None,
     fit: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
     fitted_pixels: int | None = None,
     threads: int = 1,
@@ -46,17 +47,23 @@ def decode_frames(
         wanted: int64, non-decreasing indices into `index.times`; repeated ones are yielded repeatedly.
         problems: receives a line for each kind of damage met.
         skip: leave out so many of the wanted frames at the beginning.
+        own: bool, one for each wanted frame: yield these only, and decode only the parts that hold some.
         fit: applied to each picture, uint8 `(H, W, 3)` RGB, in the decoding thread.
         fitted_pixels: pixels of what `fit` returns; None where it keeps the size.
         threads: decode with at most so many threads; 0 decodes here, when a frame is asked for.
 
     Yields:
         `(fit(pixels), i)`: the frame upright, and its index. A frame that cannot be decoded is replaced by the next
-        one that can, so fewer than `len(wanted) - skip` come only at a damaged end.
+        one that can, so fewer than all come only at a damaged end.
     """
+    mine = np.ones(len(wanted), dtype=bool) if own is None else own.copy()
+    mine[:skip] = False
     cuts = part_cuts(index, wanted)
-    begun = [max(start, skip) for start in cuts]
-    spans = [(a, b) for a, b in zip(begun, [*cuts[1:], len(wanted)], strict=True) if a < b]
+    spans = []
+    for start, stop in zip(cuts, [*cuts[1:], len(wanted)], strict=True):
+        places = np.flatnonzero(mine[start:stop]) + start
+        if len(places):
+            spans.append((int(places[0]), int(places[-1]) + 1))
     pixels = max(index.frame_pixels, 1)
     threads = min(threads, MAX_THREADS, len(spans), max(1, DECODER_BYTES * 2 // (3 * DECODER_PICTURES * pixels)))
     outstanding = 2 * threads
@@ -69,7 +76,7 @@ def decode_frames(
             def run() -> Generator[tuple[np.ndarray, int], None, None]:
                 count = {"errors": 0, "corrupt": 0}
                 counts.append(count)
-                return _part_frames(decoders, index, wanted, span, wanted_stamps, count, name, fit)
+                return _part_frames(decoders, index, wanted, span, mine, wanted_stamps, count, name, fit)
 
             return run
 
@@ -140,12 +147,13 @@ def _part_frames(
     index: VideoIndex,
     wanted: np.ndarray,
     span: tuple[int, int],
+    mine: np.ndarray,
     wanted_stamps: set[int],
     count: dict[str, int],
     name: str,
     fit: Callable[[np.ndarray], np.ndarray],
 ) -> Generator[tuple[np.ndarray, int], None, None]:
-    """The wanted frames of one part, fitted."""
+    """Those of the wanted frames of one part that are `mine`, fitted."""
     position, end = span
     opened = decoders.take()
     try:
@@ -153,10 +161,11 @@ def _part_frames(
             for number, frame in frames:
                 fitted = None
                 while position < end and wanted[position] <= number:
-                    if fitted is None:  # a frame that stays on screen is resized once
-                        count["corrupt"] += frame.is_corrupt
-                        fitted = fit(upright_pixels(frame, name, opened.look))
-                    yield fitted, number
+                    if mine[position]:
+                        if fitted is None:  # a frame that stays on screen is resized once
+                            count["corrupt"] += frame.is_corrupt
+                            fitted = fit(upright_pixels(frame, name, opened.look))
+                        yield fitted, number
                     position += 1
                 if position == end:
                     return

@@ -155,7 +155,9 @@ class FrameReader:
                 digest.update(block)
         return digest.hexdigest()
 
-    def chunks(self, n: int = 32, skip: int = 0, threads: int | None = None) -> Iterator[FrameChunk]:
+    def chunks(
+        self, n: int = 32, skip: int = 0, threads: int | None = None, turn: tuple[int, int] = (0, 1)
+    ) -> Iterator[FrameChunk]:
         """Yield the sampled frames in chunks of `n` (the last may be shorter).
 
         Files are decoded in threads ahead of what has been asked for; how far ahead, and so the memory, is bounded
@@ -165,6 +167,8 @@ class FrameReader:
             skip: leave out so many frames at the beginning, which have been read before; a video that has no more
                 gives no chunk.
             threads: decode with at most so many (default: as many as PyTorch uses); 0 decodes when asked.
+            turn: where several readers of a video take turns, which of how many this one is: (1, 3) gives the chunks
+                1, 4, 7, … and decodes no others; pictures are all looked at. A turn may bring no chunk.
 
         Raises:
             ValueError: not one frame can be read, or the video cannot be read at all (see `open_video`).
@@ -173,17 +177,21 @@ class FrameReader:
             raise ValueError(f"a chunk must have at least 1 frame, not {n}")
         if skip < 0:
             raise ValueError(f"skip must be at least 0 frames, not {skip}")
-        running = self._chunks(n, skip, torch.get_num_threads() if threads is None else threads)
+        if not 0 <= turn[0] < turn[1]:
+            raise ValueError(f"turn {turn[0]} is not one of {turn[1]}")
+        running = self._chunks(n, skip, torch.get_num_threads() if threads is None else threads, turn)
         self._running.append(running)
         return running
 
-    def _chunks(self, n: int, skip: int, threads: int) -> Generator[FrameChunk, None, None]:
+    def _chunks(self, n: int, skip: int, threads: int, turn: tuple[int, int]) -> Generator[FrameChunk, None, None]:
         index, chosen = self._scan()
         problems: list[str] = []
-        wanted = len(chosen) - skip
-        if skip and wanted <= 0:
+        own = (np.arange(len(chosen)) - skip) // n % turn[1] == turn[0]
+        own[:skip] = False
+        wanted = int(own.sum())
+        if wanted == 0 and (skip or turn[1] > 1):
             return
-        frames = self._fitted_frames(index, chosen, skip, threads, problems)
+        frames = self._fitted_frames(index, chosen, skip, own, threads, problems)
         size = self.size
         pixels, times, count = [], [], 0
         try:
@@ -200,16 +208,18 @@ class FrameReader:
         finally:
             frames.close()
         if 0 < count < wanted:
-            problems.append(f"only {count + skip} of {len(chosen)} frames could be read")
+            before = skip if turn[1] == 1 else 0
+            problems.append(f"only {count + before} of {wanted + before} frames could be read")
         self._report(problems)
-        if count + skip == 0:
+        if count + skip == 0 and turn[1] == 1:
             reason = f" ({'; '.join(self.warnings)})" if self.warnings else ""
             raise ValueError(f"{self.name}: not one frame could be decoded{reason}")
 
     def _fitted_frames(
-        self, index: VideoIndex, wanted: np.ndarray, skip: int, threads: int, problems: list[str]
+        self, index: VideoIndex, wanted: np.ndarray, skip: int, own: np.ndarray, threads: int, problems: list[str]
     ) -> Generator[tuple[np.ndarray, int], None, None]:
-        """Sampled frames in the size wanted, each with its number; those of files are decoded ahead, in threads."""
+        """Those of the sampled frames that are `own`, in the size wanted, each with its number; those of files are
+        decoded ahead, in threads."""
 
         def fit(pixels: np.ndarray) -> np.ndarray:
             return fit_frame(pixels, self.size, self.resize_mode)
@@ -221,7 +231,7 @@ class FrameReader:
                 index,
                 wanted,
                 problems,
-                skip=skip,
+                own=own,
                 fit=fit,
                 fitted_pixels=None if self.size is None else self.size[0] * self.size[1],
                 threads=threads,
@@ -229,9 +239,7 @@ class FrameReader:
 
         # An unreadable picture takes up no frame: only counting those that come finds the place again.
         pictures = self._pictures.read(wanted, problems)
-        for _ in range(skip):
-            next(pictures, None)
-        return ((fit(pixels), number) for pixels, number in pictures)
+        return ((fit(pixels), number) for (pixels, number), mine in zip(pictures, own, strict=False) if mine)
 
     def read(self) -> FrameChunk:
         """All sampled frames at once, as one chunk."""

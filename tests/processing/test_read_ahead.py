@@ -108,6 +108,12 @@ def test_parts_side_by_side_give_the_same_frames(make_video, read_numbers, small
             pixels = np.stack([pixels for pixels, _ in frames])
             assert read_numbers(pixels) == wanted[skip:].tolist()
             np.testing.assert_array_equal(pixels, whole[skip:])  # reading on after an interruption: the same bits
+    for turns in (2, 3):  # who takes turns decodes the same pictures, of his own turns only
+        for turn in range(turns):
+            own = np.arange(len(wanted)) // 4 % turns == turn
+            frames = list(decode_frames(path, name, index, wanted, [], own=own, threads=1))
+            assert [number for _, number in frames] == wanted[own].tolist()
+            np.testing.assert_array_equal(np.stack([pixels for pixels, _ in frames]), whole[own])
     assert readers() == []
 
 
