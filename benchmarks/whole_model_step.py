@@ -42,7 +42,7 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def batch(model: VideoMa2mbaForConditionalGeneration, frames: int) -> dict:
+def batch(model: VideoMa2mbaForConditionalGeneration, frames: int, device: str = "cuda") -> dict:
     config = model.config
     visual = torch.full((frames * config.tokens_per_frame,), config.video_token_id)
     text = torch.randint(10, 50000, (16 + ANSWER,))
@@ -53,7 +53,7 @@ def batch(model: VideoMa2mbaForConditionalGeneration, frames: int) -> dict:
     pixels = torch.empty(frames, 3, side, side, dtype=torch.uint8)
     for piece in pixels.split(256):
         piece.random_(0, 256)
-    return {"input_ids": ids.cuda(), "labels": labels.cuda(), "pixel_values_videos": pixels}
+    return {"input_ids": ids.to(device), "labels": labels.to(device), "pixel_values_videos": pixels}
 
 
 def step(model: VideoMa2mbaForConditionalGeneration, data: dict) -> tuple[float, float]:

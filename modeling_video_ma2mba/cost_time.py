@@ -4,7 +4,9 @@ Every plan computes nearly the same (forward, one recomputation, backward); plan
 GPU, in the work per cell, and in copies to the host that computation cannot hide. Legend as in `cost_memory`.
 """
 
+import time
 from dataclasses import dataclass
+from typing import Any
 
 from .cost_memory import StackShape, Workload
 from .cost_vision import VisionLoad
@@ -59,6 +61,23 @@ H200 = MeasuredCosts(
     slack=0.04,
     context=600 << 20,
 )
+
+
+def measure_launch(device: Any = "cuda", launches: int = 10_000) -> float:
+    """Seconds that this host needs to launch one PyTorch operation, now: the fastest of some runs of tiny sums."""
+    import torch
+
+    x, fastest = torch.zeros(16, device=device), float("inf")
+    for _ in range(4):  # the first loads the kernel
+        if x.is_cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(launches):
+            x.add_(1)
+        if x.is_cuda:
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, (time.perf_counter() - start) / launches)
+    return fastest
 
 
 def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> float:
