@@ -8,7 +8,9 @@ import importlib
 from pathlib import Path
 
 # Read, not imported: the folder it travels in imports transformers.
-__version__ = (Path(__file__).parent / "modeling_video_ma2mba" / "state_version.py").read_text().split('"')[-2]
+__version__ = (
+    (Path(__file__).parent / "modeling_video_ma2mba" / "state_version.py").read_text(encoding="utf-8").split('"')[-2]
+)
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "bundled"
 """Directory of the small checkpoint that ships with the package (it understands the rendered world only)."""

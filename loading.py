@@ -47,18 +47,21 @@ def resolve_model(model: str | None) -> str:
 
 
 def pick_device(device: str):
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a `torch.device`.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a `torch.device`; `auto` is a GPU where there is one.
 
     Raises:
         ValueError: no such device on this machine.
     """
     import torch
 
+    mps = torch.backends.mps.is_available()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda, cuda:N or mps")
     picked = torch.device(device)
+    if picked.type == "mps" and not mps:
+        raise ValueError("--device mps: this machine, or its PyTorch, has no Metal GPU; use cpu or auto")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
@@ -106,7 +109,7 @@ def shared_run(device: str = "auto") -> Iterator[tuple[str, Any, bool]]:
 
 
 def pick_dtype(dtype: str, device):
-    """`auto` is bf16 on CUDA and fp32 on CPU, where half precision is slower and less exact.
+    """`auto` is bf16 on CUDA and fp32 elsewhere, where half precision is slower or less exact.
 
     Raises:
         ValueError: unknown name.

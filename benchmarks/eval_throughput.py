@@ -51,7 +51,7 @@ def task_folder(root: Path, frames: int, videos: int, questions: int) -> Path:
     folder = root / f"{frames}_{videos}_{questions}"
     shutil.copytree(OWN_TASKS / "rendered_world", folder)
     plan = {"frames": frames, "videos": videos, "questions": questions, "seed": 0}
-    (folder / "plan.jsonl").write_text(json.dumps(plan) + "\n")
+    (folder / "plan.jsonl").write_text(json.dumps(plan) + "\n", encoding="utf-8")
     return folder
 
 

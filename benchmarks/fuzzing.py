@@ -101,7 +101,7 @@ def _serve(pipe: Connection, judge: Callable) -> None:
     pipe.send("ready")
     while True:
         case = pipe.recv()
-        with open("/proc/self/clear_refs", "w") as file:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")  # forget the peak
         before, begin = _memory("VmRSS"), time.perf_counter()
         try:
@@ -112,5 +112,5 @@ def _serve(pipe: Connection, judge: Callable) -> None:
 
 
 def _memory(name: str) -> int:
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))

@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_hour(Path(folder, "film.mp4"), arguments.seconds, min(arguments.seconds, 20))
         row = json.dumps({"video": "film.mp4", "question": "What happens?", "answer": "A thing moves."})
-        Path(folder, "rows.jsonl").write_text(f"{row}\n" * arguments.samples)
+        Path(folder, "rows.jsonl").write_text(f"{row}\n" * arguments.samples, encoding="utf-8")
         rows = load_training_data(Path(folder, "rows.jsonl"))
         for workers in arguments.workers:
             collator = VideoChatCollator(processor, on_broken="raise")

@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _rows(paths: list[Path]) -> list[dict]:
-    lines = (line for path in paths for line in path.read_text().splitlines(keepends=True))
+    lines = (line for path in paths for line in path.read_text(encoding="utf-8").splitlines(keepends=True))
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -121,7 +121,7 @@ def table(args: argparse.Namespace) -> None:
         means = [round(float(np.mean(values)), 3) for values in (near, near_chance, view, view_chance)]
         rows.append(dict(zip(FIELDS, [*key, len(members), *means], strict=True)))
     write_rows(args.out, rows, FIELDS)
-    print(args.out.read_text())
+    print(args.out.read_text(encoding="utf-8"))
 
 
 def main() -> None:

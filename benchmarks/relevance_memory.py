@@ -42,7 +42,7 @@ def main() -> None:
                 text=True,
                 check=True,
             )
-            row = {"video_seconds": seconds, "curve_rows": len(numbers.read_text().splitlines()) - 1}
+            row = {"video_seconds": seconds, "curve_rows": len(numbers.read_text(encoding="utf-8").splitlines()) - 1}
             row |= {"memory": arguments.memory, "process_seconds": round(time.perf_counter() - began, 1)}
             row |= {"peak_rss_mb": round(int(done.stderr.splitlines()[-1]) / 1e6), "date": datetime.date.today()}
             row |= {"hardware": hardware(), "torch": torch.__version__}

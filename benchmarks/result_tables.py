@@ -29,7 +29,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], fields: Sequence[s
     """
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -60,7 +60,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], fields: Sequence[
     fields = list(fields or rows[0])
     if not path.exists():
         write_rows(path, [], fields)
-    with path.open("r+", newline="") as file:
+    with path.open("r+", encoding="utf-8", newline="") as file:
         there = next(csv.reader(file), [])
         if there != fields:
             raise ValueError(f"{path} has the columns {there}, not {fields}: name another file with --out")

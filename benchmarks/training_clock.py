@@ -148,7 +148,7 @@ def write_trace(profiler: torch.profiler.profile, seconds: float, target: Path) 
     """
     raw = target.with_suffix("")
     profiler.export_chrome_trace(str(raw))
-    found = json.loads(raw.read_text())["traceEvents"]
+    found = json.loads(raw.read_text(encoding="utf-8"))["traceEvents"]
     raw.unlink()
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     events = [event for event in found if event.get("cat") in kinds or event.get("ph") == "M"]

@@ -136,7 +136,7 @@ def render_videos(folder: Path, count: int, size: int, rate: float) -> Path:
         rows = list(pool.map(partial(render_one, folder, size, rate), reversed(range(count))))
     random.Random(0).shuffle(rows)
     target = folder / "chats.jsonl"
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return target
 
 

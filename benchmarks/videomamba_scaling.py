@@ -206,7 +206,7 @@ def draw(table: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with table.open(newline="") as file:
+    with table.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["step"] == "training" and row["videos_per_s"]]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), dpi=120)
     for axes, column, title in zip(

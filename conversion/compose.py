@@ -133,7 +133,7 @@ def text_config_from(folder: Path, name: str) -> Ma2mbaTextConfig:
         ValueError: not a pure Mamba-2 model.
     """
     try:
-        fields = json.loads((folder / "config.json").read_text())
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"config.json of {name} is damaged: {error}") from error
     if fields.get("model_type") in ("mamba2", "video_ma2mba_text"):
@@ -244,7 +244,7 @@ def fresh_tower(source: str | None) -> bool:
 def pixel_statistics(folder: Path) -> dict[str, list[float]]:
     """`image_mean` and `image_std` of a checkpoint's image processor; empty where it has none."""
     with contextlib.suppress(FileNotFoundError):
-        fields = json.loads((folder / "preprocessor_config.json").read_text())
+        fields = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         return {key: fields[key] for key in ("image_mean", "image_std") if key in fields}
     return {}
 

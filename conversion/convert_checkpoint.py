@@ -108,7 +108,7 @@ def convert_checkpoint(
         _write_model_files(folder, plan.config, specs, text)
         _write_shards(folder, specs, read, opened, max_shard_bytes)
         record = plan.report.to_dict() | {"official": _reverse_record(plan, opened)}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     _write_whole(out, sum(spec.nbytes for spec in specs.values()), write)
     return plan.report
@@ -120,7 +120,7 @@ def _open(name: str) -> CheckpointSource:
         return CheckpointSource(name, TensorStore(path, name), {}, None)
     folder = local_folder(name)
     try:
-        fields = json.loads((folder / "config.json").read_text())
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"config.json of {name} is damaged: {error}") from error
     return CheckpointSource(name, TensorStore(folder, name), fields, folder)
@@ -243,7 +243,7 @@ def _to_official(
         leave_out=leave_out,
     )
     record_path = source.folder / RECORD
-    record = json.loads(record_path.read_text()).get("official") if record_path.is_file() else None
+    record = json.loads(record_path.read_text(encoding="utf-8")).get("official") if record_path.is_file() else None
     target = official_target(plan, source, record)
     if dry_run:
         return target.report
@@ -256,13 +256,13 @@ def _to_official(
     def write(folder: Path) -> None:
         _write_shards(folder, target.specs, read, opened, max_shard_bytes)
         fields = record["config"] if record else official_config(config)
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         pixels = {"image_mean": config.image_mean, "image_std": config.image_std}
-        (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
         for pattern in _TOKENIZER_FILES:
             for file in source.folder.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
-        (folder / RECORD).write_text(json.dumps(target.report.to_dict(), indent=1) + "\n")
+        (folder / RECORD).write_text(json.dumps(target.report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     _write_whole(out, sum(spec.nbytes for spec in target.specs.values()), write)
     return target.report

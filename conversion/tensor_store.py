@@ -124,7 +124,7 @@ def _files(path: Path, name: str) -> tuple[list[Path], set[str]]:
     for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if not (path / index_name).is_file():
             continue
-        weight_map: dict[str, str] = json.loads((path / index_name).read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads((path / index_name).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
         if foreign := [file for file in files if Path(file).name != file]:
             raise ValueError(f"{index_name} of {name} names files outside its folder: {', '.join(foreign[:3])}")
@@ -191,7 +191,7 @@ def write_shards(
         "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in sorted(keys)},
     }
     index_path = out / "model.safetensors.index.json"
-    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [*(out / name for name in names), index_path]
 
 

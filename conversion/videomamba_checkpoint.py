@@ -115,14 +115,14 @@ def restore_videomamba(folder: Path, out: Path) -> int:
         raise ValueError(f"{out} exists: choose another name")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint of this package")
-    fields = json.loads((folder / "config.json").read_text())
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if fields.get("model_type") != "videomamba":
         raise ValueError(f"{folder} holds a model of the type {fields.get('model_type')!r}, not a VideoMamba")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no weights (model.safetensors)")
     own = {k.removeprefix("videomamba."): t for file in files for k, t in load_file(file).items()}
-    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
     way = record.get("way_back") or {"nest": "model", "names": {}}
     official = {ours: name for name, ours in way["names"].items()}
     prefix = next((n.removesuffix("cls_token") for o, n in official.items() if o == "cls_token"), "")
@@ -318,4 +318,4 @@ def _write(
     ).save_pretrained(out)
     if beside:
         save_file({name: tensor.clone().contiguous() for name, tensor in beside.items()}, out / BESIDE)
-    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from ..modeling_video_ma2mba.recompute_engine import MultiAxisEngine
 from ..modeling_video_ma2mba.recompute_plan import RecomputeSettings
 from ..modeling_video_ma2mba.stack_language_model import CPU_SEGMENT
 from ..modeling_video_ma2mba.stack_token_layout import TokenLayout
-from ..modeling_video_ma2mba.stack_weights import execution_device
+from ..modeling_video_ma2mba.stack_weights import execution_device, in_fp64
 from ..modeling_video_ma2mba.state_video import VideoState
 from .read_features import VideoQuestion
 
@@ -138,5 +138,5 @@ def integrated_gradients(
 def frame_sums(gradient: Tensor, change: Tensor) -> Tensor:
     """sum over T and D of gradient * change, both (F, T, D), frame by frame in fp64: no full-length product."""
     return torch.stack(
-        [torch.dot(g.flatten().double(), c.flatten().double()) for g, c in zip(gradient, change, strict=True)]
+        [torch.dot(in_fp64(g.flatten()), in_fp64(c.flatten())) for g, c in zip(gradient, change, strict=True)]
     )

@@ -47,7 +47,7 @@ class DecayRecorder:
     @torch.no_grad()
     def _add(self, layer: int, projected: Tensor) -> None:
         """projected (1, s, ...) ends in the raw step sizes of the H heads."""
-        logs = log_decay(self.mixers[layer], projected[0]).double().cpu().T  # (H, s)
+        logs = log_decay(self.mixers[layer], projected[0]).cpu().double().T  # (H, s)
         first = self.seen[layer]
         self.seen[layer] += logs.shape[1]
         self.sums[layer].index_add_(1, self.places[first : self.seen[layer]], logs)

@@ -59,11 +59,11 @@ def occlusion(
             without = state.fork()
             without.batch_repeat_interleave(last - first)
             _advance(language, without, rest.expand(last - first, -1, -1), mask.to(device))
-            drops.append(answer_log_probability(model, without, prompt.asked, answer).double().sum(1).cpu())
+            drops.append(answer_log_probability(model, without, prompt.asked, answer).cpu().double().sum(1))
             _advance(language, state, tokens[:, first * frames_out * per_frame : last * frames_out * per_frame])
             if on_segment is not None:
                 on_segment(last, segments)
-        whole = answer_log_probability(model, state, prompt.asked, answer).double().sum().cpu()
+        whole = answer_log_probability(model, state, prompt.asked, answer).cpu().double().sum()
     return whole - torch.cat(drops)
 
 

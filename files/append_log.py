@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO
 from .text_files import json_line, parse_json
 
 _BLOCK = 1 << 16
+_LOCKED = 0x7FFFFFF0  # the byte that is locked on Windows, whose C library takes 31 bits for its place
 
 
 def write_lines(file: BinaryIO, data: bytes) -> None:
@@ -104,7 +106,10 @@ class AppendLog:
 
         alone = self._file is not None
         lines = (record if isinstance(record, bytes) else json_line(record) for record in records)
-        write_whole(self.path, b"".join(lines))
+        content = b"".join(lines)
+        if os.name == "nt":  # no file is replaced there while it is open
+            self.close()
+        write_whole(self.path, content)
         self.close()
         self._file = self._opened(wait=False) if alone else None
 
@@ -164,7 +169,8 @@ def _cut_torn_line(file: BinaryIO) -> bool:
 def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:
+        _lock_on_windows(file, path, wait)
         return
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -172,3 +178,22 @@ def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
         raise ValueError(f"{path} is being written by another run: wait for it, or name another file") from error
     except OSError:  # file systems without locks
         return
+
+
+def _lock_on_windows(file: BinaryIO, path: Path, wait: bool) -> None:
+    """The same with Windows' locks, which are mandatory: of one byte far behind the end, so that all may read."""
+    import msvcrt
+
+    file.seek(_LOCKED)
+    try:
+        while True:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                return
+            except PermissionError as error:
+                if not wait:
+                    message = f"{path} is being written by another run: wait for it, or name another file"
+                    raise ValueError(message) from error
+                time.sleep(0.05)
+    finally:
+        file.seek(0, os.SEEK_END)

@@ -5,6 +5,7 @@ Run it after adding, renaming or removing a file of the Hub folders:
 """
 
 import re
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +34,16 @@ def needed_files() -> dict[str, Path]:
 
 
 def main() -> None:
-    """Replace all links in `bundled/` by those to the files that are needed now."""
+    """Replace all links in `bundled/` by those to the files that are needed now; by copies where links need rights
+    that the user lacks (Windows)."""
     bundled = ROOT / "bundled"
     for old in bundled.glob("*.py"):
         old.unlink()
     for name, source in sorted(needed_files().items()):
-        (bundled / f"{name}.py").symlink_to(Path("..") / source.relative_to(ROOT))
+        try:
+            (bundled / f"{name}.py").symlink_to(Path("..") / source.relative_to(ROOT))
+        except OSError:
+            shutil.copyfile(source, bundled / f"{name}.py")
 
 
 if __name__ == "__main__":

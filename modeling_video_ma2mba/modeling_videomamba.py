@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
 from .mixer_mamba1 import VideoMambaMixer, add_norm_mix, init_mixer_
+from .stack_weights import sent
 
 # The optimizer of the released models leaves these without weight decay, beside biases and vectors.
 NO_DECAY = ("pos_embed", "cls_token", "temporal_pos_embedding")
@@ -340,9 +341,9 @@ def normalise(pixels: Tensor, config: VideoMambaConfig, like: Tensor) -> Tensor:
     Raises:
         ValueError: an integer type other than uint8.
     """
-    pixels = pixels.to(like.device, non_blocking=True)
+    pixels = sent(pixels, like.device)
     if pixels.dtype == torch.uint8:
-        scale = torch.tensor([config.image_mean, config.image_std]).to(like.device, non_blocking=True)
+        scale = sent(torch.tensor([config.image_mean, config.image_std]), like.device)
         mean, std = scale.view(2, 1, 1, -1, 1, 1)
         pixels = (pixels.float() / 255 - mean) / std
     elif not pixels.is_floating_point():

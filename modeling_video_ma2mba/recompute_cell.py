@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from .mixer_mamba2 import run_blocks
 from .parallel_borders import Gradients, States
+from .recompute_random import RandomState, random_state_kept
 from .recompute_schedule import Cell
 from .stack_protocols import TextStack
 from .stack_token_layout import TokenLayout
+from .stack_weights import sent
 from .state_layers import LayerState, flatten, layer_kinds, regroup
 
 
@@ -53,7 +55,7 @@ class CellRunner:
         self.random = any(
             isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.layers.modules()
         )
-        self.random_states: dict[Cell, tuple[Tensor, Tensor | None]] = {}
+        self.random_states: dict[Cell, RandomState] = {}
 
     def is_last(self, block: int) -> bool:
         """Whether a block ends the stack; the final norm belongs to it."""
@@ -106,7 +108,7 @@ class CellRunner:
         for value, gradient in zip([y, delta, *ends], [dout, dout, *dstates], strict=True):
             if value is not None and gradient is not None:
                 outputs.append(value)
-                gradients.append(gradient.to(value.device, value.dtype, non_blocking=True))
+                gradients.append(sent(gradient, value.device).to(value.dtype))
         wanted = [x, *states, *parameters]
         results: Gradients = [None] * len(wanted)
         if outputs:
@@ -156,15 +158,10 @@ class CellRunner:
         if not self.random:
             yield
             return
-        cuda = self.device.type == "cuda"
         if not replay:
-            gpu = torch.cuda.get_rng_state(self.device) if cuda else None
-            self.random_states[cell] = (torch.get_rng_state(), gpu)
+            self.random_states[cell] = RandomState(self.device)
             yield
             return
-        with torch.random.fork_rng([self.device] if cuda else []):
-            cpu, gpu = self.random_states[cell]
-            torch.set_rng_state(cpu)
-            if gpu is not None:
-                torch.cuda.set_rng_state(gpu, self.device)
+        with random_state_kept(self.device):
+            self.random_states[cell].put_back()
             yield

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
+
+from .recompute_random import RandomState, random_state_kept
 
 
 @dataclass
@@ -57,7 +58,7 @@ class ChunkJob:
 
     @property
     def device_type(self) -> str:
-        """ "cuda" or "cpu": of the device that the chunks run on, for autocast."""
+        """ "cuda", "mps" or "cpu": of the device that the chunks run on, for autocast."""
         return self.devices[0].type
 
     def pieces(self, source: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -112,8 +113,7 @@ class ChunkedRows(torch.autograd.Function):
         ctx.random_states = []
 
         def keep_random_state() -> None:
-            probes = [torch.empty(0, device=device) for device in job.devices]
-            ctx.random_states.append((torch.get_rng_state(), get_device_states(*probes)))
+            ctx.random_states.append(RandomState(*job.devices))
 
         with torch.autocast(**ctx.autocast):
             out = fill_rows(job, source, text, keep_random_state)
@@ -136,12 +136,9 @@ class ChunkedRows(torch.autograd.Function):
             return (None, None, grad_text, *(None for _ in parameters))
 
         sums: list[Tensor | None] = [None] * len(parameters)
-        devices = ctx.random_states[0][1][0] if ctx.random_states else []
-        with torch.random.fork_rng(devices=devices, device_type=job.device_type if devices else "cuda"):
+        with random_state_kept(*job.devices):
             for index, (first, part) in enumerate(job.pieces(source)):
-                cpu_state, (device_ids, device_states) = ctx.random_states[index]
-                torch.set_rng_state(cpu_state)
-                set_device_states(device_ids, device_states, device_type=job.device_type)
+                ctx.random_states[index].put_back()
                 piece = part.detach().requires_grad_(grad_source is not None)
                 with torch.enable_grad(), torch.autocast(**ctx.autocast):
                     rows = job.run(piece, first)

@@ -38,6 +38,7 @@ from .recompute_schedule import Cell, CellOrder, named_order
 from .recompute_store import DeviceStore, HostStore, PinnedPool
 from .stack_protocols import TextStack
 from .stack_token_layout import TokenLayout
+from .stack_weights import sent
 from .state_layers import KINDS, LayerState, flatten, regroup
 from .state_video import VideoState
 
@@ -219,7 +220,7 @@ class _StackRun:
                     start, stop = self.segments[segment]
                     if block == 0:
                         # In two steps: a copy between devices would change the type on the CPU, and wait for it.
-                        h = x[:, start:stop].to(self.device, non_blocking=True).to(self.model.stream_dtype)
+                        h = sent(x[:, start:stop], self.device).to(self.model.stream_dtype)
                     elif h is None:
                         h = self.store.read(("x", *cell))[0]
                     above = (block + 1, segment)
@@ -231,7 +232,7 @@ class _StackRun:
                         if not self.runner.is_last(block):
                             self.store.put(("x", *above), [h])
                         elif out is not None:
-                            out[:, start:stop].copy_(h, non_blocking=True)
+                            out[:, start:stop].copy_(h, non_blocking=h.is_cuda)
                         else:
                             kept.append(h[0])
                     if after != above:
@@ -307,7 +308,7 @@ class _StackRun:
                     self.store.prefetch((kind, *coming))
         block, segment = cell
         start, stop = self.segments[segment]
-        h = x[:, start:stop].to(self.device, non_blocking=True) if block == 0 else self.store.take(("x", *cell))[0]
+        h = sent(x[:, start:stop], self.device) if block == 0 else self.store.take(("x", *cell))[0]
         states = self.borders.kept_state(*cell)
         if self.runner.is_last(block):
             dout = self.douts[segment]
@@ -324,7 +325,7 @@ class _StackRun:
         if block == 0 and self.input_wanted:
             if self.dx is None:
                 self.dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, pin_memory=_pinned(x))
-            self.dx[:, start:stop].copy_(dh.to(self.dx.dtype), non_blocking=True)
+            self.dx[:, start:stop].copy_(dh.to(self.dx.dtype), non_blocking=dh.is_cuda)
         elif block > self.lowest:
             below = (block - 1, segment)
             if after == below:

@@ -20,7 +20,7 @@ from .recompute_engine import MultiAxisEngine
 from .recompute_plan import RecomputeSettings
 from .stack_arguments import packed_samples, refuse_unknown
 from .stack_token_layout import TokenLayout, kept_rows, original_order
-from .stack_weights import execution_device
+from .stack_weights import execution_device, sent
 from .state_layers import LayerState
 from .state_outputs import CACHE_NAME, StateModelOutput, take_state
 from .state_video import VideoState
@@ -233,7 +233,7 @@ class Ma2mbaTextModel(PreTrainedModel):
                 row, column = keep[:, start:stop].nonzero(as_tuple=True)
                 rows.append(row * tokens + column + start)
                 # Positions given on the host stay a plain copy: nothing here waits for the GPU.
-                row, column = (i.to(segment.device, non_blocking=True) for i in (row, column))
+                row, column = (sent(i, segment.device) for i in (row, column))
                 segment, delta = segment[row, column].unsqueeze(0), delta[row, column].unsqueeze(0)
             pieces.append(self.norm_f(segment, delta, own)[0])
         if sharded is not None:

@@ -19,6 +19,19 @@ def execution_device(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`, without waiting where that is CUDA: other devices may copy when the source is gone."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def in_fp64(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in fp64, on the CPU where its device has no such type (MPS)."""
+    try:
+        return tensor.double()
+    except TypeError:
+        return tensor.cpu().double()
+
+
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of linear layers' weights that are no parameters, because something has put its own layers
     there: `torch.ao.quantization.quantize_dynamic` some with a `weight()` to call, others some with buffers."""

@@ -76,7 +76,8 @@ def read_state(path: str | os.PathLike[str]) -> StateContents:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: Windows replaces no file that is mapped into memory, and a state is saved where it came from.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{name} is not a readable state file: {error}") from error
     version = _version_of(facts, name)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .recompute_chunks import ChunkedRows, ChunkJob, RowLayout, fill_rows
-from .stack_weights import execution_device
+from .stack_weights import execution_device, sent
 from .vision_towers import tower_adapter
 
 
@@ -63,10 +63,10 @@ def normalise_pixels(pixels: Tensor, config: Any, device: torch.device, dtype: t
         raise ValueError(
             f"pixel_values_videos must have the shape (frames, 3, height, width), not {tuple(pixels.shape)}"
         )
-    pixels = pixels.to(device, non_blocking=True)
+    pixels = sent(pixels, device)
     if pixels.dtype == torch.uint8:
         # Made on the host and sent without waiting, so that a GPU busy with earlier frames does not hold up these.
-        scale = torch.tensor([config.image_mean, config.image_std]).to(device, non_blocking=True)
+        scale = sent(torch.tensor([config.image_mean, config.image_std]), device)
         mean, std = scale.view(2, 1, 3, 1, 1)
         return ((pixels.float() / 255 - mean) / std).to(dtype)
     if not pixels.is_floating_point():

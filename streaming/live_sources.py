@@ -119,7 +119,8 @@ class _Pipe:
 
     def read(self, size: int) -> bytes:
         while not self._stop.is_set():
-            if select.select([self._descriptor], [], [], _POLL_SECONDS)[0]:
+            # Windows waits for sockets only: there a read begins at once, and ends with the next bytes.
+            if os.name == "nt" or select.select([self._descriptor], [], [], _POLL_SECONDS)[0]:
                 return os.read(self._descriptor, size)
         return b""
 

@@ -34,7 +34,7 @@ def limit_of(*files: str) -> float:
     found = [float("inf")]
     for file in files:
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-            first, *period = Path("/sys/fs/cgroup", file).read_text().split()
+            first, *period = Path("/sys/fs/cgroup", file).read_text(encoding="utf-8").split()
             found.append(float(first) / float(period[0]) if period else float(first))
     return min(found)
 

@@ -38,7 +38,7 @@ def python_folders() -> set[str]:
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
 def test_relative_imports_name_sibling_files(path: Path):
     """Anything else breaks `save_pretrained` or loading with `trust_remote_code`."""
-    for match in RELATIVE_IMPORT.finditer(path.read_text()):
+    for match in RELATIVE_IMPORT.finditer(path.read_text(encoding="utf-8")):
         module = match.group(1) or match.group(2) or ""
         assert module.isidentifier(), f"{match.group(0).strip()!r} is not `from .sibling import name`"
         assert (path.parent / f"{module}.py").is_file(), f"{match.group(0).strip()!r} has no sibling file"
@@ -47,7 +47,7 @@ def test_relative_imports_name_sibling_files(path: Path):
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
 def test_hub_files_need_only_the_usual_packages(path: Path):
     """What a file imports outside functions and `try` is needed to load a model."""
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         modules = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -171,13 +171,16 @@ def test_auto_classes_know_the_package_in_either_import_order(first: str):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel built from what Git tracks."""
+    """A wheel built from what Git tracks, links as Windows gets them: as files that hold the target's name."""
     pytest.importorskip("setuptools")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in tracked_files():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
+            if (ROOT / name).is_symlink():
+                (source / name).write_text(os.readlink(ROOT / name), encoding="utf-8")
+            else:
+                shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True, cwd=out)
     (wheel,) = out.glob("*.whl")
@@ -197,6 +200,16 @@ def test_wheel_holds_the_package(wheel_names: set[str]):
         and Path(name).suffix in {".py", ".jinja", ".yaml", ".json", ".safetensors"}
     ]
     assert [name for name in wanted if f"video_ma2mba/{name}" not in wheel_names] == []
+
+
+@pytest.mark.bundled
+def test_wheel_has_code_where_the_repository_has_links(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if re.fullmatch(r"video_ma2mba/bundled/\w+\.py", name)]
+        assert len(names) > 50
+        for name in names:
+            assert archive.read(name) == (ROOT / "bundled" / Path(name).name).read_bytes()
+        assert "video_ma2mba/setup.py" not in archive.namelist()
 
 
 def test_every_file_that_setup_names_is_there(wheel_names: set[str]):

@@ -136,7 +136,7 @@ def module_of(path: Path):
 def inherited_names(path: Path, tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Underscore names of the libraries' classes that our subclasses override, or read from themselves."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases]
-    if not classes or "import" not in path.read_text():
+    if not classes or "import" not in path.read_text(encoding="utf-8"):
         return
     try:
         module = module_of(path)

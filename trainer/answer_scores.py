@@ -168,10 +168,11 @@ class EvaluationLosses:
             losses = loss.detach().expand(len(losses))  # of the caller's own making: tokens share it evenly
         there = scores.label_mask.shape[0]
         rows = scores.label_mask.nonzero()[:, 0].to(losses.device)
-        values = torch.stack([losses, scores.entropy, scores.is_top1, torch.ones_like(losses)], dim=1).double()
+        values = torch.stack([losses, scores.entropy, scores.is_top1, torch.ones_like(losses)], dim=1)
+        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
         table = values.new_zeros(max(args.eval_batch_size, there), 4)
         table = table.index_add(0, rows, values[: len(rows)])  # a batch without labels has one score that is none
-        self.sums.append(self.trainer.gather_function(table.to(loss.device)).sum(0).cpu())
+        self.sums.append(self.trainer.gather_function(table.to(loss.device)).sum(0).cpu().double())
 
     def correct(self, metrics: dict[str, Any], prefix: str) -> None:
         """Put the means over what could be read, and the count of broken samples, into `metrics` (the loss) and TRL's

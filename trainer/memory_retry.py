@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerState
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
+from ..modeling_video_ma2mba.recompute_random import RandomState
 from .step_planner import StepPlan, StepPlanner
 from .throughput import Throughput
 from .training_config import VideoMa2mbaTrainingConfig
@@ -117,8 +118,7 @@ class MemoryRetry:
     def _begin(self) -> None:
         self._step = self.trainer.state.global_step
         self._done.clear()
-        gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        self._random = (torch.get_rng_state(), gpu)
+        self._random = RandomState(self.device)
         self._metrics = {name: len(values) for name, values in self.trainer._metrics["train"].items()}
         self._tokens = self.trainer._total_train_tokens
 
@@ -155,8 +155,7 @@ class MemoryRetry:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.set_rng_state(self._random[1], self.device)
-        torch.set_rng_state(self._random[0])
+        self._random.put_back()
         for name, values in self.trainer._metrics["train"].items():
             del values[self._metrics.get(name, 0) :]
         self.trainer._total_train_tokens = self._tokens

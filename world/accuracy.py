@@ -192,7 +192,7 @@ def summary(rows: list[dict[str, Any]], frames: str) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, table: list[dict[str, Any]]) -> None:
-    with whole_file(path) as draft, open(draft, "w", newline="") as file:
+    with whole_file(path) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(table)

@@ -22,7 +22,7 @@ ACCURACY_FIELDS = ("step", "seconds", "frames", "all", *FORMS, *KINDS)
 def append_row(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> None:
     """Add one line to a CSV file, with its header if it is new."""
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         if new:
             writer.writeheader()

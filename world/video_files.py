@@ -145,7 +145,7 @@ def _claim(folder: Path, options: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / _SETTINGS_FILE
     if settings.exists():
-        if json.loads(settings.read_text()) != options:
+        if json.loads(settings.read_text(encoding="utf-8")) != options:
             raise ValueError(f"{folder} holds a world rendered with other settings: choose another folder.")
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no rendered world: choose another folder.")

@@ -38,12 +38,12 @@ def run(tiny_checkpoint, tiny_pipe, monkeypatch):
 
 
 def write(path: Path, items) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return path
 
 
 def results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -133,7 +133,9 @@ def test_results_of_something_else_are_not_touched(run, queue, tmp_path, tiny_vi
     assert "is no result of this queue" in run(other, out, code=2)
     assert "give either fps or num_frames" in run(queue, out, "--fps", 1, "--num-frames", 2, code=2)
     assert out.read_bytes() == kept
-    with batch_queue.Results(out, json.loads(Path(f"{out}.settings").read_text()), batch_queue.read_queue(queue)):
+    with batch_queue.Results(
+        out, json.loads(Path(f"{out}.settings").read_text(encoding="utf-8")), batch_queue.read_queue(queue)
+    ):
         assert "is being written by another run" in run(queue, out, code=2)
     (tmp_path / "out.jsonl.settings").unlink()
     assert "but not its settings" in run(queue, out, code=2)

@@ -92,7 +92,7 @@ def lmms_eval() -> None:
         raise NotInstalledError("lmms-eval")
     with tempfile.TemporaryDirectory() as folder:
         command("eval", "--tasks", "rendered_world", "--limit", "4", "--out", folder)
-        answers = [json.loads(line) for line in Path(folder, "answers.jsonl").read_text().splitlines()]
+        answers = [json.loads(line) for line in Path(folder, "answers.jsonl").read_text(encoding="utf-8").splitlines()]
         expect(len(answers), 4)
 
 

@@ -67,7 +67,7 @@ def install(name: str) -> Path:
         there = sysconfig.get_path(
             "purelib", vars={"base": str(python.parents[1]), "platbase": str(python.parents[1])}
         )
-        Path(there, "shared.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+        Path(there, "shared.pth").write_text(f"import site; site.addsitedir({here!r})\n", encoding="utf-8")
         steps = [(f"transformers=={name}.*",)]
     for words in steps:
         if (said := pip(python, *words)) is not None:

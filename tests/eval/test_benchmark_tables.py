@@ -110,8 +110,8 @@ def _check_model_index(path: Path) -> None:
     from huggingface_hub import ModelCardData
     from huggingface_hub.repocard_data import model_index_to_eval_results
 
-    data = ModelCardData(**yaml.safe_load(path.read_text()))
-    _, entries = model_index_to_eval_results(yaml.safe_load(path.read_text())["model-index"])
+    data = ModelCardData(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    _, entries = model_index_to_eval_results(yaml.safe_load(path.read_text(encoding="utf-8"))["model-index"])
     assert data.eval_results is not None and len(entries) == sum(map(len, EXPECTED.values()))
     found = {(entry.dataset_type, entry.dataset_config): (entry.metric_type, entry.metric_value) for entry in entries}
     assert found["lmms-eval/Video-MME", "all"] == ("accuracy", 88.8889)

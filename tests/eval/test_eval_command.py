@@ -221,7 +221,7 @@ def test_a_task_of_ones_own_with_rounds(
     given = ["--tasks", "rounds", "--include", folder, "--model", tiny_checkpoint, "--out", "out", "--device", "cpu"]
     result = run(*given)
     assert result.exit_code == 0, result.output
-    assert "rounds rounds | **1.0**" in Path("out/report.md").read_text()
+    assert "rounds rounds | **1.0**" in Path("out/report.md").read_text(encoding="utf-8")
     asked = [(row["doc_id"], row["round"], row["question"]) for row in rows(Path("out"))]
     assert len(asked) == 6 and asked[0] == (0, 0, "First?") and asked[2][2].startswith("After ")
     result = run(*given)
@@ -234,10 +234,10 @@ def test_the_rendered_world_needs_no_download(bench: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     result = run("--tasks", "rendered_world", "--limit", 28, "--out", "out", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    report = json.loads(Path("out/report.json").read_text())
+    report = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
     rows = {row["category"]: row for row in report["benchmarks"]["rendered_world"]["rows"]}
     assert rows["16 frames"]["questions"] == rows["all"]["questions"] == 28 and rows["all"]["value"] > 90
     assert report["benchmarks"]["rendered_world"]["harness"] == {
         "rendered_world/world_accuracy,none": pytest.approx(rows["all"]["value"])
     }
-    assert "Guessing blindly" in Path("out/report.md").read_text()
+    assert "Guessing blindly" in Path("out/report.md").read_text(encoding="utf-8")

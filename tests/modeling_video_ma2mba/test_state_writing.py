@@ -99,7 +99,7 @@ def test_what_fails_leaves_the_old_file_and_no_draft(tmp_path: Path):
     file = tmp_path / ("ü" * 120)  # as long as names may be
     file.write_text("old")
     with pytest.raises(ZeroDivisionError), whole_file(file) as draft:  # noqa: PT012
-        Path(draft).write_text("half")
+        Path(draft).write_text("half", encoding="utf-8")
         1 / 0  # noqa: B018
     assert file.read_text() == "old"
     write_whole(file, "new")

@@ -117,4 +117,4 @@ def test_card_of_an_adapter(run):
     metadata = read_metadata(readme)
     assert metadata["base_model"] == "owner/base" and metadata["base_model_relation"] == "adapter"
     assert metadata["library_name"] == "peft"
-    assert "| LoRA | rank 4, alpha 8 |" in readme.read_text()
+    assert "| LoRA | rank 4, alpha 8 |" in readme.read_text(encoding="utf-8")

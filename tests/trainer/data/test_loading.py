@@ -225,7 +225,7 @@ def test_rows_that_make_no_sense_are_kept_with_their_problem(write_jsonl, row: d
 
 def test_lines_that_are_no_json_are_kept_with_their_problem(write_jsonl, tmp_path: Path):
     path = write_jsonl([{"question": "Q", "answer": "A"}])
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write('{"question": "half\n[1]\n\n')
     (tmp_path / "rows.csv").write_text("question,answer\nQ,A\nQ, with a comma,A\n")
     assert [bool(problem) for problem in load_training_data(path)["problem"]] == [False, True, True]
