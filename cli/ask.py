@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,7 +13,7 @@ from video_ma2mba.loading import load_pipeline
 
 from .errors import is_expected, one_line
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
-from .terminal import echo_json, given_text, input_lines
+from .terminal import echo_json, given_text, input_lines, note, warn
 
 _COMMANDS = "/new forgets the conversation, /save FILE keeps it with the state, /quit ends it"
 
@@ -87,11 +87,11 @@ def ask(
             echo_json(record)
         else:
             if len(questions) > 1:
-                typer.echo(question, err=True)
+                note(question)
             streamer = stdout_streamer(pipe.processor.tokenizer)
             pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=streamer)
     if not as_json and loaded is None:
-        typer.echo(f"{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}", err=True)
+        note(f"{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}")
 
 
 def size_text(nbytes: int) -> str:
@@ -106,18 +106,11 @@ def stdout_streamer(tokenizer):
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-@contextmanager
-def reading_progress(label: str):
-    """A progress bar on standard error, shown only on a terminal. Yields the `on_frames(seen, expected)` callback."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def reading_progress(label: str, unit: str = "frames"):
+    """A progress bar on standard error, as a context; gives the `on_frames(seen, expected)` callback."""
+    from video_ma2mba.files.progress import progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(escape(label), total=None)
-        yield lambda seen, expected=None: bar.update(task, completed=seen, total=expected)
+    return progress(label, unit)
 
 
 def chat(pipe, state, max_new_tokens: int) -> None:
@@ -132,8 +125,8 @@ def chat(pipe, state, max_new_tokens: int) -> None:
     """
     messages = json.loads(state.metadata.get("chat", "[]"))
     if messages:
-        typer.echo(f"the conversation goes on after {len(messages) // 2} questions", err=True)
-    typer.echo(_COMMANDS, err=True)
+        note(f"the conversation goes on after {len(messages) // 2} questions")
+    note(_COMMANDS)
     for line in _lines():
         try:
             if line == "/quit":
@@ -145,9 +138,9 @@ def chat(pipe, state, max_new_tokens: int) -> None:
                 kept = state.fork()
                 kept.metadata["chat"] = json.dumps(messages, ensure_ascii=False)
                 kept.save(file)
-                typer.echo(f"saved {file}", err=True)
+                note(f"saved {file}")
             elif line.startswith("/"):
-                typer.echo(f"{line.split()[0]} is no command: {_COMMANDS}", err=True)
+                warn(f"{line.split()[0]} is no command: {_COMMANDS}")
             elif line:
                 asked = [*messages, {"role": "user", "content": line}]
                 streamer = stdout_streamer(pipe.processor.tokenizer)
@@ -156,7 +149,7 @@ def chat(pipe, state, max_new_tokens: int) -> None:
         except Exception as error:  # a slip in one line is no reason to lose the conversation
             if not is_expected(error):
                 raise
-            typer.echo(f"error: {one_line(error)}", err=True)
+            warn(f"error: {one_line(error)}")
 
 
 def _lines() -> Iterator[str]:

@@ -13,6 +13,7 @@ from .ask import reading_progress
 from .batch_queue import Item, Results, by_video, read_queue
 from .errors import is_expected, one_line
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode
+from .terminal import note
 
 
 def batch(
@@ -56,11 +57,11 @@ def batch(
     with Results(out, settings, items, retry_errors) as results, reading_progress("answered") as tell:
         there = len(results.done)
         if results.torn:
-            typer.echo(f"{out}: an unfinished line at the end was taken away", err=True)
+            note(f"{out}: an unfinished line at the end was taken away")
         if results.stale:
-            typer.echo(f"{out}: {results.stale} results are about other contents of their videos: done anew", err=True)
+            note(f"{out}: {results.stale} results are about other contents of their videos: done anew")
         if there:
-            typer.echo(f"{out}: {there} of {len(items)} results are there already", err=True)
+            note(f"{out}: {there} of {len(items)} results are there already")
         tell(there, len(items))
         try:
             todo = [item for item in items if item.line not in results.done]
@@ -71,10 +72,10 @@ def batch(
                     tell(len(results.done), len(items))
                 results.flush()
         except KeyboardInterrupt:
-            typer.echo(f"interrupted after {len(results.done)} of {len(items)}: the same command goes on", err=True)
+            note(f"interrupted after {len(results.done)} of {len(items)}: the same command goes on")
             raise
     seconds = time.perf_counter() - began
-    typer.echo(f"{out}: {len(items) - there - errors} answered, {errors} errors in {seconds:.1f} s", err=True)
+    note(f"{out}: {len(items) - there - errors} answered, {errors} errors in {seconds:.1f} s")
 
 
 def _path(video: str, folder: Path | None) -> str:

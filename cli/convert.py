@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .terminal import note, warn
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -58,7 +60,7 @@ def convert(
     from video_ma2mba.conversion.videomamba_checkpoint import convert_videomamba, restore_videomamba
 
     if to == "official" and out.suffix == ".pth" and len(sources) == 1:
-        typer.echo(f"{restore_videomamba(Path(sources[0]), out)} tensors", err=True)
+        note(f"{restore_videomamba(Path(sources[0]), out)} tensors")
         typer.echo(f"{out}")
         return
     videomamba = len(sources) == 1 and sources[0].endswith(".pth")
@@ -91,13 +93,13 @@ def convert(
     except ConversionError as error:
         for kind, items in error.problems.items():
             for item in items:
-                typer.echo(f"{kind}: {item}", err=True)
+                warn(f"{kind}: {item}")
         raise
     if dry_run:
         for row in report.rows:
             typer.echo(f"{row}")
     for source, layout in zip(report.sources, report.layouts, strict=True):
-        typer.echo(f"{source}: {layout}", err=True)
-    typer.echo(f"{report}", err=True)
+        note(f"{source}: {layout}")
+    note(f"{report}")
     if not dry_run:
         typer.echo(f"{out}")

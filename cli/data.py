@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Fps, Model, NumFrames, check_out_file
+from .terminal import note
 
 app = typer.Typer(
     help="Training data: what can be used, and what training on it will take.",
@@ -89,7 +90,7 @@ def check(
     if out is not None:
         write_whole(out, json.dumps({**report.to_dict(), "plans": plans}, indent=1) + "\n")
         partial_file(out).unlink(missing_ok=True)
-        typer.echo(f"{out}", err=True)
+        note(f"{out}")
     if report.broken or any("error" in plan for plan in plans.values()):
         raise typer.Exit(1)
 
@@ -101,23 +102,21 @@ def partial_file(out: Path) -> Path:
 
 def run_check(rows: Any, processor: Any, settings: Any, workers: int, out: Path | None) -> Any:
     """Check all rows with a progress bar."""
-    from tqdm import tqdm
-
+    from video_ma2mba.files.progress import progress
     from video_ma2mba.trainer.data.checking import CheckReport, check_rows
 
     found: dict[int, Any] = {}
     partial = None if out is None else partial_file(out)
     try:
-        with tqdm(total=len(rows), desc="checking", unit="sample") as bar:
+        with progress("checking", "samples", len(rows)) as tell:
             broken = 0
             for place, sample in check_rows(rows, processor, settings, workers=workers, partial=partial):
                 found[place] = sample
                 broken += sample.error is not None
-                bar.set_postfix(broken=broken, refresh=False)
-                bar.update()
+                tell(len(found), remark=f"{broken} broken" if broken else "")
     except KeyboardInterrupt:
         if partial is not None:
-            typer.echo(f"interrupted: the same command continues from {partial}", err=True)
+            note(f"interrupted: the same command continues from {partial}")
         raise
     return CheckReport([found[place] for place in sorted(found)])
 

@@ -15,6 +15,7 @@ from video_ma2mba.loading import load_pipeline
 
 from .ask import reading_progress, size_text
 from .options import Device, Dtype, Model
+from .terminal import note
 
 if TYPE_CHECKING:
     from video_ma2mba import VideoQuestionAnsweringPipeline
@@ -87,7 +88,7 @@ def demo(
             verdict = "right" if is_right else f"expected {line['answer']}"
             typer.echo(f"  {line['question']}\n    {answer}  ({verdict}, {seconds:.2f} s)")
     typer.echo(f"\n{right} of {len(questions)} answers right.")
-    typer.echo("Your own videos and questions: `video-ma2mba demo --web` opens a page.", err=True)
+    note("Your own videos and questions: `video-ma2mba demo --web` opens a page.")
 
 
 def serve_page(folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | None = None) -> None:

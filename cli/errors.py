@@ -12,7 +12,8 @@ import warnings
 import typer
 from typer.core import TyperGroup
 
-from .terminal import prepare_streams
+from .defaults import name_source, prepare, warn_of_unknown_variables
+from .terminal import prepare_streams, warn
 
 # What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
 # of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
@@ -60,14 +61,31 @@ def masked(text: str) -> str:
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands that reports expected errors on one line, unless `--debug` was given."""
+    """A group of commands that reports expected errors on one line, unless `--debug` was given.
+
+    Options of its commands have defaults in the environment and in a file.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        prepare(self)
 
     def main(self, *args, **kwargs):
         prepare_streams()
         return super().main(*args, **kwargs)
 
+    def make_context(self, *args, **kwargs):
+        try:
+            return super().make_context(*args, **kwargs)
+        except Exception as error:
+            if hasattr(error, "format_message") or not is_expected(error):
+                raise
+            typer.echo(f"error: {one_line(error)}", err=True)
+            raise typer.Exit(2) from None
+
     def invoke(self, ctx):
         warnings.showwarning = _show_warning
+        warn_of_unknown_variables(self)
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -76,10 +94,11 @@ class OneLineErrors(TyperGroup):
             if not ctx.params.get("debug") and not said_first("error"):
                 raise typer.Exit(2) from None
             if hasattr(error, "format_message"):  # of the command line's parser
+                name_source(error)
                 error.message = masked(error.message)
                 raise
             if not ctx.params.get("debug") and is_expected(error):
-                typer.echo(f"error: {one_line(error)}", err=True)
+                warn(f"error: {one_line(error)}")
                 raise typer.Exit(2) from None
             if not _tells_secrets(error):
                 raise
@@ -90,7 +109,7 @@ class OneLineErrors(TyperGroup):
 def _show_warning(message: Warning, *_, **__) -> None:
     line = f"warning: {one_line(message)}"
     if said_first(line):
-        typer.echo(line, err=True)
+        warn(line)
 
 
 def said_first(what: str) -> bool:

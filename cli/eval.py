@@ -8,6 +8,7 @@ import typer
 
 from .options import Device, Dtype, Fps, Model, NumFrames, TrustRemoteCode
 from .run_facts import command_line, require_matplotlib, run_facts
+from .terminal import note, verbosity
 
 
 def evaluate(
@@ -43,11 +44,11 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show lmms-eval's own log.")] = False,
 ) -> None:
     """Answer and score benchmarks with lmms-eval's own tasks, each video read once for all its questions.
 
     Data and judge are looked at first. Every answer is written as it comes; interrupted, the same command continues.
+    With -v, lmms-eval's own log is shown.
     Several processes (torchrun -m video_ma2mba eval …) share the videos. Writes report.md, report.json, chart.png and
     model_index.yaml, for a model card, to --out.
     """
@@ -81,7 +82,7 @@ def evaluate(
     cache = None if cache_dir is None else str(cache_dir.resolve())
     source = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
     prepare_environment(data)
-    quiet_harness(verbose)
+    quiet_harness(verbosity() > 0)
     from video_ma2mba.eval.benchmark_run import (
         ANSWERS,
         Evaluation,
@@ -105,7 +106,7 @@ def evaluate(
     counts = evaluation.prepare()
     first = ParallelDims.of_run().first
     if first:
-        typer.echo(f"{sum(counts.values()):,} questions of {len(counts)} tasks, all videos are there", err=True)
+        note(f"{sum(counts.values()):,} questions of {len(counts)} tasks, all videos are there")
     if answers is None:
         from video_ma2mba.eval.lmms_adapter import VideoMa2mbaChat
 
@@ -131,7 +132,7 @@ def evaluate(
         if not leave_ranks():
             return
         answers = out / ANSWERS
-        typer.echo(adapter.summary, err=True)
+        note(adapter.summary)
     else:
         about = _of_recorded_answers()
     about |= {"command": command_line("eval", given), "limit": limit}
@@ -167,12 +168,10 @@ def _print_score(name: str, scores) -> None:
     from video_ma2mba.eval.benchmarks import title
 
     if scores is None:
-        typer.echo(f"{title(name)}: answered, not scored (--no-judge)", err=True)
+        note(f"{title(name)}: answered, not scored (--no-judge)")
         return
     (headline,) = [row for row in scores.rows if row.category == scores.headline]
-    typer.echo(
-        f"{title(name)}: {headline.value:.2f} ({headline.category}, {headline.questions:,} questions)", err=True
-    )
+    note(f"{title(name)}: {headline.value:.2f} ({headline.category}, {headline.questions:,} questions)")
 
 
 def _report(evaluation, answers: Path, about: dict) -> None:

@@ -3,6 +3,7 @@
 Verb files import torch, transformers and the like inside their functions, so that `--help` answers at once.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from .batch import batch
 from .classify import classify
 from .convert import convert
 from .data import app as data
+from .defaults import FILE_VARIABLE, config_file, take_file, take_quiet, take_verbose
 from .demo import demo
 from .errors import OneLineErrors
 from .eval import evaluate
@@ -31,7 +33,6 @@ app = typer.Typer(
     name="video-ma2mba",
     help="Ask questions about videos of any length; compose and plan models that do.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(ask)
@@ -64,6 +65,25 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", callback=take_quiet, help="No progress, no figures: errors and results.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", callback=take_verbose, help="Say what is done, and what it takes.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config-file",
+            envvar=FILE_VARIABLE,
+            callback=take_file,
+            is_eager=True,
+            exists=True,
+            dir_okay=False,
+            help="Defaults of options, as TOML.",
+            show_default=str(config_file()),
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,

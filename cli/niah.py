@@ -12,6 +12,7 @@ from .ask import reading_progress
 from .errors import masked
 from .options import Device, Dtype, Model, TrustRemoteCode
 from .run_facts import command_line, require_matplotlib, run_facts
+from .terminal import note
 
 _MOST_NUMBERS = 10_000  # of one list
 
@@ -53,7 +54,7 @@ def niah(
 
     def tell(cell: dict) -> None:
         found = f"{round(cell['greedy'] * cell['questions'])} of {cell['questions']}"
-        typer.echo(f"{cell['frames']} frames, depth {cell['depth']:g}: {found} ({cell['seconds']:.1f} s)", err=True)
+        note(f"{cell['frames']} frames, depth {cell['depth']:g}: {found} ({cell['seconds']:.1f} s)")
 
     with reading_progress("frames read") as on_frames:
         cells = measure(pipe, source, grid, out, tell, on_frames)

@@ -6,15 +6,30 @@ from typing import Annotated, Any
 
 import typer
 
+
+def time_option(text: str | float) -> float:
+    """A time as it is given to a command: `90`, `1:30` or `0:01:30.5`, in seconds."""
+    from video_ma2mba.processing.frame_sampling import seconds_of
+
+    try:
+        if (found := seconds_of(text, "time")) is not None:
+            return found
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{text!r} is no time: write seconds, m:ss or h:mm:ss")
+
+
+TIME: dict[str, Any] = {"parser": time_option, "metavar": "TIME"}
+
 Model = Annotated[str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")]
 Fps = Annotated[float | None, typer.Option(help="Frames read per second of video.", show_default="1")]
 NumFrames = Annotated[
     int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
 ]
-Start = Annotated[float | None, typer.Option(help="Begin at this second.", show_default=False)]
-End = Annotated[float | None, typer.Option(help="Stop at this second.", show_default=False)]
+Start = Annotated[float | None, typer.Option(help="Begin here: seconds, m:ss or h:mm:ss.", show_default=False, **TIME)]
+End = Annotated[float | None, typer.Option(help="Stop here: seconds, m:ss or h:mm:ss.", show_default=False, **TIME)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-SaveEvery = Annotated[float, typer.Option(help="Seconds between saves of the unfinished state.", min=0)]
+SaveEvery = Annotated[float, typer.Option(help="Time between saves of the unfinished state.", **TIME)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .options import TrustRemoteCode
+from .terminal import note
 
 
 def push(
@@ -83,21 +84,21 @@ def push(
             model = target
         refuse_wrong_sizes(target)
         refuse_secrets(target)
-        typer.echo("trying the folder in a process without this package …", err=True)
+        note("trying the folder in a process without this package …")
         # an adapter is tried on the base model that it was trained on, which may be a folder of this machine
         answer = ask_remote_code(model, base)
-        typer.echo(f"it answers: {answer!r}", err=True)
+        note(f"it answers: {answer!r}")
         if left_out:
-            typer.echo(f"left out: {', '.join(left_out)}", err=True)
+            note(f"left out: {', '.join(left_out)}")
         if dry_run:
             for path in sorted(path for path in target.rglob("*") if path.is_file()):
                 typer.echo(f"{size_text(path.stat().st_size):>10}  {path.relative_to(target).as_posix()}")
-            typer.echo(f"nothing was uploaded; the folder is {target}", err=True)
+            note(f"nothing was uploaded; the folder is {target}")
             return
         commit = upload(target, repo_id, tag=tag, private=private, space=space, api=api)
     typer.echo(f"{commit.commit_url}")
     if tag is not None:
-        typer.echo(f'pinned: revision="{tag}", the tag on the card; or revision="{commit.oid}"', err=True)
+        note(f'pinned: revision="{tag}", the tag on the card; or revision="{commit.oid}"')
 
 
 @contextmanager

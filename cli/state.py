@@ -25,7 +25,7 @@ from .options import (
     check_out_file,
     chosen_frames,
 )
-from .terminal import echo_json
+from .terminal import echo_json, note
 
 app = typer.Typer(help="State files: show, check, and read on.", no_args_is_help=True, pretty_exceptions_enable=False)
 StateFile = Annotated[Path, typer.Argument(help="State file written by `read`.", show_default=False)]
@@ -167,16 +167,16 @@ def read_into_file(pipe, video: str, out: Path, state_dtype=None, quiet: bool = 
         pipe.read(video, partial=partial, **settings)
         return
     if partial is not None and partial.exists():
-        typer.echo(f"continuing from {partial}", err=True)
+        note(f"continuing from {partial}")
     try:
         with reading_progress(f"reading {shown_name(video)}") as on_frames:
             state = pipe.read(video, on_frames=on_frames, partial=partial, **settings)
     except KeyboardInterrupt:
         if partial is not None and partial.exists():
-            typer.echo(f"interrupted: the same command continues from {partial}", err=True)
+            note(f"interrupted: the same command continues from {partial}")
         raise
     state.save(out, state_dtype)
     if partial is not None:
         partial.unlink(missing_ok=True)
     seen = f"{state.metadata['frames']} frames of {float(state.metadata['seconds']):g} s"
-    typer.echo(f"{out}: {seen}, {size_text(out.stat().st_size if partial is not None else state.nbytes)}", err=True)
+    note(f"{out}: {seen}, {size_text(out.stat().st_size if partial is not None else state.nbytes)}")

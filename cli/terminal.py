@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import typer
 
 _NAMES = ("stdin", "stdout", "stderr")
+_BEGAN = time.perf_counter()
+_verbosity = 0
 
 
 def prepare_streams() -> None:
@@ -24,6 +27,48 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # replaced by something else, or in use
             stream.reconfigure(errors="backslashreplace")
+
+
+def set_verbosity(level: int) -> None:
+    """How much a command says on standard error: -1 warnings and errors, 0 also progress and figures, 1 every step."""
+    global _verbosity
+    if level < 0:
+        os.environ["TQDM_DISABLE"] = "1"  # every bar, also of libraries and of processes that this one starts
+    elif _verbosity < 0:
+        os.environ.pop("TQDM_DISABLE", None)
+    _verbosity = level
+
+
+def verbosity() -> int:
+    """What `set_verbosity` was told."""
+    return _verbosity
+
+
+def note(text: str) -> None:
+    """Say something on standard error that is neither a warning nor an error; bars that are shown make room for it."""
+    if _verbosity >= 0:
+        _say(text)
+
+
+def step(text: str) -> None:
+    """Say, where every step is wanted, what was done, after so many seconds."""
+    if _verbosity > 0:
+        _say(f"[{time.perf_counter() - _BEGAN:6.2f} s] {text}")
+
+
+def warn(text: str) -> None:
+    """Say something on standard error whatever is wanted."""
+    _say(text)
+
+
+def _say(text: str) -> None:
+    if "tqdm" not in sys.modules:
+        typer.echo(text, err=True)
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        typer.echo(text, err=True)
 
 
 def echo_json(record: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .terminal import note
+
 
 def train(
     config: Annotated[str, typer.Option(help="Recipe: a YAML file, or stage1, stage1_5, stage2, lora.")],
@@ -35,4 +37,4 @@ def train(
     result = run_recipe(recipe, args, smoke)
     if args.process_index == 0:
         typer.echo(f"{result}")
-        typer.echo(f'ask it: video-ma2mba ask VIDEO "QUESTION" --model {result}', err=True)
+        note(f'ask it: video-ma2mba ask VIDEO "QUESTION" --model {result}')

@@ -11,7 +11,7 @@ import typer
 from video_ma2mba.loading import load_pipeline
 
 from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode, check_out_file
-from .terminal import echo_json, given_text
+from .terminal import echo_json, given_text, note
 
 
 def watch(
@@ -83,7 +83,7 @@ def watch(
             _until_the_end(session, seconds, save, save_every)
             answer(session)
         except KeyboardInterrupt:
-            typer.echo("stopped", err=True)
+            note("stopped")
         finally:
             signal.signal(signal.SIGTERM, terminated)
         session.close()  # so that nothing more is read between what is saved and what is counted
@@ -92,7 +92,7 @@ def watch(
     if as_json:
         echo_json({"counters": counters})
     else:
-        typer.echo(", ".join(f"{name} {value:g}" for name, value in counters.items()), err=True)
+        note(", ".join(f"{name} {value:g}" for name, value in counters.items()))
 
 
 def _answering(questions: list[str], as_json: bool, max_new_tokens: int) -> Callable[[Any], None]:
@@ -130,7 +130,7 @@ def _until_the_end(session: Any, seconds: float | None, save: Path | None, save_
         fresh, told = session.report.marks - told, session.report.marks
         for mark in list(session.report.timeline)[-fresh:] if fresh else ():
             if mark.event != "dropped frames":  # thousands of them say no more than their counter
-                typer.echo(f"{clock_text(mark.seconds)}  {mark.event}: {mark.detail}".rstrip(": "), err=True)
+                note(f"{clock_text(mark.seconds)}  {mark.event}: {mark.detail}".rstrip(": "))
         if ended:
             return
         if save is not None and time.monotonic() - saved >= save_every:

@@ -22,7 +22,7 @@ from .options import (
     chosen_frames,
 )
 from .run_facts import require_matplotlib
-from .terminal import given_text
+from .terminal import given_text, note
 
 
 def where(
@@ -85,9 +85,9 @@ def where(
         settings |= {"on_frames": report, "on_share": lambda share: report(100 * share, 100)}
         found = relevance(pipe.model, pipe.processor, video, question, answer, **settings)
     typer.echo(found.answer)
-    typer.echo(f"peak of {found.method.replace('_', ' ')}: {found.peak:.1f} s", err=True)
+    note(f"peak of {found.method.replace('_', ' ')}: {found.peak:.1f} s")
     if (check := check_time(found)) is not None:
-        typer.echo(str(check), err=True)
+        note(str(check))
     if json_file is not None:
         found.save_json(json_file, layers)
     if csv_file is not None:

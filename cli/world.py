@@ -29,14 +29,13 @@ def render(
     size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
     fps: Annotated[float, typer.Option(help="Frames per second of the files.")] = 1.0,
     split: Annotated[str, typer.Option(help="train, validation or test; no video is in two of them.")] = "test",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Write mp4 files and questions.jsonl (one object a line: video, kind, question, options, answer, frames)."""
     from video_ma2mba.world import KINDS, check_kinds, parse_frames
     from video_ma2mba.world.video_files import render_to_folder
 
     chosen = check_kinds(kind.strip() for kind in kinds.split(",")) if kinds else KINDS
-    target = render_to_folder(out, count, chosen, parse_frames(frames), seed, size, split, fps=fps, progress=not quiet)
+    target = render_to_folder(out, count, chosen, parse_frames(frames), seed, size, split, fps=fps)
     typer.echo(f"{count} videos and their questions: {target}")
 
 

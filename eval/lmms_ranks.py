@@ -7,12 +7,13 @@ each would read it. Here the ranks put their requests together and deal media ou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
+from ..files.progress import progress
 from ..modeling_video_ma2mba.parallel_dims import process_group_exists
 from .answering import Answerer
 from .lmms_requests import Job
@@ -47,10 +48,12 @@ def answer_together(
     shared = world > 1 and process_group_exists()
     if shared:
         works, todo = _share_of_rank(works, todo, jobs, rank, world)
-    with tqdm(total=sum(len(work.keys) for work in works), desc="answers", disable=rank != 0) as bar:
+    total, done = sum(len(work.keys) for work in works), 0
+    with progress("answering", "questions", total) if rank == 0 else nullcontext(lambda _: None) as tell:
         for work in works:
             answerer.answer([(key, todo[key], todo[key].prompt(document(todo[key]))) for key in work.keys])
-            bar.update(len(work.keys))
+            done += len(work.keys)
+            tell(done)
     if shared:
         new = gathered({key: log.answers[key] for work in works for key in work.keys}, world)
         for rows in new:

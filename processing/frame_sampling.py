@@ -1,7 +1,9 @@
 """Decides which frames of a video are looked at, from the times at which its frames are shown."""
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,6 +17,27 @@ TIME_TOLERANCE = 1e-3
 Several containers (Matroska, FLV) round times to milliseconds: without it, sampling at the video's own rate would give
 some frames twice and others not at all.
 """
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:\.\d*)?)")
+
+
+def seconds_of(value: Any, name: str) -> float | None:
+    """Seconds from a number, a number in a text, or a clock time such as 1:30 or 0:01:02.5; None for nothing.
+
+    Args:
+        name: what the value is called, for the message.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if value is None or value == "":
+        return None
+    if match := _CLOCK.fullmatch(str(value).strip()):
+        hours, minutes, rest = match.groups()
+        return int(hours or 0) * 3600 + int(minutes) * 60 + float(rest)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is no time: write seconds, m:ss or h:mm:ss") from None
 
 
 @dataclass(frozen=True)
@@ -25,7 +48,8 @@ class Sampling:
         fps: frames per second to look at (ignored when `num_frames` is given).
         num_frames: look at this many frames spread evenly over the whole, first and last included; a video with
             fewer frames gives each of them once.
-        start, end: part of the video to look at, `start <= t < end`; None is the beginning, the end.
+        start, end: part of the video to look at, `start <= t < end`; None is the beginning, the end. Clock times
+            such as "1:30" are turned into seconds.
         max_frames: upper limit; where `fps` would give more, this many frames spread evenly are looked at instead.
 
     Raises:
@@ -39,6 +63,10 @@ class Sampling:
     max_frames: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, seconds_of(value, name))
         if self.num_frames is None:
             if self.fps is None:
                 raise ValueError("give either fps or num_frames")

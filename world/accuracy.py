@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ..files.append_log import AppendLog, read_log
+from ..files.progress import progress
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.state_writing import whole_file
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
@@ -124,7 +124,7 @@ def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answe
     # Not every video settles every kind, so there is no telling beforehand how many videos it takes.
     data = WorldDataset("test", 10**9, frames=parse_frames(frames), questions=len(KINDS), seed=settings.seed)
     asked = Counter(row["kind"] for row in answers.rows if row["frames"] == frames)
-    with tqdm(total=settings.per_kind, desc=f"{frames} frames", unit="question", leave=False) as bar:
+    with progress(f"videos of {frames} frames", "questions a kind", settings.per_kind) as tell:
         block, videos = 0, max(min(_BLOCK, _BLOCK_FRAMES // parse_frames(frames)[1]), 1)
         while min(asked[kind] for kind in KINDS) < settings.per_kind:
             if (frames, block) not in answers.blocks:
@@ -135,7 +135,7 @@ def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answe
                 answers.add(frames, block, rows)
                 asked.update(row["kind"] for row in rows)
             block += 1
-            bar.update(min(min(asked.values(), default=0), settings.per_kind) - bar.n)
+            tell(min(min(asked.values(), default=0), settings.per_kind))
 
 
 def _batches(data: WorldDataset, videos: range, frames_at_once: int) -> Iterator[list[int]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from ..files.progress import counted
 from ..modeling_video_ma2mba.state_writing import write_whole
 from .dataset import WorldDataset
 from .questions import FORMS, KINDS
@@ -114,7 +114,7 @@ def render_to_folder(
     data = WorldDataset(size=count, **(options | {"frames": tuple(frames)}))
     folder = Path(out)
     _claim(folder, options)
-    for index in tqdm(range(count), desc="rendering", unit="video", disable=not progress):
+    for index in counted(range(count), "rendering", "videos", shown=progress):
         path = folder / _file_name(index)
         if not path.exists():
             write_world(path, data.world(index), fps, size)

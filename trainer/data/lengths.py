@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ...files.append_log import AppendLog, read_log
+from ...files.progress import counted
 from ...processing.video_decoding import open_stream
 from ...processing.video_source_names import is_address, local_path
 from .sample_encoding import EncodingSettings, conversation_of, lay_out, media_of
@@ -89,8 +89,7 @@ def estimated_lengths(
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
     timings = TimingCache(cache)
     return [
-        _length(processor, row, settings, timings)
-        for row in tqdm(dataset, desc="lengths", unit="sample", disable=not progress)
+        _length(processor, row, settings, timings) for row in counted(dataset, "lengths", "samples", shown=progress)
     ]
 
 

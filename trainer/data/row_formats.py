@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 from ...processing.chat_format import plain_part
-from .row_text import Part, find_video, locate, media_part, seconds, take_marks, text_part
+from ...processing.frame_sampling import seconds_of
+from .row_text import Part, find_video, locate, media_part, take_marks, text_part
 
 Row = dict[str, Any]
 _ROLES = {"system": "system", "human": "user", "user": "user"}
@@ -40,7 +41,7 @@ class RowFormat:
 
 def _media_columns(row: Row, base_dir: str | None) -> list[Part]:
     """Parts for what the columns video(s) and image(s) hold, in the order of the columns."""
-    window = {name: seconds(row.get(name), name) for name in ("start", "end")}
+    window = {name: seconds_of(row.get(name), name) for name in ("start", "end")}
     parts = []
     for kind in ("video", "image"):
         for column in (kind, f"{kind}s"):
@@ -113,7 +114,7 @@ def chat_messages(row: Row, base_dir: str | None) -> list[Row]:
                     placeholders += 1
                     part = next(media, None) or {"type": kind}
                 else:
-                    window = {name: seconds(part.get(name), name) for name in ("start", "end")}
+                    window = {name: seconds_of(part.get(name), name) for name in ("start", "end")}
                     part = media_part(kind, locate(source, base_dir), **window)
             parts.append(part)
         messages.append({"role": role, "content": parts})
@@ -239,7 +240,7 @@ def _captions(row: dict[str, Any]) -> list[str]:
 
 def _moment(stamp: dict[str, Any], edge: str) -> float | None:
     """Seconds of a clip's start or end; from its frame number where there is no time."""
-    found = seconds(stamp.get(f"{edge}_time"), f"{edge}_time")
+    found = seconds_of(stamp.get(f"{edge}_time"), f"{edge}_time")
     if found is None and stamp.get(f"{edge}_fps"):
         found = stamp[f"{edge}_frame"] / stamp[f"{edge}_fps"]
     return found
@@ -254,7 +255,7 @@ def _window(scene: Any) -> tuple[float | None, float | None]:
         found = list(scene)
     if len(found) != 2 or None in found:
         raise ValueError(f"a scene must say when it starts and ends, not {scene!r:.100}")
-    return seconds(found[0], "start"), seconds(found[1], "end")
+    return seconds_of(found[0], "start"), seconds_of(found[1], "end")
 
 
 FORMATS = (

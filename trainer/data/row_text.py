@@ -10,7 +10,6 @@ from typing import Any
 Part = dict[str, Any]
 _MARKS = re.compile(r"[ \t]*\n?(<image>|<video>)\n?[ \t]*")
 _LEADING_MARKS = re.compile(r"^(?:[ \t]*(?:<image>|<video>))+[ \t]*\n?", re.M)
-_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 
 
@@ -44,23 +43,6 @@ def take_marks(text: str, leading: bool = False) -> tuple[str, int]:
         count = sum(len(_MARKS.findall(found)) for found in _LEADING_MARKS.findall(text))
         rest = _LEADING_MARKS.sub("", text)
     return (rest.strip("\n") if count else text), count
-
-
-def seconds(value: Any, name: str) -> float | None:
-    """Seconds from a number, a number in a text, or a clock time such as 0:01:02.5; None for nothing.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if value is None or value == "":
-        return None
-    if match := _CLOCK.fullmatch(str(value).strip()):
-        hours, minutes, rest = match.groups()
-        return int(hours or 0) * 3600 + int(minutes) * 60 + float(rest)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is no time: write seconds or h:mm:ss") from None
 
 
 def locate(source: Any, base_dir: str | None, subfolder: Any = None) -> Any:
