@@ -2,9 +2,9 @@
 
 `import video_ma2mba` must be cheap (`video-ma2mba --help` imports it), and importing transformers with torch takes
 seconds. So registration waits for transformers: it happens at once when transformers is loaded already, and otherwise
-as soon as somebody imports it. After `import video_ma2mba`, in either order, `AutoConfig`, `AutoModel`,
-`AutoModelForImageTextToText`, `AutoModelForCausalLM`, `AutoProcessor` and `pipeline("video-question-answering")` know
-Video-Ma2mba without `trust_remote_code`.
+as soon as somebody imports it, or a file of this package that needs it. After `import video_ma2mba`, in either order,
+`AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`, `AutoModelForCausalLM`, `AutoProcessor` and
+`pipeline("video-question-answering")` know Video-Ma2mba without `trust_remote_code`.
 """
 
 import importlib.abc
@@ -13,6 +13,18 @@ import importlib.util
 import sys
 
 PIPELINE_TASK = "video-question-answering"
+_HUB_FOLDERS = ("modeling_video_ma2mba", "processing")
+WITHOUT_TORCH = {
+    "modeling_video_ma2mba.parallel_dims",
+    "modeling_video_ma2mba.recompute_plan",
+    "modeling_video_ma2mba.recompute_schedule",
+    "modeling_video_ma2mba.state_header",
+    "modeling_video_ma2mba.state_version",
+    "modeling_video_ma2mba.state_writing",
+    "processing.frame_sampling",
+    "processing.video_source_names",
+}
+"""Files of the Hub folders that need neither torch nor transformers: a wrong argument is told without loading them."""
 
 
 def register() -> None:
@@ -81,10 +93,13 @@ class _TransformersFinder(importlib.abc.MetaPathFinder):
     whether transformers is there (accelerate does): it stays in place until then.
 
     The top-level module of transformers imports nothing heavy and is complete by then, so registering there never
-    meets a half-imported module of transformers.
+    meets a half-imported module of transformers; nor of ours, before whose files transformers comes first.
     """
 
     def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        package, _, inside = fullname.partition(".")
+        if package == __package__ and "." in inside and inside.split(".")[0] in _HUB_FOLDERS:
+            return None if inside in WITHOUT_TORCH else self._after_transformers(fullname)
         if fullname != "transformers":
             return None
         sys.meta_path.remove(self)  # or it would find itself
@@ -104,3 +119,24 @@ class _TransformersFinder(importlib.abc.MetaPathFinder):
 
         spec.loader.exec_module = run_module_and_register
         return spec
+
+    def _after_transformers(self, fullname: str) -> importlib.machinery.ModuleSpec | None:
+        """The file that registering has imported meanwhile, or None: it is found as any other."""
+        importlib.import_module("transformers")
+        found = sys.modules.get(fullname)
+        if found is None:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, _Loaded(found))
+
+
+class _Loaded(importlib.abc.Loader):
+    """Gives a module that is there, as it is."""
+
+    def __init__(self, module) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec):
+        return self.module
+
+    def exec_module(self, module) -> None:
+        module.__spec__ = self.spec  # the import system has put its own

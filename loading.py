@@ -16,15 +16,32 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def resolve_model(model: str | None) -> str:
-    """Directory or Hub id to load from; None is the bundled checkpoint.
-
-    A checkpoint in the released layout is converted into the cache, once: see `usable_folder`.
+def check_loading(model: str | None, device: str = "auto", dtype: str = "auto") -> None:
+    """Refuse what cannot be loaded before torch and transformers are imported, which takes seconds.
 
     Raises:
-        FileNotFoundError: the directory does not exist or holds no `config.json`.
-        OSError, ValueError: the checkpoint cannot be fetched or converted.
+        FileNotFoundError: there is no such model. ValueError: a name of a model, device or type that means nothing.
     """
+    _named_folder(model)
+    _check_device(device)
+    _dtype_name(dtype)
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda, cuda:N or mps")
+
+
+def _dtype_name(dtype: str, option: str = "--dtype", use: str = "auto, fp32, fp16 or bf16") -> str:
+    """What PyTorch calls a type; "auto" stays as it is."""
+    name = _DTYPES.get(dtype, dtype)
+    if name not in _DTYPES.values() and not (name == "auto" and "auto" in use):
+        raise ValueError(f"{option} {dtype} is unknown: use {use}")
+    return name
+
+
+def _named_folder(model: str | None) -> str:
+    """Directory or Hub id that `--model` names."""
     if model is None:
         if not (BUNDLED_CHECKPOINT / "config.json").is_file():
             raise FileNotFoundError(
@@ -41,9 +58,24 @@ def resolve_model(model: str | None) -> str:
         raise FileNotFoundError(f"--model {model} is a file: name the directory that holds config.json")
     if not path.is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith(".")):
         raise FileNotFoundError(f"model directory {model} does not exist (and it is no Hub id such as owner/name)")
+    return str(path) if path.is_dir() else model
+
+
+def resolve_model(model: str | None) -> str:
+    """Directory or Hub id to load from; None is the bundled checkpoint.
+
+    A checkpoint in the released layout is converted into the cache, once: see `usable_folder`.
+
+    Raises:
+        FileNotFoundError: the directory does not exist or holds no `config.json`.
+        OSError, ValueError: the checkpoint cannot be fetched or converted.
+    """
+    folder = _named_folder(model)
+    if model is None:
+        return folder
     from video_ma2mba.conversion.released import usable_folder
 
-    return usable_folder(str(path) if path.is_dir() else model)
+    return usable_folder(folder)
 
 
 def pick_device(device: str):
@@ -52,13 +84,12 @@ def pick_device(device: str):
     Raises:
         ValueError: no such device on this machine.
     """
+    _check_device(device)
     import torch
 
     mps = torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda, cuda:N or mps")
     picked = torch.device(device)
     if picked.type == "mps" and not mps:
         raise ValueError("--device mps: this machine, or its PyTorch, has no Metal GPU; use cpu or auto")
@@ -95,10 +126,10 @@ def shared_run(device: str = "auto") -> Iterator[tuple[str, Any, bool]]:
         the device of this process, the process group of all of them (None where this is the only one), and whether
         this is the one that writes files and messages.
     """
-    from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims, process_group_exists
+    from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
 
     device = join_ranks(device)
-    if not process_group_exists():
+    if ParallelDims.of_run().world == 1:
         yield device, None, True
         return
     from torch import distributed
@@ -118,10 +149,7 @@ def pick_dtype(dtype: str, device):
 
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = _DTYPES.get(dtype, dtype)
-    if name not in _DTYPES.values():
-        raise ValueError(f"--dtype {dtype} is unknown: use auto, fp32, fp16 or bf16")
-    return getattr(torch, name)
+    return getattr(torch, _dtype_name(dtype))
 
 
 def pick_state_dtype(state_dtype: str):
@@ -130,12 +158,15 @@ def pick_state_dtype(state_dtype: str):
     Raises:
         ValueError: unknown name.
     """
+    name = check_state_dtype(state_dtype)
     import torch
 
-    name = _DTYPES.get(state_dtype, state_dtype)
-    if name not in _DTYPES.values():
-        raise ValueError(f"--state-dtype {state_dtype} is unknown: use float32, bfloat16 or float16")
     return None if name == "float32" else getattr(torch, name)
+
+
+def check_state_dtype(state_dtype: str) -> str:
+    """What PyTorch calls the type of a state file; ValueError for an unknown name."""
+    return _dtype_name(state_dtype, "--state-dtype", "float32, bfloat16 or float16")
 
 
 def load_pipeline(

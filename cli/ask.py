@@ -9,10 +9,23 @@ from typing import Annotated
 
 import typer
 
-from video_ma2mba.loading import load_pipeline
+from video_ma2mba.loading import check_loading
 
 from .errors import is_expected, one_line
-from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
+from .loading import load_pipeline
+from .options import (
+    Device,
+    Dtype,
+    End,
+    Fps,
+    MaxNewTokens,
+    Model,
+    NumFrames,
+    Start,
+    TrustRemoteCode,
+    check_video,
+    chosen_frames,
+)
 from .terminal import echo_json, given_text, input_lines, note, warn
 
 _COMMANDS = "/new forgets the conversation, /save FILE keeps it with the state, /quit ends it"
@@ -47,22 +60,28 @@ def ask(
         raise ValueError("a question is empty: ask something about the video")
     if as_json and not questions:
         raise ValueError("--json answers questions given on the command line: add one")
-    from video_ma2mba.modeling_video_ma2mba.state_files import is_state_file
-    from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
+    from video_ma2mba.modeling_video_ma2mba.state_header import is_state_file, summarise
     from video_ma2mba.processing.video_source_names import is_address, local_path, shown_name
 
+    check_loading(model, device, dtype)
     name, file = shown_name(video), video if is_address(video) else local_path(video)
     frames_wanted = chosen_frames(fps, num_frames, start, end)
-    loaded = VideoState.load(file) if is_state_file(file) else None
-    if loaded is not None and frames_wanted:
+    is_state = is_state_file(file)
+    if not is_state:
+        check_video(video, frames_wanted)
+    elif frames_wanted:
         raise ValueError(
             f"{name} is a state file, whose frames are read already: leave {', '.join(frames_wanted)} out"
         )
+    else:
+        summarise(file)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     began = time.perf_counter()
-    if loaded is not None:
-        pipe.check(loaded)
-        state = loaded
+    if is_state:
+        from video_ma2mba import VideoState
+
+        state = VideoState.load(file)
+        pipe.check(state)
     else:
         with reading_progress(f"reading {name}") as on_frames:
             state = pipe.read(video, on_frames=on_frames, **frames_wanted)
@@ -90,7 +109,7 @@ def ask(
                 note(question)
             streamer = stdout_streamer(pipe.processor.tokenizer)
             pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=streamer)
-    if not as_json and loaded is None:
+    if not as_json and not is_state:
         note(f"{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}")
 
 

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from video_ma2mba.loading import load_pipeline
-
 from .ask import reading_progress
 from .batch_queue import Item, Results, by_video, read_queue
 from .errors import is_expected, one_line
-from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode
+from .loading import load_pipeline
+from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
 from .terminal import note
 
 
@@ -47,6 +46,10 @@ def batch(
     if videos is not None and not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos}: there is no such folder")
     frames = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+    from video_ma2mba.processing.frame_sampling import Sampling
+
+    if given := chosen_frames(**frames):
+        Sampling(**given)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     pipe.processor.video_processor.sampling(**frames)  # what makes no sense is refused once, not for every video
     identity = pipe.identity()

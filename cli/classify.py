@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, TrustRemoteCode
+from video_ma2mba.loading import check_loading, load_classifier
+
+from .loading import while_loading
+from .options import Device, Dtype, TrustRemoteCode, check_video
 
 
 def classify(
@@ -24,9 +27,11 @@ def classify(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Name the most probable classes of videos: one line a class with its probability, best first."""
-    from video_ma2mba.loading import load_classifier
-
-    classifier = load_classifier(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_loading(model, device, dtype)
+    for video in videos:
+        check_video(video, {})
+    with while_loading():
+        classifier = load_classifier(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for video in videos:
         found = classifier(video, top=top, num_segments=segments, num_crops=crops)
         if as_json:

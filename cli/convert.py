@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .options import check_path_or_id
 from .terminal import note, warn
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -55,6 +56,8 @@ def convert(
     if size is None or int(size[1]) == 0:
         raise ValueError(f"--max-shard-size {max_shard_size} is no size: write 500MB or 5GB")
 
+    for source in sources:
+        check_path_or_id(source, f"there is no directory {source} (and it is no Hub id such as owner/name)")
     from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
     from video_ma2mba.conversion.report import ConversionError
     from video_ma2mba.conversion.videomamba_checkpoint import convert_videomamba, restore_videomamba

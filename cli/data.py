@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Fps, Model, NumFrames, check_out_file
+from video_ma2mba.loading import check_loading
+
+from .options import Fps, Model, NumFrames, check_out_file, check_path_or_id
 from .terminal import note
 
 app = typer.Typer(
@@ -58,6 +60,9 @@ def check(
 
     Ends with exit code 1 where a sample is broken or the longest one does not fit on the GPU.
     """
+    check_out_file("--json", out)
+    check_path_or_id(path, f"{path}: no such file or folder (and it is no data set id such as owner/name)")
+    check_loading(model)
     import datasets
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging
@@ -69,7 +74,6 @@ def check(
     from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
 
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
-    check_out_file("--json", out)
     parse_bytes(gpu_memory, "--gpu-memory")
     parts = _parts(train)
     logging.disable_progress_bar()

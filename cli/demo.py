@@ -11,9 +11,9 @@ import typer
 
 from video_ma2mba import EXAMPLE_VIDEOS
 from video_ma2mba.files.text_files import check_text, parse_json, text_lines
-from video_ma2mba.loading import load_pipeline
 
 from .ask import reading_progress, size_text
+from .loading import load_pipeline
 from .options import Device, Dtype, Model
 from .terminal import note
 

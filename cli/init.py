@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from video_ma2mba.loading import check_loading
+
 
 def init(
     out: Annotated[Path, typer.Option(help="Directory to write; it must be empty or new.", show_default=False)],
@@ -31,7 +33,10 @@ def init(
     """Compose a model to train: its projector is new, and so is all that no checkpoint was named for."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is not an empty directory: choose another")
+    from video_ma2mba.conversion.presets import check_parts
 
+    check_parts(language_model, vision_tower, preset)
+    check_loading(None, dtype=dtype)
     import torch
 
     from video_ma2mba.conversion.compose import compose

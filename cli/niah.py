@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from video_ma2mba.loading import load_pipeline
-
 from .ask import reading_progress
 from .errors import masked
+from .loading import load_pipeline
 from .options import Device, Dtype, Model, TrustRemoteCode
 from .run_facts import command_line, require_matplotlib, run_facts
 from .terminal import note
@@ -44,12 +43,15 @@ def niah(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
     require_matplotlib("the heat map")
-    from video_ma2mba.eval.needle_haystack import open_haystack
-    from video_ma2mba.eval.needle_report import mean, write_report
-    from video_ma2mba.eval.needle_search import NeedleGrid, measure
+    from video_ma2mba.eval.needle_grid import NeedleGrid, check_haystack
 
     grid = NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed)
+    check_haystack(haystack)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    from video_ma2mba.eval.needle_haystack import open_haystack
+    from video_ma2mba.eval.needle_report import mean, write_report
+    from video_ma2mba.eval.needle_search import measure
+
     source = open_haystack(haystack, pipe.processor, fps=fps, seed=seed)
 
     def tell(cell: dict) -> None:

@@ -1,6 +1,7 @@
 """Options that several verbs share, declared once: same names, same meaning, same help."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,32 @@ def chosen_frames(fps: float | None, num_frames: int | None, start: float | None
     """The options about frames that were given, by name."""
     given = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def check_video(video: str, frames: dict[str, Any]) -> None:
+    """Refuse a video that is not there, and frames that cannot be chosen, before anything is loaded.
+
+    Args:
+        frames: from `chosen_frames`.
+
+    Raises:
+        FileNotFoundError, ValueError: as when it is read.
+    """
+    from video_ma2mba.processing.video_source_names import check_source
+
+    check_source(video)
+    if frames:
+        from video_ma2mba.processing.frame_sampling import Sampling
+
+        Sampling(**frames)
+
+
+def check_path_or_id(text: str, missing: str) -> None:
+    """FileNotFoundError with the words `missing`, unless a path exists, or could be a Hub id (`owner/name`)."""
+    from video_ma2mba.processing.video_source_names import local_path
+
+    if not os.path.exists(local_path(text)) and not re.fullmatch(r"[\w-][\w.-]*/[\w.:-]+", text):
+        raise FileNotFoundError(missing)
 
 
 def check_out_file(option: str, path: Path | None) -> None:

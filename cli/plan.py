@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-from .options import check_out_file
+from video_ma2mba.loading import check_loading
+
+from .loading import while_loading
+from .options import check_out_file, check_video
 
 
 def plan(
@@ -40,12 +43,9 @@ def plan(
     given = {"--frames": frames, "--tokens": tokens, "--video": video}
     if sum(value is not None for value in given.values()) != 1:
         raise ValueError(f"say how long the video is with exactly one of {', '.join(given)}")
-    config = resolve_config(model, preset)
-
-    from video_ma2mba import plan as make_plan
-
-    if video is not None:
-        frames = count_frames(video, fps)
+    check_out_file("--plot", plot)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot {plot}: name a .png file")
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     options = {
         "batch": batch,
@@ -56,9 +56,14 @@ def plan(
         "dtype": names.get(dtype, dtype),
         "fps": fps,
     }
-    check_out_file("--plot", plot)
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise ValueError(f"--plot {plot}: name a .png file")
+    _check(model, preset, video, frames, tokens, options)
+    with while_loading():
+        config = resolve_config(model, preset)
+
+        from video_ma2mba import plan as make_plan
+
+        if video is not None:
+            frames = count_frames(video, fps)
     report = make_plan(config, frames=frames, tokens=tokens, **options)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
@@ -71,10 +76,30 @@ def plan(
         typer.echo(f"{plot}", err=as_json)
 
 
-def resolve_config(model: str | None, preset: str | None):
-    """The configuration of a directory or Hub id, of a preset, or (neither) of the bundled checkpoint."""
+def _check(
+    model: str | None, preset: str | None, video: str | None, frames: int | None, tokens: int | None, options: dict
+) -> None:
+    """Refuse what is wrong by itself, before anything is imported that takes seconds."""
+    from video_ma2mba.conversion.presets import check_preset
+    from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
+    from video_ma2mba.planning.plan_options import check_options, check_parts
+
     if model is not None and preset is not None:
         raise ValueError("give either --model or --preset")
+    if preset is not None:
+        check_preset(preset, "--preset {} is unknown")
+    else:
+        check_loading(model)
+    if video is not None:
+        check_video(video, {})
+    for name in ("gpu_memory", "host_memory"):
+        parse_bytes(options[name], name)
+    check_parts(options["train"])
+    check_options(frames, tokens, *(options[name] for name in ("batch", "fps", "optimizer", "dtype")))
+
+
+def resolve_config(model: str | None, preset: str | None):
+    """The configuration of a directory or Hub id, of a preset, or (neither) of the bundled checkpoint."""
     if preset is None:
         from transformers import AutoConfig
 
@@ -83,10 +108,8 @@ def resolve_config(model: str | None, preset: str | None):
         return AutoConfig.from_pretrained(resolve_model(model))
 
     from video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
-    from video_ma2mba.conversion.compose import PRESETS
+    from video_ma2mba.conversion.presets import PRESETS
 
-    if preset not in PRESETS:
-        raise ValueError(f"--preset {preset} is unknown: use one of {', '.join(PRESETS)}")
     width, layers = PRESETS[preset]
     return VideoMa2mbaConfig(text_config=Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
 

@@ -4,13 +4,14 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from video_ma2mba.loading import load_pipeline, pick_state_dtype, shared_run
+from video_ma2mba.loading import check_loading, check_state_dtype, pick_state_dtype, shared_run
 
 from .ask import reading_progress, size_text
+from .loading import load_pipeline
 from .options import (
     Device,
     Dtype,
@@ -23,6 +24,7 @@ from .options import (
     StateDtype,
     TrustRemoteCode,
     check_out_file,
+    check_video,
     chosen_frames,
 )
 from .terminal import echo_json, note
@@ -43,11 +45,11 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as one JSON object.")] = False,
 ) -> None:
     """Say what a state file has seen and which model it belongs to; no model is loaded."""
-    from video_ma2mba import VideoState
+    from video_ma2mba.modeling_video_ma2mba.state_header import summarise
 
-    found = VideoState.load(file)
-    facts = {**found.metadata, "tokens": str(found.seen_tokens), "bytes": str(found.nbytes)}
-    facts |= {"format": str(found.format_version), "layers": _layers(found)}
+    header, kinds, nbytes = summarise(file)
+    facts = {**header.metadata, "tokens": str(header.seen_tokens), "bytes": str(nbytes)}
+    facts |= {"format": str(header.format_version), "layers": _layers(kinds)}
     parsed = {name: json.loads(facts[name]) for name in _JSON_FACTS if name in facts}
     if as_json:
         echo_json({**facts, **parsed})
@@ -69,18 +71,21 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check that a state file is whole, and that it belongs to a model and its processor."""
+    from video_ma2mba.modeling_video_ma2mba.state_header import summarise
+
+    summarise(file)
+    pipe = load_pipeline(model, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
     from video_ma2mba import VideoState
 
     found = VideoState.load(file)
-    pipe = load_pipeline(model, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
     pipe.check(found)
-    kept = f"format {found.format_version}, {_layers(found)}"
+    kept = f"format {found.format_version}, {_layers(found.kinds)}"
     typer.echo(f"{file}: whole ({kept}), and read by this model ({pipe.identity()['model']})")
 
 
-def _layers(found: Any) -> str:
+def _layers(kinds: list[str]) -> str:
     """How many layers of which kinds a state has, such as `24 mamba2`."""
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(found.kinds).items())
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
 
 
 @app.command()
@@ -104,14 +109,20 @@ def append(
     Interrupted, the same command continues from OUT.partial and ends with the same state. Several processes
     (torchrun -m video_ma2mba state append …) share the video out.
     """
-    from video_ma2mba import VideoState
+    from video_ma2mba.modeling_video_ma2mba.state_header import summarise
 
     check_out_file("--out", out)
-    rounded, found = pick_state_dtype(state_dtype), VideoState.load(file)
+    check_state_dtype(state_dtype)
+    check_loading(model, device, dtype)
+    summarise(file)
     chosen = chosen_frames(fps, num_frames, start, end)
+    check_video(video, chosen)
     with shared_run(device) as (own, group, first):
         pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
-        settings = {"state": found, "save_seconds": save_every, "group": group, **chosen}
+        from video_ma2mba import VideoState
+
+        settings = {"state": VideoState.load(file), "save_seconds": save_every, "group": group, **chosen}
+        rounded = pick_state_dtype(state_dtype)
         read_into_file(pipe, video, out or file, rounded, quiet=not first, **settings)
 
 
@@ -140,12 +151,14 @@ def read(
     check_out_file("--out", out)
     if out.is_file() and not overwrite and not is_written_through(out):
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
-    rounded = pick_state_dtype(state_dtype)
+    check_state_dtype(state_dtype)
+    check_loading(model, device, dtype)
     chosen = chosen_frames(fps, num_frames, start, end)
+    check_video(video, chosen)
     with shared_run(device) as (own, group, first):
         pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
         settings = {"save_seconds": save_every, "group": group, **chosen}
-        read_into_file(pipe, video, out, rounded, quiet=not first, **settings)
+        read_into_file(pipe, video, out, pick_state_dtype(state_dtype), quiet=not first, **settings)
 
 
 def read_into_file(pipe, video: str, out: Path, state_dtype=None, quiet: bool = False, **settings) -> None:

@@ -28,6 +28,9 @@ def train(
         raise ImportError(
             "training needs TRL 1.16, and that Python 3.11: pip install 'video-ma2mba[train]'", name="trl"
         )
+    from video_ma2mba.trainer.recipe_files import recipe_content
+
+    recipe_content(config, overrides or [], smoke)  # what is wrong with it is told before torch and TRL load
     # Read when torch loads: threads that wait by spinning made a busy machine 40 times slower, sleeping ones do not.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from video_ma2mba.trainer.recipe import read_recipe

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from video_ma2mba.loading import load_pipeline
+from video_ma2mba.loading import check_loading
 
+from .loading import load_pipeline
 from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode, check_out_file
 from .terminal import echo_json, given_text, note
 
@@ -64,14 +65,20 @@ def watch(
     if not every > 0 or (seconds is not None and not seconds > 0) or not timeout > 0:
         raise ValueError("--every, --for and --timeout must be more than 0 seconds")
 
+    from video_ma2mba.streaming.live_sources import find_source
+
+    check_loading(model, device, dtype)
+    found = find_source(source, follow)
+    if state is not None:
+        from video_ma2mba.modeling_video_ma2mba.state_header import summarise
+
+        summarise(state)
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     from video_ma2mba import VideoState
     from video_ma2mba.streaming.live_frames import Patience
-    from video_ma2mba.streaming.live_sources import find_source
     from video_ma2mba.streaming.session import VideoSession
 
-    found = find_source(source, follow)
     before = None if state is None else VideoState.load(state)
-    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     settings = {"fps": fps, "policy": policy, "waiting": waiting, "remember": remember, "state": before}
     with VideoSession(pipe.model, pipe.processor, **settings) as session:
         answer = _answering(questions, as_json, max_new_tokens)

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from video_ma2mba.loading import load_pipeline
+from video_ma2mba.loading import check_loading
 
 from .ask import reading_progress
+from .loading import load_pipeline
 from .options import (
     Device,
     Dtype,
@@ -19,6 +20,7 @@ from .options import (
     Start,
     TrustRemoteCode,
     check_out_file,
+    check_video,
     chosen_frames,
 )
 from .run_facts import require_matplotlib
@@ -69,17 +71,19 @@ def where(
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: the picture is a PNG, name a file that ends in .png")
         require_matplotlib("the picture")
-    from video_ma2mba.modeling_video_ma2mba.state_files import is_state_file
+    from video_ma2mba.modeling_video_ma2mba.state_header import is_state_file
     from video_ma2mba.processing.video_source_names import is_address, local_path, shown_name
 
     if not is_address(video) and is_state_file(local_path(video)):
         raise ValueError(
             f"{shown_name(video)} is a state file, which holds no frames to look at: name the video itself"
         )
+    check_loading(model, device, dtype)
+    chosen = chosen_frames(fps, num_frames, start, end)
+    check_video(video, chosen)
+    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     from video_ma2mba.explain import check_time, relevance
 
-    chosen = chosen_frames(fps, num_frames, start, end)
-    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     settings = {"steps": steps, "memory": memory, "max_new_tokens": max_new_tokens, **chosen}
     with reading_progress("frames, then percent") as report:
         settings |= {"on_frames": report, "on_share": lambda share: report(100 * share, 100)}

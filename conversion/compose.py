@@ -19,10 +19,10 @@ from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditio
 from ..modeling_video_ma2mba.state_writing import give_usual_permissions
 from ..modeling_video_ma2mba.vision_towers import TOWERS
 from .layouts import OURS, detect_layout, unused
+from .presets import PRESETS, check_parts
 from .tensor_store import TensorStore
 
 # Width and layers of state-spaces/mamba2-*, the language models of the paper's three sizes (0.7B, 1.8B, 3.1B).
-PRESETS = {"370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
 # The state-spaces checkpoints come without tokenizer files; this is what they were trained with.
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _FRESH = "videomamba-"
@@ -61,10 +61,7 @@ def compose(
             a checkpoint with missing or mismatched tensors.
         OSError: a checkpoint that does not exist or cannot be fetched.
     """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}: use one of {', '.join(PRESETS)}")
-    if preset is None and (language_model is None or vision_tower is None):
-        raise ValueError("name a language model and a vision tower, or a preset that stands in for what is not named")
+    check_parts(language_model, vision_tower, preset)
     out = Path(out)
 
     text_config, tensors = _preset_text_config(preset), {}

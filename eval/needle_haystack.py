@@ -5,7 +5,6 @@ Needles are frames (pixels), inserted before the vision tower sees them, so a ne
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..processing.frame_fitting import fit_frame
-from ..processing.video_source_names import is_address, local_path
 from ..world import Question, World, WorldRenderer, WorldSettings, ask, build_world, video_seed
 from ..world.world import CARD_SYMBOLS, Backdrop, Card
+from .needle_grid import SYNTHETIC, check_haystack
 
-SYNTHETIC = "synthetic"
 _SMALLEST = 32  # pixels: the rendered world draws no smaller; smaller models get its frames scaled down
 _CHUNK = 64  # frames
 
@@ -110,8 +108,7 @@ def open_haystack(source: str, processor: Any, *, fps: float = 1.0, seed: int = 
     size = (video_processor.size["height"], video_processor.size["width"])
     if source == SYNTHETIC:
         return SyntheticHaystack(size, video_processor.resize_mode, seed)
-    if not is_address(source) and not os.path.exists(local_path(source)):
-        raise FileNotFoundError(f"--haystack {source}: no such video file (or write {SYNTHETIC} for rendered videos)")
+    check_haystack(source)
     return VideoHaystack(video_processor.open(source, fps=fps))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,11 @@ import numpy as np
 import torch
 
 from ..modeling_video_ma2mba.state_writing import write_whole
-from ..world import FORMS, check_kinds
-from ..world.world import CARD_SYMBOLS
+from .needle_grid import NeedleGrid
 from .needle_haystack import Needle, make_needles
 from .needle_scoring import NeedleReader, normalised
 
 Cell = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class NeedleGrid:
-    """What is measured: lengths in haystack frames (a video has one more, the needle), depths 0 (needle before all
-    frames) to 1 (behind all), so many needles a cell, and the forms of question, `open` or `choice`, asked of each."""
-
-    frames: Sequence[int]
-    depths: Sequence[float]
-    needles: int = 5
-    forms: Sequence[str] = field(default=("open",))
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.needles < 1:
-            raise ValueError(f"--needles {self.needles}: must be at least 1")
-        if self.needles > len(CARD_SYMBOLS):
-            raise ValueError(f"--needles {self.needles}: at most {len(CARD_SYMBOLS)}, each shows a sign of its own")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must be at least 0")
-        check_kinds(self.forms, FORMS, "form")
 
 
 def measure(

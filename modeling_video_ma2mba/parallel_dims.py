@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,8 @@ class ParallelDims:
 
 def process_group_exists() -> bool:
     """Whether the processes of this run can talk to each other (`torch.distributed` is initialised)."""
+    if "torch" not in sys.modules:  # and is not loaded to find that out
+        return False
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()

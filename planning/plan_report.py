@@ -13,7 +13,8 @@ from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts
 from ..modeling_video_ma2mba.planner import Limits, candidate_plans, fastest, least_host_memory, longest_that_fits
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, parse_bytes
-from .planned_step import DTYPES, OPTIMIZERS, describe_step, model_and_config, require
+from .plan_options import check_options, require
+from .planned_step import describe_step, model_and_config
 
 _LONGEST = 1 << 26
 # Of the host's memory, for kept activations and inputs; the rest is for frames, data loading and everybody else.
@@ -149,16 +150,12 @@ def plan(
             that fits: the message says what would.
     """
     gpu_bytes, host_memory_bytes = parse_bytes(gpu_memory, "gpu_memory"), parse_bytes(host_memory, "host_memory")
-    require(batch >= 1, f"batch={batch} is not valid: it must be at least 1")
-    require(fps > 0, f"fps={fps} is not valid: it must be positive")
-    require(optimizer in OPTIMIZERS, f"optimizer={optimizer!r} is unknown: use one of {sorted(OPTIMIZERS)}")
-    require(dtype in DTYPES, f"dtype={dtype!r} is unknown: use one of {sorted(DTYPES)}")
+    check_options(frames, tokens, batch, fps, optimizer, dtype)
     model, config = model_and_config(model_or_config, train)
     per_frame = getattr(config, "tokens_per_frame", None)
     require((tokens is None) != (frames is None), "give either tokens or frames (of one sample)")
     if frames is not None:
         require(per_frame is not None, "frames need a vision tower, and this is a language model alone: give tokens")
-        require(frames >= 1, f"frames={frames} is not valid: it must be at least 1")
         tokens = frames * per_frame + text_tokens
     elif per_frame is not None:
         frames = max(0, tokens - text_tokens) // per_frame

@@ -11,25 +11,7 @@ from ..modeling_video_ma2mba.cost_memory import StackShape, Workload
 from ..modeling_video_ma2mba.cost_step import StepJob
 from ..modeling_video_ma2mba.cost_vision import VisionLoad
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
-
-PARTS = ("lm", "projector", "vision")
-# Bytes of optimizer state per trainable parameter, given the bytes of that parameter.
-OPTIMIZERS = {
-    "adamw": lambda size: 2 * size,  # two moments in the parameters' type, as torch.optim.AdamW keeps them
-    "adamw_8bit": lambda size: 2,
-    "adafactor": lambda size: 0.01 * size,  # a row and a column per matrix
-    "sgd_momentum": lambda size: size,
-    "sgd": lambda size: 0,
-    "none": lambda size: 0,
-}
-# Bytes per parameter and per activation. "mixed" is fp32 weights under bf16 autocast.
-DTYPES = {"bfloat16": (2, 2), "float16": (2, 2), "mixed": (4, 2), "float32": (4, 4)}
-
-
-def require(condition: bool, message: str) -> None:
-    """ValueError with the message, unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
+from .plan_options import DTYPES, OPTIMIZERS, PARTS, check_parts, require
 
 
 def model_and_config(given: Any, train: Sequence[str] | None) -> tuple[nn.Module, Any]:
@@ -64,8 +46,7 @@ def model_and_config(given: Any, train: Sequence[str] | None) -> tuple[nn.Module
 
 def set_trainable(model: nn.Module, parts: Sequence[str]) -> None:
     """Let exactly these of `PARTS` train; the head belongs to the language model, unused layers stay frozen."""
-    for part in parts:
-        require(part in PARTS, f"train names {part!r}: use some of {', '.join(PARTS)}")
+    check_parts(parts)
     base = getattr(model, "model", model)
     model.requires_grad_("lm" in parts)
     if hasattr(base, "vision_tower"):

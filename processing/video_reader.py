@@ -26,7 +26,7 @@ from .picture_sources import (
 )
 from .video_decoding import VideoIndex, scan_video
 from .video_playlists import LocalCopy, is_playlist
-from .video_source_names import address_to_open, is_address, local_path, shown_name
+from .video_source_names import address_to_open, check_source, is_address, local_path, shown_name
 
 
 @dataclass(frozen=True)
@@ -303,13 +303,8 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
         name = f"<{len(data)} bytes>"
         return (name, None, PictureSource([data], name)) if is_image_bytes(data) else (name, data, None)
     if is_address(source):
-        name, scheme = shown_name(source), source.split("://", 1)[0].lower()
-        if scheme in ("http", "https"):
-            return name, address_to_open(source), None
-        raise ValueError(
-            f"{name}: addresses of the kind {scheme}:// are not supported; use a file or http(s) "
-            "(or `watch`, for a stream)"
-        )
+        check_source(source)
+        return shown_name(source), address_to_open(source), None
     if isinstance(source, str | os.PathLike):
         return _classify_path(source)
     if isinstance(source, np.ndarray | torch.Tensor):
@@ -334,20 +329,10 @@ def _classify(source: Any) -> tuple[str, str | Path | bytes | None, PictureSourc
 
 
 def _classify_path(source: str | os.PathLike[str]) -> tuple[str, Path | None, PictureSource | None]:
-    if not os.fspath(source):
-        raise ValueError("the path of the video is empty")
+    check_source(source)
     path, name = local_path(source), shown_name(source)
-    if not os.path.exists(path):  # unlike Path.exists, also for names that no file can have
-        raise FileNotFoundError(f"{name}: no such file")
     if path.is_dir():
         return name, None, PictureSource(list_directory(path), name, skip_unreadable=True)
-    if not path.is_file():
-        raise ValueError(
-            f"{name}: this is no file but a {'pipe' if path.is_fifo() else 'device'}, and a video is read more than "
-            "once: write it into a file, or use `watch`"
-        )
-    if path.stat().st_size == 0:
-        raise ValueError(f"{name}: the file is empty (0 bytes)")
     if is_image_file(path):
         return name, None, PictureSource([path], name)
     return name, path, None

@@ -113,6 +113,37 @@ def is_address(source: Any) -> bool:
     return isinstance(source, str) and "://" in source and source[:5].lower() != "file:"
 
 
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Refuse what can be no video by its name alone: nothing is opened, and no address is asked.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: an address that is not fetched, a pipe or device, an empty file.
+    """
+    name = shown_name(source)
+    if is_address(source):
+        scheme = str(source).split("://", 1)[0].lower()
+        if scheme in ("http", "https"):
+            return
+        raise ValueError(
+            f"{name}: addresses of the kind {scheme}:// are not supported; use a file or http(s) "
+            "(or `watch`, for a stream)"
+        )
+    if not os.fspath(source):
+        raise ValueError("the path of the video is empty")
+    path = local_path(source)
+    if not os.path.exists(path):  # unlike Path.exists, also for names that no file can have
+        raise FileNotFoundError(f"{name}: no such file")
+    if path.is_dir():
+        return
+    if not path.is_file():
+        raise ValueError(
+            f"{name}: this is no file but a {'pipe' if path.is_fifo() else 'device'}, and a video is read more than "
+            "once: write it into a file, or use `watch`"
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name}: the file is empty (0 bytes)")
+
+
 def local_path(source: str | os.PathLike[str]) -> Path:
     """Where a file is that was named by a path, by `~/path` or by a `file:` address.
 

@@ -7,17 +7,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
+from .recipe_files import recipe_content
 from .training_config import VideoMa2mbaTrainingConfig
 
-FOLDER = Path(__file__).with_name("recipes")
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-SMOKE = "smoke"  # the section of a recipe that makes it a run of a minute on a CPU
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,6 @@ class Recipe:
 _NUMBERS = ("float", "int", "float | None", "int | None", float, int, float | None, int | None)
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
 def read_recipe(
     source: str | os.PathLike[str], overrides: Sequence[str] = (), smoke: bool = False
 ) -> tuple[Recipe, VideoMa2mbaTrainingConfig]:
@@ -79,18 +70,7 @@ def read_recipe(
         FileNotFoundError: no such file or recipe.
         ValueError: an unknown key, a value that makes no sense, or no smoke section.
     """
-    content = _read_yaml(source)
-    short = content.pop(SMOKE, None)
-    if smoke:
-        if not isinstance(short, dict):
-            raise ValueError(f"{source} has no section {SMOKE!r}: leave --smoke away")
-        content |= short
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{text!r} is no override: write key=value, such as learning_rate=1e-5")
-        content[key.strip()] = yaml.safe_load(value)
-    return build_recipe(content)
+    return build_recipe(recipe_content(source, overrides, smoke))
 
 
 def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingConfig]:
@@ -119,24 +99,6 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
         for kind, names in zip(kinds, known, strict=True)
     )
     return recipe, config
-
-
-def _read_yaml(source: str | os.PathLike[str]) -> dict[str, Any]:
-    path = Path(source)
-    if not path.is_file():
-        shipped = FOLDER / f"{path.name}.yaml"
-        if str(source) != path.name or not shipped.is_file():
-            raise FileNotFoundError(
-                f"there is no recipe {source}: name a YAML file or one of {', '.join(shipped_recipes())}"
-            )
-        path = shipped
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold settings, one `key: value` a line")
-    return content
 
 
 def _processors() -> int:

@@ -10,7 +10,7 @@ from PIL import Image
 
 import video_ma2mba
 from video_ma2mba import VideoQuestionAnsweringPipeline, VideoState, open_video
-from video_ma2mba.modeling_video_ma2mba.state_files import is_state_file
+from video_ma2mba.modeling_video_ma2mba.state_header import is_state_file
 from video_ma2mba.modeling_video_ma2mba.state_identity import PACKAGE_VERSION, weights_digest
 
 ASKED = "What is shown?"

@@ -1,0 +1,150 @@
+"""What a command imports before it knows that its arguments make sense, and what it says while it imports the rest."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from video_ma2mba import VideoState
+from video_ma2mba.auto_classes import WITHOUT_TORCH
+from video_ma2mba.cli.loading import load_pipeline
+from video_ma2mba.cli.main import app
+from video_ma2mba.modeling_video_ma2mba.state_header import KINDS_IN_FILES, summarise
+from video_ma2mba.modeling_video_ma2mba.state_layers import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
+OLD_STATE = ROOT / "tests" / "modeling_video_ma2mba" / "data" / "format_1.state"
+VIDEO = ROOT / "world" / "examples" / "000000.mp4"
+WRONG = [
+    ("ask none.mp4 Hm?", "none.mp4: no such file"),
+    ("ask {video} ''", "a question is empty"),
+    ("ask {video} Hm? --model none", "none does not exist"),
+    ("ask {video} Hm? --device tpu", "--device tpu is unknown"),
+    ("ask {video} Hm? --dtype int3", "--dtype int3 is unknown"),
+    ("ask {video} Hm? --start 5 --end 2", "must come before end"),
+    ("ask {state} Hm? --fps 2", "frames are read already"),
+    ("ask ftp://host/a.mp4 Hm?", "addresses of the kind ftp://"),
+    ("read none.mp4 --out {folder}/x.state", "none.mp4: no such file"),
+    ("read {video} --out {folder}/none/x.state", "there is no folder"),
+    ("read {video} --out {folder}/x.state --state-dtype int", "--state-dtype int is unknown"),
+    ("state show none.state", "there is no state file"),
+    ("state check {video}", "is not a readable state file"),
+    ("state append none.state {video}", "there is no state file"),
+    ("where none.mp4 Hm?", "none.mp4: no such file"),
+    ("where {video} Hm? --out x.jpg", "the picture is a PNG"),
+    ("watch none.mp4 --ask Hm?", "none.mp4: no such file"),
+    ("watch {video} --ask Hm? --state none.state", "there is no state file"),
+    ("batch none.jsonl out.jsonl", "none.jsonl"),
+    ("demo none", "none holds no questions.jsonl"),
+    ("niah --out {folder}/n --frames x", "write numbers such as"),
+    ("niah --out {folder}/n --needles 30", "at most 24"),
+    ("niah --out {folder}/n --haystack none.mp4", "no such video file"),
+    ("niah --out {folder}/n --model none", "none does not exist"),
+    ("plan", "exactly one of"),
+    ("plan --preset 9b --frames 3", "--preset 9b is unknown"),
+    ("plan --frames 3 --gpu-memory 1XB", "is not a size"),
+    ("plan --frames 0 --preset 370m", "at least 1"),
+    ("plan --frames 3 --model none", "none does not exist"),
+    ("plan --frames 3 --dtype int", "dtype='int' is unknown"),
+    ("plan --frames 3 --train x", "train names 'x'"),
+    ("plan --video none.mp4", "none.mp4: no such file"),
+    ("convert none --out {folder}/c", "there is no directory none"),
+    ("init --out {folder}/i --preset 9b", "there is no preset '9b'"),
+    ("init --out {folder}/i", "name a language model and a vision tower"),
+    ("classify none.mp4 --model none", "none does not exist"),
+    ("train --config none.yaml", "there is no recipe none.yaml"),
+    ("train --config lora nothing", "is no override"),
+    ("data check none.csv", "no such file or folder"),
+]  # fmt: skip
+
+SCRIPT = """
+import json, sys
+from typer.testing import CliRunner
+from video_ma2mba.cli.main import app
+for arguments in json.load(sys.stdin):
+    done = CliRunner().invoke(app, arguments)
+    heavy = sorted({"torch", "transformers", "pandas", "scipy", "matplotlib", "datasets", "trl"} & sys.modules.keys())
+    print(json.dumps([done.exit_code, done.stdout + done.stderr, heavy]))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
+    """Exit code, output, and heavy modules loaded after each command, all in one process that began without any."""
+    names = {"video": VIDEO, "state": OLD_STATE, "folder": tmp_path_factory.mktemp("out")}
+    commands = [*(command for command, _ in WRONG), "state show {state}", "state show {state} --json"]
+    typed = json.dumps([shlex.split(command.format(**names)) for command in commands])
+    done = subprocess.run([sys.executable, "-c", SCRIPT], input=typed, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG)
+def test_wrong_arguments_are_told_without_loading_torch(told, command: str, message: str):
+    code, output, heavy = told[command]
+    assert (code, heavy) == (2, [])
+    assert output.startswith("error: ") and output.count("\n") == 1 and message in output
+
+
+def test_a_state_is_shown_without_loading_torch(told):
+    code, output, heavy = told["state show {state}"]
+    assert (code, heavy) == (0, []) and "layers: 2 mamba2" in output
+    facts = json.loads(told["state show {state} --json"][1])
+    assert (int(facts["bytes"]), int(facts["tokens"])) == (VideoState.load(OLD_STATE).nbytes, 1033)
+
+
+def test_a_summary_says_what_loading_says(tmp_path: Path):
+    assert {name: (kind.version, kind.fields, kind.wide) for name, kind in KINDS_IN_FILES.items()} == {
+        name: (kind.version, kind._fields, kind.wide) for name, kind in KINDS.items()
+    }
+    loaded = VideoState.load(OLD_STATE)
+    import torch
+
+    for dtype in (None, torch.bfloat16, torch.float16):
+        loaded.save(tmp_path / "state", dtype)
+        again, found = VideoState.load(tmp_path / "state"), summarise(tmp_path / "state")
+        assert (found.nbytes, found.kinds) == (again.nbytes, again.kinds)
+        assert (found.header.seen_tokens, found.header.metadata) == (again.seen_tokens, again.metadata)
+    whole = (tmp_path / "state").read_bytes()
+    for damaged in (whole[:-1], whole[:40], b"", whole[:-3] + b"\xff\xff\xff", whole.replace(b"BF16", b"I32 ")):
+        (tmp_path / "state").write_bytes(damaged)
+        if damaged != whole:
+            with pytest.raises(ValueError, match="state"):
+                summarise(tmp_path / "state")
+
+
+def test_light_files_import_light_files_only():
+    script = "".join(f"import video_ma2mba.{name}\n" for name in sorted(WITHOUT_TORCH))
+    script += "import sys\nprint([name for name in ('torch', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_any_file_of_the_hub_folders_may_be_imported_first():
+    """Registering with transformers imports these files, and must not meet one that is half imported."""
+    name = "video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba"
+    script = (
+        f"import sys, {name} as first\nfrom transformers import AutoConfig\nimport inspect\n"
+        "config = AutoConfig.for_model('video_ma2mba')\n"
+        f"print(sys.modules['{name}'] is first, first.__spec__.loader.__class__.__name__, type(config).__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "True", "SourceFileLoader", "video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba",
+    ]  # fmt: skip
+
+
+def test_loading_is_told_at_once_on_a_terminal(tiny_checkpoint: Path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    load_pipeline(str(tiny_checkpoint), device="cpu")
+    shown = capsys.readouterr().err
+    assert shown.startswith("loading …") and shown.endswith("\r         \r")
+
+
+def test_nothing_about_loading_where_nobody_looks(tiny_checkpoint: Path, tiny_video: Path):
+    done = CliRunner().invoke(app, ["ask", str(tiny_video), "Hm?", "--model", str(tiny_checkpoint)])
+    assert done.exit_code == 0 and "loading" not in done.output
