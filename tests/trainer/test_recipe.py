@@ -7,7 +7,8 @@ import yaml
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
-from video_ma2mba.trainer.recipe import FOLDER, Recipe, build_recipe, read_recipe, shipped_recipes
+from video_ma2mba.trainer.recipe import Recipe, build_recipe, read_recipe
+from video_ma2mba.trainer.recipe_files import FOLDER, shipped_recipes
 from video_ma2mba.trainer.smoke_data import write_smoke_data
 
 SHORT = ["use_cpu=true", "disable_tqdm=true", "report_to=none"]
