@@ -21,6 +21,7 @@ from .init import init
 from .niah import niah
 from .plan import plan
 from .push import push
+from .serve import serve
 from .state import app as state
 from .state import read
 from .train import train
@@ -46,6 +47,7 @@ app.command()(niah)
 app.command()(plan)
 app.command()(push)
 app.command()(read)
+app.command()(serve)
 app.command()(train)
 app.command()(watch)
 app.command()(where)

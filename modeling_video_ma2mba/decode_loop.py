@@ -77,6 +77,7 @@ def decode(
     streamer: Any = None,
     seed: int | Sequence[int | None] | None = None,
     log_probabilities: bool = False,
+    keep_state: bool = False,
 ) -> Decoded:
     """Continue states by prompts, one row each.
 
@@ -95,6 +96,7 @@ def decode(
         seed: draw the tokens from a generator of this seed instead of torch's; or one seed a row, whose tokens then
             do not depend on the other rows.
         log_probabilities: compute them.
+        keep_state: whether the state of the result is wanted; else it need not be the one after the last token.
 
     Raises:
         ValueError: sizes that do not fit.
@@ -135,7 +137,7 @@ def decode(
         streamer=streamer,
         seed=seed,
         log_probabilities=log_probabilities,
-        keep_state=False,
+        keep_state=keep_state,
     )
     if decoding.streamer is not None:
         decoding.streamer.put(ids.cpu())
