@@ -107,6 +107,8 @@ class Workload:
         projections_train: whether in_proj and out_proj keep their inputs for a weight gradient.
         head_trains: whether the loss makes a gradient of the head's weight.
         input_on_gpu: where the input embeddings and their gradient live. input_gradient: whether anybody wants it.
+        ranks: how many share the batch; `tokens` are then those of one of them, in segments of `segment` tokens.
+        stretches: ranks have one stretch each (`recompute_schedule.SCHEDULES`), instead of segments dealt like cards.
     """
 
     tokens: int
@@ -119,6 +121,9 @@ class Workload:
     head_trains: bool = True
     input_on_gpu: bool = True
     input_gradient: bool = True
+    ranks: int = 1
+    segment: int = 0
+    stretches: bool = False
 
     @property
     def kept_rows(self) -> int:
@@ -204,10 +209,15 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
     }
 
     # Block after block, sums and state gradients exist for one block at a time; in other orders for all of them.
-    in_blocks = plan.backward_order == "block_major" or blocks == 1 or segments == 1
     own = layers * work.layer_parameters
-    summed = own if in_blocks else shape.layers * work.layer_parameters
-    dstates = 0 if in_blocks else shape.layers * work.batch * shape.state_bytes
+    if plan.band:  # ranks that share the step sum up for a band of blocks
+        in_blocks = segments == 1
+        together = min(shape.layers, layers * -(-blocks // max(1, blocks // plan.band)))
+    else:
+        in_blocks = plan.backward_order == "block_major" or blocks == 1 or segments == 1
+        together = layers if in_blocks else shape.layers
+    summed = together * work.layer_parameters
+    dstates = 0 if in_blocks else together * work.batch * shape.state_bytes
     wide = max(4, work.weight_bytes)
     # The sum over the segments so far: the first segment's own gradients, in fp32 from the second sum on.
     sums_before = {1: 0, 2: work.weight_bytes if in_blocks else wide}.get(segments, wide) * summed

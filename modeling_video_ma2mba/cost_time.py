@@ -108,6 +108,9 @@ def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None,
             first = max(first, (stream + states) / costs.host_copy)
             second = max(second, (2 * stream + states) / costs.host_copy)
         seconds += count * blocks * (first + second)
+        if work.ranks > 1 and length == lengths[0][1]:  # cells that a rank waits for
+            full_waves = (work.ranks - 1) * (segments if work.stretches else 1)
+            seconds += full_waves * (first + second)
     return seconds
 
 

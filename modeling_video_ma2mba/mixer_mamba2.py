@@ -325,7 +325,7 @@ class Ma2mbaRMSNorm(nn.Module):
         return add_rms_norm(residual, delta, self.weight, self.eps, dtype)
 
 
-def _compute_dtype(weight: Tensor, kind: str) -> torch.dtype:
+def compute_dtype(weight: Tensor, kind: str) -> torch.dtype:
     """The type that a projection beside `weight` computes in on a device of `kind`: autocast's where that is on."""
     if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:  # autocast leaves fp64 alone
         return torch.get_autocast_dtype(kind)
@@ -441,7 +441,7 @@ class Ma2mbaBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Mamba2State]:
         """(residual, delta, state) -> the same after the layer; the stream is residual + delta."""
         # Under autocast at once what in_proj would cast to: in 16 bits the fused kernel serves, and keeps less.
-        normed, residual = self.norm(residual, delta, _compute_dtype(self.norm.weight, residual.device.type))
+        normed, residual = self.norm(residual, delta, compute_dtype(self.norm.weight, residual.device.type))
         delta, state = self.mixer(normed, state, lengths, seq_idx, unread)
         return residual, delta, state
 

@@ -19,13 +19,14 @@ from transformers.utils import can_return_tuple, logging
 from .answering_questions import VideoQuestionsMixin
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import PromptGenerationMixin
+from .parallel_cut import SequenceCut, clip_numbers, cut_sequence
 from .parallel_dims import process_group_exists
 from .recompute_chunks import RowLayout
 from .recompute_loss import IGNORE_INDEX, chunked_causal_lm_loss, shift_labels_left
 from .recompute_plan import RecomputeSettings
 from .stack_arguments import refuse_unknown
 from .stack_language_model import Ma2mbaTextModel
-from .stack_token_layout import exporting
+from .stack_token_layout import TokenLayout, exporting
 from .stack_weights import quantised_weights, refuse_incomplete
 from .state_outputs import CACHE_NAME, CACHE_NAMES, StateCausalLMOutput, StateModelOutput, check_state, take_state
 from .state_video import VideoState
@@ -226,6 +227,68 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         )
         return rows.view(*input_ids.shape, -1)
 
+    def cut(self, input_ids: Tensor, num_frames: Tensor | None = None) -> SequenceCut:
+        """How the ranks that share this model's steps (`share_sequence`) share a batch (B, S), padded on the right."""
+        engine, is_video = self.language_model.engine, (input_ids == self.config.video_token_id).cpu()
+        assert engine.group is not None, "no ranks share this model's steps"
+        settings = engine.settings or RecomputeSettings()
+        clips = self._clips(is_video, num_frames)
+        size, per_frame = engine.group.size, self.config.tokens_per_frame
+        return cut_sequence(is_video, size, per_frame, clips, settings.segment_length)
+
+    def _clips(self, is_video: Tensor, num_frames: Tensor | None) -> Tensor | None:
+        frames = _plain_list(num_frames) or [int(is_video.sum()) // self.config.tokens_per_frame]
+        return clip_numbers(frames, self.config.clip_frames)
+
+    def _embed_own(
+        self, input_ids: Tensor, pixels: Tensor | None, num_frames: Tensor | None, cut: SequenceCut, rank: int
+    ) -> Tensor:
+        """Embeddings (B, own, D) of one rank's columns of (B, S) ids, from its own frames or from all frames."""
+        per_frame = self.config.tokens_per_frame
+        is_video = (input_ids == self.config.video_token_id).cpu()
+        total, given = int(is_video.sum()) // per_frame, 0 if pixels is None else len(pixels)
+        frames = cut.frames(is_video, rank, per_frame, self._clips(is_video, num_frames))
+        if given not in (len(frames), total) or int(is_video.sum()) % per_frame:
+            raise ValueError(
+                f"rank {rank} got {given} frames: it needs the {len(frames)} of its own segments, or all {total} for "
+                f"which the prompt holds placeholders ({per_frame} each)"
+            )
+        own, is_own_video = cut.take(input_ids, rank), cut.take(is_video, rank)
+        if not len(frames) or pixels is None:
+            return self._touch_vision(self.get_input_embeddings()(own))
+        if given != len(frames):
+            pixels = pixels[frames.to(pixels.device)]
+        text = self._embed_text(own, ~is_own_video.to(own.device))
+        # Rows of its frames that lie in other ranks' segments go to the end, and are cut off there.
+        flat = is_own_video.flatten()
+        row = cut.take((is_video.flatten().cumsum(0) - 1).view_as(is_video), rank).flatten()[flat]
+        target = torch.full((len(frames) * per_frame,), -1)
+        target[torch.searchsorted(frames, row // per_frame) * per_frame + row % per_frame] = flat.nonzero()[:, 0]
+        foreign = target < 0
+        target[foreign] = flat.numel() + torch.arange(int(foreign.sum()))
+        counts = None
+        if self.config.clip_frames > 1:
+            videos = _plain_list(num_frames) or [total]
+            video = torch.arange(len(videos)).repeat_interleave(torch.tensor(videos))
+            counts = [count for count in torch.bincount(video[frames]).tolist() if count]
+        layout = RowLayout(
+            total_rows=flat.numel() + int(foreign.sum()),
+            device=torch.device("cpu") if self.offload_inputs else text.device,
+            computed_rows=target,
+            text_rows=(~flat).nonzero()[:, 0],
+        )
+        rows = video_rows(
+            self.vision_tower,
+            self.multi_modal_projector,
+            self.config,
+            pixels,
+            recompute=True,
+            layout=layout,
+            text=text,
+            num_frames=counts,
+        )
+        return rows[: flat.numel()].view(*own.shape, -1)
+
     def _embed_text(self, input_ids: Tensor, is_text: Tensor) -> Tensor:
         """Embeddings (text tokens, D) of the text of all rows, by one call with (B, longest text) ids: what hooks into
         the embedding (NEFTune's noise) expects is a batch of sequences, and placeholders are not worth embedding."""
@@ -287,6 +350,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        sequence_cut: SequenceCut | None = None,
         **kwargs: Any,
     ) -> StateModelOutput:
         """Read tokens and frames from a state.
@@ -300,6 +364,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             num_frames: (videos,) frames of each video; lets a misplaced video be noticed.
             seq_idx: (B, S) numbers of packed samples. output_positions: (B, S) bool, hidden states wanted.
             output_hidden_states: also return every layer's (`Ma2mbaTextModel.forward` tells which they are).
+            sequence_cut: in steps that ranks share (`Ma2mbaTextModel.share_sequence`), how; default: `cut`. All ranks
+                give the same ids, mask and positions, and either all frames or those of `SequenceCut.frames`; results
+                are of this rank's columns.
 
         Returns:
             `last_hidden_state` (B, S, D), or (wanted positions, D); `past_key_values`; `hidden_states`.
@@ -324,7 +391,16 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                 "linear layers of this model are quantised dynamically and give no gradients: train it first and "
                 "quantise it then, or call eval()"
             )
-        if pixel_values_videos is not None:
+        group = self.language_model.engine.group
+        if group is not None and self.language_model.shares:
+            if input_ids is None:
+                raise ValueError("a step that ranks share needs input_ids, not inputs_embeds")
+            sequence_cut = self.cut(input_ids, num_frames) if sequence_cut is None else sequence_cut
+            self.language_model.engine.open(self.language_model, sequence_cut, len(input_ids), output_positions)
+            inputs_embeds = self._embed_own(input_ids, pixel_values_videos, num_frames, sequence_cut, group.rank)
+            if output_positions is not None:
+                output_positions = output_positions & sequence_cut.mask(group.rank, output_positions.device)
+        elif pixel_values_videos is not None:
             if input_ids is None:
                 raise ValueError("pixel_values_videos need input_ids, which say where the frames belong")
             inputs_embeds = self.embed_inputs(input_ids, pixel_values_videos, num_frames)
@@ -342,6 +418,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             seq_idx=seq_idx,
             output_positions=output_positions,
             output_hidden_states=output_hidden_states,
+            sequence_cut=sequence_cut,
             position_ids=kwargs.get("position_ids"),
         )
 
@@ -404,6 +481,8 @@ class VideoMa2mbaForConditionalGeneration(
             num_items_in_batch: divisor of the summed loss (Trainer's count over accumulation steps); None: the mean.
             logits_to_keep: int n: the last n positions (0: all); 1-D tensor: these positions. Default: all positions;
                 with labels, **no logits at all while gradients are on**, nor beyond `MOST_EVALUATED_LOGITS` numbers.
+            sequence_cut (by keyword): as in `VideoMa2mbaModel.forward`. The loss is then this rank's part:
+                the sum over the ranks of the group is that of the batch, and so it is with gradients.
             prompt_copies: rows come in groups of this many copies of one prompt while `pixel_values_videos` holds each
                 video once (generation with beams or several samples).
 
@@ -432,6 +511,19 @@ class VideoMa2mbaForConditionalGeneration(
         shift_labels = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None:
             shift_labels = shift_labels_left(labels)
+        group, cut = self.model.language_model.engine.group, kwargs.pop("sequence_cut", None)
+        if group is not None and not self.model.language_model.shares:
+            group = None
+        if group is not None:
+            if input_ids is None or shift_labels is None or logits_to_keep is not None:
+                raise ValueError("a step that ranks share takes input_ids and labels, and gives a loss only")
+            if attention_mask is not None:
+                layout = TokenLayout.of(attention_mask, input_ids.shape[1])
+                if layout.order is not None:  # ranks share what is padded on the right
+                    input_ids, attention_mask = layout.arrange(input_ids), layout.arrange(attention_mask)
+                    shift_labels = shift_labels.gather(1, layout.order.to(shift_labels.device))
+            cut = self.model.cut(input_ids, num_frames) if cut is None else cut
+            kwargs["sequence_cut"] = cut
         rows, tokens = inputs.shape[:2]
         if shift_labels is not None and logits_to_keep is None and not torch.is_grad_enabled() and not self.training:
             if rows * tokens * self.config.text_config.vocab_size <= MOST_EVALUATED_LOGITS:
@@ -465,6 +557,10 @@ class VideoMa2mbaForConditionalGeneration(
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labelled is not None:
+            if group is not None:  # labels were shifted before the cut, and are counted over all ranks
+                if num_items_in_batch is None:
+                    num_items_in_batch = labelled.sum()
+                labelled = labelled & cut.mask(group.rank, labelled.device)
             at_labels = hidden if positions is not None else hidden[labelled.to(hidden.device)]
             targets = shift_labels[labelled]
             loss = chunked_causal_lm_loss(self.lm_head, at_labels, targets, num_items_in_batch)

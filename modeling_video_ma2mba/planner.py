@@ -18,8 +18,11 @@ from .cost_memory import StackShape, Workload
 from .cost_step import Prediction, StepJob, predict_job
 from .cost_time import H200, MeasuredCosts
 from .mixer_mamba2 import CoreBackends
+from .parallel_cut import SequenceCut
+from .parallel_sequence import SequenceGroup
 from .parallel_shards import is_unit
 from .recompute_plan import RecomputePlan, RecomputeSettings, parse_bytes
+from .recompute_schedule import SCHEDULES
 from .stack_protocols import TextStack
 
 # Segments are multiples of this: the chunk of the SSD kernels (paper, section 4.1).
@@ -58,14 +61,25 @@ def candidate_plans(
     layers_per_block: int | None = None,
     **orders: str,
 ) -> Iterator[RecomputePlan]:
-    """Every plan worth predicting, with fixed fields as given (`orders`: the plan's `forward_order`, …)."""
+    """Every plan worth predicting, with fixed fields as given (`orders`: the plan's `forward_order`, …). Ranks that
+    share a step need as many blocks as they are many."""
     longest = job.shape.longest_segment // job.work.batch
     segments = [segment_length] if segment_length else segment_lengths(job.work.tokens, longest)
     sizes = [min(layers_per_block, job.shape.layers)] if layers_per_block else block_sizes(job.shape.layers)
+    ranks = job.work.ranks
+    if ranks > 1 and not layers_per_block:
+        sizes = [layers for layers in sizes if -(-job.shape.layers // layers) >= ranks] or sizes[:1]
     for place in offload:
         for layers in sizes:
-            for segment in segments:
-                yield RecomputePlan(layers, segment, place, **orders)
+            for band in bands(-(-job.shape.layers // layers), ranks):
+                for segment in segments:
+                    yield RecomputePlan(layers, segment, place, band=band, **orders)
+
+
+def bands(blocks: int, ranks: int) -> list[int]:
+    """Numbers of blocks worth summing gradients for at a time, where `ranks` share a step: no fewer than there are
+    ranks, or they would wait for each other; twice as many let a rank be late without holding up others."""
+    return [0] if ranks == 1 else sorted({min(blocks, 2 * ranks), min(blocks, ranks)}, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -142,11 +156,20 @@ _known: WeakKeyDictionary[TextStack, dict[Any, Prediction]] = WeakKeyDictionary(
 _MOST_KNOWN = 1024
 
 
-def choose_plan(settings: RecomputeSettings, model: TextStack, x: Tensor, keep: Tensor | None) -> RecomputePlan:
+def choose_plan(
+    settings: RecomputeSettings,
+    model: TextStack,
+    x: Tensor,
+    keep: Tensor | None,
+    cut: SequenceCut | None = None,
+    group: SequenceGroup | None = None,
+) -> RecomputePlan:
     """The plan for this batch: what the settings fix, the rest the fastest that fits.
 
     Args:
         model: the `Ma2mbaTextModel`. x: its input (B, S, D), on any device. keep: (B, S) bool kept positions, or None.
+        cut, group: where ranks share the batch, of which x holds this one's columns: all find the same plan, within
+            the least memory that any of them has.
 
     Raises:
         ValueError: nothing fits the budgets; says what would. Raised before anything is allocated.
@@ -157,10 +180,34 @@ def choose_plan(settings: RecomputeSettings, model: TextStack, x: Tensor, keep: 
     # Host memory that the engine has pinned already counts as available to it.
     pinned = getattr(getattr(model, "engine", None), "last_host_bytes", 0)
     limits = step_limits(settings, model, device, pinned, x.nbytes if x.device == device else 0)
+    if cut is not None and group is not None:
+        job, limits = shared_job(job, cut), shared_limits(limits, group)
     best = best_plan(settings, model, job, limits)
     if best is None or best.plan is None:
         raise ValueError(_nothing_fits(job, limits, choices(settings, model, job)))
     return best.plan
+
+
+def shared_job(job: StepJob, cut: SequenceCut) -> StepJob:
+    """The step of one of the ranks that share a batch, the same for all of them: that of the rank with the most."""
+    segments = -(-len(cut.segments) // cut.active)
+    kept = None if job.work.kept is None else job.work.kept
+    tokens = min(segments * cut.longest, cut.tokens)
+    work = replace(
+        job.work,
+        tokens=tokens,
+        kept=kept,
+        ranks=cut.active,
+        segment=cut.longest,
+        stretches=cut.schedule != SCHEDULES[0],
+    )
+    return replace(job, work=work)
+
+
+def shared_limits(limits: Limits, group: SequenceGroup) -> Limits:
+    """What every rank of a group can take."""
+    gpu, host, allocated = group.smallest(limits.gpu, limits.host, -limits.allocated)
+    return Limits(gpu, host, int(-allocated))
 
 
 def best_plan(settings: RecomputeSettings, model: TextStack, job: StepJob, limits: Limits) -> Prediction | None:
@@ -174,7 +221,8 @@ def best_plan(settings: RecomputeSettings, model: TextStack, job: StepJob, limit
     fixed = choices(settings, model, job)
     _refuse_too_long(job, fixed["segment_length"])
     if settings.memory_budget is None and settings.fixed_plan(job.shape.layers, job.work.tokens) is not None:
-        return predict_job(job, next(candidate_plans(job, **fixed)))
+        *larger, last = candidate_plans(job, **fixed)  # several only where ranks share the step
+        return (fastest(job, larger, limits) if larger else None) or predict_job(job, last)
     known = _known.setdefault(model, {})
     situation = (settings, job, model.norm_f.weight.device.type)
     # Free memory changes a little from step to step; a plan that still fits is kept, so that its pinned memory is too.
@@ -203,12 +251,14 @@ def choices(settings: RecomputeSettings, model: TextStack, job: StepJob) -> dict
     for name, order in orders.items():
         if sharded and order != "block_major":
             raise ValueError(f"{name}={order!r} does not go with layers that are FSDP units: leave {name} unset")
-    plan = settings.fixed_plan(job.shape.layers, job.work.tokens)
+    plan = settings.fixed_plan(job.shape.layers, job.work.segment or job.work.tokens)
     if plan is not None:
+        if job.work.ranks > 1:  # their segments are cut before anything is planned
+            plan = replace(plan, segment_length=job.work.segment)
         cells = {"segment_length": plan.segment_length, "layers_per_block": plan.layers_per_block}
         return {**cells, "offload": (plan.offload,), **orders}
     return {
-        "segment_length": settings.segment_length,
+        "segment_length": job.work.segment or settings.segment_length,
         "layers_per_block": settings.layers_per_block,
         "offload": (settings.offload,) if settings.offload is not None else (False, True) if on_gpu else (False,),
         **orders,
@@ -263,12 +313,13 @@ def step_limits(
         pinned: host bytes pinned for kept activations already. allocated: GPU bytes of the step already there.
     """
     asked = parse_bytes(settings.host_memory_budget, "host_memory_budget")
-    host = asked if asked is not None else (available_host_bytes() + pinned) / 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of one machine, which share its memory
+    host = asked if asked is not None else (available_host_bytes() / processes + pinned) / 2
     gpu = parse_bytes(settings.memory_budget, "memory_budget")
     if gpu is not None:
         return Limits(gpu, host)
     if device.type != "cuda":
-        return Limits(available_host_bytes() / 2, host, allocated)
+        return Limits(available_host_bytes() / processes / 2, host, allocated)
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     margin = max(_MARGIN_BYTES, int(_MARGIN_SHARE * total))

@@ -32,7 +32,7 @@ class RowLayout:
         if self.computed_rows is None:
             return slice(first, last)
         rows = self.computed_rows[first:last]
-        if len(rows) and int(rows[-1] - rows[0]) == len(rows) - 1:
+        if len(rows) and bool((rows[1:] - rows[:-1] == 1).all()):
             return slice(int(rows[0]), int(rows[-1]) + 1)
         return rows.to(self.device)
 

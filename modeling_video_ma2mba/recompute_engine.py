@@ -12,6 +12,9 @@ recomputes one cell at a time. What differs from the paper and its reference cod
   fp32 sums exist for one block only; the gradient at a block's input takes the place of that input.
 - Kept activations may wait in pinned host memory (`recompute_store`).
 
+- Ranks of a `SequenceGroup` may share the cells of one sample (`share`): each runs those of its own segments, in an
+  order in which all can work at the same time, and border states pass between them.
+
 How one cell runs is told in `recompute_cell`, what neighbours hand each other in `parallel_borders`.
 
 Legend: B batch, S tokens, D width, L layers, C conv channels, W conv width, H heads, P head width, N state size.
@@ -29,17 +32,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .parallel_borders import LocalBorders
+from .mixer_mamba2 import compute_dtype
+from .parallel_borders import LocalBorders, RankBorders
+from .parallel_cut import SequenceCut
+from .parallel_sequence import SequenceGroup
 from .parallel_shards import ShardedLayers, is_shard
 from .planner import choose_plan, describe_batch, out_of_memory_message
 from .recompute_cell import CellRunner
 from .recompute_plan import RecomputePlan, RecomputeSettings
-from .recompute_schedule import Cell, CellOrder, named_order
+from .recompute_schedule import Cell, named_order
 from .recompute_store import DeviceStore, HostStore, PinnedPool
 from .stack_protocols import TextStack
 from .stack_token_layout import TokenLayout
 from .stack_weights import sent
-from .state_layers import KINDS, LayerState, flatten, regroup
+from .state_layers import KINDS, LayerState, flatten, layer_kinds, regroup, tensor_dtype
 from .state_video import VideoState
 
 T = TypeVar("T")
@@ -52,8 +58,10 @@ class MultiAxisEngine:
         self.settings: RecomputeSettings | None = None
         self.last_plan: RecomputePlan | None = None
         self.last_host_bytes = 0
+        self.group: SequenceGroup | None = None
         self._pool = PinnedPool()
         self._given: RecomputePlan | None = None
+        self._shared: _SharedPass | None = None
 
     def configure(self, settings: RecomputeSettings | None) -> None:
         """Set what the user asked for; None turns the engine off and gives its host memory back."""
@@ -83,21 +91,65 @@ class MultiAxisEngine:
             return HostStore(self._pool, device)
         return DeviceStore()
 
+    def share(self, group: SequenceGroup | None) -> None:
+        """Share the steps that follow among the ranks of `group`: all of them run the same batches, each the cells of
+        its own segments, and gradients of parameters are each rank's part of a sum. None: every step alone."""
+        self.group, self._shared = group, None
+
+    def open(self, model: TextStack, cut: SequenceCut, rows: int, keep: Tensor | None = None) -> None:
+        """Begin a shared step before its input is there: from here on `drain` lets the other ranks come to its end.
+
+        Args:
+            rows: B. keep: (B, S) bool, positions of any rank whose results are wanted; None: all.
+        """
+        assert self.group is not None, "share the engine first"
+        own = sum(stop - start for start, stop in cut.places(self.group.rank).values())
+        x = torch.empty(rows, own, 0, device=model.norm_f.weight.device, requires_grad=True)
+        settings = self.settings or RecomputeSettings()
+        plan = self._given or choose_plan(settings, model, x, keep, cut, self.group)
+        self._shared = _SharedPass(self, model, plan, cut, rows, self.group)
+
+    def drain(self, backward: bool) -> None:
+        """After an error in a shared step: take part in what is left of the pass, so that no other rank waits for it.
+
+        Every rank must know which pass failed, and go on to the same next step.
+        """
+        if self._shared is not None:
+            (self._shared.borders.drain_backward if backward else self._shared.borders.drain_forward)()
+
     def run(
-        self, model: TextStack, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None
+        self,
+        model: TextStack,
+        x: Tensor,
+        state: VideoState | None,
+        layout: TokenLayout,
+        keep: Tensor | None,
+        cut: SequenceCut | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
         """The stack of `model` (a `Ma2mbaTextModel`) over x (B, S, D), on any device; a backward of exact gradients.
+
+        With a cut, ranks share the step: x holds this rank's columns (`SequenceCut.take`), `layout` and `keep` are of
+        all of them, and hidden states come of its own columns. States are given to all ranks and come back on all;
+        their gradients count on those of the first and of the last segment.
 
         Returns normed hidden states (B, S, D) or (kept, D) on x's device, and the layers' states.
         """
         sharded = ShardedLayers.of(model.layers)
         settings = self.settings or RecomputeSettings()
-        plan = self._given or choose_plan(settings, model, x, keep)
-        if sharded is not None:  # all processes gather alike: the smallest blocks
-            plan = replace(plan, layers_per_block=-sharded.largest(-plan.layers_per_block)[0])
+        shared = None
+        if cut is not None:
+            if self._shared is None or self._shared.begun:
+                self.open(model, cut, x.shape[0], keep)
+            shared = self._shared
+            assert shared is not None
+            shared.begun, plan = True, shared.plan
+        else:
+            plan = self._given or choose_plan(settings, model, x, keep)
+            if sharded is not None:  # all processes gather alike: the smallest blocks
+                plan = replace(plan, layers_per_block=-sharded.largest(-plan.layers_per_block)[0])
         self.last_plan = plan
         inputs: tuple[Tensor, ...] = (x,) if state is None else (x, *flatten(state.layers))
-        work = _StackRun(self, model, plan, settings.detect_anomaly, layout, keep, inputs, sharded)
+        work = _StackRun(self, model, plan, settings.detect_anomaly, layout, keep, inputs, sharded, shared)
         with torch.no_grad(), work.guarded("forward"):
             results = work.forward()
         below: tuple[Tensor | None, ...] = inputs
@@ -117,6 +169,34 @@ class MultiAxisEngine:
             yield
         finally:
             self._given = before
+
+
+class _SharedPass:
+    """What ranks agree on for one shared step: the plan, who runs what, and the messages between them."""
+
+    def __init__(
+        self,
+        engine: MultiAxisEngine,
+        model: TextStack,
+        plan: RecomputePlan,
+        cut: SequenceCut,
+        rows: int,
+        group: SequenceGroup,
+    ) -> None:
+        self.plan, self.cut, self.group = plan, cut, group
+        self.begun = False  # whether its input is there
+        self.blocks = plan.blocks(len(model.layers))
+        self.places = cut.places(group.rank)
+        self.forward, self.backward = cut.order(len(self.blocks)), cut.order(len(self.blocks), plan.band)
+        self.store = engine.store_for(plan, model.norm_f.weight.device)
+        dtype = compute_dtype(model.layers[0].norm.weight, model.norm_f.weight.device.type)
+        sizes = []
+        for name in layer_kinds(model.config):
+            kind = KINDS[name]
+            tensors = zip(kind._fields, kind.sizes(model.config), strict=True)
+            sizes.append([((rows, *size), tensor_dtype(kind, field, dtype)) for field, size in tensors])
+        like = [list(chain(*(sizes[i] for i in block))) for block in self.blocks]
+        self.borders = RankBorders(self.store, [[] for _ in self.blocks], group, self.forward, self.backward, like)
 
 
 class _Block(torch.autograd.Function):
@@ -163,21 +243,31 @@ class _StackRun:
         keep: Tensor | None,
         inputs: tuple[Tensor, ...],
         sharded: ShardedLayers | None,
+        shared: _SharedPass | None = None,
     ) -> None:
-        self.engine, self.plan = engine, plan
+        self.engine, self.plan, self.shared = engine, plan, shared
         self.model, self.layers, self.norm = model, model.layers, model.norm_f
         self.sharded = sharded
         self.device = model.norm_f.weight.device
         self.inputs = inputs
         x, *start = inputs
-        self.segments = plan.segments(x.shape[1])
+        self.segments = plan.segments(x.shape[1]) if shared is None else shared.cut.segments
+        # Where each segment that runs here lies in x, and in what is made of it.
+        self.places = dict(enumerate(self.segments)) if shared is None else shared.places
+        self.first = min(self.places, default=-1)  # the last one of a block in backward
         self.blocks = plan.blocks(len(self.layers))
         self.keep = None if keep is None else keep.to(self.device)
-        self.store = engine.store_for(plan, self.device)
+        self.store = engine.store_for(plan, self.device) if shared is None else shared.store
         # Layers that are FSDP units are gathered here, block by block, and called past their hooks.
         around = None if sharded is None else contextlib.nullcontext
         self.runner = CellRunner(model, self.blocks, self.segments, layout, self.keep, around, detect_anomaly)
-        self.borders = LocalBorders(self.store, self.by_block(start))
+        # What autograd knows: shards, where layers are spread over processes.
+        self.owners = [self.runner.parameters(block) for block in range(len(self.blocks))]
+        self.held = contextlib.ExitStack()  # what is gathered for a whole pass
+        self.borders: LocalBorders = LocalBorders(self.store, self.by_block(start))
+        if shared is not None:
+            self.borders = shared.borders
+            shared.borders.start(self.by_block(start))
         self.like_input = torch.empty(*x.shape[:2], 0, device=x.device, requires_grad=x.requires_grad)
         self.spent = False
         self.lowest = len(self.blocks)  # the lowest block that has anything to differentiate
@@ -188,8 +278,14 @@ class _StackRun:
         self.handed: Tensor | None = None  # gradient for the cell that runs next: no detour through the store
         self.sums: dict[int, list[Tensor | None]] = {}  # parameters' gradients by block
 
-    def order(self, name: str) -> CellOrder:
-        return named_order(name, len(self.blocks), len(self.segments))
+    def cells(self, backward: bool) -> tuple[Cell, ...]:
+        """The cells that run here, in the order of the pass."""
+        if self.shared is not None:
+            rank = self.shared.group.rank
+            return self.shared.backward.backward(rank) if backward else self.shared.forward.forward(rank)
+        name = self.plan.backward_order if backward else self.plan.forward_order
+        order = named_order(name, len(self.blocks), len(self.segments))
+        return order.backward() if backward else order.forward()
 
     def by_block(self, tensors: Sequence[T]) -> list[list[T]]:
         """Tensors of all layers' states, or none at all, as the borders want them."""
@@ -197,10 +293,16 @@ class _StackRun:
         return [list(islice(left, sum(fields[i] for i in block))) for block in self.blocks]
 
     def gathered(self, block: int) -> AbstractContextManager[object]:
-        """Inside, the layers of a block hold whole parameters."""
-        if self.sharded is None:
+        """Inside, the layers of a block hold whole parameters. Ranks that share a sample run different blocks at the
+        same time, and gather all of them for a whole pass instead (`gather_all`)."""
+        if self.sharded is None or self.shared is not None:
             return contextlib.nullcontext()
         return self.sharded.gathered(*(self.layers[i] for i in self.blocks[block]))
+
+    def gather_all(self) -> None:
+        """From here on all layers hold whole parameters, where ranks share a sample; until `held` is closed."""
+        if self.sharded is not None and self.shared is not None:
+            self.held.enter_context(self.sharded.gathered(*self.layers))
 
     # --------------------------------------------------------------------------------------------- forward
     def forward(self) -> tuple[Tensor, ...]:
@@ -210,14 +312,15 @@ class _StackRun:
         if self.keep is None:
             out = torch.empty(x.shape, dtype=self.norm.weight.dtype, device=x.device, pin_memory=_pinned(x))
         kept: list[Tensor] = []
-        cells = self.order(self.plan.forward_order).forward()
+        cells = self.cells(backward=False)
         following = iter([*cells[1:], None])
+        self.gather_all()
         h: Tensor | None = None  # the stream, where the next cell goes on with it
         for block, run in groupby(cells, key=itemgetter(0)):
             with self.gathered(block):
                 for cell in run:
                     (_, segment), after = cell, next(following)
-                    start, stop = self.segments[segment]
+                    start, stop = self.places[segment]
                     if block == 0:
                         # In two steps: a copy between devices would change the type on the CPU, and wait for it.
                         h = sent(x[:, start:stop], self.device).to(self.model.stream_dtype)
@@ -237,6 +340,7 @@ class _StackRun:
                             kept.append(h[0])
                     if after != above:
                         h = None
+        self.held.close()
         if out is None:
             width = self.norm.weight.shape[0]
             out = torch.cat(kept) if kept else torch.empty(0, width, dtype=self.norm.weight.dtype, device=self.device)
@@ -260,7 +364,10 @@ class _StackRun:
         self.spent = True
         self.douts = self.split_output_gradient(dout)
         self.borders.start_backward(self.by_block(dstates))
-        self.to_do.extend(self.order(self.plan.backward_order).backward())
+        self.gather_all()
+        self.to_do.extend(self.cells(backward=True))
+        if self.shared is not None:
+            self.shared.borders.lowest = self.lowest
 
     def backward_block(self, block: int, inputs: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
         """Run cells in the plan's order up to the one that completes the block's parameter gradients.
@@ -277,19 +384,26 @@ class _StackRun:
             self.input_wanted = needs[0]
         elif not needs[0]:
             self.lowest = block
-        owners = self.runner.parameters(block)  # what autograd knows: shards, where layers are spread over processes
+        owners = self.owners[block]
         with self.gathered(block):
-            while self.run_next(inputs[0]) != (block, 0):
+            while self.places and self.run_next(inputs[0]) != (block, self.first):
                 pass
-            sums = self.sums.pop(block)
-            if self.sharded is not None:  # all processes reduce alike, whatever of their samples is learnt
+            sums = self.sums.pop(block, [None] * len(owners))
+            # All processes reduce alike, whatever of their samples is learnt.
+            if self.sharded is not None or self.shared is not None:
                 whole = self.runner.parameters(block)
                 sums = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, whole, strict=True)]
         gradients = [self.like_its_parameter(g, p) for g, p in zip(sums, owners, strict=True)]
         if first or not needs[0]:
+            self.held.close()
             self.store.finish()
+            if self.shared is not None:
+                self.shared.group.finish()
+                self.engine._shared = None
         if not first:
             return [self.norm.weight.new_empty(0) if needs[0] else None, *gradients]
+        if self.dx is None and self.input_wanted:
+            self.dx = torch.zeros_like(inputs[0])  # nothing runs here
         _wait_for_host_copies(self.dx, self.device)
         dx, self.dx = self.dx, None
         states = zip(chain(*self.borders.start_gradients()), inputs[1:], needs[1:], strict=True)
@@ -307,7 +421,7 @@ class _StackRun:
                 for kind in ("x", "state", "dx"):
                     self.store.prefetch((kind, *coming))
         block, segment = cell
-        start, stop = self.segments[segment]
+        start, stop = self.places[segment]
         h = sent(x[:, start:stop], self.device) if block == 0 else self.store.take(("x", *cell))[0]
         states = self.borders.kept_state(*cell)
         if self.runner.is_last(block):
@@ -352,7 +466,7 @@ class _StackRun:
         if dout is None:
             return [None] * len(self.segments)
         if self.keep is None:
-            return [dout[:, a:b] for a, b in self.segments]
+            return [dout[:, slice(*self.places[n])] if n in self.places else None for n in range(len(self.segments))]
         if self.keep.shape[0] > 1:
             dout = dout[self.row_order(self.keep)]
         counts = [int(self.keep[:, a:b].sum()) for a, b in self.segments]
@@ -364,12 +478,14 @@ class _StackRun:
         try:
             yield
         except torch.OutOfMemoryError as error:
+            self.held.close()
             self.store.finish()
             with self.runner.autocast():
                 job = describe_batch(self.model, self.like_input, self.keep)
             message = out_of_memory_message(self.plan, job, self.device, phase, error)
             raise torch.OutOfMemoryError(message) from error
         except BaseException:
+            self.held.close()
             self.store.finish()
             raise
 

@@ -20,6 +20,8 @@ class RecomputePlan:
         offload: whether what is kept (block inputs, border states) lives in pinned host memory, not on the GPU.
         forward_order, backward_order: in which order cells run, by name (`recompute_schedule.ORDERS`; backward runs
             it in reverse). All give the same gradients.
+        band: where ranks share a step, which follows an order of their own, gradients of parameters are summed up for
+            about so many blocks at a time (`recompute_schedule.wavefront`); 0: for all of them.
     """
 
     layers_per_block: int
@@ -27,6 +29,7 @@ class RecomputePlan:
     offload: bool = False
     forward_order: str = "segment_major"
     backward_order: str = "block_major"
+    band: int = 0
 
     def __post_init__(self) -> None:
         for field in ("layers_per_block", "segment_length"):
@@ -50,6 +53,7 @@ class RecomputePlan:
     def __str__(self) -> str:
         place = "in host memory" if self.offload else "on the GPU"
         cells = f"{self.layers_per_block} layers x {self.segment_length} tokens a cell, kept {place}"
+        cells += f", gradients of {self.band} blocks at a time" if self.band else ""
         orders = (self.forward_order, self.backward_order)
         usual = orders == (RecomputePlan.forward_order, RecomputePlan.backward_order)
         return cells if usual else f"{cells}, forward {orders[0]}, backward {orders[1]}"

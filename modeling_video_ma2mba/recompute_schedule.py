@@ -9,7 +9,8 @@ segments from the last to the first.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import pairwise
 
 Cell = tuple[int, int]
 """Block (0 at the bottom) and segment (0 at the start)."""
@@ -57,25 +58,118 @@ class CellOrder:
         """The cells that one rank runs in backward, in order."""
         return self.forward(rank)[::-1]
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that have anything to run."""
+        return max(self.owners, default=0) + 1
+
+    def needs(self, cell: Cell, backward: bool = False) -> Cell | None:
+        """The cell of another rank whose border state (in backward: its gradient) a cell starts from; None if it is
+        one of its own rank's, or there is none."""
+        block, segment = cell
+        other = segment + 1 if backward else segment - 1
+        elsewhere = 0 <= other < self.segments and self.owner(other) != self.owner(segment)
+        return (block, other) if elsewhere else None
+
+    def programme(self, rank: int, backward: bool = False) -> tuple[tuple[tuple[Cell, ...], Cell], ...]:
+        """What one rank does, one entry for each cell that it runs: first the cells of its own for which it should
+        begin to receive, because by then the other rank has sent; then the cell that it runs.
+
+        Whatever comes from one rank is named in the order in which that rank sends it.
+        """
+        steps = self._backward_steps if backward else self._forward_steps
+        own = self.backward(rank) if backward else self.forward(rank)
+        needed = [(needs, cell) for cell in own if (needs := self.needs(cell, backward)) is not None]
+        coming = sorted(((steps[needs], cell) for needs, cell in needed), reverse=True)
+        entries = []
+        for cell in own:
+            arrived = []
+            while coming and coming[-1][0] < steps[cell]:
+                arrived.append(coming.pop()[1])
+            entries.append((tuple(arrived), cell))
+        return tuple(entries)
+
+    def idle_share(self, backward: bool = False) -> float:
+        """The part of a pass that a rank spends waiting, on average, where every cell takes as long as every other."""
+        steps = self._backward_steps if backward else self._forward_steps
+        return 1 - len(self.cells) / ((max(steps.values()) + 1) * self.ranks)
+
+    @cached_property
+    def _forward_steps(self) -> dict[Cell, int]:
+        return self._steps(backward=False)
+
+    @cached_property
+    def _backward_steps(self) -> dict[Cell, int]:
+        return self._steps(backward=True)
+
+    def _steps(self, backward: bool) -> dict[Cell, int]:
+        """When each cell runs, if all take one step and no rank waits without need."""
+        sign = 1 if backward else -1
+        steps: dict[Cell, int] = {}
+        free = [0] * self.ranks
+        for block, segment in self.cells[::-1] if backward else self.cells:
+            before = (steps.get((block + sign, segment), -1), steps.get((block, segment + sign), -1))
+            owner = self.owner(segment)
+            steps[block, segment] = max(free[owner], *(step + 1 for step in before))
+            free[owner] = steps[block, segment] + 1
+        return steps
+
 
 def block_major(blocks: int, segments: int) -> CellOrder:
     """One block after the other over the whole sequence: in backward, gradients of one block exist at a time."""
     return CellOrder(blocks, segments, tuple((k, i) for k in range(blocks) for i in range(segments)))
 
 
-def wavefront(blocks: int, segments: int, ranks: int) -> CellOrder:
+def wavefront(blocks: int, segments: int, ranks: int, band: int = 0) -> CellOrder:
     """Segments dealt to `ranks` like cards; every rank takes its segments one after the other through all blocks.
 
     In step `r + period * m + k` rank r runs block k of its m-th segment, `r + ranks * m`; its left neighbour ran the
     segment before one step earlier, so ranks wait for each other only while the wave fills and drains
     (`ranks - 1` steps). That needs at least as many blocks as ranks; with fewer, steps stay empty.
+
+    Args:
+        band: the waves run through so many blocks at a time (or a few more), over all segments, before they go on to
+            the next ones; 0: through all. In backward, parameters' gradients are summed up for one band at a time.
     """
     if ranks < 1:
         raise ValueError(f"ranks={ranks} is not valid: it must be at least 1")
-    period = max(blocks, min(ranks, segments))
-    owners = tuple(i % ranks for i in range(segments))
-    timed = sorted((i % ranks + period * (i // ranks) + k, i, k) for i in range(segments) for k in range(blocks))
+    bands = max(1, blocks // band) if band else 1
+    edges = [n * blocks // bands for n in range(bands + 1)]
+    cells: list[Cell] = []
+    for first, last in pairwise(edges):
+        period = max(last - first, min(ranks, segments))
+        timed = sorted(
+            (i % ranks + period * (i // ranks) + k - first, i, k) for i in range(segments) for k in range(first, last)
+        )
+        cells += [(k, i) for _, i, k in timed]
+    return CellOrder(blocks, segments, tuple(cells), tuple(i % ranks for i in range(segments)) if ranks > 1 else ())
+
+
+def stretches(blocks: int, segments: int, ranks: int) -> CellOrder:
+    """One stretch of neighbouring segments for each rank, taken block after block: while a rank runs block k over its
+    stretch, its right neighbour runs block k - 1. Ranks wait for `ranks - 1` blocks of a stretch in a whole pass, far
+    longer than in a `wavefront`, but hand states on only once a block."""
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks} is not valid: it must be at least 1")
+    ranks = min(ranks, segments)
+    owners = tuple(i * ranks // segments for i in range(segments))
+    longest = -(-segments // ranks)
+    timed = sorted(
+        (longest * (owners[i] + k) + i - owners.index(owners[i]), i, k) for i in range(segments) for k in range(blocks)
+    )
     return CellOrder(blocks, segments, tuple((k, i) for _, i, k in timed), owners if ranks > 1 else ())
+
+
+SCHEDULES = ("round_robin", "stretches")
+"""How segments are shared out among ranks: dealt like cards (`wavefront`), or one stretch each (`stretches`)."""
+
+
+@lru_cache(maxsize=32)
+def shared_order(schedule: str, blocks: int, segments: int, ranks: int, band: int = 0) -> CellOrder:
+    """The order of one of `SCHEDULES`; `band` as in `wavefront`, without meaning for stretches."""
+    if schedule == "stretches":
+        return stretches(blocks, segments, ranks)
+    return wavefront(blocks, segments, ranks, band)
 
 
 def segment_major(blocks: int, segments: int) -> CellOrder:

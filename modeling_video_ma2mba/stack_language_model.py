@@ -15,6 +15,8 @@ from transformers import initialization as init
 
 from .configuration_video_ma2mba import Ma2mbaTextConfig
 from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm, init_mixer_, is_mixer, run_blocks
+from .parallel_cut import SequenceCut
+from .parallel_sequence import SequenceGroup
 from .parallel_shards import ShardedLayers, is_unit
 from .recompute_engine import MultiAxisEngine
 from .recompute_plan import RecomputeSettings
@@ -71,6 +73,12 @@ class Ma2mbaTextModel(PreTrainedModel):
         self.engine.configure(RecomputeSettings(**settings) if enabled else None)
         self.gradient_checkpointing = enabled
 
+    def share_sequence(self, group: SequenceGroup | None) -> None:
+        """Let the ranks of `group` share the training steps that follow (`MultiAxisEngine.share`): multi-axis
+        checkpointing is on for these, as `set_checkpointing` says or with a plan of the planner. None: every rank
+        works alone again."""
+        self.engine.share(group)
+
     @property
     def stream_dtype(self) -> torch.dtype:
         """Data type of the residual stream."""
@@ -87,6 +95,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        sequence_cut: SequenceCut | None = None,
         **kwargs: Any,
     ) -> StateModelOutput:
         """Read tokens from a state.
@@ -99,6 +108,8 @@ class Ma2mbaTextModel(PreTrainedModel):
             seq_idx: (B, S) numbers of packed samples, 0, 1, 2, … along each row; the state restarts at each change.
             output_positions: (B, S) bool, the positions whose hidden states are wanted; the others are never kept.
             output_hidden_states: return every layer's, of all positions. Not with gradient checkpointing.
+            sequence_cut: how ranks share the batch (`share_sequence`). `inputs_embeds` and hidden states are then of
+                this rank's columns; mask, `seq_idx` and positions are of all columns, padded on the right.
 
         Returns:
             `last_hidden_state`: (B, S, D), or (number of wanted positions, D) in row-major order; `past_key_values`;
@@ -113,7 +124,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids)
         tokens = inputs_embeds.shape[1]
-        if tokens == 0:
+        if tokens == 0 and sequence_cut is None:
             raise ValueError("the sequence is empty: give at least one token")
         if use_cache and self.recomputes:
             raise ValueError("use_cache=True cannot be combined with gradient checkpointing: pass use_cache=False")
@@ -121,7 +132,7 @@ class Ma2mbaTextModel(PreTrainedModel):
         wants_layers = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: list[Tensor] | None = [] if wants_layers else None
         hidden, state = self.scan(
-            inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions, hidden_states
+            inputs_embeds, past_key_values, attention_mask, seq_idx, output_positions, hidden_states, sequence_cut
         )
         if use_cache and past_key_values is not None:
             past_key_values.take(state)
@@ -141,7 +152,13 @@ class Ma2mbaTextModel(PreTrainedModel):
     @property
     def recomputes(self) -> bool:
         """Whether a forward pass now would checkpoint: switched on, in training, gradients wanted."""
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        switched_on = self.gradient_checkpointing or self.engine.group is not None
+        return switched_on and self.training and torch.is_grad_enabled()
+
+    @property
+    def shares(self) -> bool:
+        """Whether a forward pass now would be shared out among ranks."""
+        return self.engine.group is not None and self.recomputes
 
     def scan(
         self,
@@ -151,15 +168,17 @@ class Ma2mbaTextModel(PreTrainedModel):
         seq_idx: Tensor | None = None,
         output_positions: Tensor | None = None,
         hidden_states: list[Tensor] | None = None,
+        cut: SequenceCut | None = None,
     ) -> tuple[Tensor, VideoState]:
         """Differentiable from state to state, with or without checkpointing: truncated backpropagation through time
-        cuts wherever it likes. Arguments as in `forward`; `hidden_states` is filled with what it returns.
+        cuts wherever it likes. Arguments as in `forward`; `hidden_states` is filled with what it returns, `cut` is its
+        `sequence_cut`.
 
         Returns:
             hidden states (B, S, D) or (wanted, D), and the new state; gradients flow from both to the inputs, the
             parameters and the given state's tensors.
         """
-        batch, tokens = inputs_embeds.shape[:2]
+        batch, tokens = inputs_embeds.shape[0], inputs_embeds.shape[1] if cut is None else cut.tokens
         if state is not None:
             state.check_fits(self.config)
             if state.batch_size != batch:
@@ -170,12 +189,12 @@ class Ma2mbaTextModel(PreTrainedModel):
             if value is not None and value.shape[0] != batch:
                 raise ValueError(f"{name} has {value.shape[0]} rows, the input {batch}")
         layout = TokenLayout.of(attention_mask, tokens, seq_idx)
-        x = layout.arrange(inputs_embeds)
+        x = layout.arrange(inputs_embeds) if cut is None else self._own_columns(inputs_embeds, layout, cut)
         keep = kept_rows(output_positions, layout)
         if self.recomputes:
             if hidden_states is not None:
                 raise ValueError("output_hidden_states keeps what gradient checkpointing drops: turn one off")
-            hidden, layers = self.engine.run(self, x, state, layout, keep)
+            hidden, layers = self.engine.run(self, x, state, layout, keep, cut)
         else:
             hidden, layers = self._run_segments(x, state, layout, keep, hidden_states)
         if hidden_states is not None:
@@ -188,6 +207,24 @@ class Ma2mbaTextModel(PreTrainedModel):
         if others is not None:
             layers = [layer.without_inputs_of(others) for layer in layers]
         return hidden, VideoState(layers, (0 if state is None else state.seen_tokens) + tokens)
+
+    def _own_columns(self, x: Tensor, layout: TokenLayout, cut: SequenceCut) -> Tensor:
+        """This rank's columns (B, own, D), padding blanked."""
+        if not self.shares or self.engine.group is None:
+            raise ValueError("a sequence_cut needs ranks that share the step: share_sequence, train(), and gradients")
+        rank = self.engine.group.rank
+        own = sum(stop - start for start, stop in cut.places(rank).values())
+        if cut.ranks != self.engine.group.size or x.shape[1] != own:
+            raise ValueError(
+                f"inputs_embeds of {x.shape[1]} columns are not rank {rank}'s {own} of a cut for {cut.ranks} ranks "
+                f"(the group has {self.engine.group.size}): pass cut.take(columns, rank)"
+            )
+        if layout.order is not None:
+            raise ValueError("rows of a batch that ranks share must be padded on the right")
+        if layout.lengths is None:
+            return x
+        columns = cut.take(torch.arange(cut.tokens, device=x.device)[None], rank)
+        return x.masked_fill((columns >= layout.lengths.to(x.device)[:, None]).unsqueeze(-1), 0)
 
     def _run_segments(
         self,

@@ -84,7 +84,10 @@ class PlanReport:
     @property
     def checkpointing_arguments(self) -> dict[str, Any] | None:
         """What to give to `model.gradient_checkpointing_enable`; None when checkpointing is better left off."""
-        return None if self.plan is None else {"method": "multi_axis", **asdict(self.plan)}
+        if self.plan is None:
+            return None
+        chosen = {name: value for name, value in asdict(self.plan).items() if name != "band"}  # the planner's own
+        return {"method": "multi_axis", **chosen}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""

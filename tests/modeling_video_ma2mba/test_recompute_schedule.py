@@ -11,7 +11,15 @@ from stack_gradients import gradients, make_model, random_state
 
 from video_ma2mba.modeling_video_ma2mba import recompute_schedule
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
-from video_ma2mba.modeling_video_ma2mba.recompute_schedule import ORDERS, CellOrder, named_order, wavefront
+from video_ma2mba.modeling_video_ma2mba.recompute_schedule import (
+    ORDERS,
+    SCHEDULES,
+    CellOrder,
+    named_order,
+    shared_order,
+    stretches,
+    wavefront,
+)
 
 SIZES = [(1, 1), (1, 7), (7, 1), (3, 4), (4, 3), (5, 5), (2, 11)]
 
@@ -111,6 +119,52 @@ def test_ranks_wait_only_while_the_wave_fills_and_drains(blocks, segments, ranks
     assert [order.owner(i) for i in range(segments)] == [i % ranks for i in range(segments)]
     assert sum(len(order.forward(r)) for r in range(ranks)) == blocks * segments
     assert steps_until_all_are_done(order, ranks, backward) == steps
+
+
+SHARED = [
+    (schedule, *sizes, band)
+    for schedule in SCHEDULES
+    for sizes in ((4, 8, 2), (8, 7, 4), (2, 8, 4), (5, 3, 5), (9, 12, 3))
+    for band in (0, 2)
+]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("schedule", "blocks", "segments", "ranks", "band"), SHARED)
+def test_programmes_of_shared_orders_fit_together(schedule, blocks, segments, ranks, band, backward):
+    """Each message is received once, after it was sent, in the order of its sender, and before it is needed."""
+    order = shared_order(schedule, blocks, segments, ranks, band)
+    step = 1 if backward else -1
+    sent: dict[tuple[int, int], list] = {}  # by sender and receiver, in order
+    received: dict[tuple[int, int], list] = {}
+    for rank in range(ranks):
+        known = set()
+        cells = []
+        for arriving, (k, i) in order.programme(rank, backward):
+            for cell in arriving:
+                source = order.owner(cell[1] + step)
+                assert source != rank and cell not in known
+                known.add(cell)
+                received.setdefault((source, rank), []).append(cell)
+            assert ((k, i) in known) == (order.needs((k, i), backward) is not None)
+            cells.append((k, i))
+            if 0 <= i - step < segments and order.owner(i - step) != rank:
+                sent.setdefault((rank, order.owner(i - step)), []).append((k, i - step))
+        assert tuple(cells) == (order.backward(rank) if backward else order.forward(rank))
+    assert received == sent
+    steps = steps_until_all_are_done(order, ranks, backward)
+    assert order.idle_share(backward) == pytest.approx(1 - blocks * segments / (steps * order.ranks))
+
+
+def test_stretches_wait_longer_than_waves():
+    assert stretches(4, 6, 3).owners == (0, 0, 1, 1, 2, 2)
+    assert stretches(8, 32, 4).idle_share() == pytest.approx(1 - 8 / 11)  # (W - 1) of K + W - 1
+    assert wavefront(8, 32, 4).idle_share() == pytest.approx(1 - 64 / 67)
+    banded = wavefront(8, 32, 4, band=4)
+    assert {k for k, _ in banded.backward(0)[:32]} == {4, 5, 6, 7}, "backward ends with one band before the next"
+    assert banded.idle_share(backward=True) == pytest.approx(1 - 64 / 67), "and costs nothing"
+    with pytest.raises(ValueError, match="ranks=0"):
+        stretches(2, 2, 0)
 
 
 def test_plans_and_settings_name_their_orders():
