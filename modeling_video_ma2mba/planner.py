@@ -6,6 +6,7 @@ predictions of some microseconds, once per shape of batch.
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
