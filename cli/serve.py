@@ -57,13 +57,13 @@ def serve(
         raise ImportError(
             f"the server needs {error.name}: pip install 'video-ma2mba[serve]'", name=error.name
         ) from None
-    from video_ma2mba.loading import pick_device, pick_dtype, resolve_model
+    from video_ma2mba.loading import check_loading, resolve_model
 
     if max_states_gb is not None and not max_states_gb > 0:
         raise ValueError(f"--max-states-gb must be more than 0, not {max_states_gb:g}")
-    pick_dtype(dtype, pick_device(device))
+    check_loading(model, device, dtype)
     settings = ServerSettings(
-        model=resolve_model(model),
+        model=resolve_model(model) if workers > 1 else model,  # what has to be converted is converted once
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,

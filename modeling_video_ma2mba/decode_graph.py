@@ -168,7 +168,8 @@ def borrow_decoder(model: Any, batch: int, new_tokens: int) -> Iterator[Decoder 
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             yield _decoder(kept, model, weights, batch, new_tokens)
         if device.type == "cuda":
-            room = _KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
+            share = _KEPT_SHARE if model.decoders_share is None else model.decoders_share
+            room = share * torch.cuda.get_device_properties(device).total_memory
             while sum(decoder.buffers.nbytes for decoder in kept.decoders.values()) > room:
                 kept.decoders.popitem(last=False)
     finally:
@@ -185,7 +186,7 @@ def _decoder(kept: _Kept, model: Any, weights: DecodeWeights, batch: int, new_to
         decoder = None
         if new_tokens < 4:
             return None
-        while len(kept.decoders) >= _KEPT:
+        while len(kept.decoders) >= (model.decoders_kept or _KEPT):
             kept.decoders.popitem(last=False)
         try:
             with torch.inference_mode(False), torch.no_grad():  # buffers made in inference mode could not leave it

@@ -30,11 +30,15 @@ class FastDecodingMixin:
         fast_decoding: on CUDA, decode by graphs (`decode_graph`) where the model allows it.
         decode_slots: tokens after which a state is written down while decoding (None: 1, or 16 in large batches).
         decode_state_dtype: in what it is kept while decoding; 16 bits make large batches faster and less exact.
+        decoders_kept: batch sizes whose buffers and graphs stay for the next answer (None: 2).
+        decoders_share: share of the GPU's memory that their buffers may take (None: a tenth).
     """
 
     fast_decoding = True
     decode_slots: int | None = None
     decode_state_dtype = torch.float32
+    decoders_kept: int | None = None
+    decoders_share: float | None = None
 
     def release_decoders(self) -> None:
         """Free the buffers and graphs kept for the next answers."""

@@ -105,6 +105,7 @@ class Answerer:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.config, _ = settled(model.generation_config, None, {"pad_token_id": pad, "num_return_sequences": 1})
         self.ends = end_tokens(self.config)
+        model.decoders_kept, model.decoders_share = len(_BUCKETS), 0.25
         self._waiting: deque[AnswerRow] = deque()
         self._changed = threading.Condition()
         self._closing = False

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from ..files.text_files import parse_json
-from ..modeling_video_ma2mba.state_files import is_state_file
+from ..modeling_video_ma2mba.state_header import is_state_file
 from ..processing.picture_sources import is_image_bytes
 from . import metrics
 from .answer_rows import AnswerSettings, Piece
