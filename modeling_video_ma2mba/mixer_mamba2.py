@@ -90,7 +90,7 @@ class CoreBackends(NamedTuple):
         """For `tokens` tokens a row on `device`, computed in `dtype`."""
         call, ssd = (device, dtype, tokens, padded, packed), ssd_sizes(*_ssd_arguments(shape))
         picked = cls(
-            CAUSAL_CONV.pick(*call, channels=shape.conv_dim, offset=shape.inner),
+            CAUSAL_CONV.pick(*call, channels=shape.conv_dim, offset=shape.inner, width=shape.conv_kernel),
             SSD.pick(*call, **ssd),
             GATED_RMS_NORM.pick(*call, width=shape.inner, groups=shape.n_groups),
         )

@@ -3,12 +3,14 @@
 Legend: B batch, S tokens, C channels, W convolution width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .ops_mamba_ssm import CAUSAL_CONV as _MAMBA_SSM
-from .ops_registry import Backend, Operation, run
+from .ops_registry import Backend, Operation, run, triton_available
 
 
 def causal_conv(
@@ -33,7 +35,7 @@ def causal_conv(
     """
     packed = seq_idx is not None
     call = (x.device, x.dtype, x.shape[1])
-    backend = CAUSAL_CONV.pick(*call, packed=packed, channels=x.shape[2], offset=int(x.storage_offset()))
+    backend = CAUSAL_CONV.pick(*call, packed=packed, channels=x.shape[2], offset=int(x.storage_offset()), width=weight.shape[-1])
     if backend.backward is None:
         return backend.forward(x, weight, bias, state, lengths, seq_idx)
     return run(backend, x, weight, bias, state, seq_idx), last_inputs(x, state, lengths)
@@ -102,8 +104,29 @@ def add_last_inputs_gradient(dnew: Tensor, dx: Tensor, dstate: Tensor, lengths: 
     dx += later
 
 
+def _triton_forward(*tensors: Tensor, **options: Any) -> Any:
+    from .ops_conv_triton import conv_forward
+
+    return conv_forward(*tensors, **options)
+
+
+def _triton_backward(*arguments: Any, **options: Any) -> Any:
+    from .ops_conv_triton import conv_backward
+
+    return conv_backward(*arguments, **options)
+
+
+_TRITON = Backend(
+    "triton",
+    _triton_forward,
+    _triton_backward,
+    device="cuda",
+    dtypes=(torch.float16, torch.bfloat16),
+    available=triton_available,
+    fits=lambda call: call.tokens > 0 and call.sizes["width"] in (2, 3, 4),
+)
 # Autograd keeps what the taps read and what SiLU reads; the output belongs to whoever uses it.
 _TORCH = Backend("torch", causal_conv_torch, kept_bytes=lambda itemsize, channels: 2 * itemsize * channels)
-CAUSAL_CONV = Operation("causal_conv", (_MAMBA_SSM, _TORCH))
-"""Sizes: channels; offset, numbers in memory before the first channel. Kernels take (x, weight, bias, state, seq_idx)
+CAUSAL_CONV = Operation("causal_conv", (_TRITON, _MAMBA_SSM, _TORCH))
+"""Sizes: channels; offset, numbers in memory before the first channel; width, of the convolution. Kernels take (x, weight, bias, state, seq_idx)
 and return the convolution without the state; `into`: the gradient of x."""

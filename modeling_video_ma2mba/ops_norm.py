@@ -3,13 +3,15 @@
 Legend: B batch, S tokens, D width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .ops_mamba_ssm import ADD_RMS_NORM as _ADD_MAMBA_SSM
 from .ops_mamba_ssm import GATED_RMS_NORM as _GATED_MAMBA_SSM
-from .ops_registry import Backend, Operation, run
+from .ops_registry import Backend, Operation, run, triton_available
 
 
 def add_rms_norm(
@@ -53,12 +55,50 @@ def gated_rms_norm_torch(y: Tensor, z: Tensor, weight: Tensor, eps: float, group
     return (normed.flatten(-2) * weight.to(work)).to(y.dtype)
 
 
+def _triton_add_forward(*tensors: Tensor, **options: Any) -> Any:
+    from .ops_norm_triton import add_norm_forward
+
+    return add_norm_forward(*tensors, **options)
+
+
+def _triton_add_backward(*arguments: Any, **options: Any) -> Any:
+    from .ops_norm_triton import add_norm_backward
+
+    return add_norm_backward(*arguments, **options)
+
+
+def _triton_gated_forward(*tensors: Tensor, **options: Any) -> Any:
+    from .ops_norm_triton import gated_norm_forward
+
+    return gated_norm_forward(*tensors, **options)
+
+
+def _triton_gated_backward(*arguments: Any, **options: Any) -> Any:
+    from .ops_norm_triton import gated_norm_backward
+
+    return gated_norm_backward(*arguments, **options)
+
+
+def _triton(forward: Any, backward: Any, **fields: Any) -> Backend:
+    fields = fields | {"device": "cuda", "dtypes": (torch.float16, torch.bfloat16), "available": triton_available}
+    return Backend("triton", forward, backward, fits=lambda call: call.sizes["width"] <= 16384, **fields)
+
+
+_ADD_TRITON = _triton(
+    _triton_add_forward,
+    _triton_add_backward,
+    needs=(2,),
+    kept_bytes=lambda itemsize, width: itemsize * width + 4,
+)
 _ADD_TORCH = Backend("torch", add_rms_norm_torch, kept_bytes=lambda itemsize, width: 2 * itemsize * width)
-ADD_RMS_NORM = Operation("add_rms_norm", (_ADD_MAMBA_SSM, _ADD_TORCH))
+ADD_RMS_NORM = Operation("add_rms_norm", (_ADD_TRITON, _ADD_MAMBA_SSM, _ADD_TORCH))
 """Sizes: width; kept bytes are of the residual's type."""
 
+_GATED_TRITON = _triton(
+    _triton_gated_forward, _triton_gated_backward, kept_bytes=lambda itemsize, width, groups: 4 * groups
+)
 _GATED_TORCH = Backend(
     "torch", gated_rms_norm_torch, kept_bytes=lambda itemsize, width, groups: 3 * itemsize * width
 )  # fmt: skip
-GATED_RMS_NORM = Operation("gated_rms_norm", (_GATED_MAMBA_SSM, _GATED_TORCH))
+GATED_RMS_NORM = Operation("gated_rms_norm", (_GATED_TRITON, _GATED_MAMBA_SSM, _GATED_TORCH))
 """Sizes: width, groups. `into`: the gradient of z."""

@@ -9,14 +9,14 @@ Legend: B batch, S tokens, H heads, P head width, N state size, G groups, Q chun
 Gu, arXiv 2405.21060, sections 6 and 7.
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .ops_mamba_ssm import SSD as _MAMBA_SSM
-from .ops_registry import Backend, Operation, run
+from .ops_registry import Backend, Call, Operation, run, triton_available
 
 # softplus(-1e4 + bias) is exactly zero, and so is its derivative: such a token leaves the state alone.
 _NO_STEP = -1e4
@@ -241,6 +241,62 @@ def _torch_masks(itemsize: int, heads: int, chunk: int, **sizes: float) -> float
     return itemsize * heads * chunk
 
 
+def _triton_forward(*tensors: Tensor, **options: Any) -> Any:
+    from .ops_ssd_triton import ssd_forward
+
+    return ssd_forward(*tensors, **options)
+
+
+def _triton_backward(*arguments: Any, **options: Any) -> Any:
+    from .ops_ssd_triton import ssd_backward
+
+    return ssd_backward(*arguments, **options)
+
+
+def _triton_fits(call: Call) -> bool:
+    """Matrix products want powers of two. A single token is a few small products; padding is told from tokens by
+    steps of size zero, which a lower bound would not let stand."""
+    sizes = call.sizes
+    widths = sizes["head_dim"] in (16, 32, 64, 128) and sizes["state_size"] in (16, 32, 64, 128)
+    return widths and sizes["chunk"] in (64, 128, 256) and call.tokens > 1 and not (call.padded and sizes["dt_min"] > 0)
+
+
+def _triton_kept(itemsize: int, heads: int, head_dim: int, state_size: int, chunk: int, **sizes: float) -> float:
+    """Step sizes and decays; chunk states."""
+    return 8 * heads + itemsize * heads * head_dim * state_size / chunk
+
+
+def _triton_forward_bytes(
+    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
+) -> float:
+    """What is kept, the C.B scores, and the larger of: chunk states in fp32; the output."""
+    inner = heads * head_dim
+    kept = _triton_kept(itemsize, heads, head_dim, state_size, chunk) + 4 * chunk * groups
+    return kept + max(4 * inner * state_size / chunk, itemsize * inner)
+
+
+def _triton_backward_bytes(
+    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
+) -> float:
+    """Gradients of the chunk states, of the C.B scores (and they themselves), of steps and decays in tiles of 64
+    tokens, and the parts of B's or C's. Short calls take more: heads are dealt to more programs there."""
+    states = 4 * heads * head_dim * state_size / chunk
+    return states + 8 * chunk * groups + 4 * heads * (5 + 2 * max(1, chunk // 64)) + 8 * groups * state_size
+
+
+_TRITON = Backend(
+    "triton",
+    _triton_forward,
+    _triton_backward,
+    needs=(0, 1, 2, 3, 4, 5, 6, 8),
+    kept_bytes=_triton_kept,
+    forward_bytes=_triton_forward_bytes,
+    backward_bytes=_triton_backward_bytes,
+    device="cuda",
+    dtypes=(torch.float16, torch.bfloat16),
+    available=triton_available,
+    fits=_triton_fits,
+)
 _TORCH = Backend(
     "torch",
     ssd_torch,
@@ -248,6 +304,6 @@ _TORCH = Backend(
     forward_bytes=_torch_masks,
     backward_bytes=lambda **sizes: 3 * _torch_masks(**sizes),
 )
-SSD = Operation("ssd", (_MAMBA_SSM, _TORCH))
+SSD = Operation("ssd", (_TRITON, _MAMBA_SSM, _TORCH))
 """Sizes: `ssd_sizes`. Kernels take (x, dt, a, b, c, D, dt_bias, state, seq_idx) and are given steps that
 `mask_steps` has seen; `into`: the gradients of x, dt, b and c."""
