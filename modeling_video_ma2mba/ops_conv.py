@@ -35,7 +35,9 @@ def causal_conv(
     """
     packed = seq_idx is not None
     call = (x.device, x.dtype, x.shape[1])
-    backend = CAUSAL_CONV.pick(*call, packed=packed, channels=x.shape[2], offset=int(x.storage_offset()), width=weight.shape[-1])
+    backend = CAUSAL_CONV.pick(
+        *call, packed=packed, channels=x.shape[2], offset=int(x.storage_offset()), width=weight.shape[-1]
+    )
     if backend.backward is None:
         return backend.forward(x, weight, bias, state, lengths, seq_idx)
     return run(backend, x, weight, bias, state, seq_idx), last_inputs(x, state, lengths)

@@ -86,9 +86,7 @@ def conv_forward_kernel(
             else:
                 value = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
             value = value / (1.0 + tl.exp(-value))
-            tl.store(
-                out_ptr + at * channels + channel, value.to(out_ptr.dtype.element_ty), mask=inside & (at < left)
-            )
+            tl.store(out_ptr + at * channels + channel, value.to(out_ptr.dtype.element_ty), mask=inside & (at < left))
             x3 = x2
             x2 = x1
             x1 = x0
@@ -164,9 +162,7 @@ def conv_backward_kernel(
             tl.store(dx_first + row * dx_row + channel, dx.to(dx_ptr.dtype.element_ty), mask=done)
             remembered = inside & (here - 3 < 0) & (here - 3 + WIDTH - 1 >= 0)
             slot = here - 3 + WIDTH - 1
-            tl.store(
-                dstate_ptr + channel * (WIDTH - 1) + slot, dx.to(dstate_ptr.dtype.element_ty), mask=remembered
-            )
+            tl.store(dstate_ptr + channel * (WIDTH - 1) + slot, dx.to(dstate_ptr.dtype.element_ty), mask=remembered)
             x3 = x2
             x2 = x1
             x1 = x0

@@ -258,7 +258,9 @@ def _triton_fits(call: Call) -> bool:
     steps of size zero, which a lower bound would not let stand."""
     sizes = call.sizes
     widths = sizes["head_dim"] in (16, 32, 64, 128) and sizes["state_size"] in (16, 32, 64, 128)
-    return widths and sizes["chunk"] in (64, 128, 256) and call.tokens > 1 and not (call.padded and sizes["dt_min"] > 0)
+    return (
+        widths and sizes["chunk"] in (64, 128, 256) and call.tokens > 1 and not (call.padded and sizes["dt_min"] > 0)
+    )
 
 
 def _triton_kept(itemsize: int, heads: int, head_dim: int, state_size: int, chunk: int, **sizes: float) -> float:

@@ -128,9 +128,7 @@ def scores_kernel(
         first_ptr += batch * batch_stride + start * row + group * N
         second_ptr += batch * batch_stride2 + start * row2 + group * N
         first = _tile(first_ptr, rows, row, k, rows < left)
-        second = tl.load(
-            second_ptr + columns[None, :] * row2 + k[:, None], mask=(columns < left)[None, :], other=0.0
-        )
+        second = tl.load(second_ptr + columns[None, :] * row2 + k[:, None], mask=(columns < left)[None, :], other=0.0)
         out_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
         tl.store(out_ptr + rows[:, None] * Q + columns[None, :], tl.dot(first, second))
 
@@ -484,9 +482,7 @@ def finish_kernel(
             dscores += tl.load(dscores_ptr + split * size * Q + where)
         other = _tile(other_ptr, k, other_row, n, k < left).to(tl.float32)
         out = tl.dot(dscores, other, out, input_precision="tf32")
-    tl.store(
-        out_ptr + at[:, None] * out_row + n[None, :], out.to(out_ptr.dtype.element_ty), mask=(at < left)[:, None]
-    )
+    tl.store(out_ptr + at[:, None] * out_row + n[None, :], out.to(out_ptr.dtype.element_ty), mask=(at < left)[:, None])
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -678,4 +674,3 @@ def ssd_backward(
     )  # fmt: skip
     dD = dD.sum(dim=(0, 1, 3)).to(D.dtype)
     return dx, ddt, da.sum(dim=0).to(a.dtype), db, dc, dD, dbias.sum(dim=0).to(dt_bias.dtype), dstate, None
-
