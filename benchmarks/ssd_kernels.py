@@ -4,8 +4,8 @@
 
 Sizes of 2.7B (80 heads of 64, state 128, width 2560) in bf16; norms, convolution and scan, forward and backward, and
 the inside of a mixer as a whole, at several lengths. `first_s` is what the first call of a fresh process took:
-compilation, and tuning where a package tunes. `--sweep` times our scan's kernels with other settings instead, every
-kernel for itself; the table in `ops_ssd_triton` comes from there.
+compilation, and tuning where a package tunes. `--sweep` times our kernels with other settings instead, each for
+itself; the table in `ops_triton_settings` comes from there.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from result_tables import hardware, row_writer
 
-from video_ma2mba.modeling_video_ma2mba import ops_ssd_triton
 from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import CoreWeights, MixerShape, mixer_core
 from video_ma2mba.modeling_video_ma2mba.ops_conv import CAUSAL_CONV
 from video_ma2mba.modeling_video_ma2mba.ops_norm import ADD_RMS_NORM, GATED_RMS_NORM
@@ -136,44 +135,58 @@ def measure(names: list[str], lengths: list[int], write) -> None:
             })  # fmt: skip
 
 
-KERNELS = {  # kernel of the profile -> field of the settings
-    "scores_kernel": "scores", "chunk_state_kernel": "states", "chunk_scan_kernel": "scan", "dx_kernel": "dx",
-    "dscores_kernel": "dscores", "rows_by_states_kernel": "rows", "finish_kernel": "finish",
-    "state_passing_kernel": "passing", "state_passing_backward_kernel": "passing",
+PAIRS = list(itertools.product((2, 4, 8), (1, 2, 3, 4)))
+CHANNELS = ((32, 1), (64, 1), (128, 1), (128, 2), (256, 2))
+TRIED = {  # field of the settings -> operation, what to try
+    "add_norm": ("add_rms_norm", [(w, v, n) for w, v in ((2, 2), (4, 4), (8, 8), (1, 16)) for n in (1, 2, 4, 8)]),
+    "gated_norm": ("gated_rms_norm", [(w, v, n) for w, v in ((2, 4), (4, 8), (8, 16), (16, 32)) for n in (1, 2, 4)]),
+    "conv_forward": ("causal_conv", [(t, *c) for t in (16, 32, 64, 128) for c in CHANNELS]),
+    "conv_backward": ("causal_conv", [(t, *c) for t in (32, 64, 128, 256) for c in CHANNELS]),
+    "scores": ("ssd", [(t, *p) for t in (64, 128) for p in PAIRS[4:]]),
+    "chunk_state": ("ssd", [(t, *p) for t in (32, 64, 128) for p in PAIRS]),
+    "chunk_scan": ("ssd", [(t, *p) for t in (32, 64, 128) for p in PAIRS]),
+    "dx": ("ssd", [(t, *p) for t in (32, 64, 128) for p in PAIRS]),
+    "dscores": ("ssd", [(t, *p) for t in (32, 64) for p in PAIRS]),
+    "rows_by_states": ("ssd", [(t, *p) for t in (32, 64, 128) for p in PAIRS]),
+    "finish": ("ssd", [(t, *p) for t in (32, 64) for p in PAIRS]),
+    "state_passing": ("ssd", [(b, w) for b in (128, 256, 512, 1024, 2048) for w in (1, 2, 4, 8) if b >= 32 * w]),
+    "programs": ("ssd", [512, 1024, 4096, 8192]),
 }  # fmt: skip
 
 
-def sweep(tokens: int, write) -> None:
-    """Our scan, forward and backward, with one setting for all kernels at a time; every kernel's own time."""
-    operation, tensors, options, gradients, into = operations(tokens)["ssd"]
-    backend = operation.named("triton")
-    choices = [
-        ops_ssd_triton.SSDSettings(tile, *[(warps, stages)] * 7)
-        for tile, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 3, 4))
-    ]
-    choices += [replace(ops_ssd_triton.SSDSettings(), passing=block, programs=n)
-                for block, n in ((256, 1024), (1024, 4096), (2048, 8192))]  # fmt: skip
-    for choice in choices:
-        ops_ssd_triton.force_settings(choice)
-        row = {"tokens": tokens, "tile": choice.tile, "warps": choice.scan[0], "stages": choice.scan[1],
-               "passing": choice.passing, "programs": choice.programs}  # fmt: skip
-        try:
-            _, kept = backend.forward(*tensors, **options)
-            backend.backward(tensors, kept, gradients, into, **options)
-            torch.cuda.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                for _ in range(3):
-                    _, kept = backend.forward(*tensors, **options)
-                    backend.backward(tensors, kept, gradients, into, **options)
+def sweep(tokens: int, fields: list[str], write) -> None:
+    """Our kernels with other settings, one field at a time; the time of every kernel that ran, largest first."""
+    from video_ma2mba.modeling_video_ma2mba import ops_triton_settings
+
+    table = ops_triton_settings.settings_for(torch.device("cuda"))
+    cases = operations(tokens)
+    for field in fields:
+        name, tried = TRIED[field]
+        operation, tensors, options, gradients, into = cases[name]
+        backend = operation.named("triton")
+        for value in [getattr(table, field), *tried]:
+            ops_triton_settings.force_settings(replace(table, **{field: value}))
+            row = {"tokens": tokens, "field": field, "value": str(value)}
+
+            def run(backend=backend, tensors=tensors, options=options, gradients=gradients, into=into) -> None:
+                _, kept = backend.forward(*tensors, **options)
+                backend.backward(tensors, kept, gradients, into, **options)
+
+            try:
+                run()
                 torch.cuda.synchronize()
-        except Exception as error:  # too much shared memory for this card
-            write(row | {"kernel": "all", "note": type(error).__name__})
-            continue
-        for event in profile.key_averages():
-            if event.self_device_time_total:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                    for _ in range(3):
+                        run()
+                    torch.cuda.synchronize()
+            except Exception as error:  # too much shared memory for this card
+                write(row | {"note": type(error).__name__})
+                continue
+            found = [e for e in profile.key_averages() if e.self_device_time_total]
+            for event in sorted(found, key=lambda e: -e.self_device_time_total):
                 ns = event.self_device_time_total * 1e3 / 3 / tokens
                 write(row | {"kernel": event.key[:60], "ns_per_token": f"{ns:.4g}"})
-    ops_ssd_triton.force_settings(None)
+    ops_triton_settings.force_settings(None)
 
 
 def main() -> None:
@@ -181,16 +194,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="CSV to write, row by row")
     parser.add_argument("--kernels", default="triton,mamba_ssm", help="backends, separated by commas")
     parser.add_argument("--lengths", default="4096,8192,16384,65536", help="tokens, separated by commas")
-    parser.add_argument("--sweep", action="store_true", help="time our scan with other settings, at the first length")
+    parser.add_argument("--sweep", nargs="?", const=",".join(TRIED), help="fields of the settings to try others of")
     args = parser.parse_args()
     lengths = [int(n) for n in args.lengths.split(",")]
     names = ["what", "kernels", "tokens", "ns_per_token", "predicted_ns", "first_s"]
     if args.sweep:
-        names = ["tokens", "tile", "warps", "stages", "passing", "programs", "kernel", "ns_per_token", "note"]
+        names = ["tokens", "field", "value", "kernel", "ns_per_token", "note"]
     about = {"hardware": hardware("cuda"), "date": datetime.date.today().isoformat(), "torch": torch.__version__}
     write = row_writer(args.out, [*names, *about], **about)
     if args.sweep:
-        sweep(lengths[0], write)
+        sweep(lengths[0], args.sweep.split(","), write)
     else:
         measure(args.kernels.split(","), lengths, write)
 

@@ -130,5 +130,5 @@ _TRITON = Backend(
 # Autograd keeps what the taps read and what SiLU reads; the output belongs to whoever uses it.
 _TORCH = Backend("torch", causal_conv_torch, kept_bytes=lambda itemsize, channels: 2 * itemsize * channels)
 CAUSAL_CONV = Operation("causal_conv", (_TRITON, _MAMBA_SSM, _TORCH))
-"""Sizes: channels; offset, numbers in memory before the first channel; width, of the convolution. Kernels take (x, weight, bias, state, seq_idx)
-and return the convolution without the state; `into`: the gradient of x."""
+"""Sizes: channels; offset, numbers in memory before the first channel; width, of the convolution. Kernels take (x,
+weight, bias, state, seq_idx) and return the convolution without the state; `into`: the gradient of x."""

@@ -16,6 +16,8 @@ try:  # the guard keeps transformers from demanding it
 except ModuleNotFoundError as error:
     raise ImportError("these kernels need triton, which comes with PyTorch's CUDA builds") from error
 
+from .ops_triton_settings import settings_for
+
 AHEAD = 4
 """Tokens whose inputs are loaded at once."""
 
@@ -177,13 +179,15 @@ def conv_backward_kernel(
     tl.store(sums_ptr + 4 * channels + channel, sums, mask=inside)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, tokens: int) -> tuple[Any, Any]:
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, settings: tuple[int, int, int]
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and the arguments that forward and backward share."""
-    channels, block = x.shape[2], 128
-    grid = (triton.cdiv(channels, block), triton.cdiv(x.shape[1], tokens), x.shape[0])
+    tokens, block, warps = settings
+    grid = (triton.cdiv(x.shape[2], block), triton.cdiv(x.shape[1], tokens), x.shape[0])
     return grid, {
         "BIAS": bias is not None, "PACKED": ids is not None, "WIDTH": weight.shape[1], "CHANNELS": block,
-        "TOKENS": tokens, "AHEAD": AHEAD, "num_warps": 1,
+        "TOKENS": tokens, "AHEAD": AHEAD, "num_warps": warps,
     }  # fmt: skip
 
 
@@ -197,7 +201,7 @@ def conv_forward(
     """`causal_conv` for the registry of operations, without the new state; ids: (B, W-1+S) int32."""
     x = _neighbours(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid, options = _launch(x, weight, bias, ids, 64)
+    grid, options = _launch(x, weight, bias, ids, settings_for(x.device).conv_forward)
     ids = None if ids is None else ids.contiguous()
     conv_forward_kernel[grid](
         x, weight.contiguous(), bias, state.contiguous(), x if ids is None else ids, out, x.shape[1], x.stride(1),
@@ -217,7 +221,7 @@ def conv_backward(
     x, dout = _neighbours(x), _neighbours(gradients[0])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
     dstate = torch.empty_like(state, memory_format=torch.contiguous_format)
-    grid, options = _launch(x, weight, bias, ids, 128)
+    grid, options = _launch(x, weight, bias, ids, settings_for(x.device).conv_backward)
     ids = None if ids is None else ids.contiguous()
     sums = torch.empty(grid[2] * grid[1], 5, x.shape[2], dtype=torch.float32, device=x.device)
     conv_backward_kernel[grid](

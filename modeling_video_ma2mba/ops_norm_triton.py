@@ -5,8 +5,6 @@ weight's gradient of theirs in registers, which a sum over the programs ends; re
 row is a power of two of channels and a rest, so that the widths of the released models leave no lane idle.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,8 @@ try:  # the guard keeps transformers from demanding it
     import triton.language as tl
 except ModuleNotFoundError as error:
     raise ImportError("these kernels need triton, which comes with PyTorch's CUDA builds") from error
+
+from .ops_triton_settings import settings_for
 
 
 @triton.jit
@@ -192,21 +192,17 @@ def gated_norm_backward_kernel(
         _store(dweight_ptr, later, width, dweight_rest)
 
 
-def _pieces(width: int) -> dict[str, Any]:
-    """The largest power of two within a row, what is left rounded up to one, and warps for them."""
+def _pieces(width: int) -> dict[str, int]:
+    """The largest power of two within a row, and what is left rounded up to one."""
     main = 1 << (width.bit_length() - 1)
     rest = width - main
-    return {
-        "MAIN": main,
-        "REST": max(16, 1 << (rest - 1).bit_length()) if rest else 0,
-        "num_warps": min(8, max(1, main // 512)),
-    }
+    return {"MAIN": main, "REST": max(16, 1 << (rest - 1).bit_length()) if rest else 0}
 
 
-def _programs(device: torch.device, rows: int, width: int) -> int:
-    """How many walk the rows: enough to fill the GPU, each with rows enough to be worth its sum."""
+def _programs(device: torch.device, rows: int, each: int) -> int:
+    """How many walk the rows: `each` a multiprocessor."""
     units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(rows, units * (4 if width > 1024 else 8)))
+    return max(1, min(rows, units * each))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -228,7 +224,7 @@ def add_norm_forward(
     if len(rows):
         add_norm_forward_kernel[(len(rows),)](
             rows, changes, weight, normed, total, rstd, 0 if changes is None else changes.stride(0), width, eps,
-            ADD=changes is not None, **_pieces(width),
+            ADD=changes is not None, num_warps=settings_for(rows.device).add_norm[0], **_pieces(width),
         )  # fmt: skip
     kept = (total, rstd) if delta is None else (total, rstd, delta.new_empty(0))
     return (normed.view(residual.shape), total.view(residual.shape)), kept
@@ -253,14 +249,15 @@ def add_norm_backward(
         dnormed = torch.zeros_like(total, dtype=dtype)
     dnormed = dnormed.reshape(-1, width).contiguous()
     dtotal = None if dtotal is None else dtotal.reshape(-1, width).contiguous()
-    programs = _programs(total.device, len(total), width)
+    _, warps, each = settings_for(total.device).add_norm
+    programs = _programs(total.device, len(total), each)
     dresidual = torch.empty_like(total)
     ddelta = torch.empty(total.shape, dtype=like_delta[0].dtype, device=total.device) if like_delta else None
     dweight = torch.zeros(programs, width, dtype=torch.float32, device=total.device)
     if len(total):
         add_norm_backward_kernel[(programs,)](
             total, weight, rstd, dnormed, dtotal, dresidual, ddelta, dweight, len(total), width,
-            SUM=dtotal is not None, ADD=ddelta is not None, **_pieces(width),
+            SUM=dtotal is not None, ADD=ddelta is not None, num_warps=warps, **_pieces(width),
         )  # fmt: skip
     ddelta = None if ddelta is None else ddelta.view(shape)
     return dresidual.view(shape), ddelta, dweight.sum(dim=0).to(weight.dtype)
@@ -276,7 +273,7 @@ def gated_norm_forward(
     if len(rows):
         gated_norm_forward_kernel[(len(rows), groups)](
             rows, gates, weight, out, rstd, rows.stride(0), gates.stride(0), inner, inner // groups, eps,
-            **_pieces(inner // groups),
+            num_warps=settings_for(y.device).gated_norm[0], **_pieces(inner // groups),
         )  # fmt: skip
     return (out.view(y.shape),), (rstd,)
 
@@ -297,11 +294,12 @@ def gated_norm_backward(
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if into is None else into
     dgates = dz.view(-1, inner)
     dy = torch.empty_like(rows)
-    programs = _programs(y.device, len(rows), width)
+    _, warps, each = settings_for(y.device).gated_norm
+    programs = _programs(y.device, len(rows), each)
     dweight = torch.zeros(programs, inner, dtype=torch.float32, device=y.device)
     if len(rows):
         gated_norm_backward_kernel[(programs, groups)](
             rows, gates, weight, kept[0], dout, dy, dgates, dweight, inner, gates.stride(0), dout.stride(0),
-            dgates.stride(0), len(rows), width, **_pieces(width),
+            dgates.stride(0), len(rows), width, num_warps=warps, **_pieces(width),
         )  # fmt: skip
     return dy.view(y.shape), dz, dweight.sum(dim=0).to(weight.dtype)

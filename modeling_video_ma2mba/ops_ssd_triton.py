@@ -11,9 +11,6 @@ Legend: B batch, S tokens, H heads, P head width, N state size, G groups, Q chun
 summed decays a_i: y_i = exp(a_i) C_i S + sum over j <= i of (C_i B_j) exp(a_i - a_j) s_j x_j + D x_i.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,39 +20,7 @@ try:  # the guard keeps transformers from demanding it
 except ModuleNotFoundError as error:
     raise ImportError("these kernels need triton, which comes with PyTorch's CUDA builds") from error
 
-
-@dataclass(frozen=True)
-class SSDSettings:
-    """How to launch: tokens of a tile, warps and stages of loading ahead, for each kind of kernel."""
-
-    tile: int = 64
-    scores: tuple[int, int] = (4, 2)
-    states: tuple[int, int] = (4, 3)
-    scan: tuple[int, int] = (4, 3)
-    dx: tuple[int, int] = (4, 3)
-    dscores: tuple[int, int] = (4, 2)
-    rows: tuple[int, int] = (4, 2)
-    finish: tuple[int, int] = (4, 2)
-    passing: int = 512
-    programs: int = 2048
-
-
-_TABLE = {(9, 0): SSDSettings()}
-_forced: SSDSettings | None = None
-
-
-def settings_for(device: torch.device) -> SSDSettings:
-    """Settings of the table for this GPU; cards that were not measured take those of the one that was."""
-    if _forced is not None:
-        return _forced
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return _TABLE.get(capability, SSDSettings())
-
-
-def force_settings(settings: SSDSettings | None) -> None:
-    """Launch with these settings from now on; None goes back to the table. For tests and the tuning sweep."""
-    global _forced
-    _forced = settings
+from .ops_triton_settings import KernelSettings, settings_for
 
 
 @triton.jit
@@ -116,10 +81,7 @@ def scores_kernel(
     m, n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     batch, group = (tl.program_id(2) // groups).to(tl.int64), tl.program_id(2) % groups
-    if TRANSPOSED:
-        needed = m <= n
-    else:
-        needed = m >= n
+    needed = m <= n if TRANSPOSED else m >= n
     if needed:
         rows, columns = m * TILE + tl.arange(0, TILE), n * TILE + tl.arange(0, TILE)
         k = tl.arange(0, N)
@@ -149,10 +111,7 @@ def chunk_state_kernel(
     sums = ((batch * heads + head) * chunks + chunk) * Q
     if PACKED:
         ids_ptr += batch * S + start
-        if ENDS:
-            border = tl.load(ids_ptr + tl.minimum(left, Q) - 1)
-        else:
-            border = _id_before(ids_ptr, chunk, Q)
+        border = tl.load(ids_ptr + tl.minimum(left, Q) - 1) if ENDS else _id_before(ids_ptr, chunk, Q)
     end = tl.load(total_ptr + sums + Q - 1)
     p, n = tl.arange(0, P), tl.arange(0, N)
     state = tl.zeros([P, N], tl.float32)
@@ -160,10 +119,7 @@ def chunk_state_kernel(
         at = token + tl.arange(0, TILE)
         there = at < left
         total = tl.load(total_ptr + sums + at)
-        if ENDS:
-            scale = tl.exp(tl.minimum(end - total, 0.0)) * tl.load(steps_ptr + sums + at)
-        else:
-            scale = tl.exp(total)
+        scale = tl.exp(tl.minimum(end - total, 0.0)) * tl.load(steps_ptr + sums + at) if ENDS else tl.exp(total)
         if PACKED:
             scale = tl.where(_ids(ids_ptr, at, there) == border, scale, 0.0)
         b = _tile(b_ptr, at, b_row, n, there)
@@ -415,10 +371,7 @@ def rows_by_states_kernel(
     states_ptr += (batch * chunks + chunk) * heads * P * N
     if PACKED:
         ids_ptr += batch * S + start
-        if ENDS:
-            border = tl.load(ids_ptr + tl.minimum(left, Q) - 1)
-        else:
-            border = _id_before(ids_ptr, chunk, Q)
+        border = tl.load(ids_ptr + tl.minimum(left, Q) - 1) if ENDS else _id_before(ids_ptr, chunk, Q)
         kept = _ids(ids_ptr, at, there) == border
     if not ENDS:
         c = _tile(with_ptr + batch * with_batch + start * with_row + group * N, at, with_row, n, there)
@@ -473,10 +426,7 @@ def finish_kernel(
         low, high = 0, (m + 1) * TILE
     for token in range(low, high, TILE):
         k = token + tl.arange(0, TILE)
-        if EARLIER:
-            where = at[:, None] * Q + k[None, :]
-        else:
-            where = k[None, :] * Q + at[:, None]
+        where = at[:, None] * Q + k[None, :] if EARLIER else k[None, :] * Q + at[:, None]
         dscores = tl.zeros([TILE, TILE], tl.float32)
         for split in range(0, score_splits):
             dscores += tl.load(dscores_ptr + split * size * Q + where)
@@ -542,8 +492,9 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x if dense else x.contiguous()
 
 
-def _options(warps_and_stages: tuple[int, int]) -> dict[str, int]:
-    return {"num_warps": warps_and_stages[0], "num_stages": warps_and_stages[1]}
+def _options(settings: tuple[int, int, int], chunk: int) -> dict[str, int]:
+    """Of one kernel: a tile is no longer than a chunk."""
+    return {"TILE": min(settings[0], chunk), "num_warps": settings[1], "num_stages": settings[2]}
 
 
 def ssd_forward(
@@ -557,43 +508,43 @@ def ssd_forward(
     batch, tokens, heads, width = x.shape
     groups, size = b.shape[2:]
     chunks, use = triton.cdiv(tokens, chunk_size), settings_for(x.device)
-    tile = min(use.tile, chunk_size)
-    dims = {"Q": chunk_size, "P": width, "N": size, "TILE": tile}
+    dims = {"Q": chunk_size, "P": width, "N": size}
     packed, ids = ids is not None, x if ids is None else ids.contiguous()
     fp32 = {"dtype": torch.float32, "device": x.device}
     steps, total = torch.empty(2, batch, heads, chunks, chunk_size, **fp32).unbind(0)
     steps_kernel[(triton.cdiv(heads, 8), chunks, batch)](
         dt, a, dt_bias, steps, total, tokens, dt.stride(1), dt.stride(0), *dt_limit, heads, Q=chunk_size, HEADS=8,
     )  # fmt: skip
-    scores = _scores(c, b, chunk_size, False, use, tile)
+    scores = _scores(c, b, chunk_size, False, use)
     added = torch.empty(batch, chunks, heads, width, size, **fp32)
     chunk_state_kernel[(heads, chunks, batch)](
         x, b, steps, total, ids, added, tokens, x.stride(1), x.stride(0), b.stride(1), b.stride(0), heads,
-        heads // groups, ENDS=True, PACKED=packed, **dims, **_options(use.states),
+        heads // groups, ENDS=True, PACKED=packed, **dims, **_options(use.chunk_state, chunk_size),
     )  # fmt: skip
     states, new_state = torch.empty_like(added, dtype=x.dtype), torch.empty(state.shape, **fp32)
-    numbers, block = width * size, min(use.passing, width * size)
+    numbers, block = width * size, min(use.state_passing[0], width * size)
     state_passing_kernel[(triton.cdiv(numbers, block), heads, batch)](
         added, total, state.contiguous(), ids, states, new_state, tokens, chunks, heads, numbers, PACKED=packed,
-        Q=chunk_size, BLOCK=block,
+        Q=chunk_size, BLOCK=block, num_warps=use.state_passing[1],
     )  # fmt: skip
     del added
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    chunk_scan_kernel[(heads * (chunk_size // tile), chunks, batch)](
+    tiles = chunk_size // min(use.chunk_scan[0], chunk_size)
+    chunk_scan_kernel[(heads * tiles, chunks, batch)](
         x, c, scores, steps, total, states, D, ids, y, tokens, x.stride(1), x.stride(0), c.stride(1), c.stride(0),
-        heads, groups, PACKED=packed, **dims, **_options(use.scan),
+        heads, groups, PACKED=packed, **dims, **_options(use.chunk_scan, chunk_size),
     )  # fmt: skip
     return (y, new_state), (steps, total, states)
 
 
-def _scores(first: Tensor, second: Tensor, chunk: int, transposed: bool, use: SSDSettings, tile: int) -> Tensor:
+def _scores(first: Tensor, second: Tensor, chunk: int, transposed: bool, use: KernelSettings) -> Tensor:
     """first second^T within chunks, (B, c, G, Q, Q) in fp32; only the triangle that is needed is written."""
     batch, tokens, groups, size = first.shape
-    chunks = triton.cdiv(tokens, chunk)
+    chunks, tile = triton.cdiv(tokens, chunk), min(use.scores[0], chunk)
     out = torch.empty(batch, chunks, groups, chunk, chunk, dtype=torch.float32, device=first.device)
     scores_kernel[((chunk // tile) ** 2, chunks, batch * groups)](
         first, second, out, tokens, first.stride(1), first.stride(0), second.stride(1), second.stride(0), groups,
-        TRANSPOSED=transposed, Q=chunk, N=size, TILE=tile, **_options(use.scores),
+        TRANSPOSED=transposed, Q=chunk, N=size, **_options(use.scores, chunk),
     )  # fmt: skip
     return out
 
@@ -618,9 +569,7 @@ def ssd_backward(
     batch, tokens, heads, width = x.shape
     groups, size = b.shape[2:]
     chunks, use = steps.shape[2], settings_for(x.device)
-    tile = min(use.tile, chunk_size)
-    tiles = chunk_size // tile
-    dims = {"Q": chunk_size, "P": width, "TILE": tile}
+    dims = {"Q": chunk_size, "P": width}
     packed, ids = ids is not None, x if ids is None else ids.contiguous()
     fp32 = {"dtype": torch.float32, "device": x.device}
     xs, dys, bs, cs = ((t.stride(1), t.stride(0)) for t in (x, dy, b, c))
@@ -628,43 +577,46 @@ def ssd_backward(
     dstates = torch.empty(batch, chunks, heads, width, size, **fp32)
     chunk_state_kernel[(heads, chunks, batch)](
         dy, c, steps, total, ids, dstates, tokens, *dys, *cs, heads, heads // groups, ENDS=False, PACKED=packed,
-        N=size, **dims, **_options(use.states),
+        N=size, **dims, **_options(use.chunk_state, chunk_size),
     )  # fmt: skip
-    numbers, block = width * size, min(use.passing, width * size)
+    numbers, block = width * size, min(use.state_passing[0], width * size)
     blocks = triton.cdiv(numbers, block)
     dcarry = torch.empty(batch, heads, chunks, blocks, **fp32)
     dstate = torch.empty(batch, heads, width, size, **fp32)
     state_passing_backward_kernel[(blocks, heads, batch)](
         dstates, states, total, dstate if dnew_state is None else dnew_state.contiguous(), ids, dcarry, dstate,
         tokens, chunks, heads, numbers, END=dnew_state is not None, PACKED=packed, Q=chunk_size, BLOCK=block,
+        num_warps=use.state_passing[1],
     )  # fmt: skip
 
-    scores = _scores(b, c, chunk_size, True, use, tile)
+    scores = _scores(b, c, chunk_size, True, use)
+    tiles = chunk_size // min(use.dx[0], chunk_size)
     dsteps, dends, dstarts = torch.empty(3, *steps.shape, **fp32).unbind(0)
     dD = torch.empty(batch, chunks, heads, tiles, **fp32)
     dx_kernel[(heads * tiles, chunks, batch)](
         x, b, scores, steps, total, dstates, D, ids, dy, dx, dsteps, dends, dD, tokens, *xs, *bs, *dys, dx.stride(1),
-        dx.stride(0), heads, groups, PACKED=packed, N=size, **dims, **_options(use.dx),
+        dx.stride(0), heads, groups, PACKED=packed, N=size, **dims, **_options(use.dx, chunk_size),
     )  # fmt: skip
-    per_group = heads // groups
+    per_group, tiles = heads // groups, chunk_size // min(use.dscores[0], chunk_size)
     score_splits = _splits(per_group, batch * chunks * groups * tiles * (tiles + 1) // 2, use.programs)
     dscores = torch.empty(score_splits, *scores.shape, **fp32)
     later, earlier = torch.empty(2, batch, heads, chunks, tiles, chunk_size, **fp32).unbind(0)
     dscores_kernel[(tiles * tiles, chunks, batch * groups * score_splits)](
         x, dy, scores, steps, total, ids, dscores, later, earlier, tokens, *xs, *dys, heads, groups, score_splits,
-        PACKED=packed, **dims, **_options(use.dscores),
+        PACKED=packed, **dims, **_options(use.dscores, chunk_size),
     )  # fmt: skip
     del scores
-    splits = _splits(per_group, batch * chunks * groups * tiles, use.programs)
+    row_tiles, finish_tiles = (chunk_size // min(s[0], chunk_size) for s in (use.rows_by_states, use.finish))
+    splits = _splits(per_group, batch * chunks * groups * row_tiles, use.programs)
     for rows, row_strides, held, other, out, ends in ((x, xs, dstates, c, db, True), (dy, dys, states, b, dc, False)):
         parts = torch.empty(splits, batch, chunks, groups, chunk_size, size, **fp32)
-        rows_by_states_kernel[(tiles, chunks, batch * groups * splits)](
+        rows_by_states_kernel[(row_tiles, chunks, batch * groups * splits)](
             rows, held, c, steps, total, ids, parts, dstarts, tokens, *row_strides, *cs, heads, groups, splits,
-            ENDS=ends, PACKED=packed, N=size, **dims, **_options(use.rows),
+            ENDS=ends, PACKED=packed, N=size, **dims, **_options(use.rows_by_states, chunk_size),
         )  # fmt: skip
-        finish_kernel[(tiles, chunks, batch * groups)](
+        finish_kernel[(finish_tiles, chunks, batch * groups)](
             parts, dscores, other, out, tokens, other.stride(1), other.stride(0), out.stride(1), out.stride(0),
-            groups, splits, score_splits, EARLIER=ends, Q=chunk_size, N=size, TILE=tile, **_options(use.finish),
+            groups, splits, score_splits, EARLIER=ends, Q=chunk_size, N=size, **_options(use.finish, chunk_size),
         )  # fmt: skip
     da, dbias = torch.empty(2, batch * chunks, heads, **fp32).unbind(0)
     steps_backward_kernel[(heads, chunks, batch)](
