@@ -64,7 +64,9 @@ def steps_kernel(
     raw += tl.load(bias_ptr + head, mask=known, other=0.0).to(tl.float32)[None, :]
     step = tl.minimum(tl.maximum(_softplus(raw), low), high)
     step = tl.where(there, step, 0.0)
-    total = tl.cumsum(step * tl.load(a_ptr + head, mask=known, other=0.0).to(tl.float32)[None, :], axis=0)
+    # exp(-104) is zero in fp32: a faster decay would only cost the sums behind it their last digits.
+    decay = tl.maximum(step * tl.load(a_ptr + head, mask=known, other=0.0).to(tl.float32)[None, :], -104.0)
+    total = tl.cumsum(decay, axis=0)
     out = ((batch * heads + head[None, :]) * chunks + chunk) * Q + token[:, None]
     tl.store(steps_ptr + out, step, mask=known[None, :])
     tl.store(total_ptr + out, total, mask=known[None, :])
@@ -112,7 +114,7 @@ def chunk_state_kernel(
     if PACKED:
         ids_ptr += batch * S + start
         border = tl.load(ids_ptr + tl.minimum(left, Q) - 1) if ENDS else _id_before(ids_ptr, chunk, Q)
-    end = tl.load(total_ptr + sums + Q - 1)
+    end = tl.load(total_ptr + sums + tl.minimum(left, Q) - 1)
     p, n = tl.arange(0, P), tl.arange(0, N)
     state = tl.zeros([P, N], tl.float32)
     for token in range(0, Q, TILE):
@@ -133,9 +135,10 @@ def chunk_state_kernel(
 @triton.jit
 def _carry(total_ptr, ids_ptr, chunk, S, PACKED: tl.constexpr, Q: tl.constexpr):
     """How much of the state that enters a chunk is left behind it. `total_ptr` is at the first chunk."""
-    kept = tl.exp(tl.load(total_ptr + chunk * Q + Q - 1))
+    end = tl.minimum(S - chunk * Q, Q) - 1  # not beyond the last token: sums of nothing round
+    kept = tl.exp(tl.load(total_ptr + chunk * Q + end))
     if PACKED:
-        last = tl.load(ids_ptr + tl.minimum(S, (chunk + 1) * Q) - 1)
+        last = tl.load(ids_ptr + chunk * Q + end)
         before = tl.load(ids_ptr + chunk * Q - 1, mask=chunk > 0, other=0)
         kept = tl.where(last == before, kept, 0.0)
     return kept
@@ -272,7 +275,7 @@ def dx_kernel(
     scores_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
     dstates_ptr += ((batch * chunks + chunk) * heads + head) * P * N
     total, step = tl.load(total_ptr + sums + rows), tl.load(steps_ptr + sums + rows)
-    to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + Q - 1) - total, 0.0))
+    to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + tl.minimum(left, Q) - 1) - total, 0.0))
     if PACKED:
         ids_ptr += batch * S + start
         sample = _ids(ids_ptr, rows, there)
@@ -382,7 +385,7 @@ def rows_by_states_kernel(
         sums = ((batch * heads + head) * chunks + chunk) * Q
         total = tl.load(total_ptr + sums + at)
         if ENDS:
-            end = tl.load(total_ptr + sums + Q - 1)
+            end = tl.load(total_ptr + sums + tl.minimum(left, Q) - 1)
             scale = tl.exp(tl.minimum(end - total, 0.0)) * tl.load(steps_ptr + sums + at)
         else:
             scale = tl.exp(total)
