@@ -6,6 +6,7 @@ backend is a pair of functions, forward and backward, with a declaration of what
 """
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,10 +74,13 @@ class Backend:
     fits: Callable[[Call], bool] = lambda call: True
 
 
+@functools.cache
 def triton_available() -> bool:
     """Whether this package's own kernels can run: Triton comes with PyTorch's CUDA builds, and products of bf16 with
     the GPUs of 2020 and later."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 class Operation:

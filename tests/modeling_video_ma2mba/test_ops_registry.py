@@ -15,17 +15,17 @@ from video_ma2mba.modeling_video_ma2mba.ops_registry import Backend, Operation, 
 from video_ma2mba.modeling_video_ma2mba.ops_ssd import SSD, ssd_sizes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SIZES = ssd_sizes(4, 8, 16, 1, 256, (0.0, float("inf")))
+SIZES = ssd_sizes(4, 16, 16, 1, 256, (0.0, float("inf")))
 SIXTEEN = (torch.bfloat16, torch.float16)
 
 
-def shape(head_dim: int = 8, state_size: int = 8, limit: tuple[float, float] = (0.0, float("inf"))) -> MixerShape:
+def shape(head_dim: int = 16, state_size: int = 16, limit: tuple[float, float] = (0.0, float("inf"))) -> MixerShape:
     return MixerShape(4, head_dim, state_size, 1, 4, 256, 1e-5, limit)
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As where both kernel packages import."""
+    """As on an NVIDIA GPU, and where both kernel packages import."""
     for operation in (CAUSAL_CONV, SSD, ADD_RMS_NORM, GATED_RMS_NORM):
         backends = tuple(
             Backend(**{**vars(backend), "available": lambda: True}) for backend in operation.backends
@@ -36,9 +36,9 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32, torch.float64])
 def test_a_call_goes_where_it_is_served(installed, dtype):
     """CPU tensors run in PyTorch whatever is installed, and so do types that the kernels would round."""
-    expected = "mamba_ssm" if dtype in SIXTEEN else "torch"
+    expected = "triton" if dtype in SIXTEEN else "torch"
     for operation, sizes in (
-        (SSD, SIZES), (CAUSAL_CONV, {"channels": 32, "offset": 64}), (ADD_RMS_NORM, {"width": 3}),
+        (SSD, SIZES), (CAUSAL_CONV, {"channels": 32, "offset": 64, "width": 4}), (ADD_RMS_NORM, {"width": 3}),
         (GATED_RMS_NORM, {"width": 32, "groups": 1}),
     ):  # fmt: skip
         assert operation.pick(CPU, dtype, 10, **sizes).name == "torch"
@@ -46,28 +46,50 @@ def test_a_call_goes_where_it_is_served(installed, dtype):
     assert CoreBackends.pick(shape(), CUDA, dtype, 10).fused == (dtype in SIXTEEN)
 
 
-def test_without_the_packages_everything_runs_in_pytorch():
-    if ops_mamba_ssm.kernels_available():
-        pytest.skip("the kernel packages are installed here")
+def test_sizes_that_our_kernels_do_not_serve_go_to_the_packages(installed):
+    """A head width that is no power of two; a wide convolution."""
+    sizes = ssd_sizes(4, 24, 16, 1, 256, (0.0, float("inf")))
+    assert SSD.pick(CUDA, torch.bfloat16, 10, **sizes).name == "mamba_ssm"
+    names = [b.name for b in CoreBackends.pick(shape(head_dim=24), CUDA, torch.bfloat16, 10)]
+    assert names == ["triton", "mamba_ssm", "triton"]
+
+
+def test_without_a_gpu_everything_runs_in_pytorch():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
     assert SSD.pick(CUDA, torch.bfloat16, 10, **SIZES).name == "torch"
     assert not CoreBackends.pick(shape(), CUDA, torch.bfloat16, 10).fused
 
 
+@pytest.mark.parametrize("forced", [None, "triton", "mamba_ssm"])
 @pytest.mark.parametrize(
     ("own", "tokens", "padded"),
     [
-        (shape(head_dim=3, state_size=6), 10, False),  # gate and convolution input are not aligned
-        (shape(state_size=5), 10, False),  # channels are no multiple of 8
         (shape(), 1, False),  # a single token
         (shape(limit=(0.01, 0.1)), 10, True),  # padding would take steps of the least size
     ],
 )
-@pytest.mark.parametrize("forced", [None, "mamba_ssm"])
-def test_what_the_kernels_cannot_compute_runs_in_pytorch(installed, own, tokens, padded, forced):
+def test_what_no_kernels_can_compute_runs_in_pytorch(installed, own, tokens, padded, forced):
     with force_backend(forced):
         assert CoreBackends.pick(shape(), CUDA, torch.bfloat16, 10, padded=padded).fused
         picked = CoreBackends.pick(own, CUDA, torch.bfloat16, tokens, padded=padded)
     assert [backend.name for backend in picked] == ["torch"] * 3
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        shape(head_dim=3, state_size=6),  # gate and convolution input are not aligned
+        shape(state_size=5),  # channels are no multiple of 8
+    ],
+)
+@pytest.mark.parametrize("forced", ["triton", "mamba_ssm"])
+def test_what_some_kernels_cannot_compute_runs_in_pytorch_when_they_are_asked_for(installed, own, forced):
+    """Ours want powers of two in the scan, the packages' alignment in the convolution."""
+    with force_backend(forced):
+        picked = CoreBackends.pick(own, CUDA, torch.bfloat16, 10)
+    assert [backend.name for backend in picked] == ["torch"] * 3
+    assert CoreBackends.pick(own, CUDA, torch.bfloat16, 10).fused  # each where it can
 
 
 def test_the_forced_backend_runs_and_is_forgotten():

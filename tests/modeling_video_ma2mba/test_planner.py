@@ -21,7 +21,7 @@ from video_ma2mba.modeling_video_ma2mba.cost_memory import (
 )
 from video_ma2mba.modeling_video_ma2mba.cost_step import StepJob, layer_parameter_count, predict, predict_job
 from video_ma2mba.modeling_video_ma2mba.cost_vision import VisionLoad
-from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import run_blocks
+from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import CoreBackends, run_blocks
 from video_ma2mba.modeling_video_ma2mba.planner import (
     Limits,
     block_sizes,
@@ -193,7 +193,9 @@ def test_backends_are_asked_what_they_keep_and_reach():
     other = replace(ssd, kept_bytes=lambda **sizes: ssd.kept_bytes(**sizes) + 100, longest_call=lambda row: 7)
     changed = replace(shape, backends=shape.backends._replace(ssd=other))
     assert saved_per_token(changed) == saved_per_token(shape) + 100
-    assert changed.longest_segment == 7 < shape.longest_segment == 2**31 // shape.projected
+    assert changed.longest_segment == 7
+    theirs = StackShape.of(PAPER, kernels=CoreBackends.named("mamba_ssm"))
+    assert theirs.longest_segment == 2**31 // shape.projected < shape.longest_segment  # ours count in 64 bits
 
 
 def test_sizes_of_state_and_parameters(make_text_config):
@@ -339,7 +341,9 @@ def test_a_fixed_plan_is_held_against_a_budget_only_if_one_was_given(make_text_c
 @pytest.mark.parametrize("fixed", [{"method": "per_layer"}, {"segment_length": 300_000}])
 def test_segments_beyond_the_kernels_offsets_are_refused(make_text_config, monkeypatch, fixed: dict):
     model = small_model(make_text_config, layers=1)
-    monkeypatch.setattr(planner, "describe_batch", lambda *_: paper_job(2**19))
+    job = paper_job(2**19)
+    theirs = StackShape.of(PAPER, kernels=CoreBackends.named("mamba_ssm"))
+    monkeypatch.setattr(planner, "describe_batch", lambda *_: replace(job, shape=theirs))
     with pytest.raises(ValueError, match="segment_length to at most 203052"):
         choose_plan(RecomputeSettings(**fixed), model, torch.empty(1, 2**19, 16, device="meta"), None)
     assert (
