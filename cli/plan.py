@@ -26,6 +26,11 @@ def plan(
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames read per second of video.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Samples per step on one GPU.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs that share every video (sequence parallelism).", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs in one machine, which share its memory.", min=1)] = 8,
+    reading: Annotated[
+        bool, typer.Option("--reading", help="Plan reading the video into a state instead of training on it.")
+    ] = False,
     gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU.")] = "80GB",
     host_memory: Annotated[str, typer.Option(help="Memory of the host; 85 % of it may be pinned.")] = "128GB",
     train: Annotated[str, typer.Option(help="Parts that train: lm, projector, vision.")] = "lm,projector,vision",
@@ -38,6 +43,8 @@ def plan(
 ) -> None:
     """Plan a training step: the fastest way that fits, what it takes, and the longest video that would fit.
 
+    With --gpus also how they share the video, what they wait for each other, and the step of one beside it.
+
     Works from a configuration alone: no weights, no GPU. Predictions, not measurements.
     """
     given = {"--frames": frames, "--tokens": tokens, "--video": video}
@@ -49,6 +56,8 @@ def plan(
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     options = {
         "batch": batch,
+        "gpus": gpus,
+        "gpus_per_node": gpus_per_node,
         "gpu_memory": gpu_memory,
         "host_memory": host_memory,
         "train": tuple(part.strip() for part in train.split(",") if part.strip()),
@@ -64,6 +73,14 @@ def plan(
 
         if video is not None:
             frames = count_frames(video, fps)
+        from video_ma2mba.planning.sequence_plan import plan_reading
+    if reading:
+        found = plan_reading(config, frames=frames, tokens=tokens, gpus=gpus, dtype=options["dtype"])
+        if as_json:
+            typer.echo(json.dumps(found.to_dict()))
+        else:
+            show_reading(found)
+        return
     report = make_plan(config, frames=frames, tokens=tokens, **options)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
@@ -137,11 +154,15 @@ def show(report) -> None:
     prediction = report.prediction
     length = f"{report.tokens:,} tokens" + (f" ({report.frames:,} frames)" if report.frames else "")
     rows = "" if report.batch == 1 else f", {report.batch} samples a step"
-    console.print(f"[bold]{length}{rows}[/bold] on a GPU with {gigabytes(report.gpu_memory)}")
+    where = "a GPU" if report.shared is None else f"{report.shared.gpus} GPUs"
+    each = "" if report.shared is None else " each"
+    console.print(f"[bold]{length}{rows}[/bold] on {where} with {gigabytes(report.gpu_memory)}{each}")
     console.print(f"plan: {prediction.plan or 'no checkpointing needed'}")
     if report.checkpointing_arguments is not None:
         console.print(f"      model.gradient_checkpointing_enable({report.checkpointing_arguments})", soft_wrap=True)
 
+    if report.shared is not None:
+        console.print(sharing_text(report), soft_wrap=True)
     console.print(f"GPU memory at the worst moment ({prediction.phase}):")
     table = Table()
     table.add_column("what")
@@ -152,9 +173,16 @@ def show(report) -> None:
     table.add_section()
     table.add_row("in all", f"{prediction.gpu_peak / 1e9:.2f}")
     console.print(table)
-    console.print(f"host memory: {gigabytes(prediction.host_peak)} pinned")
+    per_node = ""
+    if report.shared is not None:
+        nodes = "" if report.shared.nodes == 1 else f" of {report.shared.nodes}"
+        per_node = f" by each GPU, {gigabytes(report.shared.host_per_node)} on one machine{nodes}"
+    console.print(f"host memory: {gigabytes(prediction.host_peak)} pinned{per_node}")
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in prediction.seconds.items())
     console.print(f"forward and backward: {prediction.step_seconds:.1f} s ({parts}; constants of {report.hardware})")
+    if report.shared is not None:
+        alone = report.shared.one_gpu_seconds
+        console.print("the same on one GPU: " + ("fits no plan" if alone is None else f"{alone:.1f} s"))
     longest = f"longest sample that fits: {report.longest_tokens:,} tokens"
     if report.longest_frames is not None:
         longest += f" = {report.longest_frames:,} frames = {report.longest_video} of video"
@@ -172,6 +200,37 @@ def show(report) -> None:
             row.method, cell, f"{p.gpu_peak / 1e9:.1f}", f"{p.host_peak / 1e9:.1f}", f"{p.step_seconds:.1f}", fits
         )
     console.print(table)
+
+
+def sharing_text(report) -> str:
+    """One sentence on how several GPUs share a step."""
+    shared = report.shared
+    each = -(-shared.segments // shared.sequence)
+    text = f"sharing: {shared.segments} segments dealt to {shared.sequence} GPUs, {each} each"
+    if shared.copies > 1:
+        text += f", {shared.copies} such groups with samples of their own"
+    return f"{text}; they wait for each other {shared.idle_share:.1%} of the step"
+
+
+def show_reading(report) -> None:
+    """Print what reading takes."""
+    length = f"{report.tokens:,} tokens" + (f" ({report.frames:,} frames)" if report.frames else "")
+    typer.echo(f"reading {length} on {report.gpus} GPU{'s' if report.gpus > 1 else ''}")
+    if report.gpus > 1:
+        typer.echo(
+            f"sharing: {report.segments} segments dealt to {report.gpus} GPUs, {report.blocks} blocks of layers; "
+            f"they wait for each other {report.idle_share:.1%} of the time"
+        )
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    typer.echo(
+        f"seconds without decoding: {report.total_seconds:.1f} ({parts}; constants of {report.hardware}), "
+        f"{report.tokens / report.total_seconds:,.0f} tokens/s"
+    )
+    if report.gpus > 1:
+        typer.echo(f"the same on one GPU: {report.one_gpu_seconds:.1f} s")
+    parts = ", ".join(f"{name} {gigabytes(value)}" for name, value in report.gpu.items())
+    typer.echo(f"GPU memory, whatever the length: {gigabytes(sum(report.gpu.values()))} ({parts})")
+    typer.echo(f"state: {report.state_bytes / 1e6:.0f} MB")
 
 
 def gigabytes(value: float) -> str:

@@ -88,30 +88,40 @@ def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None,
     blocks = -(-shape.layers // plan.layers_per_block)
     full, rest = divmod(work.tokens, plan.segment_length)
     lengths = [(full, plan.segment_length)] + ([(1, rest)] if rest else [])
-    segments = full + bool(rest)
+    several = full + bool(rest) > 1
     seconds = 0.0
     for count, length in lengths:
-        if not count:
-            continue
-        rows = work.batch * length
-        forward, backward = _layer_seconds(shape, work, rows, costs)
-        layers = shape.layers / blocks  # of an average cell
-        first = layers * forward + costs.cell
-        second = layers * (forward + backward) + costs.cell
-        # Recomputing a cell leaves the product of its last out_proj away (`mixer_mamba2._UnreadLinear`).
-        second -= 2 * shape.width * shape.inner * rows / costs.matmul if shape.kernels else 0
-        if segments > 1:  # read the sums and the new gradients, write the sums
-            second += layers * work.layer_parameters * (8 + work.weight_bytes) / costs.device_memory
-        if plan.offload:
-            stream = shape.stream * shape.width * rows if blocks > 1 else 0
-            states = layers * work.batch * shape.state_bytes if segments > 1 else 0
-            first = max(first, (stream + states) / costs.host_copy)
-            second = max(second, (2 * stream + states) / costs.host_copy)
+        first, second = cell_seconds(shape, work, plan, length, several, costs)
         seconds += count * blocks * (first + second)
         if work.ranks > 1 and length == lengths[0][1]:  # cells that a rank waits for
-            full_waves = (work.ranks - 1) * (segments if work.stretches else 1)
-            seconds += full_waves * (first + second)
+            seconds += (work.ranks - 1) * (full + bool(rest) if work.stretches else 1) * (first + second)
     return seconds
+
+
+def cell_seconds(
+    shape: StackShape, work: Workload, plan: RecomputePlan, length: int, several: bool, costs: MeasuredCosts = H200
+) -> tuple[float, float]:
+    """Seconds of an average cell over `length` tokens of each row: in forward, and in backward with recomputation.
+
+    Args:
+        several: there is more than one segment.
+    """
+    blocks = -(-shape.layers // plan.layers_per_block)
+    rows = work.batch * length
+    forward, backward = _layer_seconds(shape, work, rows, costs)
+    layers = shape.layers / blocks  # of an average cell
+    first = layers * forward + costs.cell
+    second = layers * (forward + backward) + costs.cell
+    # Recomputing a cell leaves the product of its last out_proj away (`mixer_mamba2._UnreadLinear`).
+    second -= 2 * shape.width * shape.inner * rows / costs.matmul if shape.kernels else 0
+    if several:  # read the sums and the new gradients, write the sums
+        second += layers * work.layer_parameters * (8 + work.weight_bytes) / costs.device_memory
+    if plan.offload:
+        stream = shape.stream * shape.width * rows if blocks > 1 else 0
+        states = layers * work.batch * shape.state_bytes if several else 0
+        first = max(first, (stream + states) / costs.host_copy)
+        second = max(second, (2 * stream + states) / costs.host_copy)
+    return first, second
 
 
 def _layer_seconds(shape: StackShape, work: Workload, rows: int, costs: MeasuredCosts) -> tuple[float, float]:

@@ -129,7 +129,7 @@ def longest_that_fits(job: StepJob, limits: Limits, upper: int, costs: MeasuredC
     """Tokens per row of the longest sequence for which some plan fits, up to `upper`; 0 if none does."""
 
     def fits(tokens: int) -> bool:
-        shorter = _with_tokens(job, tokens)
+        shorter = with_tokens(job, tokens)
         return any(
             limits.allow(predict_job(shorter, p, costs), costs.slack) for p in candidate_plans(shorter, **fixed)
         )
@@ -144,7 +144,8 @@ def longest_that_fits(job: StepJob, limits: Limits, upper: int, costs: MeasuredC
     return low
 
 
-def _with_tokens(job: StepJob, tokens: int) -> StepJob:
+def with_tokens(job: StepJob, tokens: int) -> StepJob:
+    """The step of a sample of `tokens` tokens, with as many of them frames."""
     share = tokens / job.work.tokens
     kept = job.work.kept if job.work.kept is None else min(job.work.kept, tokens * job.work.batch)
     vision = job.vision and replace(job.vision, frames=math.ceil(job.vision.frames * share))

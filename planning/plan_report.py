@@ -6,15 +6,24 @@ No weights are loaded and no GPU is asked: parameters are counted on the meta de
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts
-from ..modeling_video_ma2mba.planner import Limits, candidate_plans, fastest, least_host_memory, longest_that_fits
+from ..modeling_video_ma2mba.planner import (
+    Limits,
+    candidate_plans,
+    fastest,
+    least_host_memory,
+    longest_that_fits,
+    with_tokens,
+)
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, parse_bytes
 from .plan_options import check_options, require
 from .planned_step import describe_step, model_and_config
+from .sequence_plan import SharedPlan, longest_shared, ranks_of, shared_plan, shared_predictions
+from .sequence_simulation import Links
 
 _LONGEST = 1 << 26
 # Of the host's memory, for kept activations and inputs; the rest is for frames, data loading and everybody else.
@@ -56,6 +65,7 @@ class PlanReport:
             as planned, at `fps` frames a second; `longest_frames` is None for a language model alone.
         considered: all methods, fitting or not. gpu_memory, host_memory: the budgets in bytes.
         hardware: the GPU on which the constants behind the seconds were measured.
+        shared: how several GPUs share the step; None for one. `prediction` is then that of the GPU with the most.
     """
 
     method: str
@@ -70,11 +80,17 @@ class PlanReport:
     gpu_memory: int
     host_memory: int
     hardware: str
+    shared: SharedPlan | None = None
 
     @property
     def plan(self) -> RecomputePlan | None:
         """The plan that was chosen; None where nothing is recomputed."""
         return self.prediction.plan
+
+    @property
+    def copies(self) -> int:
+        """Groups of GPUs that take a step on samples of their own."""
+        return self.shared.copies if self.shared is not None else 1
 
     @property
     def longest_video(self) -> str | None:
@@ -105,7 +121,7 @@ class PlanReport:
             "host_bytes": p.host,
             "step_seconds": round(p.step_seconds, 3),
             "seconds": {name: round(value, 3) for name, value in p.seconds.items()},
-            "tokens_per_second": round(self.tokens * self.batch / p.step_seconds),
+            "tokens_per_second": round(self.tokens * self.batch * self.copies / p.step_seconds),
             "longest": {
                 "tokens": self.longest_tokens,
                 "frames": self.longest_frames,
@@ -115,6 +131,7 @@ class PlanReport:
             "gpu_memory_bytes": self.gpu_memory,
             "host_memory_bytes": self.host_memory,
             "seconds_measured_on": self.hardware,
+            "shared": self.shared and self.shared.to_dict(),
         }
 
 
@@ -132,6 +149,8 @@ def plan(
     text_tokens: int = 512,
     labels: int = 512,
     fps: float = 1.0,
+    gpus: int = 1,
+    gpus_per_node: int = 8,
     costs: MeasuredCosts = H200,
 ) -> PlanReport:
     """The fastest way to train on one video (or `batch` of them) within the memory of a GPU and its host.
@@ -141,12 +160,13 @@ def plan(
             `Mamba2Config` too).
         tokens, frames: length of one sample, one of them; frames take `config.tokens_per_frame` tokens each, and
             `text_tokens` come on top.
-        gpu_memory, host_memory: what there is, in bytes or as a text such as "80GB"; 85 % of the host's may be pinned
-            for kept activations and inputs.
+        gpu_memory, host_memory: what a GPU and a machine have, in bytes or as a text such as "80GB"; 85 % of the host's
+            may be pinned for kept activations and inputs.
         train: parts that train, of "lm", "projector" and "vision". None: all for a configuration, what requires
             gradients for a model.
         optimizer: one of `OPTIMIZERS`. dtype: "bfloat16", "float16", "mixed" (fp32 weights, bf16 autocast), "float32".
         labels: labelled positions per sample. fps: frames per second, for the length in time.
+        gpus: that share every sample (sequence parallelism), `gpus_per_node` in one machine.
 
     Raises:
         ValueError: a wrong argument; a model without Mamba-2 blocks; a GPU that cannot hold the weights, or no plan
@@ -154,6 +174,8 @@ def plan(
     """
     gpu_bytes, host_memory_bytes = parse_bytes(gpu_memory, "gpu_memory"), parse_bytes(host_memory, "host_memory")
     check_options(frames, tokens, batch, fps, optimizer, dtype)
+    require(gpus >= 1, f"gpus={gpus} is not valid: it must be at least 1")
+    require(gpus_per_node >= 1, f"gpus_per_node={gpus_per_node} is not valid: it must be at least 1")
     model, config = model_and_config(model_or_config, train)
     per_frame = getattr(config, "tokens_per_frame", None)
     require((tokens is None) != (frames is None), "give either tokens or frames (of one sample)")
@@ -174,15 +196,32 @@ def plan(
     )
     limits = Limits(gpu_bytes - costs.context - fixed, _PINNED_SHARE * host_memory_bytes)
     considered = _consider(job, limits, costs)
+    ranks = ranks_of(gpus, job.shape.layers, tokens)
+    one_gpu = min((row.prediction for row in considered if row.fits), key=lambda p: p.step_seconds, default=None)
+    if ranks > 1:
+        limits = replace(limits, host=limits.host / min(gpus, gpus_per_node))
+        considered = [
+            ConsideredPlan(f"{ranks} GPUs, kept on the {where}", *shared)
+            for where, place in (("GPU", False), ("host", True))
+            for shared in [
+                shared_predictions(job, ranks, place, limits, costs, Links(gpus_per_node=gpus_per_node), gpus)
+            ]
+        ]
     fitting = [row for row in considered if row.fits]
     # Per row of the batch; a longer video takes more of everything, so the search may start anywhere.
-    longest = longest_that_fits(job, limits, _LONGEST, costs)
+    if ranks > 1:
+        longest = longest_shared(job, ranks, limits, _LONGEST, costs, with_tokens)
+    else:
+        longest = longest_that_fits(job, limits, _LONGEST, costs)
     longest_frames = None if per_frame is None else max(0, longest - text_tokens) // per_frame
     if not fitting:
         in_frames = "" if longest_frames is None else f" ({longest_frames} frames)"
         fewer = f"at most {longest} tokens per sample{in_frames}" if longest else ""
         raise ValueError(_nothing_fits(job, considered, limits, costs, fewer))
     best = min(fitting, key=lambda row: row.prediction.step_seconds)
+    shared = None
+    if ranks > 1:
+        shared = shared_plan(job, best.prediction, ranks, gpus, gpus_per_node, one_gpu, costs)
     return PlanReport(
         method="off" if best.prediction.plan is None else "multi_axis",
         prediction=best.prediction,
@@ -196,6 +235,7 @@ def plan(
         gpu_memory=gpu_bytes,
         host_memory=host_memory_bytes,
         hardware=f"{costs.hardware}, {costs.date}",
+        shared=shared,
     )
 
 

@@ -50,6 +50,20 @@ def test_frames_are_counted_in_a_video(tmp_path: Path, make_config):
     assert json.loads(result.stdout)["frames"] == 5
 
 
+def test_several_gpus_and_reading():
+    size = ("--preset", "2.7b", "--tokens", "1048576", "--gpus", "2")
+    memory = ("--gpu-memory", "141GB", "--host-memory", "256GB")
+    result = run(*size, *memory)
+    assert result.exit_code == 0, result.output
+    for part in ("on 2 GPUs with 141.0 GB each", "segments dealt to 2 GPUs", "GB on one machine", "one GPU: 8"):
+        assert part in result.output, result.output
+    result = run(*size, "--reading")
+    assert result.exit_code == 0, result.output
+    assert "131 segments dealt to 2 GPUs, 8 blocks of layers" in result.output and "one GPU: " in result.output
+    data = json.loads(run(*size, "--reading", "--json").stdout)
+    assert data["gpus"] == 2 and data["total_seconds"] < data["one_gpu_seconds"]
+
+
 def test_plot_is_a_picture(tmp_path: Path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "memory.png"
