@@ -160,7 +160,7 @@ def plan(
             `Mamba2Config` too).
         tokens, frames: length of one sample, one of them; frames take `config.tokens_per_frame` tokens each, and
             `text_tokens` come on top.
-        gpu_memory, host_memory: what a GPU and a machine have, in bytes or as a text such as "80GB"; 85 % of the host's
+        gpu_memory, host_memory: of a GPU and of a machine, in bytes or as a text such as "80GB"; 85 % of the host's
             may be pinned for kept activations and inputs.
         train: parts that train, of "lm", "projector" and "vision". None: all for a configuration, what requires
             gradients for a model.
@@ -200,12 +200,11 @@ def plan(
     one_gpu = min((row.prediction for row in considered if row.fits), key=lambda p: p.step_seconds, default=None)
     if ranks > 1:
         limits = replace(limits, host=limits.host / min(gpus, gpus_per_node))
+        links = Links(gpus_per_node=gpus_per_node)
+        places = {False: f"{ranks} GPUs, kept on the GPU", True: f"{ranks} GPUs, kept on the host"}
         considered = [
-            ConsideredPlan(f"{ranks} GPUs, kept on the {where}", *shared)
-            for where, place in (("GPU", False), ("host", True))
-            for shared in [
-                shared_predictions(job, ranks, place, limits, costs, Links(gpus_per_node=gpus_per_node), gpus)
-            ]
+            ConsideredPlan(method, *shared_predictions(job, ranks, place, limits, costs, links, gpus))
+            for place, method in places.items()
         ]
     fitting = [row for row in considered if row.fits]
     # Per row of the batch; a longer video takes more of everything, so the search may start anywhere.

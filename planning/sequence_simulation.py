@@ -2,8 +2,9 @@
 
     python -m video_ma2mba.planning.sequence_simulation --preset 2.7b --tokens 1048576 --gpus 1 2 4 8 16 32 64
 
-How long a cell takes comes from constants measured on one GPU (`cost_time`), how long a message takes from `Links`. Each
-rank runs its cells in the order of the real schedule (`recompute_schedule`), as soon as what they start from is there.
+How long a cell takes comes from constants measured on one GPU (`cost_time`), how long a message takes from `Links`.
+Each rank runs its cells in the order of the real schedule (`recompute_schedule`), as soon as what they start from is
+there.
 Beyond 64 GPUs (as many as the largest model has layers) copies of the group read videos of their own.
 """
 
@@ -92,8 +93,8 @@ def walk(
 def wave_seconds(blocks: int, segments: int, ranks: int, cell: float, message: float = 0.0) -> float:
     """Seconds of one pass of the round-robin schedule in closed form, for equal cells and links.
 
-    Rank r begins r cells and messages late; a wave of `ranks` segments begins when the first rank has taken its segment
-    before through all blocks, or the last rank's state of it has come round, whichever is later.
+    Rank r begins r cells and messages late; a wave of `ranks` segments begins when the first rank has taken its last
+    segment through all blocks, or when the last rank's state has come round, whichever is later.
     """
     ranks = min(ranks, segments)
     waves, rest = divmod(segments - 1, ranks)
@@ -205,7 +206,8 @@ def fastest_step(
 def table(steps: Sequence[SimulatedStep]) -> str:
     """Simulated steps as a Markdown table."""
     lines = [
-        "| GPUs | tokens of a video | layers x tokens a cell | step | tokens/s in all | waiting | efficiency | host GB a machine |",
+        "| GPUs | tokens of a video | layers x tokens a cell | step | tokens/s in all | waiting | efficiency | "
+        "host GB a machine |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for s in steps:
@@ -219,7 +221,7 @@ def table(steps: Sequence[SimulatedStep]) -> str:
 
 def main() -> None:
     """Print the table of simulated steps."""
-    from ..conversion.compose import PRESETS
+    from ..conversion.presets import PRESETS
     from ..modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

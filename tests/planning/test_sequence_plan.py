@@ -3,7 +3,7 @@
 import pytest
 
 from video_ma2mba import plan
-from video_ma2mba.conversion.compose import PRESETS
+from video_ma2mba.conversion.presets import PRESETS
 from video_ma2mba.planning.sequence_plan import plan_reading, ranks_of
 
 

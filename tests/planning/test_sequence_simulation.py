@@ -6,8 +6,8 @@ from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
 from video_ma2mba.modeling_video_ma2mba.recompute_schedule import stretches, wavefront
 from video_ma2mba.planning.sequence_simulation import Links, fastest_step, simulate_step, table, walk, wave_seconds
 
-# Segments, blocks, ranks, and the efficiency of a step with messages of 0.4 % of a cell: counted in steps, a pass takes
-# (n - 1) mod W + max(K, W) ((n - 1) div W) + K of them where n K / W would do.
+# Segments, blocks, ranks, and the efficiency of a step with messages of 0.4 % of a cell: a pass takes
+# (n - 1) mod W + max(K, W) ((n - 1) div W) + K steps where n K / W would do.
 EFFICIENCIES = [
     (16, 32, 4, 0.977),
     (64, 32, 4, 0.994),
