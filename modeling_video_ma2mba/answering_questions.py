@@ -97,13 +97,18 @@ class VideoQuestionsMixin(GenerationMixin):
             self.check_state(state, processor)
             prefix = prefix[:, -1:]
         source = source_facts(reader)
+        shared = group is not None and torch.distributed.get_world_size(group) > 1
+        if (
+            shared and on_frames is None
+        ):  # all ranks look at the file first: whoever cannot would keep the others waiting
+            on_frames = _nobody_asks
         report = report_frames([reader], on_frames)
         try:
             request = {name: value for name, value in source.items() if name not in ("name", "sha256")}
             request |= {"video": source["sha256"] or source["name"]}
             request |= {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
             keeping: dict[str, Any] = {"partial": partial, "request": request, "save_seconds": save_seconds}
-            if group is not None and torch.distributed.get_world_size(group) > 1:
+            if shared:
                 with _current_device(self):
                     found = read_shared_resumably(self, prefix, reader, state, group, on_frames=report, **keeping)
             elif partial is None:
@@ -185,6 +190,10 @@ def chunks_of_all(readers: Sequence[Reader], size: int) -> list[Iterable[Any]]:
     """Frame chunks of several readers that are read at once, and share the decoding threads."""
     threads = max(1, torch.get_num_threads() // max(1, len(readers)))
     return [reader.chunks(size, threads=threads) for reader in readers]
+
+
+def _nobody_asks(read: int, expected: int | None) -> None:
+    pass
 
 
 def report_frames(

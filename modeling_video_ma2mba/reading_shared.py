@@ -10,15 +10,16 @@ Legend: W ranks, B batch, S tokens, D width, K blocks.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from .mixer_mamba2 import run_blocks
+from .parallel_sequence import Like, SequenceGroup
 from .parallel_shards import is_unit
 from .reading_prompt import WholeClips, frames_of
 from .stack_protocols import TextStack, VideoModel
@@ -46,32 +47,22 @@ class _Told(NamedTuple):
 
 
 class ReadingGroup:
-    """The ranks that read together, in a ring.
+    """The ranks that read together: states go to the right neighbour (`SequenceGroup`), words (numbers, errors) over a
+    group of CPUs, so that no GPU is waited for.
 
-    States go to the right neighbour over a process group of the two alone: what one of several GPUs waits for never
-    stands behind what it sends. Words (numbers, errors) go over a group of CPUs, so that no GPU is waited for.
+    Args:
+        group: a process group of `torch.distributed`. device: where this rank's stack is.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        self.group, self.device = group, device
-        self.ranks = distributed.get_process_group_ranks(group)
-        self.rank, self.world = distributed.get_rank(group), len(self.ranks)
-        self.left, self.right = self.ranks[self.rank - 1], self.ranks[(self.rank + 1) % self.world]
-        self._words = self._from_left = self._to_right = group
+        ranks = distributed.get_process_group_ranks(group)
+        few = len(ranks) < distributed.get_world_size()  # then the others need not be asked
+        down = distributed.new_group(ranks, use_local_synchronization=few)
+        self.link = SequenceGroup(group, down, device)
+        self.rank, self.world, self.first = self.link.rank, self.link.size, ranks[0]
+        self._words = group
         if device.type != "cpu":
-            whole = self.world == distributed.get_world_size()
-            new_group = partial(distributed.new_group, use_local_synchronization=not whole)
-            self._words = new_group(self.ranks, backend="gloo")
-            for place in range(self.world):  # in one order everywhere
-                pair = (place, (place + 1) % self.world)
-                if not whole and self.rank not in pair:
-                    continue
-                made = new_group(sorted(self.ranks[r] for r in pair))
-                if self.rank == pair[0]:
-                    self._to_right = made
-                elif self.rank == pair[1]:
-                    self._from_left = made
-        self._sent: deque[tuple[Any, Tensor]] = deque()
+            self._words = distributed.new_group(ranks, backend="gloo", use_local_synchronization=few)
 
     def everyone(self, mine: Any) -> list[Any]:
         """`mine` of every rank, by rank."""
@@ -82,38 +73,20 @@ class ReadingGroup:
     def of_first(self, value: Any) -> Any:
         """The first rank's `value`."""
         box = [value]
-        distributed.broadcast_object_list(box, self.ranks[0], group=self._words)
+        distributed.broadcast_object_list(box, self.first, group=self._words)
         return box[0]
 
-    def send(self, tensors: Sequence[Tensor], kept: int) -> None:
-        """Hand tensors to the right neighbour, without waiting; at most `kept` of such calls are under way."""
-        message = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-        self._sent.append((distributed.isend(message, self.right, group=self._to_right), message))
-        while len(self._sent) > kept:
-            self._sent.popleft()[0].wait()
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Hand tensors to the right neighbour, without waiting."""
+        self.link.send(tensors, _like(tensors), (self.rank + 1) % self.world)
 
     def receive(self, like: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Begin to take tensors of such shapes and types from the left neighbour; a call waits, and returns them."""
-        sizes = [tensor.nbytes for tensor in like]
-        message = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-        work: Any = distributed.irecv(message, self.left, group=self._from_left)
+        return self.link.receive(_like(like), (self.rank - 1) % self.world).wait
 
-        def wait() -> list[Tensor]:
-            work.wait()
-            parts = zip(message.split(sizes), like, strict=True)
-            return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in parts]
 
-        return wait
-
-    def from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Fill tensors with those of the first rank."""
-        for tensor in tensors:
-            distributed.broadcast(tensor, self.ranks[0], group=self.group)
-
-    def finish(self) -> None:
-        """Wait for all that was sent."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+def _like(tensors: Sequence[Tensor]) -> Like:
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
 
 
 @lru_cache(maxsize=8)
@@ -153,7 +126,7 @@ class SharedStack:
         """Take what is under way to the first rank, and wait for what was sent: nothing is left behind."""
         if self.link.rank == 0:
             self.states_so_far()
-        self.link.finish()
+        self.link.link.finish()
 
     def round(self, pieces: Sequence[Tensor], tokens: int) -> None:
         """Read one segment on every rank, that of rank 0 first.
@@ -181,7 +154,7 @@ class SharedStack:
             for place, (x, delta) in enumerate(streams):
                 x, delta, states = run_blocks(layers, x, states, delta=delta)
                 streams[place] = x, delta
-            link.send(flatten(states), kept=len(self.blocks))
+            link.send(flatten(states))
         self.begun = True
         self.tokens += tokens
 
@@ -189,9 +162,9 @@ class SharedStack:
         """The state after the last round, on every rank."""
         reached = self.states_so_far() if self.link.rank == 0 else VideoState(self.start, self.tokens)
         found = reached.fork()
-        self.link.finish()
-        for kind in dict.fromkeys(self.kinds):
-            self.link.from_first(found.stacked(kind))
+        self.link.link.finish()
+        for tensor in chain(*(found.stacked(kind) for kind in dict.fromkeys(self.kinds))):
+            distributed.broadcast(tensor, self.link.first, group=self.link.link.group)
         return found
 
     def _like(self, block: range) -> list[LayerState]:
