@@ -217,7 +217,7 @@ def show_sample(processor: Any, row: dict[str, Any], settings: Any) -> None:
     from video_ma2mba.trainer.data.sample_encoding import encode_row
 
     sample = encode_row(processor, row, settings, keep_pixels=False)
-    frames = iter(sample.frames)
+    frames, unread = iter(sample.frames), 0  # of the video that is being shown
     text = Text()
     tokens = list(zip(sample.input_ids.tolist(), (sample.labels >= 0).tolist(), strict=True))
     is_video = processor.video_token_id
@@ -227,9 +227,10 @@ def show_sample(processor: Any, row: dict[str, Any], settings: Any) -> None:
         if video:  # videos that follow one another are one run
             left = len(ids) // processor.tokens_per_frame
             while left > 0:
-                count = next(frames)
+                unread = unread or next(frames)
+                count = min(left, unread)
                 text.append(f"[{count} frames, {count * processor.tokens_per_frame} tokens]", "dim")
-                left -= count
+                left, unread = left - count, unread - count
         elif learnt:
             text.append(f"«{processor.tokenizer.decode(ids)}»", "bold green")
         else:

@@ -23,10 +23,10 @@ from .reading_resumable import read_resumably, read_shared_resumably
 from .reading_together import read_together
 from .stack_protocols import Processor, Reader, VideoModel
 from .stack_weights import execution_device
-from .state_identity import identity_facts, record_source, refuse_other, source_facts
+from .state_identity import continues, identity_facts, record_source, refuse_other, source_facts
 from .state_video import VideoState
 
-VIDEO_SETTINGS = ("fps", "num_frames", "start", "end", "max_frames")
+VIDEO_SETTINGS = ("fps", "num_frames", "start", "end", "max_frames", "subtitles", "subtitle_tokens")
 
 
 class VideoQuestionsMixin(GenerationMixin):
@@ -75,7 +75,8 @@ class VideoQuestionsMixin(GenerationMixin):
             group: a process group of `torch.distributed` (`torch.distributed.group.WORLD`: all processes) that shares
                 the video out. All its ranks make the same call and get the same state, which is the one that a single
                 process would reach; `partial` is the first rank's. See `read_shared`.
-            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`.
+            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`; `subtitles` ("auto", a file, or cues)
+                and `subtitle_tokens`, see the processor's `timed`.
 
         Returns:
             The state. Its metadata hold what it belongs to ("model", "revision", "model_config", "weights",
@@ -97,6 +98,8 @@ class VideoQuestionsMixin(GenerationMixin):
             self.check_state(state, processor)
             prefix = prefix[:, -1:]
         source = source_facts(reader)
+        if continues(before, source):
+            reader.after = float(before["frame_time"])
         shared = group is not None and torch.distributed.get_world_size(group) > 1
         if (
             shared and on_frames is None
@@ -126,7 +129,9 @@ class VideoQuestionsMixin(GenerationMixin):
         refuse_other(state.metadata, identity_facts(self, processor))
         state.check_fits(self.config.text_config)
 
-    def answer(self, state: VideoState, question: Any, processor: Processor, **settings: Any) -> Any:
+    def answer(
+        self, state: VideoState, question: Any, processor: Processor, times: bool = False, **settings: Any
+    ) -> Any:
         """Answer a question from a state, which stays as it is; or several questions in one batch.
 
         Args:
@@ -134,6 +139,8 @@ class VideoQuestionsMixin(GenerationMixin):
             question: the question; the whole conversation that follows the video as messages (question, answer,
                 question, ..., the last one being answered); or a list of questions or conversations.
             processor: the model's `VideoMa2mbaProcessor`.
+            times: answers are `{"answer", "start", "end"}`, the span in seconds of the video; where a model answers
+                without one, both are None and "reason" says so.
             settings: `return_scores` and settings of `generate()`.
 
         Returns:
@@ -142,27 +149,35 @@ class VideoQuestionsMixin(GenerationMixin):
 
         Raises:
             ValueError: the state belongs to another model or processor; what differs is named. Or the question is
-                empty.
+                empty; or times are wanted of a model that never learnt them.
         """
         self.check_state(state, processor)
         several = isinstance(question, list | tuple) and not (question and isinstance(question[0], dict))
-        ids = [question_ids(processor, asked) for asked in (question if several else [question])]
+        ids = [question_ids(processor, asked, times) for asked in (question if several else [question])]
         if not ids:
             return []
         with _current_device(self), torch.no_grad():
             rows = answer_together(self, processor.tokenizer, [state] * len(ids), ids, **settings)
-        if not settings.get("return_scores"):
+        if times:
+            rows = [[answer | processor.timed_answer(answer["answer"]) for answer in row] for row in rows]
+        elif not settings.get("return_scores"):
             rows = [[answer["answer"] for answer in row] for row in rows]
         answers = [row[0] if len(row) == 1 else row for row in rows]
         return answers if several else answers[0]
 
 
-def question_ids(processor: Processor, question: str | list[dict[str, Any]]) -> Tensor:
+def question_ids(processor: Processor, question: str | list[dict[str, Any]], times: bool = False) -> Tensor:
     """(1, Q) token ids by which a question, or a conversation, follows a video that was read before.
 
+    Args:
+        times: ask for the span that shows the answer.
+
     Raises:
-        ValueError: the question is empty.
+        ValueError: the question is empty; times are wanted of a model that never learnt them.
     """
+    if isinstance(question, str) and not question.strip():
+        times = False  # an empty question stays one
+    question = processor.times_question(question, times)
     messages = [{"role": "user", "content": question.strip()}] if isinstance(question, str) else list(question)
     content = messages[0]["content"]
     content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)

@@ -195,6 +195,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         vision_chunk_frames: frames that run through the tower together; bounds the memory of vision.
         prefill_segment_length: tokens that run through the language model together outside of training (on a CPU at
             most 512).
+        frame_times: how times of frames enter the prompt: "none", or "text", a time stamp such as `[1:20]` in front of
+            the first frame of every `frame_times_every` seconds.
     """
 
     model_type = "video_ma2mba"
@@ -217,6 +219,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         vision_chunk_frames: int = 32,
         prefill_segment_length: int = 8192,
         tie_word_embeddings: bool = True,
+        frame_times: str = "none",
+        frame_times_every: float = 4.0,
         **kwargs: Any,
     ) -> None:
         self.text_config = _build_text_config(text_config)
@@ -231,6 +235,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         self.image_std = list(tower.image_std if image_std is None else image_std)
         self.vision_chunk_frames = vision_chunk_frames
         self.prefill_segment_length = prefill_segment_length
+        self.frame_times = frame_times
+        self.frame_times_every = frame_times_every
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -258,6 +264,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
             self.spatial_pool_mode,
             "it must be 'bilinear' (the paper) or 'average'",
         )
+        _require(self.frame_times in ("none", "text"), "frame_times", self.frame_times, "it must be 'none' or 'text'")
+        _require(self.frame_times_every > 0, "frame_times_every", self.frame_times_every, "it must be more than 0 s")
         for field in ("image_mean", "image_std"):
             _require(len(getattr(self, field)) == 3, field, getattr(self, field), "it needs three numbers (R, G, B)")
         _require(all(s > 0 for s in self.image_std), "image_std", self.image_std, "every number must be positive")

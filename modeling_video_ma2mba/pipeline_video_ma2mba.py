@@ -14,7 +14,7 @@ from transformers import Pipeline
 from .answering_batches import answer_together
 from .answering_questions import VIDEO_SETTINGS, chunks_of_all, report_frames
 from .stack_weights import execution_device
-from .state_identity import identity_facts
+from .state_identity import check_times, identity_facts
 from .state_video import VideoState
 
 TASK = "video-question-answering"
@@ -45,8 +45,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         state = pipe.read("two_hours.mp4", fps=1)                   # keep the video's state ...
         pipe.ask(state, "What is shown?")                           # ... and ask whenever
 
-    Settings of a call, or of the pipeline: `fps`, `num_frames`, `start`, `end`, `max_frames` choose frames;
-    `on_frames(read, expected)` is called as frames are read; `return_scores` adds the mean probability of the answer's
+    Settings of a call, or of the pipeline: `fps`, `num_frames`, `start`, `end`, `max_frames` choose frames; `subtitles`
+    ("auto", a file or cues) and `subtitle_tokens`, what is read between them; `times` adds "start" and "end" in
+    seconds; `on_frames(read, expected)` is called as frames are read; `return_scores` adds the mean probability of the answer's
     tokens; `batch_size` is the number of inputs whose questions are answered together; everything else goes to
     `generate()`.
     """
@@ -57,13 +58,21 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     _pipeline_calls_generate = False
 
     def _sanitize_parameters(
-        self, return_scores: bool | None = None, generate_kwargs: dict[str, Any] | None = None, **settings: Any
+        self,
+        return_scores: bool | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        times: bool | None = None,
+        **settings: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {k: settings.pop(k) for k in _PREPROCESS_SETTINGS if k in settings}
+        preprocess = {k: settings.pop(k) for k in _PREPROCESS_SETTINGS if k in settings} | {"times": times}
         forward = {**(generate_kwargs or {}), **settings}
         if return_scores is not None:
             forward["return_scores"] = return_scores
-        return {k: v for k, v in preprocess.items() if v is not None}, forward, {}
+        return (
+            {k: v for k, v in preprocess.items() if v is not None},
+            forward,
+            {} if times is None else {"times": times},
+        )
 
     def __call__(self, inputs: Any = None, question: Any = None, *, video: Any = None, **settings: Any) -> Any:
         """Answer; see the class for what goes in and comes out.
@@ -99,10 +108,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     def preprocess(self, group: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
         """Open each request's videos (nothing is decoded yet) and tokenize its questions."""
-        on_frames = settings.pop("on_frames", None)
+        on_frames, times = settings.pop("on_frames", None), settings.pop("times", False)
+        check_times(self.model.config, self.processor)
         prepared = []
         for request in group:
-            prompts = [self.processor.streaming_prompt(m, **settings) for m in request["conversations"]]
+            asked = [self.processor.times_question(messages, times) for messages in request["conversations"]]
+            prompts = [self.processor.streaming_prompt(m, **settings) for m in asked]
             for _, _, unused in prompts[1:]:
                 _close(unused)
             prefix, _, readers = prompts[0]
@@ -130,8 +141,10 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             for request in group
         ]
 
-    def postprocess(self, group: list[dict[str, Any]], **_: Any) -> list[Any]:
+    def postprocess(self, group: list[dict[str, Any]], times: bool = False, **_: Any) -> list[Any]:
         """One entry for each request: the list of its answers, or such a list for each of its questions."""
+        for answer in (answer for item in group if times for answers in item["answers"] for answer in answers):
+            answer |= self.processor.timed_answer(answer["answer"])
         return [item["answers"] if item["several"] else item["answers"][0] for item in group]
 
     def read(
@@ -173,8 +186,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
         `VideoQuestionsMixin.answer` with the pipeline's processor and settings; it tells what comes back.
         """
-        _, given, _ = self._sanitize_parameters(**settings)
-        return self.model.answer(state, question, self.processor, **{**self._forward_params, **given})
+        before, given, _ = self._sanitize_parameters(**settings)
+        times = {**self._preprocess_params, **before}.get("times", False)
+        return self.model.answer(state, question, self.processor, times, **{**self._forward_params, **given})
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write model and processor, which is all that `pipeline(model=save_directory)` needs."""

@@ -50,6 +50,8 @@ def read_resumably(
     if os.path.exists(partial):
         state = VideoState.load(partial)
         done = _frames_done(state, json.loads(json.dumps(request)), partial)
+        if "frame_time" in state.metadata:
+            reader.after = float(state.metadata["frame_time"])
         prefix = prefix[:, -1:]
     elsewhere = (0 if state is None else int(state.metadata.get("frames", 0))) - done
 

@@ -28,6 +28,7 @@ class Reader(Protocol):
     name: str
     warnings: list[str]
     sampling: Any
+    after: float | None  # time of the frame before the first, where an earlier reading is continued
 
     @property
     def duration(self) -> float:
@@ -60,6 +61,12 @@ class Processor(Protocol):
         self, messages: Any, add_generation_prompt: bool = True, **video_settings: Any
     ) -> tuple[Tensor, Tensor, list[Reader]]:
         """(1, S) token ids up to the last video and behind it, and a reader for each video."""
+
+    def times_question(self, question: Any, wants_times: bool = True) -> Any:
+        """A question, or conversation, whose moments are written as time stamps, and that asks for a span."""
+
+    def timed_answer(self, answer: str) -> dict[str, Any]:
+        """`{"answer", "start", "end"}` of what a model answered to such a question."""
 
 
 class Layers(Protocol):

@@ -35,6 +35,7 @@ def identity_facts(model: PreTrainedModel, processor: Processor) -> dict[str, st
     Weights and vocabulary are looked at again only after a change; their digests are kept on the model.
     """
     tokenizer = processor.tokenizer
+    check_times(model.config, processor)
     # An optimizer's step counts up the versions of the parameters.
     versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
     words = (id(tokenizer), len(tokenizer))
@@ -52,6 +53,18 @@ def identity_facts(model: PreTrainedModel, processor: Processor) -> dict[str, st
     }
 
 
+def check_times(config: Any, processor: Any) -> None:
+    """ValueError unless model and processor agree on how times are told."""
+    there = config.frame_times, config.frame_times if config.frame_times == "none" else config.frame_times_every
+    own = getattr(processor, "frame_times", "none")
+    here = own, own if own == "none" else processor.frame_times_every
+    if there != here:
+        raise ValueError(
+            f"the model's configuration says frame_times={there[0]!r} (every {there[1]}), its processor {here[0]!r} "
+            f"(every {here[1]}): set both alike, in config.json and processor_config.json"
+        )
+
+
 def _kept(model: torch.nn.Module, name: str, key: Hashable, make: Callable[[], str]) -> str:
     digests = model.__dict__.setdefault("_state_digests", {})
     if digests.get(name, (None,))[0] != key:
@@ -62,7 +75,16 @@ def _kept(model: torch.nn.Module, name: str, key: Hashable, make: Callable[[], s
 def source_facts(reader: Reader) -> dict[str, Any]:
     """A video's name, the digest of its bytes, and how its frames are chosen."""
     sampling = {name: getattr(reader.sampling, name) for name in _SAMPLING}
-    return {"name": str(reader.name), "sha256": reader.content_digest(), **sampling}
+    facts = {"name": str(reader.name), "sha256": reader.content_digest(), **sampling}
+    subtitles = getattr(reader, "subtitles", None)
+    return facts if subtitles is None else {**facts, "subtitles": subtitles}
+
+
+def continues(before: Mapping[str, str], source: Mapping[str, Any]) -> bool:
+    """Whether a part of a video begins where the state of metadata `before` stopped in the same video."""
+    last = (json.loads(before.get("sources", "[]")) or [{}])[-1]
+    same = last.get("sha256") == source["sha256"] and (source["sha256"] or last.get("name") == source["name"])
+    return bool(same) and "frame_time" in before and last.get("end") is not None and last["end"] == source["start"]
 
 
 def record_source(
@@ -129,6 +151,8 @@ def processor_facts(processor: Processor, vocabulary: str) -> str:
         "chat_template": _short_digest(processor.chat_template),
         "vocabulary": vocabulary,
     }
+    if (mode := getattr(processor, "frame_times", "none")) != "none":  # states of before there were any stay valid
+        facts |= {"frame_times": mode, "frame_times_every": processor.frame_times_every}
     return json.dumps(facts)
 
 

@@ -90,6 +90,7 @@ class Chat:
     answers: list[tuple[int, int]]
     videos: list[Any] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
+    subtitles: list[Any] = field(default_factory=list)  # of each video, where its part of a message names some
     typed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -141,7 +142,7 @@ def render_chat(
     messages = list(getattr(messages, "messages", messages))
     if not messages:
         raise ValueError("the conversation is empty: give at least one message")
-    videos, images, plain = [], [], []
+    videos, images, subtitles, plain = [], [], [], []
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"a message must be a dict with 'role' and 'content', not {message!r:.100}")
@@ -149,6 +150,7 @@ def render_chat(
         if not isinstance(content, str):
             content = [plain_part(part) for part in content]
             videos += [part.get("video") for part in content if part["type"] == "video"]
+            subtitles += [part.get("subtitles") for part in content if part["type"] == "video"]
             images += [part.get("image") for part in content if part["type"] == "image"]
             content = [part if part["type"] == "text" else {"type": part["type"]} for part in content]
         plain.append({**message, "content": content})
@@ -167,7 +169,7 @@ def render_chat(
         if type(error).__module__.startswith("jinja2"):
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         raise
-    return Chat(texts[0], [tuple(span) for span in spans[0]], videos, images, typed)
+    return Chat(texts[0], [tuple(span) for span in spans[0]], videos, images, subtitles, typed)
 
 
 def _marked(content: Any, typed: dict[str, str]) -> Any:

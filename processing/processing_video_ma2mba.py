@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,13 +24,28 @@ from .chat_format import (
     render_chat,
     require_sources,
     restored,
+    stand_ins,
+)
+from .frame_times import (
+    SUBTITLE_TOKENS,
+    TIME_MODES,
+    TIMES_EVERY,
+    TIMES_REQUEST,
+    FrameText,
+    TimedReader,
+    as_clocks,
+    parse_span,
+    spread_cues,
+    within,
 )
 from .text_batches import IGNORED_LABEL, pad_batch
 from .video_processing_video_ma2mba import FIXED_SETTINGS, SAMPLING_NAMES, drop_fixed_settings, list_rates
 from .video_reader import FrameReader
+from .video_subtitles import find_subtitles
 
 _HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # of an emoji that was cut, say: no tokenizer takes them
-VIDEO_NAMES = (*SAMPLING_NAMES, "do_sample_frames", "video_metadata", "return_metadata", "device")
+SUBTITLE_NAMES = ("subtitles", "subtitle_tokens")
+VIDEO_NAMES = (*SAMPLING_NAMES, *SUBTITLE_NAMES, "do_sample_frames", "video_metadata", "return_metadata", "device")
 RETURN_NAMES = ("return_attention_mask", "return_mm_token_type_ids", "return_tensors")
 NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = {
     "return_token_type_ids": (False,),
@@ -66,9 +82,11 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         video_token: stands for a video in text; repeated for every frame's features in token ids.
         system_prompt: text of the system turn when messages have none; empty leaves that turn out.
         frame_separator: what stands between the frames and the question of a turn.
+        frame_times: "none", or "text": time stamps are read between frames; must be the model's `config.frame_times`.
+        frame_times_every: seconds between two of them.
 
     Raises:
-        ValueError: the tokenizer does not know `video_token`, or `tokens_per_frame` is less than 1.
+        ValueError: the tokenizer does not know `video_token`, or a number is out of range.
     """
 
     image_token = IMAGE_MARK
@@ -82,7 +100,14 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         video_token: str = "<video>",
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
         frame_separator: str = DEFAULT_FRAME_SEPARATOR,
+        frame_times: str = "none",
+        frame_times_every: float = TIMES_EVERY,
     ):
+        if frame_times not in TIME_MODES or not frame_times_every > 0:
+            raise ValueError(
+                f"frame_times={frame_times!r}, frame_times_every={frame_times_every}: "
+                f"use one of {', '.join(TIME_MODES)}, and more than 0 seconds"
+            )
         if tokens_per_frame != int(tokens_per_frame) or tokens_per_frame < 1:
             raise ValueError(f"tokens_per_frame must be a whole number of at least 1, not {tokens_per_frame}")
         # A pipeline loads everything with the same arguments, and a tokenizer keeps those it does not know: a data
@@ -94,6 +119,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         self.video_token = video_token
         self.system_prompt = system_prompt
         self.frame_separator = frame_separator
+        self.frame_times = frame_times
+        self.frame_times_every = float(frame_times_every)
         if video_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"the tokenizer has no token {video_token!r}; add it with video_ma2mba.processing.byte_tokenizer."
@@ -130,7 +157,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             videos: one video, a list of videos, or a list of lists (one for each prompt).
             images: one image, a list, or a list of lists; each becomes a video of one frame.
             return_tensors: "pt", "np" or None (token ids as lists).
-            kwargs: for videos `fps`, `num_frames`, `start`, `end`, `max_frames`, `return_metadata`; for text
+            kwargs: for videos `fps`, `num_frames`, `start`, `end`, `max_frames`, `return_metadata`, `subtitles` and
+                `subtitle_tokens` (see `timed`); for text
                 `padding` (by default as far as tensors need it), `padding_side` (default: the tokenizer's),
                 `truncation`, `max_length`, `pad_to_multiple_of`, `add_special_tokens` (default False),
                 `return_attention_mask` (default True), `return_mm_token_type_ids` ("mm_token_type_ids": 1 for tokens
@@ -230,7 +258,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
 
         Args:
             messages: one conversation; see `render_chat`.
-            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames` for this call.
+            video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames` for this call; `subtitles` and
+                `subtitle_tokens` (see `timed`). Chunks of the readers carry what is read between frames.
 
         Returns:
             `(prefix, question, readers)`: int64 `(1, S)` token ids up to and including the last video, each video
@@ -289,6 +318,84 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         chat = self._render(messages, chat_template, require_question=False)
         chat.answers = chat.answers[given_answers:]
         return self._encode(chat)
+
+    def timed(self, reader: Any, subtitles: Any = None, subtitle_tokens: int | None = None) -> Any:
+        """A reader whose chunks carry what is read between frames: time stamps, where the model knows them, and
+        subtitles. Where there is neither, the reader itself.
+
+        Args:
+            subtitles: None or "off", "auto", a file, or cues; see `find_subtitles`.
+            subtitle_tokens: at most so many tokens of them are read (default: 32,768); of more, every so many-th cue.
+
+        Raises:
+            ValueError, FileNotFoundError: what is wrong with the subtitles.
+        """
+        found = find_subtitles(subtitles, reader)
+        text = self.frame_text()
+        if found is None and text.every is None:
+            return reader
+        text, facts = within(text, reader.sampling), None
+        if found is not None:
+            budget = SUBTITLE_TOKENS if subtitle_tokens is None else subtitle_tokens
+            inside = text.part_of(found.cues)
+            cues = spread_cues(inside, [len(self.words(cue.text)) + 2 for cue in inside], budget)
+            if len(cues) < len(inside):
+                reader.warnings.append(
+                    f"{found.name}: {len(cues)} of {len(inside)} cues are read, as fit into subtitle_tokens={budget}"
+                )
+            text = replace(text, cues=tuple(cues))
+            facts = {"name": found.name, "sha256": found.digest, "cues": len(cues)}
+        return TimedReader(reader, text, facts)
+
+    def frame_text(self) -> FrameText:
+        """What makes this model's time stamps, without subtitles."""
+        return FrameText(self.words, self.frame_times_every if self.frame_times == "text" else None)
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of somebody's words, in which nothing is a special token."""
+        typed = stand_ins(self._special_strings(), [text])
+        for mark, string in typed.items():
+            text = text.replace(string, mark)
+        if typed:
+            return self._encode_words(text, typed)
+        return list(self.tokenizer(_HALF_CHARACTERS.sub("\ufffd", text), add_special_tokens=False)["input_ids"])
+
+    def times_question(self, question: Any, wants_times: bool = True) -> Any:
+        """A question (or a conversation whose last message is one) for a model that reads time stamps: moments in it
+        are written as the stamps are, and with `wants_times` it asks for the span that shows the answer.
+
+        Raises:
+            ValueError: times are wanted of a model that reads none.
+        """
+        if self.frame_times == "none":
+            if wants_times:
+                raise ValueError(
+                    "this checkpoint never learnt times (its frame_times is 'none'): ask without them, or ask `where` "
+                    "for the seconds that speak for an answer"
+                )
+            return question
+        if isinstance(question, str):
+            return f"{as_clocks(question.strip())} {TIMES_REQUEST}" if wants_times else as_clocks(question)
+        *before, last = question
+        content = last["content"]
+        if isinstance(content, str):
+            return [*before, {**last, "content": self.times_question(content, wants_times)}]
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        texts = [place for place, part in enumerate(content) if isinstance(part.get("text"), str)]
+        for place in texts:
+            text = self.times_question(content[place]["text"], wants_times and place == texts[-1])
+            content[place] = {**content[place], "text": text}
+        return [*before, {**last, "content": content}]
+
+    def timed_answer(self, answer: str) -> dict[str, Any]:
+        """What a model answered to `times_question`: `{"answer", "start", "end"}`, in seconds of the video. An answer
+        that does not end in a span has None for both, and says so in "reason"."""
+        found = parse_span(answer)
+        if found is None:
+            reason = f"the answer does not end in [start-end]: {answer[-60:]!r}"
+            return {"answer": answer, "start": None, "end": None, "reason": reason}
+        words, start, end = found
+        return {"answer": words or answer.strip().strip("[]"), "start": start, "end": end}
 
     def _settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sort the settings of a call into those for text and those for videos."""
@@ -358,6 +465,14 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             ids += tokens
         return ids
 
+    def video_row(self, reader: Any, times: Sequence[float]) -> list[int]:
+        """Token ids that stand for a video of which frames shown at `times` were read: placeholders, and what its
+        reader, if it is `timed`, reads between them."""
+        text = getattr(reader, "text", None)
+        if text is None:
+            return [self.video_token_id] * (self.tokens_per_frame * len(times))
+        return list(text.row(times, self.video_token_id, self.tokens_per_frame))
+
     def _marks(self, chat: Chat) -> list[str]:
         """The placeholders of a prompt, in order."""
         return re.findall(f"{re.escape(self.video_token)}|{re.escape(self.image_token)}", chat.text)
@@ -382,12 +497,18 @@ class VideoMa2mbaProcessor(ProcessorMixin):
                     f"the text has {marks.count(mark)} {mark} placeholders for {len(sources)} {noun}; "
                     "there must be one for each"
                 )
-        videos, images = iter(chat.videos), iter(chat.images)
+        videos, images, own = iter(chat.videos), iter(chat.images), iter(chat.subtitles)
         rates = iter(()) if rates is None else rates
+        told = {name: video_settings[name] for name in SUBTITLE_NAMES if name in video_settings}
+        video_settings = {name: value for name, value in video_settings.items() if name not in told}
+
+        def open_next() -> Any:
+            reader = self.video_processor.open(next(videos), video_metadata=next(rates, None), **video_settings)
+            mine = next(own, None)
+            return self.timed(reader, **(told if mine is None else {**told, "subtitles": mine}))
+
         return [
-            self.video_processor.open(next(videos), video_metadata=next(rates, None), **video_settings)
-            if mark == self.video_token
-            else self.video_processor.open(next(images), num_frames=1)
+            open_next() if mark == self.video_token else self.video_processor.open(next(images), num_frames=1)
             for mark in marks
         ]
 
@@ -412,18 +533,25 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             self._open_media(chat, video_settings, rates) for chat in chats
         ]  # counts are checked before decoding
         flat = [reader for group in readers for reader in group]
-        pixels = self.video_processor(flat, return_metadata=return_metadata, device=device) if flat else {}
-        counts = iter(pixels["num_frames"].tolist() if flat else ())
+        pixels = self.video_processor(flat, return_metadata=True, device=device) if flat else {}
+        metadata = pixels.get("video_metadata", ())
+        shown = iter([(reader, facts["timestamps"]) for reader, facts in zip(flat, metadata, strict=True)])
+        if not return_metadata:
+            pixels = {name: value for name, value in pixels.items() if name != "video_metadata"}
         rows, masks, types = [], [], []
         for chat in chats:
             row, row_mask, row_types = [], [], []
             kinds = iter([2 if mark == self.video_token else 1 for mark in self._marks(chat)])
             for token, written in zip(*self._encode(chat, add_special_tokens), strict=True):
-                is_medium = token == self.video_token_id
-                repeats = next(counts) * self.tokens_per_frame if is_medium else 1
-                row += [token] * repeats
-                row_mask += [written] * repeats
-                row_types += [next(kinds) if is_medium else 0] * repeats
+                if token != self.video_token_id:
+                    row.append(token)
+                    row_mask.append(written)
+                    row_types.append(0)
+                    continue
+                ids, kind = self.video_row(*next(shown)), next(kinds)
+                row += ids
+                row_mask += [written] * len(ids)
+                row_types += [kind * (own == self.video_token_id) for own in ids]
             rows.append(row)
             masks.append(row_mask)
             types.append(row_types)

@@ -62,8 +62,8 @@ class VideoIndex:
     frames are counted instead; `times` float64 `(N,)` seconds from the first frame; `entries` int64, time stamps of
     the key frames at which decoding may begin, ascending, and `entries_dts`, their decoding times; `keys` int64, for
     each entry the time stamp from which on all frames come out right (its own, but for intra refresh); `duration`
-    seconds; `frame_pixels` width times height as the header says; `seekable`: the file's own index says exactly where
-    each packet is.
+    seconds; `begin` the first frame's time on the container's clock; `frame_pixels` width times height as the header
+    says; `seekable`: the file's own index says exactly where each packet is.
     """
 
     pts: np.ndarray | None
@@ -73,6 +73,7 @@ class VideoIndex:
     problems: list[str]
     frame_pixels: int = 0
     seekable: bool = False
+    begin: float = 0.0
     entries: np.ndarray = field(default_factory=lambda: np.array([], np.int64))
     entries_dts: np.ndarray = field(default_factory=lambda: np.array([], np.int64))
 
@@ -291,7 +292,10 @@ def scan_video(target: str | Path | bytes, name: str) -> VideoIndex:
         last = packets.last_duration * time_base
         duration = float(times[-1]) + (last if 0 < last <= LONGEST_LAST_FRAME else typical)
         entries_dts = np.frombuffer(packets.entries_dts, np.int64)
-        index = VideoIndex(stamps, times, keys, duration, problems, entries=entries, entries_dts=entries_dts)
+        begin = float(stamps[0]) * time_base
+        index = VideoIndex(
+            stamps, times, keys, duration, problems, begin=begin, entries=entries, entries_dts=entries_dts
+        )
     if index is None:
         index = counted_index(packets.count, rate, problems, timed)
     if promised is not None and promised < 1e7 and index.duration < 0.95 * promised - 0.5:
@@ -395,7 +399,8 @@ def _decoded_index(
     if len(times) < count or not (np.all(steps > 0) and np.all(steps <= LONGEST_GAP)):
         return counted_index(count, rate, problems, len(times) == count)
     typical = float(np.median(steps)) if count > 1 else 1 / (rate or FALLBACK_RATE)
-    return VideoIndex(None, times - times[0], np.array([], np.int64), float(times[-1] - times[0]) + typical, problems)
+    first, duration = float(times[0]), float(times[-1] - times[0]) + typical
+    return VideoIndex(None, times - first, np.array([], np.int64), duration, problems, begin=first)
 
 
 def counted_index(count: int, rate: float | None, problems: list[str], unusable: bool) -> VideoIndex:

@@ -15,6 +15,7 @@ from PIL import Image
 from .frame_decoding import decode_frames
 from .frame_fitting import check_resize, fit_frame
 from .frame_sampling import Sampling
+from .frame_times import Cue
 from .picture_sources import (
     PictureSource,
     is_image_bytes,
@@ -24,9 +25,10 @@ from .picture_sources import (
     refuse_ambiguous_array,
     split_array,
 )
-from .video_decoding import VideoIndex, scan_video
+from .video_decoding import VideoIndex, open_stream, scan_video
 from .video_playlists import LocalCopy, is_playlist
 from .video_source_names import address_to_open, check_source, is_address, local_path, shown_name
+from .video_subtitles import choose_track, track_cues
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,26 @@ class FrameReader:
     def expected_frames(self) -> int:
         """Number of frames `chunks` will give in all; fewer come only where the file is damaged."""
         return len(self._scan()[1])
+
+    @property
+    def frame_times(self) -> np.ndarray:
+        """Seconds at which the sampled frames are shown, `(expected_frames,)` float64."""
+        index, chosen = self._scan()
+        return index.times[np.minimum(chosen, len(index.times) - 1)]
+
+    @property
+    def file(self) -> Path | None:
+        """Where the video is, if it is a file."""
+        return self._file if isinstance(self._file, Path) else None
+
+    def text_track(self) -> list[Cue] | None:
+        """What the video's own subtitles say, in seconds from its first frame; None where it has none in text."""
+        if self._file is None:
+            return None
+        begin = self._scan()[0].begin
+        with open_stream(self._readable(), self.name) as (container, _):
+            track = choose_track(container)
+            return None if track is None else track_cues(container, track, begin)
 
     def _scan(self) -> tuple[VideoIndex, np.ndarray]:
         if self._scanned is None:

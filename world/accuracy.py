@@ -11,8 +11,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from ..files.append_log import AppendLog, read_log
 from ..files.progress import progress
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.state_writing import whole_file
+from ..processing.frame_times import parse_span
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from . import FORMS, KINDS, Question, WorldDataset, parse_frames
 from .chance import chance_levels
+from .questions import check_kinds
 from .scoring import generate_answers, score_forced
 
-FIELDS = ("frames", "kind", "form", "questions", "right", "accuracy", "chance")
+FIELDS = ("frames", "kind", "form", "questions", "right", "accuracy", "chance", "iou")
+"""`iou`: median overlap of the spans that were answered with the right ones, over their union; of kinds with spans."""
 _BLOCK, _BLOCK_FRAMES = 64, 32768  # between two saves: videos, fewer where they have more frames than this together
 
 
@@ -49,12 +53,15 @@ class WorldAccuracy:
     dtype: str = dataclasses.field(default="", metadata={"help": "by default bfloat16 on a GPU, float32 on a CPU"})
     frames_at_once: int = dataclasses.field(default=0, metadata={"help": "frames of one batch"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of the test videos"})
+    kinds: str = dataclasses.field(default=",".join(KINDS), metadata={"help": "of question, separated by commas"})
+    begins: int = dataclasses.field(default=0, metadata={"help": "seconds at which videos may begin"})
 
     def __post_init__(self) -> None:
         if self.method not in ("generate", "forced"):
             raise ValueError(f"method={self.method!r}: must be generate or forced.")
         if self.per_kind < 1:
             raise ValueError(f"per_kind={self.per_kind}: must be at least 1.")
+        self.kind_names = check_kinds(self.kinds.split(","))
         cuda = torch.cuda.is_available()
         self.device = self.device or ("cuda" if cuda else "cpu")
         self.dtype = self.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
@@ -112,21 +119,29 @@ def measure(settings: WorldAccuracy) -> list[dict[str, Any]]:
         "dtype": settings.dtype,
         "seed": settings.seed,
     }
+    if (asked := (settings.kind_names, settings.begins)) != (
+        KINDS,
+        0,
+    ):  # answers of before there were others stay valid
+        about |= {"kinds": list(asked[0]), "begins": asked[1]}
     answers = Answers(out.with_suffix(".answers.jsonl"), about)
     for frames in settings.frames:
         _ask(model, processor, settings, frames, answers)
-    table = [row for frames in settings.frames for row in summary(answers.rows, frames)]
+    table = [row for frames in settings.frames for row in summary(answers.rows, frames, settings.kind_names)]
     _write(out, table)
     return table
 
 
 def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answers: Answers) -> None:
     # Not every video settles every kind, so there is no telling beforehand how many videos it takes.
-    data = WorldDataset("test", 10**9, frames=parse_frames(frames), questions=len(KINDS), seed=settings.seed)
+    kinds, settled = settings.kind_names, {"kinds": settings.kind_names, "begins": settings.begins}
+    data = WorldDataset(
+        "test", 10**9, frames=parse_frames(frames), questions=len(kinds), seed=settings.seed, **settled
+    )
     asked = Counter(row["kind"] for row in answers.rows if row["frames"] == frames)
     with progress(f"videos of {frames} frames", "questions a kind", settings.per_kind) as tell:
         block, videos = 0, max(min(_BLOCK, _BLOCK_FRAMES // parse_frames(frames)[1]), 1)
-        while min(asked[kind] for kind in KINDS) < settings.per_kind:
+        while min(asked[kind] for kind in kinds) < settings.per_kind:
             if (frames, block) not in answers.blocks:
                 rows = []
                 for indices in _batches(data, range(block * videos, (block + 1) * videos), settings.frames_at_once):
@@ -159,14 +174,26 @@ def _answer(
 def _row(frames: str, question: Question, given: str | bool) -> dict[str, Any]:
     right = given if isinstance(given, bool) else given == question.answer
     row = {"frames": frames, **dataclasses.asdict(question), "right": right}
+    if not isinstance(given, bool) and parse_span(question.answer) is not None:
+        row["iou"] = span_overlap(given, question.answer)
     return row if isinstance(given, bool) else row | {"given": given}
 
 
-def summary(rows: list[dict[str, Any]], frames: str) -> list[dict[str, Any]]:
+def span_overlap(given: str, right: str) -> float:
+    """Overlap over union, 0..1, of the spans in which two answers end; 0 where one ends in none."""
+    spans = [parse_span(given), parse_span(right)]
+    if None in spans:
+        return 0.0
+    (_, a, b), (_, c, d) = spans
+    union = max(b, d) - min(a, c)
+    return max(min(b, d) - max(a, c), 0.0) / union if union > 0 else float((a, b) == (c, d))
+
+
+def summary(rows: list[dict[str, Any]], frames: str, kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
     """The table of one length: per kind, per kind and form, and all together."""
     names = [field.name for field in dataclasses.fields(Question)]
     table = []
-    for kind in (*KINDS, "all"):
+    for kind in (*kinds, "all"):
         for form in ("all", *FORMS):
             members = [
                 row
@@ -177,6 +204,7 @@ def summary(rows: list[dict[str, Any]], frames: str) -> list[dict[str, Any]]:
                 continue
             questions = [Question(**{name: row[name] for name in names}) for row in members]
             right = sum(row["right"] for row in members)
+            overlaps = [row["iou"] for row in members if "iou" in row]
             table.append(
                 {
                     "frames": frames,
@@ -186,6 +214,7 @@ def summary(rows: list[dict[str, Any]], frames: str) -> list[dict[str, Any]]:
                     "right": right,
                     "accuracy": round(right / len(members), 4),
                     "chance": round(chance_levels(questions)["all"], 4),
+                    "iou": round(statistics.median(overlaps), 4) if overlaps else None,
                 }
             )
     return table
@@ -203,5 +232,6 @@ if __name__ == "__main__":
     for line in measure(chosen):
         if line["form"] == "all":
             print(
-                "{frames:>8} {kind:>10}  {accuracy:.3f}  (chance {chance:.3f}, {questions} questions)".format(**line)
+                "{frames:>8} {kind:>10}  {accuracy:.3f}  (chance {chance:.3f}, {questions} questions)".format(**line),
+                "" if line["iou"] is None else f"median overlap {line['iou']:.3f}",
             )

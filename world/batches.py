@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..trainer.data import VideoChatCollator
-from . import KINDS, Question, WorldDataset, chat, render
-from .questions import list_things, name_option
+from . import Question, WorldDataset, chat, render
+from .questions import TIMED_KINDS, list_things, list_times, name_option
+from .speech import TimedFrames
 from .world import COLOURS, SHAPES, whole
 
 _TURN_TOKENS = 20  # of one question with its answer, on average
@@ -28,7 +29,10 @@ _LIST_ALONE, _LIST_LAST = 0.3, 0.5  # shares of chats that only list the things,
 SHORTER = 0.15  # share of batches below the shortest length asked for, once training is past that length
 # Later turns could be answered from the words of earlier ones ("the red star" gives away a colour and a shape), so
 # kinds that give away little come first.
-_TURNS = ("needle", "count", "colour", "shape", "direction", "order", "time", "list")
+_TURNS = (
+    *("needle", "spoken", "said", "count", "colour", "shape", "direction", "timed", "moment", "between"),
+    *("order", "time", "span", "list", "times"),
+)
 _WORDS = re.compile("[a-z]+")
 _NAMES = frozenset([*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", "card"])
 
@@ -67,6 +71,8 @@ def draw_length(rng: random.Random, top: int, shortest: int, shorter: float = SH
 def question_subject(question: Question) -> tuple[str, frozenset[str]]:
     """What a question is about, the same for every wording and for both forms: kind and the things that it names."""
     text = question.text if question.kind == "order" else question.text.partition(" (A)")[0]
+    if question.kind in ("moment", "between"):  # which name nothing
+        return question.kind, frozenset([question.answer])
     return question.kind, frozenset(_NAMES & set(_WORDS.findall(text)))
 
 
@@ -108,6 +114,10 @@ class WorldBatches(IterableDataset):
         self.collator = VideoChatCollator(processor, ends="first", on_broken="raise")
         self.progress, self.weights, self.first_batch = progress, weights, first_batch
         self.ramp, self.ramp_from, self.shorter = ramp, ramp_from, shorter
+        stamp = len(processor.words("[0:00]")) if processor.frame_times == "text" else 0
+        self.frame_tokens = processor.tokens_per_frame + stamp * min(
+            1 / (dataset.fps * processor.frame_times_every), 1
+        )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         torch.set_num_threads(1)
@@ -118,8 +128,8 @@ class WorldBatches(IterableDataset):
         while True:
             rng = random.Random(f"{self.dataset.seed} {number}")
             frames = draw_length(rng, self._longest(longest), shortest, self.shorter)
-            length = frames * self.processor.tokens_per_frame + (self.questions_per_video(frames) + 3) * _TURN_TOKENS
-            videos = max(self.tokens_per_batch // length, 1)
+            length = frames * self.frame_tokens + (self.questions_per_video(frames) + 3) * _TURN_TOKENS
+            videos = max(int(self.tokens_per_batch // length), 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
             yield self.batch(indices, frames, files=0.5)
             number += workers
@@ -133,13 +143,16 @@ class WorldBatches(IterableDataset):
 
     def batch(self, indices: Sequence[int], frames: int, files: float = 0.0) -> dict[str, torch.Tensor]:
         """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files."""
-        weights = dict(zip(KINDS, self.weights.tolist(), strict=True))
+        weights = dict(zip(self.dataset.kinds, self.weights.tolist(), strict=True))
         lists = 1 - 0.7 * float(self.progress)
+        timed = any(kind in TIMED_KINDS for kind in self.dataset.kinds)
         rows = []
         for place, index in enumerate(indices):
             world, asked = self.dataset.asked(index, frames)
             rng = random.Random(f"turns {world.seed} {frames}")
             mark, listed = rng.random(), list_things(world)
+            if timed and rng.random() < 0.7:
+                listed = list_times(world)
             if mark < _LIST_ALONE * lists or not asked:
                 turns = [listed]
             else:
@@ -149,7 +162,8 @@ class WorldBatches(IterableDataset):
                 turns += [listed] if mark < (_LIST_ALONE + _LIST_LAST) * lists else []
             video = render(world, self.dataset.fps, self.dataset.resolution)
             video = imitate_mp4(video, index % 2**32) if place < files * len(indices) else video
-            rows.append({"id": str(index), "messages": chat(turns, video)})
+            shown = TimedFrames.of_world(video, world, self.dataset.fps)
+            rows.append({"id": str(index), "messages": chat(turns, shown, self.dataset.cues(world))})
         return self.collator(rows)
 
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from .dataset import WorldDataset
-from .questions import FORMS, KINDS, Question
+from .questions import ALL_KINDS, FORMS, KINDS, Question
 
 
 def chance_levels(questions: Iterable[Question]) -> dict[str, float]:
@@ -26,7 +26,7 @@ def chance_levels(questions: Iterable[Question]) -> dict[str, float]:
         for name in (kind, "all"):
             expected[name] += max(uniform, constant)
             asked[name] += len(members)
-    return {kind: expected[kind] / asked[kind] for kind in (*KINDS, "all") if asked[kind]}
+    return {kind: expected[kind] / asked[kind] for kind in (*ALL_KINDS, "all") if asked[kind]}
 
 
 def world_chance(

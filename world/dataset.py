@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .questions import FORMS, KINDS, Question, ask, check_kinds
+from ..processing.frame_times import Cue
+from .questions import FORMS, KINDS, SPOKEN_KINDS, Question, ask, check_kinds
 from .render import render
+from .speech import TimedFrames, speech_of
 from .world import World, WorldSettings, build_world, video_seed, whole
 
 
 @dataclass(frozen=True)
 class WorldSample:
-    """One video with its questions. `frames` is uint8 (F, H, W, 3) RGB."""
+    """One video with its questions. `frames` is uint8 (F, H, W, 3) RGB, `fps` of them a second; `cues` are said."""
 
     frames: np.ndarray
     questions: tuple[Question, ...]
     world: World
+    cues: tuple[Cue, ...] = ()
+    fps: float = 1.0
+
+    @property
+    def timed_frames(self) -> TimedFrames:
+        """The frames with their times, as a reader that a processor opens."""
+        return TimedFrames.of_world(self.frames, self.world, self.fps)
 
     def messages(self, video: Any = None) -> list[dict[str, Any]]:
         """The sample as one chat: the video and the first question, then question and answer in turn."""
-        return chat(self.questions, video)
+        return chat(self.questions, video, self.cues)
 
 
-def chat(questions: Sequence[Question], video: Any = None) -> list[dict[str, Any]]:
-    """Chat messages in the Hugging Face content format; the first user turn carries the video."""
+def chat(questions: Sequence[Question], video: Any = None, cues: Sequence[Cue] = ()) -> list[dict[str, Any]]:
+    """Chat messages in the Hugging Face content format; the first user turn carries the video and its subtitles."""
     messages: list[dict[str, Any]] = []
     for number, question in enumerate(questions):
         content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
         if number == 0:
             content.insert(0, {"type": "video"} if video is None else {"type": "video", "video": video})
+            content[0] |= {"subtitles": list(cues)} if cues else {}
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
     return messages
@@ -60,6 +70,8 @@ class WorldDataset:
     size: number of videos.
     frames: shortest and longest video, in frames at `fps`, drawn uniformly per video; (n, n) fixes it.
     questions: at most this many per video.
+    kinds: of question; with one of ``SPOKEN_KINDS`` the videos have subtitles.
+    begins: second at which the videos may begin, as parts of longer ones: 0 for half, up to this for the others.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class WorldDataset:
         resolution: int = 64,
         fps: float = 1.0,
         settings: WorldSettings | None = None,
+        begins: int = 0,
     ):
         low, high = frames
         if not 1 <= low <= high:
@@ -87,7 +100,8 @@ class WorldDataset:
         self.split, self.size, self.frames, self.questions = split, size, (low, high), questions
         self.kinds, self.forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
         self.seed, self.resolution, self.fps = seed, resolution, fps
-        self.settings = settings or WorldSettings()
+        self.settings, self.begins = settings or WorldSettings(), begins
+        self.speaks = any(kind in SPOKEN_KINDS for kind in self.kinds)
 
     def __len__(self) -> int:
         return self.size
@@ -102,7 +116,15 @@ class WorldDataset:
         """What video `index` shows; `frames` overrides its length."""
         frames = self.length(index) if frames is None else frames
         seconds = max(-int(-frames // self.fps), 1)
-        return build_world(video_seed(self.split, index, self.seed), seconds, self.settings)
+        world = build_world(video_seed(self.split, index, self.seed), seconds, self.settings)
+        if not self.begins:
+            return world
+        rng = random.Random(world.seed + (1 << 91))
+        return replace(world, begin=0 if rng.random() < 0.5 else whole(rng, 0, self.begins))
+
+    def cues(self, world: World) -> tuple[Cue, ...]:
+        """What is said in a world of this data set."""
+        return speech_of(world).cues if self.speaks else ()
 
     def asked(self, index: int, frames: int | None = None) -> tuple[World, list[Question]]:
         """World and questions of video `index`, nothing drawn."""
@@ -113,7 +135,8 @@ class WorldDataset:
     def sample(self, index: int, frames: int | None = None) -> WorldSample:
         """Video `index`, drawn; `frames` overrides its length (the same index at another length is another video)."""
         world, questions = self.asked(index, frames)
-        return WorldSample(render(world, self.fps, self.resolution), tuple(questions), world)
+        frames = render(world, self.fps, self.resolution)
+        return WorldSample(frames, tuple(questions), world, self.cues(world), self.fps)
 
     def __getitem__(self, index: int) -> WorldSample:
         return self.sample(index)

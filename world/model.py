@@ -132,5 +132,9 @@ def world_processor(config: VideoMa2mbaConfig, tokenizer: PreTrainedTokenizerFas
         image_std=config.image_std,
     )
     return VideoMa2mbaProcessor(
-        video_processor=video_processor, tokenizer=tokenizer, tokens_per_frame=config.tokens_per_frame
+        video_processor=video_processor,
+        tokenizer=tokenizer,
+        tokens_per_frame=config.tokens_per_frame,
+        frame_times=config.frame_times,
+        frame_times_every=config.frame_times_every,
     )

@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..processing.frame_times import TIMES_REQUEST, clock, span_text
+from .speech import speech_of
 from .world import (
     CARD_SYMBOLS,
     COLOURS,
@@ -25,6 +27,11 @@ from .world import (
 )
 
 KINDS = ("colour", "shape", "count", "direction", "order", "needle", "time")
+TIMED_KINDS = ("span", "moment", "between", "timed")
+"""For models that read time stamps; open questions only."""
+SPOKEN_KINDS = ("spoken", "said")
+"""About what is said, for videos with subtitles."""
+ALL_KINDS = (*KINDS, *TIMED_KINDS, *SPOKEN_KINDS)
 FORMS = ("open", "choice")
 COUNTS = ("0", "1", "2", "3", "4")
 LETTERS = "ABCD"
@@ -57,6 +64,12 @@ ANSWERS = {
     "order": 2,
     "needle": len(CARD_SYMBOLS),
     "time": len(QUARTERS),
+    "span": 10**6,
+    "timed": 10**6,
+    "moment": len(COLOURS) * len(SHAPES),
+    "between": len(COLOURS) * len(SHAPES),
+    "spoken": len(CARD_SYMBOLS),
+    "said": len(COLOURS),
 }
 
 
@@ -86,6 +99,13 @@ def list_things(world: World) -> Question:
     return Question("list", "open", "List everything in the video.", ", ".join(told) or "none")
 
 
+def list_times(world: World) -> Question:
+    """Extra kind `times`, for training only: everything in the order of its arrival, with the span of its visit."""
+    visits = [(start, end, name) for name, start, end in _visits(world)]
+    told = ", ".join(f"{name} {span_text(start, end)}" for start, end, name in sorted(visits))
+    return Question("times", "open", f"List everything in the video. {TIMES_REQUEST}", told or "none")
+
+
 def name_option(question: Question) -> Question:
     """Extra kind `option`, for training only: which letter stands before the right option, told what that option says.
 
@@ -96,7 +116,7 @@ def name_option(question: Question) -> Question:
     return Question("option", "choice", text, question.answer, question.options)
 
 
-def check_kinds(kinds: Iterable[str], known: Sequence[str] = KINDS, what: str = "kind") -> tuple[str, ...]:
+def check_kinds(kinds: Iterable[str], known: Sequence[str] = ALL_KINDS, what: str = "kind") -> tuple[str, ...]:
     """`kinds` as a tuple without repeats; a ValueError names what is unknown."""
     kinds = tuple(dict.fromkeys(kinds))
     wrong = [kind for kind in kinds if kind not in known]
@@ -130,7 +150,8 @@ def ask(
                 break
         kind = queue.pop()
         draft = _DRAFTS[kind](world, rng)
-        question = _finish(kind, draft, pick(rng, forms), rng) if draft else None
+        form = pick(rng, forms)
+        question = _finish(kind, draft, "open" if kind in TIMED_KINDS else form, rng) if draft else None
         if question is None or question.text in asked:
             misses[kind] = misses.get(kind, 0) + (1 if question else 4)
         else:
@@ -239,6 +260,82 @@ def _time(world: World, rng: random.Random) -> _Draft | None:
     return _Draft(text.format(name), QUARTERS[number], QUARTERS, ())
 
 
+def _visits(world: World) -> list[tuple[str, int, int]]:
+    """Everything that comes and goes, with the seconds of the video at which it does."""
+    visits = [(thing.name, world.begin + thing.start, world.begin + thing.end) for thing in world.things]
+    if world.card is not None:
+        start = world.begin + world.card.start
+        visits.append((f"card {world.card.symbol.lower()}", start, start + 1))
+    return visits
+
+
+def _span(world: World, rng: random.Random) -> _Draft | None:
+    visits = _visits(world)
+    if not visits:
+        return None
+    name, start, end = pick(rng, visits)
+    text = pick(rng, ("When is the {} in view?", "From when to when is the {} shown?"))
+    return _Draft(
+        text.format(name.partition(" ")[0] if name.startswith("card ") else name), span_text(start, end), (), ()
+    )
+
+
+def _moment(world: World, rng: random.Random) -> _Draft | None:
+    visits = _visits(world)
+    starts = [start for _, start, _ in visits]
+    visits = [visit for visit in visits if starts.count(visit[1]) == 1]
+    if not visits:
+        return None
+    name, start, _ = pick(rng, visits)
+    text = pick(rng, ("What comes at {}?", "What appears at {}?"))
+    return _Draft(text.format(clock(start)), name, (), ())
+
+
+def _between(world: World, rng: random.Random) -> _Draft | None:
+    visits = sorted(_visits(world), key=lambda visit: visit[1])
+    if not visits:
+        return None
+    number = int(rng.random() * len(visits))
+    name, start, _ = visits[number]
+    earliest = visits[number - 1][1] + 1 if number else world.begin
+    latest = visits[number + 1][1] if number + 1 < len(visits) else world.begin + world.seconds
+    if not earliest <= start < latest:  # two come at once
+        return None
+    first = start - int(rng.random() * (min(start - earliest, 20) + 1))
+    last = start + 1 + int(rng.random() * min(latest - start, 20))
+    return _Draft(f"What comes between {clock(first)} and {clock(last)}?", name, (), ())
+
+
+def _timed(world: World, rng: random.Random) -> _Draft | None:
+    """A question about a thing, or the card, whose answer ends in the span that shows it."""
+    kind = pick(rng, ("colour", "shape", "direction", "needle"))
+    draft = _DRAFTS[kind](world, rng)
+    if draft is None:
+        return None
+    for thing, (_, start, end) in zip(world.things, _visits(world), strict=False):
+        subject = {"colour": thing.shape, "shape": thing.colour, "direction": thing.name}.get(kind)
+        answer = {"colour": thing.colour, "shape": thing.shape, "direction": thing.direction}.get(kind)
+        if subject is not None and f" {subject} " in draft.text.replace("?", " ") and answer == draft.truth:
+            return _Draft(f"{draft.text} {TIMES_REQUEST}", f"{draft.truth} {span_text(start, end)}", (), ())
+    _, start, end = _visits(world)[-1]  # the card
+    return _Draft(f"{draft.text} {TIMES_REQUEST}", f"{draft.truth} {span_text(start, end)}", (), ())
+
+
+def _spoken(world: World, rng: random.Random) -> _Draft | None:
+    text = pick(rng, ("Which sign was named aloud?", "What sign did the voice name?"))
+    shown = () if world.card is None else (world.card.symbol.lower(),)
+    return _Draft(text, speech_of(world).sign, tuple(CARD_SYMBOLS.lower()), shown)
+
+
+def _said(world: World, rng: random.Random) -> _Draft | None:
+    claim = speech_of(world).claim
+    if claim is None:
+        return None
+    shape, colour = claim
+    text = pick(rng, ("Which colour did the voice give the {}?", "What colour is the {}, says the voice?"))
+    return _Draft(text.format(shape), colour, tuple(COLOURS), tuple(dict.fromkeys(t.colour for t in world.things)))
+
+
 def _is_inside_quarter(start: int, seconds: int) -> bool:
     part = 4 * (start + 0.5) / seconds % 1
     return QUARTER_MARGIN <= part <= 1 - QUARTER_MARGIN
@@ -262,4 +359,10 @@ _DRAFTS: dict[str, Callable[[World, random.Random], _Draft | None]] = {
     "order": _order,
     "needle": _needle,
     "time": _time,
+    "span": _span,
+    "moment": _moment,
+    "between": _between,
+    "timed": _timed,
+    "spoken": _spoken,
+    "said": _said,
 }

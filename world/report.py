@@ -12,11 +12,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..trainer.training_clock import TrainingClock
-from . import FORMS, KINDS, WorldDataset, WorldSample
+from . import FORMS, WorldDataset, WorldSample
 from .scoring import score_forced
 
 LOSS_FIELDS = ("step", "seconds", "progress", "loss", "grad_norm", "learning_rate")
-ACCURACY_FIELDS = ("step", "seconds", "frames", "all", *FORMS, *KINDS)
+ACCURACY_FIELDS = ("step", "seconds", "frames", "all", *FORMS)
 
 
 def append_row(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> None:
@@ -103,18 +103,18 @@ class WorldReport(TrainerCallback):
                 ]
             row: dict[str, Any] = {"step": step, "seconds": self.clock.elapsed, "frames": frames}
             row["all"] = sum(hit for _, hit in scored) / len(scored)
-            for name in (*FORMS, *KINDS):
+            for name in (*FORMS, *self.data.kinds):
                 hits = [hit for question, hit in scored if name in (question.form, question.kind)]
                 if hits:
                     row[name] = sum(hits) / len(hits)
-            append_row(self.out / "validation.csv", ACCURACY_FIELDS, row)
+            append_row(self.out / "validation.csv", (*ACCURACY_FIELDS, *self.data.kinds), row)
             print(
                 "validation",
                 *(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
                 flush=True,
             )
             results[frames] = row
-        for number, kind in enumerate(KINDS):
+        for number, kind in enumerate(self.data.kinds):
             shares = [row[kind] for row in results.values() if kind in row]
             wrong = 1 - sum(shares) / len(shares) if shares else 0.5
             self.weights[number] = 0.25 + wrong

@@ -14,8 +14,10 @@ import torch
 from ..modeling_video_ma2mba.answering_questions import question_ids, video_prefix
 from ..processing.text_batches import IGNORED_LABEL
 from . import Question, WorldSample
+from .questions import TIMED_KINDS
 
 LONGEST_ANSWER = 20  # tokens of a byte-level answer such as "purple triangle", with its end
+LONGEST_TIMED_ANSWER = 40  # with [1:02:03-1:02:10] behind it
 
 
 def read_videos(model: Any, processor: Any, samples: Sequence[WorldSample], repeats: Sequence[int]) -> Any:
@@ -23,10 +25,20 @@ def read_videos(model: Any, processor: Any, samples: Sequence[WorldSample], repe
     frames = np.concatenate([sample.frames for sample in samples])
     length = len(samples[0].frames)
     opening = video_prefix(processor)  # with one token for the video
-    video = opening[:, -1:].expand(1, length * processor.tokens_per_frame)
-    device = model.device
+    readers = [(sample.timed_frames, list(sample.cues) or None) for sample in samples]
+    timed = [processor.timed(reader, cues) for reader, cues in readers]
+    shown = [
+        processor.video_row(one, sample.timed_frames.timestamps) for one, sample in zip(timed, samples, strict=True)
+    ]
+    longest = max(map(len, shown))
+    video = torch.full((len(shown), longest), processor.tokenizer.pad_token_id)
+    mask = torch.zeros(len(shown), longest, dtype=torch.long)
+    for row, ids in enumerate(shown):  # padded behind: none of it reaches the state
+        video[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+    before, device = opening[:, :-1].expand(len(shown), -1), model.device
     state = model(
-        input_ids=torch.cat([opening[:, :-1], video], dim=1).expand(len(samples), -1).to(device),
+        input_ids=torch.cat([before, video], dim=1).to(device),
+        attention_mask=None if mask.all() else torch.cat([torch.ones_like(before), mask], dim=1).to(device),
         pixel_values_videos=torch.from_numpy(frames).permute(0, 3, 1, 2).to(device),
         num_frames=torch.tensor([length] * len(samples), device=device),
         use_cache=True,
@@ -87,7 +99,7 @@ def generate_answers(model: Any, processor: Any, samples: Sequence[WorldSample])
         attention_mask=mask,
         past_key_values=state,
         do_sample=False,
-        max_new_tokens=LONGEST_ANSWER,
+        max_new_tokens=LONGEST_TIMED_ANSWER if any(q.kind in TIMED_KINDS for q in asked) else LONGEST_ANSWER,
         pad_token_id=pad,
         eos_token_id=processor.tokenizer.eos_token_id,
     )

@@ -70,6 +70,10 @@ class WorldTraining:
     tokens_per_batch: int = _option(32768, "tokens of one optimizer step, about, whatever the videos' length")
     questions: int = _option(12, "questions about each video, at most")
     kinds: str = _option(",".join(KINDS), "kinds of question, separated by commas")
+    times_every: float | None = _option(
+        None, "seconds between time stamps that the model reads; unset: as it does now"
+    )
+    begins: int = _option(0, "seconds at which videos may begin, as parts of longer ones, so that late times are seen")
     learning_rate: float = _option(1.5e-3, "highest learning rate")
     weight_decay: float = _option(0.05, "of matrices")
     warmup_steps: int = _option(200, "steps of warm-up")
@@ -106,6 +110,8 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     tokenizer = build_world_tokenizer()
     model = _model(training, tokenizer).to("cuda" if cuda else "cpu")
     config = model.config
+    if training.times_every is not None:
+        config.frame_times, config.frame_times_every = "text", training.times_every
     exported_chunk = config.vision_chunk_frames
     config.vision_chunk_frames = 2048  # the small tower takes many frames at once
     if not checkpoint and not training.start_from:
@@ -114,7 +120,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
 
     arguments = _arguments(training, cuda)
-    progress, weights = torch.zeros(1).share_memory_(), torch.ones(len(KINDS)).share_memory_()
+    progress, weights = torch.zeros(1).share_memory_(), torch.ones(len(training.kind_names)).share_memory_()
     done = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     batches = WorldBatches(
         WorldDataset(
@@ -124,6 +130,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
             questions=2 * training.questions,  # of which a batch takes what its weights say
             kinds=training.kind_names,
             seed=training.seed,
+            begins=training.begins,
         ),
         processor,
         training.tokens_per_batch,
@@ -138,9 +145,10 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         "validation",
         training.eval_videos,
         frames=training.frame_range,
-        questions=7,
+        questions=max(7, len(training.kind_names)),
         kinds=training.kind_names,
         seed=training.seed,
+        begins=training.begins,
     )
     trainer = VideoMa2mbaTrainer(
         model=model,

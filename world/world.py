@@ -129,6 +129,8 @@ class World:
     backdrops: tuple[Backdrop, ...]
     sun: bool
     clutter: bool
+    begin: int = 0
+    """Second of the video at which it begins: it may be the end of a longer one, of which only that is looked at."""
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:

@@ -28,7 +28,7 @@ def features(grouped: bool = False) -> datasets.Features:
     from datasets import Features, Value
 
     text = Value("string")
-    part = {"type": text, "text": text, "video": text, "image": text, "frames": [text]}
+    part = {"type": text, "text": text, "video": text, "image": text, "frames": [text], "subtitles": text}
     part |= {"start": Value("float64"), "end": Value("float64")}
     message = {"role": text, "content": [part], "learn": Value("bool")}
     columns = {"messages": [message], "id": text, "problem": text}
@@ -108,7 +108,7 @@ def _plain(part: Row) -> Row:
                 f"a {key} in the messages must be a path or an address, not {type(part[key]).__name__}: put what it "
                 f"holds into a column {key}s and leave its place in the messages empty"
             )
-    return {key: part.get(key) for key in ("type", "text", "video", "image", "frames", "start", "end")}
+    return {key: part.get(key) for key in ("type", "text", "video", "image", "frames", "subtitles", "start", "end")}
 
 
 def _group(messages: list[Row], clips: bool, merge: bool) -> tuple[str | None, float | None]:

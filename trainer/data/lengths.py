@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...files.append_log import AppendLog, read_log
 from ...files.progress import counted
 from ...processing.video_decoding import open_stream
 from ...processing.video_source_names import is_address, local_path
+from ...processing.video_subtitles import read_subtitles
 from .sample_encoding import EncodingSettings, conversation_of, lay_out, media_of
 
 _DEFAULT_SECONDS = 60.0  # of a video that does not say how long it is, or is an address
@@ -96,15 +98,28 @@ def estimated_lengths(
 def _length(processor: Any, row: dict[str, Any], settings: EncodingSettings, timings: TimingCache) -> int:
     try:
         messages = conversation_of(row)
-        frames = [_frames(processor, part, settings, timings) for part in media_of(messages)]
-        return lay_out(processor, messages, frames, settings).length(processor.tokens_per_frame)
+        times = [_times(processor, part, settings, timings) for part in media_of(messages)]
+        told = [_told(processor, part, moments) for part, moments in zip(media_of(messages), times, strict=True)]
+        layout = lay_out(processor, messages, [len(moments) for moments in times], settings, told)
+        return layout.length(processor.tokens_per_frame)
     except (ValueError, OSError):
         return 1
 
 
-def _frames(processor: Any, part: dict[str, Any], settings: EncodingSettings, timings: TimingCache) -> int:
+def _told(processor: Any, part: dict[str, Any], times: np.ndarray) -> int:
+    """Tokens between the frames; those of a track inside of a video are not known without reading it."""
     if part["type"] == "image":
-        return 1
+        return 0
+    text, given = processor.frame_text(), part.get("subtitles")
+    if given is not None and given != "auto":
+        text = replace(text, cues=tuple(read_subtitles(given).cues))
+    return len(text.row(times, 0, 0))
+
+
+def _times(processor: Any, part: dict[str, Any], settings: EncodingSettings, timings: TimingCache) -> np.ndarray:
+    """Seconds of the frames that will be looked at."""
+    if part["type"] == "image":
+        return np.zeros(1)
     source = part["video"]
     window = {"start": part.get("start"), "end": part.get("end")}
     if is_address(source):
@@ -114,14 +129,15 @@ def _frames(processor: Any, part: dict[str, Any], settings: EncodingSettings, ti
         source
     ):  # frames in memory, folders: counted as they are
         options = {"fps": settings.fps, "num_frames": settings.num_frames}
-        return processor.video_processor.open(source, **options, **window).expected_frames
+        return np.asarray(processor.video_processor.open(source, **options, **window).frame_times)
     timing = timings.timing(str(source))
     if timing is None:
         raise ValueError(f"{source} cannot be opened")
     return _of_timing(processor, timing, window, settings)
 
 
-def _of_timing(processor: Any, timing: Timing, window: dict[str, Any], settings: EncodingSettings) -> int:
+def _of_timing(processor: Any, timing: Timing, window: dict[str, Any], settings: EncodingSettings) -> np.ndarray:
     duration, rate = timing
     sampling = processor.video_processor.sampling(fps=settings.fps, num_frames=settings.num_frames, **window)
-    return len(sampling.choose(np.arange(max(1, round(duration * rate))) / rate, duration, "the video"))
+    moments = np.arange(max(1, round(duration * rate))) / rate
+    return moments[sampling.choose(moments, duration, "the video")]

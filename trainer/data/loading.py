@@ -20,7 +20,7 @@ from .dataset_rows import from_dataset, merge_groups
 from .row_formats import COLUMNS, Row, detect_format
 
 Source = str | PathLike[str] | Dataset | IterableDataset
-_VERSION = 2  # of what a row becomes; a new one sets aside what `datasets` has cached
+_VERSION = 3  # of what a row becomes; a new one sets aside what `datasets` has cached
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")

@@ -1,8 +1,9 @@
 """The forms in which training rows come, told by their columns, and each turned into chat messages.
 
 A canonical row is one chat: `messages`, a list of `{"role", "content": [parts]}`, a part being
-`{"type": "text", "text"}` or `{"type": "video" | "image", "video" | "image" | "frames": source, "start", "end"}`. An
-answer with `"learn": False` is part of the question.
+`{"type": "text", "text"}` or
+`{"type": "video" | "image", "video" | "image" | "frames": source, "start", "end", "subtitles"}`.
+An answer with `"learn": False` is part of the question.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from urllib.parse import parse_qs, urlparse
 
 from ...processing.chat_format import plain_part
 from ...processing.frame_sampling import seconds_of
-from .row_text import Part, find_video, locate, media_part, take_marks, text_part
+from .row_text import Part, find_video, locate, media_part, subtitles_of, take_marks, text_part
 
 Row = dict[str, Any]
 _ROLES = {"system": "system", "human": "user", "user": "user"}
@@ -42,6 +43,7 @@ class RowFormat:
 def _media_columns(row: Row, base_dir: str | None) -> list[Part]:
     """Parts for what the columns video(s) and image(s) hold, in the order of the columns."""
     window = {name: seconds_of(row.get(name), name) for name in ("start", "end")}
+    told = subtitles_of(row.get("subtitles"), base_dir)
     parts = []
     for kind in ("video", "image"):
         for column in (kind, f"{kind}s"):
@@ -52,6 +54,8 @@ def _media_columns(row: Row, base_dir: str | None) -> list[Part]:
             for source in found if many else [found]:
                 source = locate(source, base_dir, row.get("data_source"))
                 parts.append(media_part(kind, source, **(window if kind == "video" else {})))
+                if kind == "video" and told is not None:
+                    parts[-1]["subtitles"] = told
     return parts
 
 
@@ -115,7 +119,9 @@ def chat_messages(row: Row, base_dir: str | None) -> list[Row]:
                     part = next(media, None) or {"type": kind}
                 else:
                     window = {name: seconds_of(part.get(name), name) for name in ("start", "end")}
+                    told = subtitles_of(part.get("subtitles"), base_dir)
                     part = media_part(kind, locate(source, base_dir), **window)
+                    part |= {} if told is None else {"subtitles": told}
             parts.append(part)
         messages.append({"role": role, "content": parts})
     if placeholders == 0 and found:
@@ -271,7 +277,10 @@ FORMATS = (
     RowFormat("plain text", ("text",), _text),
 )
 COLUMNS = frozenset(
-    ["video", "videos", "image", "images", "id", "start", "end", "options", "data_source", "question_id", "video_id"]
+    [
+        *("video", "videos", "image", "images", "id", "start", "end", "subtitles", "options"),
+        *("data_source", "question_id", "video_id"),
+    ]
 ).union(*(form.needs for form in FORMATS))
 """Names that mean something in a row."""
 

@@ -62,6 +62,13 @@ def locate(source: Any, base_dir: str | None, subfolder: Any = None) -> Any:
     return str(whole)
 
 
+def subtitles_of(value: Any, base_dir: str | None) -> Any:
+    """What a row says about subtitles: `auto`, a file (relative ones made whole), cues; None for nothing, or `off`."""
+    if value is None or (isinstance(value, str) and value in ("", "off")):
+        return None
+    return value if isinstance(value, str) and value == "auto" else locate(value, base_dir)
+
+
 def find_video(names: list[str], base_dir: str | None) -> str:
     """The file under `base_dir` that has one of these names, with any of the usual suffixes.
 

@@ -98,17 +98,19 @@ class Sample:
 
 @dataclass
 class Layout:
-    """What a row will be, before anything is decoded: tokens with each video as one of them, and frames of each."""
+    """What a row will be, before anything is decoded: tokens with each video as one of them, frames of each, and how
+    many tokens (at most) are `told` between them."""
 
     tokens: list[int]
     written: list[int]
     frames: list[int]
     wanted_frames: int
     dropped_turns: int
+    told: int = 0
 
     def length(self, tokens_per_frame: int) -> int:
         """Tokens of the whole sample."""
-        return len(self.tokens) - len(self.frames) + tokens_per_frame * sum(self.frames)
+        return len(self.tokens) - len(self.frames) + tokens_per_frame * sum(self.frames) + self.told
 
 
 def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -154,33 +156,42 @@ def media_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [p for m in messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] != "text"]
 
 
-def lay_out(processor: Any, messages: list[dict[str, Any]], frames: list[int], settings: EncodingSettings) -> Layout:
-    """Fit a sample into `max_frames` and `max_length`. `frames`: of each video as sampled, 1 for an image.
+def lay_out(
+    processor: Any,
+    messages: list[dict[str, Any]],
+    frames: list[int],
+    settings: EncodingSettings,
+    told: list[int] | None = None,
+) -> Layout:
+    """Fit a sample into `max_frames` and `max_length`. `frames`: of each video as sampled, 1 for an image; `told`:
+    tokens that are read between them.
 
     Raises:
         ValueError: there is no answer, or the first answer does not fit even with one frame of each video.
     """
     tokens, written = settings.tokens(processor, messages)
-    wanted = sum(frames)
+    wanted, told = sum(frames), [0] * len(frames) if told is None else told
     limit = settings.max_length
     if limit is None:
-        return Layout(tokens, written, thin_frames(frames, settings.max_frames), wanted, 0)
+        return Layout(tokens, written, thin_frames(frames, settings.max_frames), wanted, 0, sum(told))
     dropped, few = 0, FEW_FRAMES
-    while len(tokens) - len(frames) + processor.tokens_per_frame * sum(min(n, few) for n in frames) > limit:
+    per_frame = processor.tokens_per_frame
+    while len(tokens) - len(frames) + sum(told) + per_frame * sum(min(n, few) for n in frames) > limit:
         shorter = without_last_turn(messages)
         if shorter is None and few > 1:
             few = 1
             continue
         if shorter is None:
             raise ValueError(
-                f"its first question and answer take {len(tokens)} tokens besides the frames, which does not fit into "
-                f"max_length={limit}; raise max_length"
+                f"its first question and answer take {len(tokens) + sum(told)} tokens besides the frames, which does "
+                f"not fit into max_length={limit}; raise max_length"
             )
         messages, dropped = shorter, dropped + 1
         tokens, written = settings.tokens(processor, messages)
-        frames = frames[: len(media_of(messages))]
-    room = (limit - (len(tokens) - len(frames))) // processor.tokens_per_frame
-    return Layout(tokens, written, thin_frames(frames, min(room, settings.max_frames or room)), wanted, dropped)
+        frames, told = frames[: len(media_of(messages))], told[: len(media_of(messages))]
+    room = (limit - (len(tokens) - len(frames)) - sum(told)) // per_frame
+    kept = thin_frames(frames, min(room, settings.max_frames or room))
+    return Layout(tokens, written, kept, wanted, dropped, sum(told))
 
 
 def without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -222,8 +233,14 @@ def open_media(processor: Any, messages: list[dict[str, Any]], settings: Encodin
             reader = processor.video_processor.open(source, fps=settings.fps, num_frames=settings.num_frames, **window)
             opened[key] = reader
         reader.duration  # noqa: B018  # scans the file
-        readers.append(reader)
+        readers.append(processor.timed(reader, part.get("subtitles")))
     return readers
+
+
+def told_tokens(reader: Any) -> int:
+    """Tokens that are read between the frames of a `timed` reader, if all that are sampled are read; else none."""
+    text = getattr(reader, "text", None)
+    return 0 if text is None else len(text.row(getattr(reader, "frame_times", ()), 0, 0))
 
 
 def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, keep_pixels: bool = True) -> Sample:
@@ -234,26 +251,30 @@ def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, 
     """
     messages = conversation_of(row)
     readers = open_media(processor, messages, settings)
-    layout = lay_out(processor, messages, [reader.expected_frames for reader in readers], settings)
+    told = None if settings.max_length is None else [told_tokens(reader) for reader in readers]
+    layout = lay_out(processor, messages, [reader.expected_frames for reader in readers], settings, told)
     pixels, place = None, 0
     if keep_pixels and layout.frames:  # an hour is a gigabyte: frames go where they belong, and are never copied
         size = processor.video_processor.size
         pixels = torch.empty(sum(layout.frames), 3, size["height"], size["width"], dtype=torch.uint8)
-    frames, notes = [], []
+    frames, rows, notes = [], [], []
     for reader, count in zip(readers, layout.frames, strict=False):
         if count < reader.expected_frames:
             reader = reader.resampled(num_frames=count)
-        before = place
+        before, times = place, []
         with reader:
             for chunk in reader.chunks():
                 if pixels is not None:
                     pixels[place : place + len(chunk)] = torch.from_numpy(chunk.pixels).permute(0, 3, 1, 2)
                 place += len(chunk)
+                times += chunk.timestamps.tolist()
         frames.append(place - before)
+        rows.append(processor.video_row(reader, times))
         if frames[-1] < LEAST_DECODED * count:
             raise ValueError(f"{reader.name}: only {frames[-1]} of {count} frames could be decoded")
         notes += [note for note in reader.warnings if note not in notes]
-    return assemble(processor, layout, None if pixels is None else pixels[:place], frames, notes, settings.ends)
+    pixels = None if pixels is None else pixels[:place]
+    return assemble(processor, layout, pixels, frames, rows, notes, settings.ends)
 
 
 def assemble(
@@ -261,15 +282,19 @@ def assemble(
     layout: Layout,
     pixels: torch.Tensor | None,
     frames: list[int],
+    rows: list[list[int]],
     notes: list[str],
     ends: str = "all",
 ) -> Sample:
-    """Repeat each placeholder for the frames that were read, and label what the assistant wrote."""
-    ids, written = torch.tensor(layout.tokens), torch.tensor(layout.written)
-    repeats = torch.ones_like(ids)
-    repeats[ids == processor.video_token_id] = torch.tensor(frames, dtype=torch.int64) * processor.tokens_per_frame
-    ids, written = ids.repeat_interleave(repeats), written.repeat_interleave(repeats)
-    learnt = (written == 1) & (ids != processor.video_token_id)
+    """Put what was read of each video in the place of its placeholder, and label what the assistant wrote."""
+    tokens, written = torch.tensor(layout.tokens), torch.tensor(layout.written)
+    is_video = tokens == processor.video_token_id
+    repeats = torch.ones_like(tokens)
+    repeats[is_video] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    ids, within = tokens.repeat_interleave(repeats), is_video.repeat_interleave(repeats)
+    if rows:
+        ids[within] = torch.cat([torch.tensor(row, dtype=torch.int64) for row in rows])
+    learnt = (written.repeat_interleave(repeats) == 1) & ~within
     if ends == "first":
         learnt[(learnt & (ids == processor.tokenizer.eos_token_id)).nonzero()[1:, 0]] = False
     if not learnt.any():

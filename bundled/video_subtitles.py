@@ -1,0 +1,1 @@
+../processing/video_subtitles.py

@@ -1,0 +1,255 @@
+"""Subtitles as cues: from files (SRT, WebVTT, ASS, the JSON of whisper and its kin), text tracks of videos, or lists.
+
+Texts are parsed by FFmpeg's own demuxers; what they leave out without a word is found and told.
+"""
+
+import codecs
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+from .frame_times import Cue, clock
+from .video_source_names import local_path, shown_name
+
+SUFFIXES = (".srt", ".vtt", ".ass", ".ssa")
+_LARGEST = 2**26
+"""Bytes of a file of subtitles; a day of speech takes two million."""
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_STYLES = re.compile(r"\{[^{}]*\}|</?[A-Za-z][^<>]*>")
+_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,9}))?")
+_TEXT_CODECS = frozenset({"subrip", "srt", "webvtt", "mov_text", "ass", "ssa", "text", "ttml", "eia_608"})
+
+
+@dataclass
+class Subtitles:
+    """Cues in the order of their starts. `name`, `digest` (SHA-256 of all that they say) tell them apart; `problems`:
+    what was wrong with them."""
+
+    name: str
+    cues: list[Cue]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of times and words."""
+        told = json.dumps([[cue.start, cue.end, cue.text] for cue in self.cues])
+        return hashlib.sha256(told.encode()).hexdigest()
+
+
+def find_subtitles(given: Any, reader: Any) -> Subtitles | None:
+    """The subtitles of a video that is read; problems with them become warnings of its reader.
+
+    Args:
+        given: None or "off": none. "auto": the video's own text track, else a file beside it of the same name that
+            ends in one of `SUFFIXES`, else none. Or a path; or a list of cues: `(start, end, text)`, `Cue`, or dicts
+            with these keys, in seconds from the video's first frame.
+        reader: a `FrameReader`, or what gives frames as it does.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it holds no subtitles, or not one lies within the video.
+    """
+    if given is None or given is False or (isinstance(given, str) and given == "off"):
+        return None
+    if isinstance(given, str) and given == "auto":
+        found = _of_the_video(reader)
+        if found is None:
+            return None
+    elif isinstance(given, str | os.PathLike):
+        found = read_subtitles(given)
+    else:
+        found = Subtitles("<cues>", *_cleaned(_listed(given), "<cues>"))
+    _fit(found, float(reader.duration))
+    for problem in found.problems:
+        if problem not in reader.warnings:
+            reader.warnings.append(problem)
+            warnings.warn(problem, stacklevel=2)
+    return found
+
+
+def _of_the_video(reader: Any) -> Subtitles | None:
+    """The text track, or the file beside the video; None where there is neither."""
+    track = getattr(reader, "text_track", lambda: None)()
+    if track:
+        return Subtitles(f"{reader.name}: text track", *_cleaned(track, f"{reader.name}: text track"))
+    video = getattr(reader, "file", None)
+    if video is None:
+        return None
+    beside = [video.with_suffix(suffix) for suffix in SUFFIXES]
+    languages = (file for suffix in SUFFIXES for file in sorted(video.parent.glob(f"*{suffix}")))
+    beside += [file for file in languages if file.with_suffix("").stem == video.stem]  # film.en.srt
+    return next((read_subtitles(file) for file in beside if file.is_file()), None)
+
+
+def read_subtitles(path: str | os.PathLike[str]) -> Subtitles:
+    """Read a file of subtitles, whatever it is called; its kind is told by what it holds.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is not UTF-8 or UTF-16, or holds no subtitles.
+    """
+    file, name = local_path(path), shown_name(path)
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"{name}: no such file of subtitles")
+    if not file.is_file():
+        raise ValueError(f"{name}: this is no file; subtitles are a .srt, .vtt or .ass file, or whisper's .json")
+    if file.stat().st_size > _LARGEST:
+        raise ValueError(f"{name}: {file.stat().st_size / 1e6:.0f} MB are no subtitles")
+    text = _decoded(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n").lstrip()
+    if text[:1] in "{[" and not text.startswith("[Script Info]"):
+        found, broken = _of_json(text, name), 0
+    else:
+        head = text[:16].lower()
+        kind = "webvtt" if head.startswith("webvtt") else "ass" if head.startswith("[script info]") else "srt"
+        found, broken = _of_text(text, kind), 0
+        if kind != "ass":
+            broken = max(text.count("-->") - len(found), 0)
+    cues, problems = _cleaned(found, name)
+    if not cues:
+        raise ValueError(f"{name}: there are no subtitles in it (SRT, WebVTT, ASS and whisper's JSON are understood)")
+    if broken:
+        problems.append(f"{name}: {broken} of {broken + len(found)} cues are damaged and left out")
+    return Subtitles(name, cues, problems)
+
+
+def _decoded(data: bytes, name: str) -> str:
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    if encoding is None and len(data) >= 2 and (data[0] == 0) != (data[1] == 0):  # UTF-16 without its mark
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    if encoding is not None:
+        return data.decode(encoding, "replace")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{name}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8 (Latin-1 or Windows-1252, maybe): "
+            "convert the file: iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
+
+
+def _of_text(text: str, kind: str) -> list[Cue]:
+    """What FFmpeg finds in a text of a kind."""
+    import av
+    import av.error
+
+    try:
+        with av.open(BytesIO(text.encode()), format=kind) as container:
+            return track_cues(container, container.streams.subtitles[0])
+    except (av.error.FFmpegError, IndexError):
+        return []
+
+
+def choose_track(container: Any) -> Any | None:
+    """The subtitle stream of a video that holds text: the one marked as default, else the first; or None."""
+    texts = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name in _TEXT_CODECS]
+    return max(texts, key=lambda s: int(getattr(s.disposition, "value", s.disposition)) & 1, default=None)
+
+
+def track_cues(container: Any, stream: Any, zero: float = 0.0) -> list[Cue]:
+    """Cues of a subtitle stream, their times counted from the second `zero` of the container's clock."""
+    import av.error
+
+    cues, tick = [], float(stream.time_base)
+    for packet in container.demux(stream):
+        if packet.pts is None or not packet.size:
+            continue
+        try:
+            parts = [part for found in packet.decode() for part in getattr(found, "rects", [found])]
+        except (av.error.FFmpegError, EOFError):
+            continue
+        texts = [part.dialogue or b"" for part in parts if hasattr(part, "dialogue")]
+        start = packet.pts * tick - zero
+        length = (packet.duration or 0) * tick
+        words = "\n".join(text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts)
+        cues.append(Cue(start, start + (length if 0 <= length < 86400 else -1.0), words))
+    return cues
+
+
+def _of_json(text: str, name: str) -> list[Cue]:
+    """Whisper's and its kin's: a list of segments, or an object with one (`segments`, `chunks`, `transcription`)."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: this is not JSON ({error})") from None
+    if isinstance(found, dict):
+        found = next((found[key] for key in ("segments", "chunks", "transcription", "cues") if key in found), None)
+    if not isinstance(found, list):
+        raise ValueError(f"{name}: this JSON holds no list of segments with start, end and text, as whisper writes it")
+    return _listed(found, name)
+
+
+def _listed(items: Iterable[Any], name: str = "subtitles") -> list[Cue]:
+    """Cues of a list, each in one of the forms that programs write."""
+    cues = []
+    for number, item in enumerate(items):
+        try:
+            if isinstance(item, dict):
+                text = next(item[key] for key in ("text", "line", "content") if key in item)
+                times = item.get("timestamp") or item.get("timestamps") or item
+                if "offsets" in item:  # whisper.cpp: milliseconds
+                    times = [item["offsets"]["from"] / 1000, item["offsets"]["to"] / 1000]
+                start, end = (times["start"], times["end"]) if isinstance(times, dict) else times
+            elif hasattr(item, "start"):
+                start, end, text = item.start, item.end, item.text
+            else:
+                start, end, text = item
+            start = _moment(start)
+            cues.append(Cue(start, start if end is None else _moment(end), str(text)))
+        except (KeyError, TypeError, ValueError, StopIteration, AttributeError):
+            raise ValueError(f"{name}: cue {number} is not (start, end, text) in seconds, but {item!r:.80}") from None
+    return cues
+
+
+def _moment(value: Any) -> float:
+    if isinstance(value, str) and (found := _CLOCK.fullmatch(value.strip())):
+        return int(found[1] or 0) * 3600 + int(found[2]) * 60 + float(f"{found[3]}.{found[4] or 0}")
+    if not math.isfinite(seconds := float(value)):
+        raise ValueError(f"{value} is no time")
+    return seconds
+
+
+def _cleaned(found: Sequence[Cue], name: str) -> tuple[list[Cue], list[str]]:
+    """Cues in order, without marks of style and without empty ones; and what was wrong."""
+    cues, backwards = [], 0
+    for cue in found:
+        lines = [line.strip() for line in cue.text.replace("\\N", "\n").split("\n")]
+        swallowed = next((place for place, line in enumerate(lines) if "-->" in line), None)
+        if swallowed is not None:  # a cue whose times could not be read, with the number in front of it
+            lines = lines[: max(swallowed - 1, 0)]
+        text = " ".join(_STYLES.sub("", " ".join(lines)).split())
+        if cue.end < cue.start:
+            backwards += 1
+        elif text:
+            cues.append(Cue(round(cue.start, 3), round(cue.end, 3), text))
+    problems = (
+        [f"{name}: {backwards} of {len(found)} cues end before they start and are left out"] if backwards else []
+    )
+    return sorted(cues, key=lambda cue: cue.start), problems
+
+
+def _fit(subtitles: Subtitles, duration: float) -> None:
+    """Drop cues outside of the video, and say so: they are shifted, or belong to another cut.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    inside = [cue for cue in subtitles.cues if cue.start < duration and cue.end > 0]
+    outside = len(subtitles.cues) - len(inside)
+    if not inside and subtitles.cues:
+        raise ValueError(
+            f"{subtitles.name}: its cues lie between {clock(max(subtitles.cues[0].start, 0))} and "
+            f"{clock(max(subtitles.cues[-1].end, 0))}, but the video lasts {clock(duration)}: "
+            "they are shifted, or belong to another video"
+        )
+    if outside:
+        subtitles.problems.append(
+            f"{subtitles.name}: {outside} of {len(subtitles.cues)} cues lie outside of the video, which lasts "
+            f"{clock(duration)}, and are left out: they are shifted, or belong to another cut"
+        )
+    subtitles.cues = [Cue(max(cue.start, 0.0), cue.end, cue.text) for cue in inside]
