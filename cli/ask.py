@@ -22,6 +22,8 @@ from .options import (
     Model,
     NumFrames,
     Start,
+    Subtitles,
+    Times,
     TrustRemoteCode,
     check_video,
     chosen_frames,
@@ -44,6 +46,11 @@ def ask(
     num_frames: NumFrames = None,
     start: Start = None,
     end: End = None,
+    subtitles: Subtitles = "off",
+    times: Times = False,
+    where: Annotated[
+        bool, typer.Option("--where", help="Add the second of the video that speaks most for the answer.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_new_tokens: MaxNewTokens = 64,
@@ -65,7 +72,7 @@ def ask(
 
     check_loading(model, device, dtype)
     name, file = shown_name(video), video if is_address(video) else local_path(video)
-    frames_wanted = chosen_frames(fps, num_frames, start, end)
+    frames_wanted = chosen_frames(fps, num_frames, start, end, subtitles)
     is_state = is_state_file(file)
     if not is_state:
         check_video(video, frames_wanted)
@@ -75,7 +82,12 @@ def ask(
         )
     else:
         summarise(file)
+    if where and (is_state or not questions):
+        what = f"{name} is a state file, which holds no frames to look at" if is_state else "there is no question"
+        raise ValueError(f"--where looks at the frames again for an answer, and {what}: ask of the video itself")
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if times:
+        pipe.processor.times_question("")  # tells at once where a checkpoint never learnt them
     began = time.perf_counter()
     if is_state:
         from video_ma2mba import VideoState
@@ -88,29 +100,57 @@ def ask(
     read_seconds = time.perf_counter() - began
     frames = int(state.metadata.get("frames", 0))
     if not questions:
-        chat(pipe, state, max_new_tokens)
+        chat(pipe, state, max_new_tokens, times)
         return
 
     for question in questions:
         if as_json:
             began = time.perf_counter()
+            said = pipe.ask(state, question, max_new_tokens=max_new_tokens, times=times)
             record = {
                 "video": name,
                 "question": question,
-                "answer": pipe.ask(state, question, max_new_tokens=max_new_tokens),
+                **(said if times else {"answer": said}),
                 "frames": frames,
                 "state_bytes": state.nbytes,
                 "read_seconds": round(read_seconds, 3),
                 "answer_seconds": round(time.perf_counter() - began, 3),
             }
+            if where:
+                record["where"] = _where(pipe, video, question, record["answer"], frames_wanted)
             echo_json(record)
         else:
             if len(questions) > 1:
                 note(question)
             streamer = stdout_streamer(pipe.processor.tokenizer)
-            pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=streamer)
+            said = pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=streamer, times=times)
+            if times and "reason" in said:
+                note(f"no times: {said['reason']}")
+            if where:
+                second = _where(pipe, video, question, said["answer"] if times else said, frames_wanted)
+                note("where: nothing was answered" if second is None else f"where: {second:.1f} s")
     if not as_json and not is_state:
         note(f"{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}")
+
+
+def _where(pipe, video: str, question: str, answer: str, chosen: dict) -> float | None:
+    """The second of the frame that speaks most for an answer; None for one of no words."""
+    from video_ma2mba.explain import relevance
+
+    if not answer.strip():
+        return None
+    with reading_progress("frames, then percent") as report:
+        found = relevance(
+            pipe.model,
+            pipe.processor,
+            video,
+            question,
+            answer,
+            on_frames=report,
+            on_share=lambda share: report(100 * share, 100),
+            **chosen,
+        )
+    return round(found.peak, 3)
 
 
 def size_text(nbytes: int) -> str:
@@ -132,7 +172,7 @@ def reading_progress(label: str, unit: str = "frames"):
     return progress(label, unit)
 
 
-def chat(pipe, state, max_new_tokens: int) -> None:
+def chat(pipe, state, max_new_tokens: int, times: bool = False) -> None:
     """Answer questions from standard input until its end or `/quit`.
 
     A state saved by `/save` holds its conversation, which goes on where it is opened again.
@@ -141,6 +181,7 @@ def chat(pipe, state, max_new_tokens: int) -> None:
         pipe: the question-answering pipeline.
         state: what it has read; stays as it is.
         max_new_tokens: longest answer.
+        times: answers end in the span that shows them.
     """
     messages = json.loads(state.metadata.get("chat", "[]"))
     if messages:
@@ -163,8 +204,10 @@ def chat(pipe, state, max_new_tokens: int) -> None:
             elif line:
                 asked = [*messages, {"role": "user", "content": line}]
                 streamer = stdout_streamer(pipe.processor.tokenizer)
-                answer = pipe.ask(state, asked, max_new_tokens=max_new_tokens, streamer=streamer)
-                messages = [*asked, {"role": "assistant", "content": answer}]
+                answer = pipe.ask(state, asked, max_new_tokens=max_new_tokens, streamer=streamer, times=times)
+                if times and "reason" in answer:
+                    typer.echo(f"no times: {answer['reason']}", err=True)
+                messages = [*asked, {"role": "assistant", "content": answer["answer"] if times else answer}]
         except Exception as error:  # a slip in one line is no reason to lose the conversation
             if not is_expected(error):
                 raise

@@ -28,6 +28,14 @@ NumFrames = Annotated[
     int | None, typer.Option(help="Read this many frames, evenly spread, instead.", show_default=False)
 ]
 Start = Annotated[float | None, typer.Option(help="Begin here: seconds, m:ss or h:mm:ss.", show_default=False, **TIME)]
+Subtitles = Annotated[
+    str,
+    typer.Option(
+        help="auto (the video's text track, or a file beside it), a file (SRT, WebVTT, ASS, whisper's JSON), or off.",
+        metavar="auto|FILE|off",
+    ),
+]
+Times = Annotated[bool, typer.Option("--times", help="Answer with the seconds of the video that show it.")]
 End = Annotated[float | None, typer.Option(help="Stop here: seconds, m:ss or h:mm:ss.", show_default=False, **TIME)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 SaveEvery = Annotated[float, typer.Option(help="Time between saves of the unfinished state.", **TIME)]
@@ -39,9 +47,12 @@ StateDtype = Annotated[
 ]
 
 
-def chosen_frames(fps: float | None, num_frames: int | None, start: float | None, end: float | None) -> dict[str, Any]:
-    """The options about frames that were given, by name."""
-    given = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
+def chosen_frames(
+    fps: float | None, num_frames: int | None, start: float | None, end: float | None, subtitles: str = "off"
+) -> dict[str, Any]:
+    """The options about what is read of a video that were given, by name."""
+    told = None if subtitles == "off" else subtitles
+    given = {"fps": fps, "num_frames": num_frames, "start": start, "end": end, "subtitles": told}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -57,10 +68,15 @@ def check_video(video: str, frames: dict[str, Any]) -> None:
     from video_ma2mba.processing.video_source_names import check_source
 
     check_source(video)
-    if frames:
+    sampled = {name: value for name, value in frames.items() if name != "subtitles"}
+    if sampled:
         from video_ma2mba.processing.frame_sampling import Sampling
 
-        Sampling(**frames)
+        Sampling(**sampled)
+    if frames.get("subtitles", "auto") != "auto":
+        from video_ma2mba.processing.video_subtitles import read_subtitles
+
+        read_subtitles(frames["subtitles"])
 
 
 def check_path_or_id(text: str, missing: str) -> None:

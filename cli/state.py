@@ -22,6 +22,7 @@ from .options import (
     SaveEvery,
     Start,
     StateDtype,
+    Subtitles,
     TrustRemoteCode,
     check_out_file,
     check_video,
@@ -98,6 +99,7 @@ def append(
     num_frames: NumFrames = None,
     start: Start = None,
     end: End = None,
+    subtitles: Subtitles = "off",
     save_every: SaveEvery = 30.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -115,7 +117,7 @@ def append(
     check_state_dtype(state_dtype)
     check_loading(model, device, dtype)
     summarise(file)
-    chosen = chosen_frames(fps, num_frames, start, end)
+    chosen = chosen_frames(fps, num_frames, start, end, subtitles)
     check_video(video, chosen)
     with shared_run(device) as (own, group, first):
         pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -134,6 +136,7 @@ def read(
     num_frames: NumFrames = None,
     start: Start = None,
     end: End = None,
+    subtitles: Subtitles = "off",
     save_every: SaveEvery = 30.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
     device: Device = "auto",
@@ -153,7 +156,7 @@ def read(
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
     check_state_dtype(state_dtype)
     check_loading(model, device, dtype)
-    chosen = chosen_frames(fps, num_frames, start, end)
+    chosen = chosen_frames(fps, num_frames, start, end, subtitles)
     check_video(video, chosen)
     with shared_run(device) as (own, group, first):
         pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)

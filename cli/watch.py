@@ -11,7 +11,7 @@ import typer
 from video_ma2mba.loading import check_loading
 
 from .loading import load_pipeline
-from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, TrustRemoteCode, check_out_file
+from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, Times, TrustRemoteCode, check_out_file
 from .terminal import echo_json, given_text, note
 
 
@@ -40,6 +40,11 @@ def watch(
     follow: Annotated[bool, typer.Option("--follow", help="The file is still being written: wait for more.")] = False,
     seconds: Annotated[float | None, typer.Option("--for", help="Stop after so long.", show_default=False)] = None,
     state: Annotated[Path | None, typer.Option(help="Read on from this state file.", show_default=False)] = None,
+    subtitles: Annotated[
+        Path | None,
+        typer.Option(help="File of subtitles of the stream, in its seconds: SRT, WebVTT, …", show_default=False),
+    ] = None,
+    times: Times = False,
     save: Annotated[Path | None, typer.Option(help="Keep the state in this file.", show_default=False)] = None,
     save_every: SaveEvery = 30.0,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a source that is silent.")] = 15.0,
@@ -79,9 +84,12 @@ def watch(
     from video_ma2mba.streaming.session import VideoSession
 
     before = None if state is None else VideoState.load(state)
+    if times:
+        pipe.processor.times_question("")  # tells at once where a checkpoint never learnt them
     settings = {"fps": fps, "policy": policy, "waiting": waiting, "remember": remember, "state": before}
+    settings["subtitles"] = subtitles
     with VideoSession(pipe.model, pipe.processor, **settings) as session:
-        answer = _answering(questions, as_json, max_new_tokens)
+        answer = _answering(questions, as_json, max_new_tokens, times)
         session.every(every, answer)
         patience = Patience(connect=timeout, data=timeout, retries=retries)
         terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: services are ended so
@@ -102,8 +110,10 @@ def watch(
         note(", ".join(f"{name} {value:g}" for name, value in counters.items()))
 
 
-def _answering(questions: list[str], as_json: bool, max_new_tokens: int) -> Callable[[Any], None]:
+def _answering(questions: list[str], as_json: bool, max_new_tokens: int, times: bool) -> Callable[[Any], None]:
     """What answers all questions from what a session has seen, unless it has seen nothing since the last time."""
+    from video_ma2mba.processing.frame_times import span_text
+
     until = None
 
     def answer(session: Any) -> None:
@@ -113,15 +123,18 @@ def _answering(questions: list[str], as_json: bool, max_new_tokens: int) -> Call
             return
         until = seen.until
         began = time.perf_counter()
-        answers = session.ask(questions, max_new_tokens=max_new_tokens)
+        answers = session.ask(questions, max_new_tokens=max_new_tokens, times=times)
         spent = round(time.perf_counter() - began, 3)
         for question, text in zip(questions, answers, strict=True):
             record = {"seconds": round(seen.until, 3), "since": round(seen.since, 3), "frames": seen.frames}
-            record |= {"question": question, "answer": text}
+            record |= {"question": question, **(text if times else {"answer": text})}
             if as_json:
                 record["answer_seconds"] = spent  # of all questions together
                 echo_json(record)
             else:
+                if times:
+                    found = text["start"] is not None
+                    text = f"{text['answer']} {span_text(text['start'], text['end'])}" if found else text["answer"]
                 typer.echo(f"{clock_text(seen.until)}  {question if len(questions) > 1 else ''}  {text}")
 
     return answer

@@ -18,6 +18,7 @@ from .options import (
     Model,
     NumFrames,
     Start,
+    Subtitles,
     TrustRemoteCode,
     check_out_file,
     check_video,
@@ -51,6 +52,7 @@ def where(
     num_frames: NumFrames = None,
     start: Start = None,
     end: End = None,
+    subtitles: Subtitles = "off",
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_new_tokens: MaxNewTokens = 64,
@@ -79,7 +81,7 @@ def where(
             f"{shown_name(video)} is a state file, which holds no frames to look at: name the video itself"
         )
     check_loading(model, device, dtype)
-    chosen = chosen_frames(fps, num_frames, start, end)
+    chosen = chosen_frames(fps, num_frames, start, end, subtitles)
     check_video(video, chosen)
     pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     from video_ma2mba.explain import check_time, relevance
@@ -99,4 +101,5 @@ def where(
     if out is not None:
         from video_ma2mba.explain.filmstrip import save_filmstrip
 
-        save_filmstrip(found, video, out, strip, pipe.processor.video_processor.sampling(**chosen))
+        sampled = {name: value for name, value in chosen.items() if name != "subtitles"}
+        save_filmstrip(found, video, out, strip, pipe.processor.video_processor.sampling(**sampled))

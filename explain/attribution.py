@@ -59,8 +59,12 @@ class VideoReading:
         language = self.language = model.model.language_model
         device = execution_device(language.norm_f)
         embeddings = model.get_input_embeddings()
-        opening = embeddings(prompt.opening[None].to(execution_device(embeddings))).to(features)
-        self.x = torch.cat([opening, features.flatten(0, 1)[None]], dim=1).requires_grad_()
+        ids, _ = prompt.rows()
+        self._is_frame = torch.cat([torch.zeros_like(prompt.opening, dtype=torch.bool), ids < 0])
+        words = torch.cat([prompt.opening, ids[ids >= 0]]).to(execution_device(embeddings))
+        rows = features.new_empty(len(self._is_frame), features.shape[-1])
+        rows[self._is_frame], rows[~self._is_frame] = features.flatten(0, 1), embeddings(words).to(features)
+        self.x = rows[None].requires_grad_()
         nothing = torch.zeros(self.x.shape[:2], dtype=torch.bool)  # hidden states of frames are not wanted
         engine = MultiAxisEngine()
         engine.configure(_settings(language, self.x, nothing, memory))
@@ -81,7 +85,7 @@ class VideoReading:
     def gradient(self, value: Tensor) -> Tensor:
         """Gradient (F, T, D) of a number made from `log_probability`; once for each reading."""
         (gradient,) = torch.autograd.grad(value, self.x)
-        return gradient[0, len(self.prompt.opening) :].view(self.prompt.features.shape)
+        return gradient[0, self._is_frame.to(gradient.device)].view(self.prompt.features.shape)
 
 
 def _settings(language: Any, x: Tensor, keep: Tensor, memory: str | None) -> RecomputeSettings:

@@ -147,7 +147,7 @@ def relevance(
     with as_function(model), ExitStack() as stack:
         prompt = read_features(model, processor, video, question, on_frames, **video_settings)
         frames, language = len(prompt.features), model.model.language_model
-        stack.enter_context(pass_progress(language, (steps + 1) * prompt.features[..., 0].numel(), on_share))
+        stack.enter_context(pass_progress(language, (steps + 1) * len(prompt.rows()[0]), on_share))
         recorder = DecayRecorder(language, frames)
         with recorder.recording(_places_of_frames(prompt)):
             reading = VideoReading(model, prompt, prompt.features, memory)
@@ -178,9 +178,8 @@ def relevance(
 
 
 def _places_of_frames(prompt: VideoQuestion) -> Tensor:
-    frames, per_frame = prompt.features.shape[:2]
-    before = torch.full((len(prompt.opening),), frames + 1)
-    return torch.cat([before, torch.arange(frames).repeat_interleave(per_frame)])
+    before = torch.full((len(prompt.opening),), len(prompt.features) + 1)
+    return torch.cat([before, prompt.rows()[1]])
 
 
 def _answer(

@@ -45,11 +45,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         state = pipe.read("two_hours.mp4", fps=1)                   # keep the video's state ...
         pipe.ask(state, "What is shown?")                           # ... and ask whenever
 
-    Settings of a call, or of the pipeline: `fps`, `num_frames`, `start`, `end`, `max_frames` choose frames; `subtitles`
-    ("auto", a file or cues) and `subtitle_tokens`, what is read between them; `times` adds "start" and "end" in
-    seconds; `on_frames(read, expected)` is called as frames are read; `return_scores` adds the mean probability of the answer's
-    tokens; `batch_size` is the number of inputs whose questions are answered together; everything else goes to
-    `generate()`.
+    Settings of a call, or of the pipeline: `fps`, `num_frames`, `start`, `end`, `max_frames` choose frames;
+    `subtitles` ("auto", a file or cues) and `subtitle_tokens` what is read between them; `times` adds "start" and
+    "end", in seconds; `on_frames(read, expected)` is called as frames are read; `return_scores` adds the mean
+    probability of the answer's tokens; `batch_size` is the number of inputs whose questions are answered together;
+    everything else goes to `generate()`.
     """
 
     _load_processor = True

@@ -56,6 +56,8 @@ class Processor(Protocol):
     tokenizer: Any
     chat_template: str
     video_processor: Any
+    frame_times: str
+    frame_times_every: float
 
     def streaming_prompt(
         self, messages: Any, add_generation_prompt: bool = True, **video_settings: Any

@@ -53,10 +53,10 @@ def identity_facts(model: PreTrainedModel, processor: Processor) -> dict[str, st
     }
 
 
-def check_times(config: Any, processor: Any) -> None:
+def check_times(config: Any, processor: Processor) -> None:
     """ValueError unless model and processor agree on how times are told."""
     there = config.frame_times, config.frame_times if config.frame_times == "none" else config.frame_times_every
-    own = getattr(processor, "frame_times", "none")
+    own = processor.frame_times
     here = own, own if own == "none" else processor.frame_times_every
     if there != here:
         raise ValueError(
@@ -151,8 +151,8 @@ def processor_facts(processor: Processor, vocabulary: str) -> str:
         "chat_template": _short_digest(processor.chat_template),
         "vocabulary": vocabulary,
     }
-    if (mode := getattr(processor, "frame_times", "none")) != "none":  # states of before there were any stay valid
-        facts |= {"frame_times": mode, "frame_times_every": processor.frame_times_every}
+    if processor.frame_times != "none":  # states of before there were any stay valid
+        facts |= {name: getattr(processor, name) for name in ("frame_times", "frame_times_every")}
     return json.dumps(facts)
 
 

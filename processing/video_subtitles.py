@@ -22,7 +22,7 @@ SUFFIXES = (".srt", ".vtt", ".ass", ".ssa")
 _LARGEST = 2**26
 """Bytes of a file of subtitles; a day of speech takes two million."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-_STYLES = re.compile(r"\{[^{}]*\}|</?[A-Za-z][^<>]*>")
+_STYLES = re.compile(r"\{\\[^{}]*\}|</?(?:i|b|u|s|c|v|em|strong|font|ruby|rt|lang|span)\b[^<>]*>", re.I)
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,9}))?")
 _TEXT_CODECS = frozenset({"subrip", "srt", "webvtt", "mov_text", "ass", "ssa", "text", "ttml", "eia_608"})
 
@@ -61,16 +61,21 @@ def find_subtitles(given: Any, reader: Any) -> Subtitles | None:
         found = _of_the_video(reader)
         if found is None:
             return None
-    elif isinstance(given, str | os.PathLike):
-        found = read_subtitles(given)
     else:
-        found = Subtitles("<cues>", *_cleaned(_listed(given), "<cues>"))
+        found = stream_subtitles(given)
     _fit(found, float(reader.duration))
     for problem in found.problems:
         if problem not in reader.warnings:
             reader.warnings.append(problem)
             warnings.warn(problem, stacklevel=2)
     return found
+
+
+def stream_subtitles(given: Any) -> Subtitles:
+    """Subtitles of a stream, whose end is not known: a file, or cues; see `find_subtitles`."""
+    if isinstance(given, str | os.PathLike):
+        return read_subtitles(given)
+    return Subtitles("<cues>", *_cleaned(_listed(given), "<cues>"))
 
 
 def _of_the_video(reader: Any) -> Subtitles | None:
@@ -101,7 +106,7 @@ def read_subtitles(path: str | os.PathLike[str]) -> Subtitles:
     if file.stat().st_size > _LARGEST:
         raise ValueError(f"{name}: {file.stat().st_size / 1e6:.0f} MB are no subtitles")
     text = _decoded(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n").lstrip()
-    if text[:1] in "{[" and not text.startswith("[Script Info]"):
+    if text.startswith(("{", "[")) and not text.startswith("[Script Info]"):
         found, broken = _of_json(text, name), 0
     else:
         head = text[:16].lower()

@@ -6,13 +6,17 @@ between 60 and 120 seconds ago, and a second one stands ready to take its place:
 passes the vision tower once and the language model as two rows of one batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..modeling_video_ma2mba.answering_questions import video_prefix
+from ..modeling_video_ma2mba.state_identity import check_times
 from ..modeling_video_ma2mba.state_video import VideoState
+from ..processing.frame_times import Cue, TimedChunk
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,19 @@ class RollingMemory:
         remember: seconds that answers reach back at least (once so much has been seen), and at most twice; None: to
             the beginning.
         state: what was read before the stream began.
+        cues: subtitles of the stream, in its seconds.
+
+    Where the model reads time stamps, a state begins with one: up to that much later than `remember` says.
     """
 
-    def __init__(self, model: Any, processor: Any, remember: float | None = None, state: VideoState | None = None):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        remember: float | None = None,
+        state: VideoState | None = None,
+        cues: Sequence[Cue] = (),
+    ):
         if remember is not None and not remember > 0:
             raise ValueError(f"remember must be more than 0 seconds, not {remember}")
         self.model = model
@@ -54,6 +68,9 @@ class RollingMemory:
         self._first = self._opening if state is None else state
         self._rows: list[Remembered] = []  # oldest first
         self._batch: VideoState | None = None  # their states as rows of one
+        check_times(model.config, processor)
+        self._text = replace(processor.frame_text(), cues=tuple(cues))
+        self._previous: float | None = None  # time of the last frame
 
     @property
     def newest(self) -> Remembered | None:
@@ -64,11 +81,24 @@ class RollingMemory:
         """Read frames, uint8 `(n, h, w, 3)` at the model's size, shown at `seconds` `(n,)` of the stream."""
         start = 0
         for place, moment in enumerate(seconds.tolist()):
-            if self._batch is None or (self.remember is not None and moment - self._since >= self.remember):
+            if self._batch is None or self._turns(moment, float(seconds[place - 1]) if place else self._previous):
                 self._advance(pixels[start:place], seconds[start:place])
                 self._begin(moment)
                 start = place
         self._advance(pixels[start:], seconds[start:])
+
+    def end(self) -> None:
+        """The stream has ended: what is said behind its last frame is read, once."""
+        ending = [] if self._previous is None else self._text.ending(self._previous)
+        self._text = replace(self._text, cues=())
+        if ending and self._batch is not None:
+            self._batch = self.model.read(torch.tensor([ending]), state=self._batch)
+            self._seen(len(ending), 0, self._rows[0].until)
+
+    def _turns(self, moment: float, previous: float | None) -> bool:
+        """Whether another row is to begin with the frame of a moment."""
+        due = self.remember is not None and moment - self._since >= self.remember
+        return due and (self._text.every is None or self._text.stamps_at(moment, previous))
 
     def _begin(self, moment: float) -> None:
         """Start another row; of three, the oldest goes."""
@@ -88,15 +118,22 @@ class RollingMemory:
     def _advance(self, pixels: np.ndarray, seconds: np.ndarray) -> None:
         if len(pixels) == 0:
             return
-        self._batch = batch = self.model.read(self._video, [[pixels]], self._batch)
+        texts = self._text.texts(seconds, self._previous)
+        self._previous = float(seconds[-1])
+        self._batch = self.model.read(self._video, [[TimedChunk(pixels, seconds, texts)]], self._batch)
+        told = sum(len(ids) for _, ids in texts)
+        self._seen(len(pixels) * self.model.config.tokens_per_frame + told, len(pixels), self._previous)
+
+    def _seen(self, new_tokens: int, frames: int, until: float) -> None:
+        """Every row of the batch has read so many tokens and frames more."""
+        batch = self._batch
         rows = self._rows if len(self._rows) == batch.batch_size else [*self._rows, self._starting]
-        new_tokens = len(pixels) * self.model.config.tokens_per_frame
         self._rows = [
             replace(
                 row,
                 state=VideoState(batch.select(slice(i, i + 1)).layers, row.state.seen_tokens + new_tokens),
-                until=float(seconds[-1]),
-                frames=row.frames + len(pixels),
+                until=until,
+                frames=row.frames + frames,
             )
             for i, row in enumerate(rows)
         ]

@@ -10,6 +10,7 @@ import numpy as np
 from ..modeling_video_ma2mba.state_identity import identity_facts, record_source
 from ..modeling_video_ma2mba.state_video import VideoState
 from ..processing.frame_fitting import fit_frame
+from ..processing.video_subtitles import stream_subtitles
 from .frame_clock import FrameClock
 from .frame_queue import FrameQueue
 from .live_frames import LiveFrames, Patience, frames_in
@@ -41,6 +42,7 @@ class VideoSession:
         waiting: frames that may wait.
         remember: seconds that answers reach back at least; None: to the beginning. See `RollingMemory`.
         state: continue this state; it stays as it is.
+        subtitles: a file of them, or cues, in seconds of the stream; see `video_subtitles`.
 
     Attributes:
         report: counters and timeline, see `StreamReport`.
@@ -59,6 +61,7 @@ class VideoSession:
         waiting: int = 32,
         remember: float | None = None,
         state: VideoState | None = None,
+        subtitles: Any = None,
     ):
         if state is not None:
             model.check_state(state, processor)
@@ -67,7 +70,9 @@ class VideoSession:
         self.report = StreamReport()
         self._clock = FrameClock((processor.video_processor.fps or 1.0) if fps is None else fps)
         self._queue = FrameQueue(policy, waiting)
-        self._memory = RollingMemory(model, processor, remember, state)
+        told = None if subtitles is None else stream_subtitles(subtitles)
+        self._subtitles = None if told is None else {"name": told.name, "sha256": told.digest, "cues": len(told.cues)}
+        self._memory = RollingMemory(model, processor, remember, state, () if told is None else told.cues)
         size = processor.video_processor.size
         self._size = size["height"], size["width"]
         self._resize_mode = processor.video_processor.resize_mode
@@ -154,7 +159,8 @@ class VideoSession:
         """No more frames are pushed: waits until all are read."""
         for chosen in self._clock.finish():
             self._put(*chosen)
-        self.wait()
+        if self.wait():
+            self._end()
 
     def every(self, seconds: float, call: Callable[["VideoSession"], None]) -> None:
         """Call `call(session)` whenever the stream has advanced by so many seconds and was read up to there.
@@ -196,6 +202,8 @@ class VideoSession:
         nothing = dict.fromkeys(("sha256", "num_frames", "end", "max_frames"))
         lost = {"dropped": self.report.frames_dropped or None, "breaks": self.report.breaks or None}
         source = {"name": self._name, "fps": self.fps, "start": seen.since or None, **nothing, **lost}
+        source |= {} if self._subtitles is None else {"subtitles": self._subtitles}
+        state.metadata["frame_time"] = str(seen.until)
         record_source(state.metadata, seen.before, source, seen.until + 1 / self.fps)
         return state
 
@@ -207,6 +215,8 @@ class VideoSession:
                 return False
         done = self._queue.wait_until_read(timeout)
         self._raise_error()
+        if done and self._source_thread is not None:
+            self._end()
         return done
 
     def close(self, timeout: float = 2.0) -> None:
@@ -219,6 +229,10 @@ class VideoSession:
         for thread in (self._source_thread, self._reader):
             if thread is not None and thread is not threading.current_thread():
                 thread.join(timeout)
+
+    def _end(self) -> None:
+        with self._turn():
+            self._memory.end()
 
     def _put(self, picture: Any, seconds: float) -> None:
         if self._fitted[0] is not picture:  # a picture that stands still is fitted once
