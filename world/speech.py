@@ -71,6 +71,12 @@ class TimedFrames:
         times = world.begin + np.arange(len(pixels)) / fps
         return cls(pixels, times, float(world.begin + world.seconds))
 
+    def __enter__(self) -> TimedFrames:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""

@@ -59,10 +59,8 @@ def test_tokens_tell_the_times_that_ffprobe_tells(model, processor, uneven_video
     runs = [(is_video, list(run)) for is_video, run in itertools.groupby(ids, key=lambda token: token == 2)]
     decode = processor.tokenizer.decode
     shown = "".join("F" * (len(run) // 4) if is_video else decode(run) for is_video, run in runs)
-    probed = subprocess.run(
-        ["ffprobe", "-v", "error", "-of", "json", "-show_entries", "frame=pts_time", "-select_streams", "v", uneven_video],
-        capture_output=True, check=True,
-    )  # fmt: skip
+    probe = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", "frame=pts_time", "-select_streams", "v"]
+    probed = subprocess.run([*probe, str(uneven_video)], capture_output=True, check=True)
     times = [float(frame["pts_time"]) for frame in json.loads(probed.stdout)["frames"]]
     times = [moment - times[0] for moment in times]
     expected, last, told = "", None, iter(CUES)
