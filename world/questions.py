@@ -150,8 +150,7 @@ def ask(
                 break
         kind = queue.pop()
         draft = _DRAFTS[kind](world, rng)
-        form = pick(rng, forms)
-        question = _finish(kind, draft, "open" if kind in TIMED_KINDS else form, rng) if draft else None
+        question = _finish(kind, draft, "open" if kind in TIMED_KINDS else pick(rng, forms), rng) if draft else None
         if question is None or question.text in asked:
             misses[kind] = misses.get(kind, 0) + (1 if question else 4)
         else:
