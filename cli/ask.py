@@ -206,7 +206,7 @@ def chat(pipe, state, max_new_tokens: int, times: bool = False) -> None:
                 streamer = stdout_streamer(pipe.processor.tokenizer)
                 answer = pipe.ask(state, asked, max_new_tokens=max_new_tokens, streamer=streamer, times=times)
                 if times and "reason" in answer:
-                    typer.echo(f"no times: {answer['reason']}", err=True)
+                    note(f"no times: {answer['reason']}")
                 messages = [*asked, {"role": "assistant", "content": answer["answer"] if times else answer}]
         except Exception as error:  # a slip in one line is no reason to lose the conversation
             if not is_expected(error):

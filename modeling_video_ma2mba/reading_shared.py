@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from .mixer_mamba2 import run_blocks
 from .parallel_sequence import Like, SequenceGroup
 from .parallel_shards import is_unit
-from .reading_prompt import WholeClips, frames_of
+from .reading_prompt import WholeClips, among_texts, frames_of, take_texts
 from .stack_protocols import TextStack, VideoModel
 from .stack_weights import execution_device
 from .state_layers import LayerState, flatten, layer_kinds, regroup
@@ -44,6 +44,7 @@ class _Told(NamedTuple):
     frames: int
     seconds: float | None
     error: str | None
+    texts: int = 0  # tokens between the frames
 
 
 class ReadingGroup:
@@ -225,7 +226,7 @@ def read_shared(
             break
         if link.rank == 0 and text.shape[1]:
             pieces.insert(0, language_model.embeddings(text))
-        tokens = new * model.config.tokens_per_frame + text.shape[1]
+        tokens = new * model.config.tokens_per_frame + text.shape[1] + sum(other.texts for other in everyone)
         text = text[:, :0]
         if link.rank == 0 and on_state is not None and frames and time.monotonic() - saved >= state_seconds:
             reached = stack.states_so_far().fork()
@@ -237,6 +238,7 @@ def read_shared(
         for other in everyone:
             if other.seconds is not None:
                 metadata["seconds"] = str(seconds_before + other.seconds)
+                metadata["frame_time"] = str(other.seconds)
         metadata["frames"] = str(frames_before + frames)
         if on_frames is not None:
             on_frames(frames)
@@ -255,9 +257,18 @@ def _segment(model: VideoModel, chunks: Iterator[Any]) -> tuple[list[Tensor], _T
             return [], _Told(0, None, None), None
         clips = WholeClips(model.config.clip_frames, model.config.read_chunk_frames)
         pixels = [*clips.add(frames_of(chunk)), *clips.rest()]
-        pieces = [model.get_video_features(piece).unsqueeze(0) for piece in pixels]
+        texts, done, pieces = deque(getattr(chunk, "texts", ())), 0, []
+        told = sum(len(ids) for _, ids in texts)
+        for piece in pixels:
+            rows = among_texts(model, model.get_video_features(piece), take_texts(texts, done, len(piece)))
+            pieces.append(rows.unsqueeze(0))
+            done += len(piece)
+        if texts:  # behind the video's last frame
+            embeddings = model.language_model.embeddings
+            ending = torch.tensor([token for _, ids in texts for token in ids])
+            pieces.append(embeddings(ending.to(execution_device(embeddings))).unsqueeze(0))
     except Exception as error:  # the others must hear of it instead of waiting
         return [], _Told(0, None, str(error) or type(error).__name__), error
     times = getattr(chunk, "timestamps", None)
     seconds = float(times[-1]) if times is not None and len(times) else None
-    return pieces, _Told(sum(map(len, pixels)), seconds, None), None
+    return pieces, _Told(sum(map(len, pixels)), seconds, None, told), None

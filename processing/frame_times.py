@@ -215,9 +215,15 @@ class TimedReader:
         other = self._reader.resampled(**changes)
         return TimedReader(other, within(self.text, other.sampling), self.subtitles)
 
-    def chunks(self, n: int = 32, skip: int = 0, **settings: Any) -> Iterator[TimedChunk]:
-        """As in `FrameReader`, with texts; those behind the last frame come with a chunk that has none."""
+    def chunks(
+        self, n: int = 32, skip: int = 0, turn: tuple[int, int] = (0, 1), **settings: Any
+    ) -> Iterator[TimedChunk]:
+        """As in `FrameReader`, with texts; those behind the last frame come with a chunk that has none, or with that
+        frame's chunk where readers take turns."""
         previous = self.after
+        if turn != (0, 1):
+            yield from self._turns(n, skip, turn, settings)
+            return
         for chunk in self._reader.chunks(n, skip=skip, **settings):
             yield TimedChunk(chunk.pixels, chunk.timestamps, self.text.texts(chunk.timestamps, previous))
             previous = float(chunk.timestamps[-1])
@@ -225,6 +231,17 @@ class TimedReader:
         if ending:
             size = self._reader.size or (1, 1)
             yield TimedChunk(np.empty((0, *size, 3), np.uint8), np.empty(0), [(0, ending)])
+
+    def _turns(self, n: int, skip: int, turn: tuple[int, int], settings: dict[str, Any]) -> Iterator[TimedChunk]:
+        """This turn's chunks. The frames before them are another's: their times are those at which they were due."""
+        times, place = self._reader.frame_times, skip + turn[0] * n
+        for chunk in self._reader.chunks(n, skip=skip, turn=turn, **settings):
+            texts = self.text.texts(chunk.timestamps, float(times[place - 1]) if place else self.after)
+            if place + len(chunk) >= len(times):
+                ending = self.text.ending(float(chunk.timestamps[-1]))
+                texts += [(len(chunk), ending)] if ending else []
+            yield TimedChunk(chunk.pixels, chunk.timestamps, texts)
+            place += turn[1] * n
 
 
 def within(text: FrameText, sampling: Any) -> FrameText:

@@ -129,6 +129,27 @@ def test_several_read_together_as_each_alone(model, processor, uneven_video, raw
         same(found, model.read(prefix, [reader.chunks(4)]))
 
 
+@pytest.mark.parametrize("skip", [0, 3])
+def test_readers_that_take_turns_tell_what_one_tells(processor, uneven_video, skip):
+    def chunks(**settings):
+        reader = processor.timed(open_video(uneven_video, fps=FPS, size=(16, 16)), CUES)
+        reader.after = None if skip == 0 else float(reader.frame_times[skip - 1])
+        return list(reader.chunks(2, skip=skip, **settings))
+
+    def told(found):
+        starts = np.cumsum([0, *map(len, found)])
+        return [
+            (int(start) + place, ids)
+            for start, chunk in zip(starts, found, strict=False)
+            for place, ids in chunk.texts
+        ]
+
+    alone, turns = chunks(), [chunks(turn=(rank, 3)) for rank in range(3)]
+    dealt = [turn[n] for n in range(len(turns[0])) for turn in turns if n < len(turn)]
+    assert told(dealt) == told(alone)
+    assert sum(map(len, dealt)) == sum(map(len, alone))
+
+
 def test_padded_rows_of_a_batch_are_each_row_alone(model, processor, uneven_video, raw_video):
     videos = [[uneven_video], [raw_video(3)]]
     for side in ("left", "right"):
