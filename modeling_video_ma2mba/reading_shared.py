@@ -10,6 +10,7 @@ Legend: W ranks, B batch, S tokens, D width, K blocks.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
