@@ -31,11 +31,38 @@ def plan(
     reading: Annotated[
         bool, typer.Option("--reading", help="Plan reading the video into a state instead of training on it.")
     ] = False,
-    gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU.")] = "80GB",
-    host_memory: Annotated[str, typer.Option(help="Memory of the host; 85 % of it may be pinned.")] = "128GB",
-    train: Annotated[str, typer.Option(help="Parts that train: lm, projector, vision.")] = "lm,projector,vision",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of the GPU, such as 24GB.", show_default="this machine's GPU; without one 80GB"),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of the host; 85 % of it may be pinned.", show_default="this machine's; without a GPU 128GB"
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="Parts that train: lm, projector, vision.", show_default="lm,projector,vision"),
+    ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(help="Rank of adapters: they and the projector train, as in recipe lora.", show_default=False),
+    ] = None,
+    qlora: Annotated[
+        int | None,
+        typer.Option(help="The same beside weights in 4 bits, as with four_bit=true.", show_default=False),
+    ] = None,
+    lora_vision: Annotated[bool, typer.Option("--lora-vision", help="Adapters in the vision tower, too.")] = False,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adafactor, sgd_momentum, sgd or none.")] = "adamw",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or mixed (fp32 weights under bf16).")] = "bf16",
+    launch_us: Annotated[
+        str | None,
+        typer.Option(
+            help="Microseconds that the host needs to launch an operation, or `here`: measured on this machine's GPU.",
+            show_default="those of the machine that was measured",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw memory against length for every method, as PNG.", show_default=False)
@@ -47,6 +74,10 @@ def plan(
 
     Works from a configuration alone: no weights, no GPU. Predictions, not measurements.
     """
+    if lora is not None and qlora is not None:
+        raise ValueError("give either --lora or --qlora")
+    if lora_vision and lora is None and qlora is None:
+        raise ValueError("--lora-vision is about adapters: give --lora or --qlora, too")
     given = {"--frames": frames, "--tokens": tokens, "--video": video}
     if sum(value is not None for value in given.values()) != 1:
         raise ValueError(f"say how long the video is with exactly one of {', '.join(given)}")
@@ -60,10 +91,14 @@ def plan(
         "gpus_per_node": gpus_per_node,
         "gpu_memory": gpu_memory,
         "host_memory": host_memory,
-        "train": tuple(part.strip() for part in train.split(",") if part.strip()),
+        "train": train and tuple(part.strip() for part in train.split(",") if part.strip()),
+        "lora_rank": lora if qlora is None else qlora,
+        "lora_vision": lora_vision,
+        "four_bit": qlora is not None,
         "optimizer": optimizer,
         "dtype": names.get(dtype, dtype),
         "fps": fps,
+        "launch_us": None if launch_us in (None, "here") else _microseconds(launch_us),
     }
     _check(model, preset, video, frames, tokens, options)
     with while_loading():
@@ -74,6 +109,9 @@ def plan(
         if video is not None:
             frames = count_frames(video, fps)
         from video_ma2mba.planning.sequence_plan import plan_reading
+
+        if launch_us == "here":
+            options["launch_us"] = _measured_microseconds()
     if reading:
         found = plan_reading(config, frames=frames, tokens=tokens, gpus=gpus, dtype=options["dtype"])
         if as_json:
@@ -89,7 +127,7 @@ def plan(
     if plot is not None:
         from video_ma2mba.planning.plan_plot import draw_memory
 
-        draw_memory(config, plot)
+        draw_memory(config, plot, report)
         typer.echo(f"{plot}", err=as_json)
 
 
@@ -99,7 +137,7 @@ def _check(
     """Refuse what is wrong by itself, before anything is imported that takes seconds."""
     from video_ma2mba.conversion.presets import check_preset
     from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
-    from video_ma2mba.planning.plan_options import check_options, check_parts
+    from video_ma2mba.planning.plan_options import check_options, check_parts, chosen_adapters
 
     if model is not None and preset is not None:
         raise ValueError("give either --model or --preset")
@@ -110,9 +148,27 @@ def _check(
     if video is not None:
         check_video(video, {})
     for name in ("gpu_memory", "host_memory"):
-        parse_bytes(options[name], name)
-    check_parts(options["train"])
+        parse_bytes(options[name], f"--{name.replace('_', '-')}")
+    check_parts(options["train"] or ())
+    chosen_adapters(options["lora_rank"], options["lora_vision"], options["four_bit"], options["train"])
     check_options(frames, tokens, *(options[name] for name in ("batch", "fps", "optimizer", "dtype")))
+
+
+def _microseconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--launch-us {text}: give a number of microseconds, or `here`") from None
+
+
+def _measured_microseconds() -> float:
+    import torch
+
+    from video_ma2mba.modeling_video_ma2mba.cost_time import measure_launch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--launch-us here: this machine has no CUDA GPU to measure with; give a number")
+    return 1e6 * measure_launch()
 
 
 def resolve_config(model: str | None, preset: str | None):
@@ -154,15 +210,18 @@ def show(report) -> None:
     prediction = report.prediction
     length = f"{report.tokens:,} tokens" + (f" ({report.frames:,} frames)" if report.frames else "")
     rows = "" if report.batch == 1 else f", {report.batch} samples a step"
-    where = "a GPU" if report.shared is None else f"{report.shared.gpus} GPUs"
-    each = "" if report.shared is None else " each"
-    console.print(f"[bold]{length}{rows}[/bold] on {where} with {gigabytes(report.gpu_memory)}{each}")
+    console.print(f"[bold]{length}{rows}[/bold], {_memory(report)}", soft_wrap=True)
+    if report.adapters is not None:
+        kind = "QLoRA, 4-bit weights" if report.adapters.four_bit else "LoRA"
+        console.print(f"trains: adapters of rank {report.adapters.rank} ({kind}) and the projector")
     console.print(f"plan: {prediction.plan or 'no checkpointing needed'}")
     if report.checkpointing_arguments is not None:
         console.print(f"      model.gradient_checkpointing_enable({report.checkpointing_arguments})", soft_wrap=True)
 
     if report.shared is not None:
         console.print(sharing_text(report), soft_wrap=True)
+    if prediction.vision_chunk is not None:
+        console.print(f"      model.config.vision_chunk_frames = {prediction.vision_chunk}", soft_wrap=True)
     console.print(f"GPU memory at the worst moment ({prediction.phase}):")
     table = Table()
     table.add_column("what")
@@ -176,10 +235,12 @@ def show(report) -> None:
     per_node = ""
     if report.shared is not None:
         nodes = "" if report.shared.nodes == 1 else f" of {report.shared.nodes}"
-        per_node = f" by each GPU, {gigabytes(report.shared.host_per_node)} on one machine{nodes}"
-    console.print(f"host memory: {gigabytes(prediction.host_peak)} pinned{per_node}")
+        per_node = f" by each GPU, {report.shared.host_per_node / 1e9:.1f} GB on one machine{nodes}"
+    console.print(f"host memory: {prediction.host_peak / 1e9:.1f} GB pinned{per_node}")
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in prediction.seconds.items())
-    console.print(f"forward and backward: {prediction.step_seconds:.1f} s ({parts}; constants of {report.hardware})")
+    console.print(f"forward and backward: {prediction.step_seconds:.1f} s ({parts})")
+    pace = f"constants of {report.hardware}; {report.launch_us:.1f} µs a launch"
+    console.print(f"  with {pace}; the first step takes longer: kernels are tuned, host memory is pinned")
     if report.shared is not None:
         alone = report.shared.one_gpu_seconds
         console.print("the same on one GPU: " + ("fits no plan" if alone is None else f"{alone:.1f} s"))
@@ -228,11 +289,23 @@ def show_reading(report) -> None:
     )
     if report.gpus > 1:
         typer.echo(f"the same on one GPU: {report.one_gpu_seconds:.1f} s")
+    from video_ma2mba.planning.plan_options import gigabytes
+
     parts = ", ".join(f"{name} {gigabytes(value)}" for name, value in report.gpu.items())
     typer.echo(f"GPU memory, whatever the length: {gigabytes(sum(report.gpu.values()))} ({parts})")
     typer.echo(f"state: {report.state_bytes / 1e6:.0f} MB")
 
 
-def gigabytes(value: float) -> str:
-    """Bytes for people."""
-    return f"{value / 1e9:.1f} GB"
+def _memory(report) -> str:
+    """What there is, and where that is known from."""
+    from video_ma2mba.planning.plan_options import gigabytes
+
+    said = {"as asked": "", "assumed": " (assumed: --host-memory)"}
+    gpu = "" if report.gpu == "as asked" else f" ({report.gpu}" + ("; --gpu-memory)" if ":" in report.gpu else ")")
+    host = said.get(report.host, f" ({report.host})")
+    where, each = ("a GPU", "") if report.shared is None else (f"{report.shared.gpus} GPUs", " each")
+    machine = "a host" if report.shared is None or report.shared.nodes == 1 else f"{report.shared.nodes} hosts"
+    return (
+        f"on {where} with {gigabytes(report.gpu_memory)}{each}{gpu} and {machine} with "
+        f"{gigabytes(report.host_memory)}{host}"
+    )

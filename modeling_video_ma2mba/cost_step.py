@@ -39,6 +39,7 @@ class Prediction:
     Attributes:
         gpu: bytes by what holds them, in the phase with the most. phase: that phase. phases: total bytes of each.
         host: pinned host bytes by what holds them. seconds: by part of the model.
+        vision_chunk: frames that run through the tower together (`config.vision_chunk_frames`); None without any.
     """
 
     plan: RecomputePlan | None
@@ -47,6 +48,7 @@ class Prediction:
     phases: dict[str, int]
     host: dict[str, int]
     seconds: dict[str, float]
+    vision_chunk: int | None = None
 
     @property
     def gpu_peak(self) -> int:
@@ -85,7 +87,7 @@ def predict_job(job: StepJob, plan: RecomputePlan | None, costs: MeasuredCosts =
     worst = max(totals, key=totals.__getitem__)
     gpu = fixed | {name: int(value) for name, value in phases[worst].items()}
     host = {name: int(value) for name, value in host_bytes(job.shape, work, plan).items()}
-    return Prediction(plan, gpu, worst, totals, host, seconds)
+    return Prediction(plan, gpu, worst, totals, host, seconds, job.vision and job.vision.chunk)
 
 
 def predict(

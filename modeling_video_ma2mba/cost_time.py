@@ -5,7 +5,7 @@ GPU, in the work per cell, and in copies to the host that computation cannot hid
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .cost_memory import StackShape, Workload
@@ -24,7 +24,10 @@ class MeasuredCosts:
         layer: seconds of one pass over a layer that do not depend on its tokens (kernels that start and drain).
         cell: seconds around every cell, in forward and again in backward.
         device_memory, host_copy: bytes per second of GPU memory, and to pinned host memory in one direction.
-        tower: operations per second that a vision tower reaches.
+        tower, tower_backward: operations per second that a vision tower reaches, forward and in backward.
+        tower_launch_forward, tower_launch_backward: as for the layers of the language model.
+        launch: seconds that the host of these measurements needed to launch one operation (`measure_launch`).
+        page_lock: bytes per second that are page-locked when host memory is used for the first time.
         slack: part of the predicted peak that PyTorch's allocator loses to fragments.
         context: bytes that the CUDA context and loaded kernels take from every GPU.
     """
@@ -41,8 +44,25 @@ class MeasuredCosts:
     device_memory: float
     host_copy: float
     tower: float
+    tower_backward: float
+    tower_launch_forward: float
+    tower_launch_backward: float
+    launch: float
+    page_lock: float
     slack: float
     context: int
+
+    def on_host(self, launch: float) -> "MeasuredCosts":
+        """The same GPU in a machine whose CPU needs `launch` seconds to launch an operation.
+
+        Raises:
+            ValueError: it is not between a tenth of a microsecond and a tenth of a millisecond.
+        """
+        if not 1e-7 <= launch <= 1e-4:
+            raise ValueError(f"launch_us={1e6 * launch:g} is not valid: a launch takes some microseconds")
+        ratio, names = launch / self.launch, ("launch_forward", "launch_backward", "cell", "tower_launch_forward")
+        slower = {name: ratio * getattr(self, name) for name in (*names, "tower_launch_backward")}
+        return replace(self, launch=launch, **slower)
 
 
 H200 = MeasuredCosts(
@@ -58,6 +78,11 @@ H200 = MeasuredCosts(
     device_memory=3.5e12,
     host_copy=45e9,
     tower=350e12,
+    tower_backward=350e12,
+    tower_launch_forward=4e-4,
+    tower_launch_backward=9e-4,
+    launch=5e-6,
+    page_lock=3e9,
     slack=0.04,
     context=600 << 20,
 )
@@ -134,4 +159,11 @@ def _layer_seconds(shape: StackShape, work: Workload, rows: int, costs: Measured
 
 def vision_seconds(vision: VisionLoad, costs: MeasuredCosts = H200) -> float:
     """Seconds of the tower: once forward; again, and backward, when it trains."""
-    return vision.frames * vision.tower.operations * (4 if vision.tower_trains else 1) / costs.tower
+    chunks, rest = divmod(vision.frames, vision.together)
+    seconds = 0.0
+    for count, frames in ((chunks, vision.together), (1, rest)):
+        layer = frames * vision.tower.operations / vision.tower.layers / costs.tower
+        forward = max(layer, costs.tower_launch_forward) if frames else 0.0
+        backward = max(2 * layer * costs.tower / costs.tower_backward, costs.tower_launch_backward) if frames else 0.0
+        seconds += count * vision.tower.layers * (2 * forward + backward if vision.tower_trains else forward)
+    return seconds

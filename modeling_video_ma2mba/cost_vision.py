@@ -15,7 +15,8 @@ from .vision_towers import tower_adapter
 class VisionLoad:
     """What runs before the language model: a tower over frames, and the projector.
 
-    `chunk`: frames that run together when nothing below is differentiated (a quarter otherwise).
+    `chunk`: frames that run together when the tower does not train (a quarter otherwise). `clip`: frames that cannot
+    be taken apart.
     """
 
     frames: int
@@ -27,6 +28,12 @@ class VisionLoad:
     tower_parameters: int
     projector_parameters: int
     weight_bytes: int = 2
+    clip: int = 1
+
+    @property
+    def together(self) -> int:
+        """Frames that run together, and are differentiated together where the tower trains."""
+        return max(self.clip, self.chunk // 4) if self.tower_trains else self.chunk
 
     @classmethod
     def of(cls, config: Any, frames: int, **fields: Any) -> "VisionLoad":
@@ -36,6 +43,7 @@ class VisionLoad:
             tower=tower_adapter(config.vision_config).cost(config),
             tokens_per_frame=config.tokens_per_frame,
             chunk=max(config.vision_chunk_frames, config.clip_frames),
+            clip=config.clip_frames,
             **fields,
         )
 
@@ -71,7 +79,7 @@ def vision_phases(shape: StackShape, work: Workload, vision: VisionLoad) -> dict
     parameters = vision.projector_parameters
     kept: float = projector
     if vision.tower_trains:
-        differentiated = min(vision.frames, max(1, vision.chunk // 4))
+        differentiated = min(vision.frames, vision.together)
         parameters += vision.tower_parameters
         kept += vision.tower.kept_bytes(shape.compute, vision.weight_bytes) + layer + pixels
     sums = parameters * (max(4, vision.weight_bytes) + vision.weight_bytes)

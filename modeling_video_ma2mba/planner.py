@@ -83,6 +83,17 @@ def bands(blocks: int, ranks: int) -> list[int]:
     return [0] if ranks == 1 else sorted({min(blocks, 2 * ranks), min(blocks, ranks)}, reverse=True)
 
 
+def vision_chunks(job: StepJob) -> list[StepJob]:
+    """The step with other numbers of frames in the tower at a time (`config.vision_chunk_frames`), the most first and
+    the least memory last; just `job` where no frames run."""
+    vision = job.vision
+    if vision is None:
+        return [job]
+    sizes = {max(vision.clip, vision.chunk * 2**step // 32) for step in range(9)}  # a 32nd to eight times as many
+    sizes = {size for size in sizes if size <= max(vision.frames, vision.chunk, vision.clip)}
+    return [replace(job, vision=replace(vision, chunk=size)) for size in sorted(sizes, reverse=True)]
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a step may take: GPU bytes above weights, gradients and optimizer state; pinned host bytes.
@@ -109,11 +120,15 @@ def fastest(
     job: StepJob, plans: Iterable[RecomputePlan], limits: Limits, costs: MeasuredCosts = H200
 ) -> Prediction | None:
     """The fastest plan within the limits; among equally fast ones the one with the least memory (`footprint`)."""
-    fitting = [p for p in (predict_job(job, plan, costs) for plan in plans) if limits.allow(p, costs.slack)]
-    if not fitting:
+    return leanest([p for p in (predict_job(job, plan, costs) for plan in plans) if limits.allow(p, costs.slack)])
+
+
+def leanest(predictions: list[Prediction]) -> Prediction | None:
+    """The one with the least memory (`footprint`) among those that are as good as the fastest; None of none."""
+    if not predictions:
         return None
-    deadline = min(p.step_seconds for p in fitting) * _EQUALLY_FAST
-    return min((p for p in fitting if p.step_seconds <= deadline), key=footprint)
+    deadline = min(p.step_seconds for p in predictions) * _EQUALLY_FAST
+    return min((p for p in predictions if p.step_seconds <= deadline), key=footprint)
 
 
 def least_host_memory(

@@ -112,7 +112,11 @@ class RecomputeSettings:
 
 
 def parse_bytes(value: int | float | str | None, field: str) -> int | None:
-    """Bytes from a number or a text such as "80GB" or "8 GiB"."""
+    """Bytes from a number (of bytes) or a text such as "80GB" or "8 GiB".
+
+    Raises:
+        ValueError: no size; a text without a unit, which could mean bytes or gigabytes.
+    """
     if value is None:
         return None
     number, unit = value, ""
@@ -120,6 +124,8 @@ def parse_bytes(value: int | float | str | None, field: str) -> int | None:
         text = value.strip().upper().replace(" ", "")
         number = text.rstrip("KMGTIB")
         unit = text[len(number) :]
+        if not unit and number.replace(".", "", 1).isdigit():
+            raise ValueError(f"{field}={value!r} has no unit: write {number}GB (10**9 bytes) or {number}GiB (2**30)")
     try:
         result = float(number) * _UNITS[unit]
     except (ValueError, KeyError):

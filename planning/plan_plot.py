@@ -15,16 +15,21 @@ _NAMES = {
 _LENGTHS = range(10, 23)  # powers of two
 
 
-def draw_memory(config, path: Path) -> None:
-    """Write the picture for the language model of `config` as PNG: GB above weights, gradients and optimizer state."""
+def draw_memory(config, path: Path, asked=None) -> None:
+    """Write the picture for the language model of `config` as PNG: GB above weights, gradients and optimizer state.
+
+    Args:
+        asked: a `PlanReport`, whose length, plan and GPU are marked.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     text = getattr(config, "text_config", config)
     ours, paper, measured = our_curves(config), paper_curves(text), printed_measurements(text)
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 5.0), dpi=120, sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 5.8), dpi=120, sharex=True, sharey=True)
     left, right = axes
     for method, points in paper.items():
         left.plot(*zip(*points, strict=True), color=_COLOURS[method], label=_NAMES[method].split(",")[0])
@@ -36,16 +41,22 @@ def draw_memory(config, path: Path) -> None:
         right.plot(*zip(*points, strict=True), color=_COLOURS[method], label=_NAMES[method])
     left.set_title("the paper: Figure 1 redrawn from Eq. 12 and Table 7", fontsize=10)
     right.set_title("this package: predicted", fontsize=10)
+    if asked is not None:
+        mark(axes, asked)
     for ax in axes:
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(FixedLocator([2**power for power in _LENGTHS if not power % 2]))
+        ax.xaxis.set_major_formatter(lambda tokens, _: token_count(tokens))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda gb, _: f"{gb:g}")
         ax.set_ylim(0.2, 400)
         ax.set_xlabel("tokens")
         ax.grid(True, which="major", linewidth=0.4, alpha=0.6)
         for size in (24, 40, 80):
             ax.axhline(size, color="#6b7280", linewidth=0.7, linestyle=":")
-            ax.text(2**10, size * 1.04, f"{size} GB", fontsize=7, color="#6b7280")
-        ax.legend(fontsize=8, loc="lower right")
+            ax.text(2**10, size * 1.04, f"{size} GB", fontsize=8, color="#6b7280")
+        ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)
     left.set_ylabel("GB above weights, gradients and optimizer")
     width, layers = text.hidden_size, text.num_hidden_layers
     figure.suptitle(f"Training memory of a Mamba-2 language model, width {width}, {layers} layers", fontsize=11)
@@ -53,6 +64,28 @@ def draw_memory(config, path: Path) -> None:
     with whole_file(path) as draft:
         figure.savefig(draft, format="png")
     plt.close(figure)
+
+
+def mark(axes, asked) -> None:
+    """Show in both halves where the length that was asked for lies, and in the right one what its plan takes."""
+    length = f"{token_count(asked.tokens)} tokens" + (f", {asked.frames:,} frames" if asked.frames else "")
+    for ax in axes:
+        ax.axvline(asked.tokens, color="#111827", linewidth=0.9, linestyle="--")
+    axes[0].text(asked.tokens, 0.22, f" {length} ", fontsize=9, ha="right" if asked.tokens > 2**17 else "left")
+    taken, room = asked.prediction.above_weights / 1e9, asked.prediction.gpu_peak - asked.prediction.above_weights
+    axes[1].plot([asked.tokens], [taken], "*", color="#111827", markersize=13, label=f"your plan: {taken:.1f} GB")
+    left = (asked.gpu_memory - room) / 1e9
+    axes[1].axhline(left, color="#111827", linewidth=0.9, linestyle="--")
+    text = f"{left:.0f} GB left of your GPU's {asked.gpu_memory / 1e9:.0f}"
+    axes[1].text(2**22, left * 1.04, text, fontsize=9, ha="right")
+
+
+def token_count(tokens: float) -> str:
+    """1024 -> 1k, 2**20 -> 1M; other numbers as they are."""
+    for size, unit in ((2**20, "M"), (2**10, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:g}"
 
 
 def paper_curves(text) -> dict[str, list[tuple[int, float]]]:

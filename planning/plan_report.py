@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
-from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts
+from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, vision_seconds
 from ..modeling_video_ma2mba.planner import (
     Limits,
     candidate_plans,
-    fastest,
+    leanest,
     least_host_memory,
     longest_that_fits,
+    vision_chunks,
     with_tokens,
 )
-from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, parse_bytes
-from .plan_options import check_options, require
+from ..modeling_video_ma2mba.recompute_plan import RecomputePlan
+from .adapters import Adapters
+from .plan_options import check_options, chosen_adapters, chosen_memory, gigabytes, require
 from .planned_step import describe_step, model_and_config
 from .sequence_plan import SharedPlan, longest_shared, ranks_of, shared_plan, shared_predictions
 from .sequence_simulation import Links
@@ -64,7 +66,9 @@ class PlanReport:
         longest_tokens, longest_frames, longest_seconds: the longest video for which some plan fits, one row at a time
             as planned, at `fps` frames a second; `longest_frames` is None for a language model alone.
         considered: all methods, fitting or not. gpu_memory, host_memory: the budgets in bytes.
-        hardware: the GPU on which the constants behind the seconds were measured.
+        gpu, host: where these come from: "as asked", this machine, or "assumed".
+        hardware: the GPU on which the constants behind the seconds were measured. launch_us: microseconds that the
+            host is taken to need for launching one operation. adapters: what trains beside a frozen model.
         shared: how several GPUs share the step; None for one. `prediction` is then that of the GPU with the most.
     """
 
@@ -79,7 +83,11 @@ class PlanReport:
     considered: tuple[ConsideredPlan, ...]
     gpu_memory: int
     host_memory: int
+    gpu: str
+    host: str
     hardware: str
+    launch_us: float
+    adapters: Adapters | None = None
     shared: SharedPlan | None = None
 
     @property
@@ -128,8 +136,13 @@ class PlanReport:
                 "duration": self.longest_video,
             },
             "considered": [row.to_dict() for row in self.considered],
+            "vision_chunk_frames": p.vision_chunk,
+            "adapters": self.adapters and asdict(self.adapters),
             "gpu_memory_bytes": self.gpu_memory,
+            "gpu_memory_from": self.gpu,
             "host_memory_bytes": self.host_memory,
+            "host_memory_from": self.host,
+            "launch_us": round(self.launch_us, 2),
             "seconds_measured_on": self.hardware,
             "shared": self.shared and self.shared.to_dict(),
         }
@@ -141,9 +154,12 @@ def plan(
     tokens: int | None = None,
     frames: int | None = None,
     batch: int = 1,
-    gpu_memory: int | float | str = "80GB",
-    host_memory: int | float | str = "128GB",
+    gpu_memory: int | float | str | None = None,
+    host_memory: int | float | str | None = None,
     train: Sequence[str] | None = None,
+    lora_rank: int | None = None,
+    lora_vision: bool = False,
+    four_bit: bool = False,
     optimizer: str = "adamw",
     dtype: str = "bfloat16",
     text_tokens: int = 512,
@@ -151,6 +167,7 @@ def plan(
     fps: float = 1.0,
     gpus: int = 1,
     gpus_per_node: int = 8,
+    launch_us: float | None = None,
     costs: MeasuredCosts = H200,
 ) -> PlanReport:
     """The fastest way to train on one video (or `batch` of them) within the memory of a GPU and its host.
@@ -160,8 +177,12 @@ def plan(
             `Mamba2Config` too).
         tokens, frames: length of one sample, one of them; frames take `config.tokens_per_frame` tokens each, and
             `text_tokens` come on top.
-        gpu_memory, host_memory: of a GPU and of a machine, in bytes or as a text such as "80GB"; 85 % of the host's
-            may be pinned for kept activations and inputs.
+        gpu_memory, host_memory: what there is, in bytes or as a text such as "80GB"; 85 % of the host's may be pinned
+            for kept activations and inputs. None: what this machine has; without a GPU here, 80GB and 128GB.
+        lora_rank: adapters of this rank train, and the projector, beside a frozen model; leave `train` away then.
+            lora_vision: in the tower, too. four_bit: QLoRA, the language model's projections in NF4.
+        launch_us: microseconds that the host needs to launch an operation (`cost_time.measure_launch`), which sets
+            the pace of small cells; None: those of the machine that `costs` were measured on.
         train: parts that train, of "lm", "projector" and "vision". None: all for a configuration, what requires
             gradients for a model.
         optimizer: one of `OPTIMIZERS`. dtype: "bfloat16", "float16", "mixed" (fp32 weights, bf16 autocast), "float32".
@@ -172,11 +193,13 @@ def plan(
         ValueError: a wrong argument; a model without Mamba-2 blocks; a GPU that cannot hold the weights, or no plan
             that fits: the message says what would.
     """
-    gpu_bytes, host_memory_bytes = parse_bytes(gpu_memory, "gpu_memory"), parse_bytes(host_memory, "host_memory")
     check_options(frames, tokens, batch, fps, optimizer, dtype)
     require(gpus >= 1, f"gpus={gpus} is not valid: it must be at least 1")
     require(gpus_per_node >= 1, f"gpus_per_node={gpus_per_node} is not valid: it must be at least 1")
-    model, config = model_and_config(model_or_config, train)
+    gpu_bytes, gpu, host_memory_bytes, host = chosen_memory(gpu_memory, host_memory)
+    costs = costs if launch_us is None else costs.on_host(launch_us / 1e6)
+    adapters = chosen_adapters(lora_rank, lora_vision, four_bit, train)
+    model, config = model_and_config(model_or_config, train if adapters is None else ("projector",))
     per_frame = getattr(config, "tokens_per_frame", None)
     require((tokens is None) != (frames is None), "give either tokens or frames (of one sample)")
     if frames is not None:
@@ -186,13 +209,14 @@ def plan(
         frames = max(0, tokens - text_tokens) // per_frame
     require(tokens >= 1, f"tokens={tokens} is not valid: it must be at least 1")
 
-    job = describe_step(model, config, tokens, frames, batch, optimizer, dtype, labels)
+    job = describe_step(model, config, tokens, frames, batch, optimizer, dtype, labels, adapters)
     fixed = job.weights + job.gradients + job.optimizer
     require(
         fixed + costs.context < gpu_bytes,
-        f"gpu_memory={gpu_memory} cannot hold the model: weights take {job.weights / 1e9:.1f} GB, gradients "
-        f"{job.gradients / 1e9:.1f} GB, the optimizer's state {job.optimizer / 1e9:.1f} GB and the CUDA context "
-        f"{costs.context / 1e9:.1f} GB; use a larger GPU, train fewer parts (train=...) or a lighter optimizer",
+        f"gpu_memory={gigabytes(gpu_bytes)} ({gpu}) cannot hold the model: weights take {job.weights / 1e9:.1f} GB, "
+        f"gradients {job.gradients / 1e9:.1f} GB, the optimizer's state {job.optimizer / 1e9:.1f} GB and the CUDA "
+        f"context {costs.context / 1e9:.1f} GB; use a larger GPU, a lighter optimizer, fewer parts (train), or "
+        "adapters (lora_rank, with four_bit for QLoRA)",
     )
     limits = Limits(gpu_bytes - costs.context - fixed, _PINNED_SHARE * host_memory_bytes)
     considered = _consider(job, limits, costs)
@@ -211,7 +235,7 @@ def plan(
     if ranks > 1:
         longest = longest_shared(job, ranks, limits, _LONGEST, costs, with_tokens)
     else:
-        longest = longest_that_fits(job, limits, _LONGEST, costs)
+        longest = longest_that_fits(vision_chunks(job)[-1], limits, _LONGEST, costs)
     longest_frames = None if per_frame is None else max(0, longest - text_tokens) // per_frame
     if not fitting:
         in_frames = "" if longest_frames is None else f" ({longest_frames} frames)"
@@ -233,8 +257,12 @@ def plan(
         considered=tuple(considered),
         gpu_memory=gpu_bytes,
         host_memory=host_memory_bytes,
+        gpu=gpu,
+        host=host,
         hardware=f"{costs.hardware}, {costs.date}",
         shared=shared,
+        launch_us=1e6 * costs.launch,
+        adapters=adapters,
     )
 
 
@@ -274,19 +302,37 @@ def _consider(job: StepJob, limits: Limits, costs: MeasuredCosts) -> list[Consid
     }
     longest = job.shape.longest_segment // job.work.batch
     rows = []
+    jobs = vision_chunks(job)
+    least = jobs[-1]
+    jobs.sort(key=lambda of_chunk: 0.0 if of_chunk.vision is None else vision_seconds(of_chunk.vision, costs))
     for method, plan_of in classical.items():
-        prediction = predict_job(job, plan_of, costs)
-        within = limits.allow(prediction, costs.slack) and (plan_of is None or tokens <= longest)
-        rows.append(ConsideredPlan(method, prediction, within))
+        predictions = [predict_job(of_chunk, plan_of, costs) for of_chunk in jobs]
+        fitting = [p for p in predictions if limits.allow(p, costs.slack)]
+        within = bool(fitting) and (plan_of is None or tokens <= longest)
+        rows.append(ConsideredPlan(method, fitting[0] if fitting else predict_job(least, plan_of, costs), within))
     for method, place in (
         ("multi_axis, kept on the GPU", False),
         ("multi_axis, kept on the host", True),
     ):
         plans = list(candidate_plans(job, (place,)))
-        best = fastest(job, plans, limits, costs)
-        smallest = best or min((predict_job(job, p, costs) for p in plans), key=lambda p: p.gpu_peak)
+        best = _fastest_of(jobs, plans, limits, costs)
+        smallest = best or min((predict_job(least, p, costs) for p in plans), key=lambda p: p.gpu_peak)
         rows.append(ConsideredPlan(method, smallest, best is not None))
     return rows
+
+
+def _fastest_of(
+    jobs: list[StepJob], plans: list[RecomputePlan], limits: Limits, costs: MeasuredCosts
+) -> Prediction | None:
+    """The fastest plan of all these jobs, which differ in the frames that run together and come the fastest first."""
+    found: list[Prediction] = []
+    for job in jobs:
+        predictions = [predict_job(job, plan, costs) for plan in plans]
+        least = min(p.step_seconds for p in predictions)
+        if found and least > 1.01 * min(p.step_seconds for p in found):
+            break  # whatever fits with still slower towers is slower
+        found += [p for p in predictions if limits.allow(p, costs.slack)]
+    return leanest(found)
 
 
 def _nothing_fits(

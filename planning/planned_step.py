@@ -11,6 +11,8 @@ from ..modeling_video_ma2mba.cost_memory import StackShape, Workload
 from ..modeling_video_ma2mba.cost_step import StepJob
 from ..modeling_video_ma2mba.cost_vision import VisionLoad
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
+from ..modeling_video_ma2mba.vision_towers import tower_adapter
+from .adapters import Adapters
 from .plan_options import DTYPES, OPTIMIZERS, PARTS, check_parts, require
 
 
@@ -69,8 +71,13 @@ def describe_step(
     optimizer: str,
     dtype: str,
     labels: int,
+    adapters: Adapters | None = None,
 ) -> StepJob:
-    """The step of a model whose `requires_grad` says what trains; sizes are those of one GPU."""
+    """The step of a model whose `requires_grad` says what trains; sizes are those of one GPU.
+
+    Args:
+        adapters: train in place of the language model (which must be frozen, as the tower) and beside the projector.
+    """
     weight_bytes, compute_bytes = DTYPES[dtype]
     base = getattr(model, "model", model)
     stack = getattr(base, "language_model", base)
@@ -79,6 +86,17 @@ def describe_step(
     mixers = [layer.mixer for layer in stack.layers]
     trainable = _count(model, trainable=True)
     head = getattr(model, "lm_head", stack.embeddings)
+    sizes = [(trainable, weight_bytes)]  # what trains: parameters, and bytes of each
+    weights = _count(model) * weight_bytes
+    in_tower = 0
+    if adapters is not None:
+        layer_parameters = adapters.in_language_model(stack)
+        added = layer_parameters * len(stack.layers)
+        if hasattr(base, "vision_tower"):
+            in_tower = adapters.in_tower(base.vision_tower, tower_adapter(config.vision_config).lora_targets)
+        sizes.append((added + in_tower, adapters.itemsize))
+        # PEFT keeps the frozen projector beside the one that trains.
+        weights += int(sum(count * size for count, size in sizes) - adapters.saved_weights(stack, weight_bytes))
     vision = None
     if frames is not None:
         tower, projector = base.vision_tower, base.multi_modal_projector
@@ -86,9 +104,9 @@ def describe_step(
         vision = VisionLoad.of(
             config,
             max(1, frames * batch),
-            tower_trains=bool(_count(*used, trainable=True)),
+            tower_trains=bool(in_tower or _count(*used, trainable=True)),
             projector_trains=bool(_count(projector, trainable=True)),
-            tower_parameters=_count(*used, trainable=True),
+            tower_parameters=in_tower or _count(*used, trainable=True),
             projector_parameters=_count(projector, trainable=True),
             weight_bytes=weight_bytes,
         )
@@ -97,19 +115,20 @@ def describe_step(
         batch=batch,
         kept=min(labels, tokens) * batch,
         layer_parameters=layer_parameters,
-        weight_bytes=weight_bytes,
+        weight_bytes=weight_bytes if adapters is None else adapters.itemsize,
         autocast=dtype == "mixed",
-        projections_train=any(p.requires_grad for mixer in mixers for p in mixer.in_proj.parameters()),
+        projections_train=adapters is not None
+        or any(p.requires_grad for mixer in mixers for p in mixer.in_proj.parameters()),
         head_trains=any(p.requires_grad for p in head.parameters()),
-        input_gradient=trainable > layer_parameters * len(stack.layers),
+        input_gradient=adapters is not None or trainable > layer_parameters * len(stack.layers),
     )
     return StepJob(
         shape,
         work,
         vision=vision,
-        weights=_count(model) * weight_bytes,
-        gradients=trainable * weight_bytes,
-        optimizer=int(trainable * OPTIMIZERS[optimizer](weight_bytes)),
+        weights=weights,
+        gradients=sum(count * size for count, size in sizes),
+        optimizer=int(sum(count * OPTIMIZERS[optimizer](size) for count, size in sizes)),
         plain_segment=getattr(stack, "prefill_segment_length", 4096),
         input_follows_plan=True,
     )

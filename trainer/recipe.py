@@ -29,6 +29,8 @@ class Recipe:
         streaming: read rows as they are needed (set max_steps).
         lora_rank: train adapters of this rank beside the frozen model; None trains the model itself.
         lora_alpha, lora_dropout: as in PEFT. lora_vision: adapters in the vision tower, too.
+        four_bit: QLoRA: the language model's projections are kept in 4 bits (NF4) beside the adapters, which takes
+            bitsandbytes; what is merged has all its bits again.
         merge_adapter: also write the model with the adapters merged into it, to output_dir/merged.
         resume: go on from the newest complete checkpoint in output_dir, if there is one.
         smoke_data: kind of rendered data of a smoke run; see `smoke_data.SMOKE_DATA`.
@@ -45,6 +47,7 @@ class Recipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_vision: bool = False
+    four_bit: bool = False
     merge_adapter: bool = True
     resume: bool = False
     smoke_data: str | None = None
@@ -52,6 +55,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share} is not valid: it must be in 0..1")
+        if self.four_bit and self.lora_rank is None:
+            raise ValueError("four_bit=true is for adapters, whole models do not train in 4 bits: give lora_rank, too")
 
 
 _NUMBERS = ("float", "int", "float | None", "int | None", float, int, float | None, int | None)

@@ -19,7 +19,7 @@ from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200
 from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
 from ..modeling_video_ma2mba.parallel_shards import is_unit
-from ..modeling_video_ma2mba.planner import Limits, best_plan, describe_batch, step_limits
+from ..modeling_video_ma2mba.planner import Limits, best_plan, describe_batch, step_limits, vision_chunks
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
 
@@ -64,6 +64,7 @@ class StepPlanner:
         self.model, self.base, self.settings = model, model.model, settings
         self.stack = self.base.language_model
         self._usual_segment = self.stack.prefill_segment_length
+        self._usual_chunk = self.base.config.vision_chunk_frames
         self.last: StepPlan | None = None
         self._ceiling = math.inf  # bytes that no step may be planned to take, since one ran out of memory
         self._vision = self._vision_facts()
@@ -109,9 +110,18 @@ class StepPlanner:
 
     def choose(self, inputs: Mapping[str, Any]) -> StepPlan | None:
         """The way to run this batch; None leaves it to the engine (which says what would fit where nothing does)."""
-        job, limits = self.describe(inputs), self.limits()
-        self.last = self._without_recomputation(job, limits) or self._with_recomputation(job, limits)
+        self.last = self._best(self.describe(inputs), self.limits())
         return self.last
+
+    def _best(self, job: StepJob, limits: Limits) -> StepPlan | None:
+        """As many frames in the tower together as the model says; fewer only where nothing fits with them."""
+        usual = 0 if job.vision is None else job.vision.chunk
+        for of_chunk in vision_chunks(job):
+            if of_chunk.vision is None or of_chunk.vision.chunk <= usual:
+                found = self._without_recomputation(of_chunk, limits) or self._with_recomputation(of_chunk, limits)
+                if found is not None:
+                    return found
+        return None
 
     def _without_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
         parts = ("segment_length", "layers_per_block", "offload", "forward_order", "backward_order")
@@ -151,8 +161,7 @@ class StepPlanner:
             return None
         self._ceiling = _SMALLER * self.last.step_bytes
         limits = replace(self.limits(), allocated=0)
-        job = self.describe(inputs)
-        self.last = self._without_recomputation(job, limits) or self._with_recomputation(job, limits)
+        self.last = self._best(self.describe(inputs), limits)
         return self.last
 
     @contextlib.contextmanager
@@ -167,6 +176,7 @@ class StepPlanner:
             (self.stack, "prefill_segment_length", step.segment or self._usual_segment),
             (self.base, "recompute_vision", step.recompute_vision),
             (self.base, "offload_inputs", bool(self.settings.offload) if plan is None else plan.offload),
+            (self.base.config, "vision_chunk_frames", step.prediction.vision_chunk or self._usual_chunk),
         ]
         before = [getattr(part, name) for part, name, _ in switches]
         try:

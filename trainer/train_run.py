@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .. import BUNDLED_CHECKPOINT
 from ..modeling_video_ma2mba.state_writing import give_usual_permissions
@@ -39,6 +42,25 @@ def lora_config(recipe: Recipe) -> Any:
     )
 
 
+def four_bit_config() -> Any:
+    """transformers' configuration of weights in 4 bits: the language model's projections, as QLoRA keeps them.
+
+    Raises:
+        ValueError: bitsandbytes is missing.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("four_bit=true needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "model.multi_modal_projector", "model.vision_tower"],
+    )
+
+
 def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = False) -> VideoMa2mbaTrainer:
     """The trainer of a recipe, ready to train.
 
@@ -61,6 +83,8 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
     for name, value in (("model", source), ("train_data", data)):
         if value is None:
             raise ValueError(f"the recipe names no {name}: add {name}=...")
+    if recipe.four_bit:
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": four_bit_config()}
     with args.main_process_first(desc="reading the data"):
         options = {"base_dir": recipe.base_dir, "merge_by_video": recipe.merge_by_video}
         train = load_training_data(data, streaming=recipe.streaming, **options)
@@ -83,6 +107,22 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         peft_config=lora_config(recipe),
         data_name=name,
     )
+
+
+def _merged(trainer: VideoMa2mbaTrainer, recipe: Recipe) -> Any:
+    """The model with its adapters in its weights; what trained in 4 bits is loaded once more, with all of them."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not recipe.four_bit:
+        merged = model.merge_and_unload()
+        del merged.forward  # the trainer's own
+        return merged
+    from peft import PeftModel
+
+    from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+
+    name = trainer.video_model.config.name_or_path
+    whole = VideoMa2mbaForConditionalGeneration.from_pretrained(name, dtype=torch.bfloat16)
+    return PeftModel.from_pretrained(whole, trainer.args.output_dir).merge_and_unload()
 
 
 def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = False) -> Path:
@@ -108,8 +148,7 @@ def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = Fa
     if recipe.lora_rank is not None and recipe.merge_adapter:
         result = result / "merged"
         if trainer.is_world_process_zero():
-            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-            del merged.forward  # the trainer's own
+            merged = _merged(trainer, recipe)
             merged.save_pretrained(result)
             give_usual_permissions(result)
             trainer.processing_class.save_pretrained(result)

@@ -75,9 +75,26 @@ def test_plot_is_a_picture(tmp_path: Path):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10
 
 
+def test_people_read_what_was_assumed_and_what_trains():
+    said = run("--preset", "2.7b", "--frames", "600", "--qlora", "16", "--host-memory", "64GB").output
+    assert "adapters of rank 16 (QLoRA, 4-bit weights) and the projector" in said
+    assert "vision_chunk_frames = " in said and "µs a launch" in said
+    assert ("80.0 GB (assumed: no GPU here; --gpu-memory)" in said) or ("this machine's" in said)
+    slow, fast = (
+        json.loads(run("--preset", "370m", "--frames", "600", "--launch-us", us, "--json").stdout)["step_seconds"]
+        for us in ("40", "2")
+    )
+    assert slow > fast
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--preset", "2.7b", "--frames", "3", "--gpu-memory", "80"), "'80' has no unit: write 80GB"),
+        (("--preset", "2.7b", "--frames", "3", "--lora", "4", "--qlora", "4"), "either --lora or --qlora"),
+        (("--preset", "2.7b", "--frames", "3", "--lora-vision"), "give --lora or --qlora"),
+        (("--preset", "2.7b", "--frames", "3", "--lora", "4", "--train", "lm"), "leave train away"),
+        (("--preset", "2.7b", "--frames", "3", "--launch-us", "quick"), "--launch-us quick"),
         (("--preset", "2.7b"), "exactly one of --frames, --tokens, --video"),
         (("--preset", "2.7b", "--frames", "3", "--tokens", "9"), "exactly one of"),
         (("--preset", "9b", "--frames", "3"), "370m, 1.3b, 2.7b"),

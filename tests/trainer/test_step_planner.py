@@ -72,6 +72,23 @@ def test_plan_follows_the_length_of_the_batch(tmp_path):
     assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
 
 
+def test_fewer_frames_in_the_tower_where_nothing_fits_otherwise():
+    model = tiny_model()
+    usual = model.config.vision_chunk_frames = 1600
+    inputs = collate([OneLength()[1]])
+    planner = StepPlanner(model, RecomputeSettings(memory_budget="100GB"))
+    assert planner.choose(inputs).prediction.vision_chunk == usual
+    for budget in range(10_000, 0, -200):
+        tight = StepPlanner(model, RecomputeSettings(memory_budget=f"{budget}kB"))
+        found = tight.choose(inputs)
+        if found is None or found.prediction.vision_chunk < usual:
+            break
+    assert found is not None and found.step_bytes <= budget * 1000
+    with tight.applied(found):
+        assert model.config.vision_chunk_frames == found.prediction.vision_chunk < usual
+    assert model.config.vision_chunk_frames == usual
+
+
 def test_a_step_is_planned_once(tmp_path, monkeypatch):
     """The trainer decides and hands the plan to the engine, which asks nobody."""
     monkeypatch.setattr(recompute_engine, "choose_plan", lambda *_: pytest.fail("planned a second time"))
