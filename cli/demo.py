@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,15 +61,29 @@ def demo(
     port: Annotated[
         int | None, typer.Option(help="Of the page.", show_default="the first free one from 7860", min=1, max=65535)
     ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Have this server (`serve`) read and answer instead.", show_default=False)
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with a key of that server.", show_default=False)
+    ] = None,
 ) -> None:
     """Answer questions whose right answers are known, and say which came out right. With --web, serve a page."""
     if port is not None and not web:
         raise ValueError("--port is that of the page: add --web, or leave --port away")
+    if server is not None and model is not None:
+        raise ValueError("--server answers with its own model: leave --model away")
     questions = load_questions(folder)
+    pipe: Any
+    if server is None:
+        pipe = load_pipeline(model, device=device, dtype=dtype)
+    else:
+        from video_ma2mba.serving.remote import ServerPipeline, first_key
+
+        pipe = ServerPipeline(server, first_key(api_key_file))
     if web:
-        serve_page(folder, load_pipeline(model, device=device, dtype=dtype), port)
+        serve_page(folder, pipe, port, server)
         return
-    pipe = load_pipeline(model, device=device, dtype=dtype)
     right = 0
     for video, asked in groupby(questions, key=lambda line: line["video"]):
         began = time.perf_counter()
@@ -91,11 +105,15 @@ def demo(
     note("Your own videos and questions: `video-ma2mba demo --web` opens a page.")
 
 
-def serve_page(folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | None = None) -> None:
+def serve_page(
+    folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | None = None, server: str | None = None
+) -> None:
     """Serve the page of the Space on this machine alone, until interrupted.
 
     Args:
         folder: example videos with `questions.jsonl`.
+        server: address of the server that `pipe` asks, where it is one; a server shows no pictures of where answers
+            come from.
 
     Raises:
         ImportError: gradio is not installed. OSError: the port is taken.
@@ -108,7 +126,12 @@ def serve_page(folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | N
         raise ImportError("the page needs gradio: pip install 'video-ma2mba[demo]'", name="gradio") from None
     from video_ma2mba.hub_cards.relevance_strip import relevance_strip
     from video_ma2mba.hub_cards.space.web.examples import load_examples
+    from video_ma2mba.processing.video_source_names import shown_name
 
-    about = f"{about_model(Path(pipe.model.name_or_path))} It runs on this machine; nothing leaves it."
-    page = build_page(pipe, load_examples(folder), "Ask a video", about, relevance_strip)
+    where = "It runs on this machine; nothing leaves it."
+    if server is not None:
+        where = f"Videos and questions go to the server {shown_name(server)}."
+    about = f"{about_model(Path(pipe.model.name_or_path))} {where}"
+    strip = relevance_strip if server is None else None
+    page = build_page(pipe, load_examples(folder), "Ask a video", about, strip)
     serve(page, server_name="127.0.0.1", server_port=port)

@@ -9,37 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..modeling_video_ma2mba.decode_loop import decode
 from ..modeling_video_ma2mba.decode_settings import end_tokens, settled
+from ..streaming.turns import Turns
 from .answer_rows import AnswerRow, AnswerSettings, Ended, Piece, RowScores
 from .errors import TooMany, Unavailable
 
 SLICE = 16
 _BUCKETS = (1, 8, 64)
 """Sizes of batches for which CUDA graphs are captured; a batch in between is filled up."""
-
-
-class Turns:
-    """The model for one user at a time; whoever waits comes next, however busy the other is."""
-
-    def __init__(self) -> None:
-        self._next, self._model = threading.Lock(), threading.Lock()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Holds the model."""
-        with self._next:
-            self._model.acquire()
-        try:
-            yield
-        finally:
-            self._model.release()
 
 
 class StateCache:

@@ -21,6 +21,7 @@ LOG = logging.getLogger("video_ma2mba.serving")
 _DRAINED = 2**26  # bytes of a refused request that are still taken, so that its sender can hear the answer
 _DRAIN_SECONDS = 10.0
 _HEADER_SECONDS = 20.0
+_METHODS = ("GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -95,7 +96,8 @@ class Guard:
     def _note(self, scope: dict[str, Any], talk: _Talk, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")  # as declared: ids in it would be metrics of their own
         status = talk.status or 499  # gone before the answer began
-        metrics.REQUESTS.labels(scope["method"], route, status).inc()
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        metrics.REQUESTS.labels(method, route, status).inc()
         metrics.SECONDS.labels(route).observe(seconds)
         client = (scope.get("client") or ("-",))[0]
         owner = scope["state"].get("owner") or ""

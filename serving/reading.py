@@ -23,7 +23,8 @@ from ..processing.frame_fitting import fit_frame
 from ..processing.picture_sources import file_pixels
 from ..processing.video_reader import FrameChunk
 from ..processing.video_source_names import without_secrets
-from .answering import StateCache, Turns
+from ..streaming.turns import Turns
+from .answering import StateCache
 from .errors import BadRequest, Conflict, NotThere, ServingError, TooLarge
 from .store import Video, VideoStore
 
@@ -232,6 +233,7 @@ class Reader:
                         self._read_queued(video)
                         break  # the queue may look different now
             if not read_one:
+                self.store.forget_abandoned()
                 self._wake.wait(0.5)  # another process may have left something behind
 
     def _read_queued(self, video: Video) -> None:

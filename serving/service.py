@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from ..streaming.turns import Turns
 from . import metrics
 from .answer_rows import AnswerSettings, Ended, Piece
-from .answering import Answerer, StateCache, Turns
+from .answering import Answerer, StateCache
 from .conversations import Conversation, Medium, data_of, zero_state
 from .errors import BadRequest, TooLarge, TooMany, Unavailable
 from .fetching import Fetcher

@@ -62,30 +62,38 @@ class ServerSettings:
         return cls(**json.loads(text))
 
 
-class Keys:
-    """Who may use the server.
-
-    Args:
-        file: one key a line; empty lines and lines that begin with # do not count. None: everybody may.
+def read_keys(file: str | Path) -> list[str]:
+    """Keys of a file, one a line; empty lines and lines that begin with # do not count.
 
     Raises:
         ValueError: it holds no key, or one of fewer than 8 characters. OSError: it cannot be read.
     """
+    keys = []
+    for number, line in enumerate(text_lines(file), 1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{file}, line {number}: a key has at least 8 characters, and no spaces in it")
+        keys.append(key)
+    if not keys:
+        raise ValueError(f"{file} holds no key: write one a line, for instance of `openssl rand -hex 24`")
+    return keys
+
+
+class Keys:
+    """Who may use the server.
+
+    Args:
+        file: of keys; None: everybody may.
+
+    Raises:
+        ValueError, OSError: as `read_keys`.
+    """
 
     def __init__(self, file: str | Path | None):
-        self._owners: list[tuple[bytes, str]] = []
-        if file is None:
-            return
-        for number, line in enumerate(text_lines(file), 1):
-            key = line.strip()
-            if not key or key.startswith("#"):
-                continue
-            if not _KEY.fullmatch(key):
-                raise ValueError(f"{file}, line {number}: a key has at least 8 characters, and no spaces in it")
-            digest = hashlib.sha256(key.encode()).digest()
-            self._owners.append((digest, digest.hex()[:32]))
-        if not self._owners:
-            raise ValueError(f"{file} holds no key: write one a line, for instance of `openssl rand -hex 24`")
+        digests = [] if file is None else [hashlib.sha256(key.encode()).digest() for key in read_keys(file)]
+        self._owners = [(digest, digest.hex()[:32]) for digest in digests]
 
     @property
     def needed(self) -> bool:

@@ -28,7 +28,7 @@ from .errors import NotThere, StoreFull
 ID = re.compile(r"video_[0-9a-f]{32}")
 LEASE = 15.0
 """Seconds for which a reading goes on that a conversation asked for, after the last sign of somebody waiting."""
-_STALE = 3600.0
+_STALE, _SWEPT = 3600.0, 60.0
 _NOTED = 5.0  # seconds between two notes of a video's use
 
 
@@ -116,6 +116,7 @@ class VideoStore:
         self.folder = Path(folder)
         self.most_bytes = most_bytes
         self.evicted = 0
+        self._swept = 0.0
         self._local = threading.local()
         self._noted: dict[str, float] = {}
         for part in (self.folder, self.folder / "videos", self.folder / "incoming"):
@@ -331,6 +332,14 @@ class VideoStore:
         with self._index() as index:
             index.execute("DELETE FROM videos WHERE id = ?", [video.id])
         shutil.rmtree(self.folder / "videos" / video.id, ignore_errors=True)
+
+    def forget_abandoned(self) -> None:
+        """Delete readings of conversations that failed, or that nobody has waited for in the last hour."""
+        now = time.time()
+        if now - self._swept > _SWEPT:
+            self._swept = now
+            for video in self._select("status != 'completed' AND lease < ?", [now - _STALE]):
+                self.delete(video)
 
     def check_room(self, nbytes: int) -> None:
         """See that a state of so many bytes can be kept.

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from .live_frames import LiveFrames, Patience, frames_in
 from .live_sources import find_source
 from .rolling_memory import Remembered, RollingMemory
 from .stream_report import StreamReport
+from .turns import Turns
 
 
 class VideoSession:
@@ -82,7 +82,7 @@ class VideoSession:
         self._every: list[list[Any]] = []  # seconds, callback, when next
         self._error: BaseException | None = None
         self._stop = threading.Event()
-        self._next_turn, self._model_turn = threading.Lock(), threading.Lock()
+        self._turns = Turns()
         self._source_thread: threading.Thread | None = None
         self._reader = threading.Thread(target=self._read_all, name="video-session-reader", daemon=True)
         self._reader.start()
@@ -181,7 +181,7 @@ class VideoSession:
         seen = self.seen
         if seen is None:
             raise ValueError("no frame has been read yet: wait for the first one")
-        with self._turn():
+        with self._turns.turn():
             answer = self.model.answer(seen.state, question, self.processor, **settings)
         several = isinstance(question, list | tuple) and not (question and isinstance(question[0], dict))
         self.report.questions += len(question) if several else 1
@@ -261,7 +261,7 @@ class VideoSession:
         try:
             while frames := self._queue.take(self.model.config.read_chunk_frames):
                 for chunk in self._cut(frames):
-                    with self._turn():
+                    with self._turns.turn():
                         self._memory.read(np.stack([f for f, _ in chunk]), np.array([s for _, s in chunk]))
                     self.report.frames_read += len(chunk)
                     self.report.seconds_read = chunk[-1][1]
@@ -284,16 +284,6 @@ class VideoSession:
             piece.append(frame)
         if piece:
             yield piece
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The model for one user at a time; whoever waits comes next, however busy the other is."""
-        with self._next_turn:
-            self._model_turn.acquire()
-        try:
-            yield
-        finally:
-            self._model_turn.release()
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
