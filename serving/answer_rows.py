@@ -213,15 +213,10 @@ class AnswerRow:
         return min(places, default=None)
 
     def _uncertain(self) -> int:
-        """Characters at the end that may be the beginning of a stop string, or spaces behind the answer."""
+        """Characters at the end that may be the beginning of a stop string, and spaces, which may be the last."""
         held = self._held
-        longest = len(held) - len(held.rstrip())
-        for stop in self.settings.stop:
-            for size in range(min(len(stop) - 1, len(held)), longest, -1):
-                if held.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+        begun = (size for stop in self.settings.stop for size in range(1, len(stop)) if held.endswith(stop[:size]))
+        return len(held) - len(held[: len(held) - max(begun, default=0)].rstrip())
 
 
 class RowScores:

@@ -142,13 +142,23 @@ def public_address(host: str, port: int, private_too: bool = False) -> str:
         OSError: there is no such host.
     """
     found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not private_too:
-        for number in found:
-            parsed = ipaddress.ip_address(number.partition("%")[0])
-            mapped = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
-            if not parsed.is_global or parsed.is_multicast or (mapped is not None and not mapped.is_global):
-                raise Forbidden(f"{host} leads into a private network, from which this server fetches nothing")
+    if not private_too and not all(map(_is_public, found)):
+        raise Forbidden(f"{host} leads into a private network, from which this server fetches nothing")
     return found[0]
+
+
+def _is_public(number: str) -> bool:
+    """Whether a number is one of the internet; one of IPv6 that stands for one of IPv4 is judged by that."""
+    parsed = ipaddress.ip_address(number.partition("%")[0])
+    inner = [parsed]
+    if isinstance(parsed, ipaddress.IPv6Address):
+        inner += [one for one in (parsed.ipv4_mapped, parsed.sixtofour) if one is not None]
+        inner += parsed.teredo or ()
+        if parsed in ipaddress.ip_network("64:ff9b:1::/48"):  # translated within a private network
+            return False
+        if parsed in ipaddress.ip_network("64:ff9b::/96"):  # translated by the network
+            inner.append(ipaddress.ip_address(int(parsed) & 0xFFFFFFFF))
+    return all(one.is_global and not one.is_multicast for one in inner)
 
 
 def _connected(host: str, port: int, secure: bool, timeout: float, private_too: bool) -> http.client.HTTPConnection:

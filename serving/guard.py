@@ -45,10 +45,11 @@ class Guard:
             return
         began = time.monotonic()
         talk = _Talk(scope, receive, send, self.settings)
+        scope.setdefault("state", {})["owner"] = ""
         self.open += 1
         try:
             try:
-                scope.setdefault("state", {})["owner"] = self._admit(scope)
+                scope["state"]["owner"] = self._admit(scope)
                 talk.most = self._most_bytes(scope)
                 talk.check_length()
                 await self.app(scope, talk.receive, talk.send)
@@ -100,7 +101,7 @@ class Guard:
         metrics.REQUESTS.labels(method, route, status).inc()
         metrics.SECONDS.labels(route).observe(seconds)
         client = (scope.get("client") or ("-",))[0]
-        owner = scope["state"].get("owner") or ""
+        owner = scope["state"]["owner"]
         path = json.dumps(scope["path"][:200])[1:-1]  # nothing of the query, nothing that ends the line
         LOG.info(
             '%s %s "%s %s" %s %.0fms %dB',

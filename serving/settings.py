@@ -104,7 +104,7 @@ class Keys:
         """Whose videos a key opens, or None. Takes as long for a wrong key as for a right one."""
         if not self._owners:
             return ""
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found = None
         for known, owner in self._owners:
             if hmac.compare_digest(known, digest):

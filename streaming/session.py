@@ -82,7 +82,7 @@ class VideoSession:
         self._every: list[list[Any]] = []  # seconds, callback, when next
         self._error: BaseException | None = None
         self._stop = threading.Event()
-        self._turns = Turns()
+        self._turn = Turns().turn
         self._source_thread: threading.Thread | None = None
         self._reader = threading.Thread(target=self._read_all, name="video-session-reader", daemon=True)
         self._reader.start()
@@ -181,7 +181,7 @@ class VideoSession:
         seen = self.seen
         if seen is None:
             raise ValueError("no frame has been read yet: wait for the first one")
-        with self._turns.turn():
+        with self._turn():
             answer = self.model.answer(seen.state, question, self.processor, **settings)
         several = isinstance(question, list | tuple) and not (question and isinstance(question[0], dict))
         self.report.questions += len(question) if several else 1
@@ -261,7 +261,7 @@ class VideoSession:
         try:
             while frames := self._queue.take(self.model.config.read_chunk_frames):
                 for chunk in self._cut(frames):
-                    with self._turns.turn():
+                    with self._turn():
                         self._memory.read(np.stack([f for f, _ in chunk]), np.array([s for _, s in chunk]))
                     self.report.frames_read += len(chunk)
                     self.report.seconds_read = chunk[-1][1]

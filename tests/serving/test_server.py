@@ -6,8 +6,10 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -131,7 +133,7 @@ def options(tiny_checkpoint: Path, films: str, tmp_path_factory: pytest.TempPath
     keys.write_text("# two users\n\n" + "\n".join(KEYS) + "\n")
     folder = tmp_path_factory.mktemp("serving") / "states"
     limits = ["--max-upload-mb", 3, "--max-seconds", 1000, "--max-queue", 6, "--save-every", 0]
-    allowed = ["--allow-url", films, "--allow-url", "localhost", "--allow-origin", "http://127.0.0.1:1"]
+    allowed = ["--allow-url", films, "--allow-url", "localhost", "--allow-origin", films]
     return ["--model", tiny_checkpoint, "--states", folder, "--api-key-file", keys, *limits, *allowed]
 
 
@@ -495,12 +497,94 @@ def test_what_is_too_large_or_no_video_is_refused(client: Client, tmp_path: Path
     assert refused.status == 400 and "pixels" in refused.json["error"]["message"]
 
 
-def test_pages_from_elsewhere_are_refused(server: Any, client: Client):
+def test_pages_from_elsewhere_are_refused(server: Any, client: Client, films: str):
     assert client("GET", "/v1/models", Host="evil.example").status == 403  # a name that was led to this machine
     assert client("GET", "/v1/models", Host="localhost").status == 200
     assert client("POST", "/v1/videos", b"x", "text/plain", Origin="http://evil.example").status == 403
-    allowed = client("GET", "/v1/models", Origin="http://127.0.0.1:1")
-    assert allowed.headers["Access-Control-Allow-Origin"] == "http://127.0.0.1:1"
+    allowed = client("GET", "/v1/models", Origin=films)
+    assert allowed.headers["Access-Control-Allow-Origin"] == films
+
+
+PAGE = """<!doctype html><title>Chat</title><select></select><input><ol></ol><script>
+const api = new URLSearchParams(location.search).get("api"), headers = {Authorization: "Bearer KEY"};
+const select = document.querySelector("select"), input = document.querySelector("input"), said = [];
+fetch(api + "/models", {headers}).then(answer => answer.json()).then(list => {
+  for (const model of list.data) select.add(new Option(model.name || model.id, model.id));
+});
+input.onchange = async () => {
+  said.push({role: "user", content: input.value});
+  const item = document.querySelector("ol").appendChild(document.createElement("li"));
+  const body = JSON.stringify({model: select.value, messages: said, stream: true, temperature: 0, max_tokens: 20});
+  const answer = await fetch(api + "/chat/completions",
+    {method: "POST", headers: {...headers, "Content-Type": "application/json"}, body});
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", text = "";
+  for (let part; !(part = await reader.read()).done;) {
+    const events = (rest + part.value).split("\\n\\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") { item.className = "whole"; continue; }
+      text += (JSON.parse(data).choices[0] || {delta: {}}).delta.content || "";
+      item.textContent = JSON.stringify(text);
+    }
+  }
+  said.push({role: "assistant", content: text});
+};
+</script>""".replace("KEY", KEYS[0])
+
+
+def test_a_chat_page_in_a_browser(
+    films: str, server: Any, film: dict[str, Any], pipe: Any, state: VideoState, tiny_video
+):
+    """A page of another origin that knows OpenAI's API alone: it picks a video as its model, and asks twice."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+    if chromium is None or subprocess.run([chromium, "--version"], capture_output=True).returncode:
+        pytest.skip("needs Chromium on the PATH")
+    (tiny_video.parent / "chat.html").write_text(PAGE, encoding="utf-8")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(
+            executable_path=shutil.which(chromium), args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        page = running.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(f"{films}/chat.html?api={server.url}/v1")
+        page.locator(f"option[value='state:{film['id']}']").wait_for(state="attached")
+        assert "film.mp4" in page.locator("option").all_inner_texts()
+        page.locator("select").select_option(f"state:{film['id']}")
+        said: list[dict[str, str]] = []
+        for number, question in enumerate(QUESTIONS[:2], 1):
+            page.locator("input").fill(question)
+            page.locator("input").press("Enter")
+            page.locator("li.whole").nth(number - 1).wait_for()
+            said.append({"role": "user", "content": question})
+            said.append({"role": "assistant", "content": pipe.ask(state, said, max_new_tokens=20)})
+            assert json.loads(page.locator("li").nth(number - 1).inner_text()) == said[-1]["content"]
+        running.close()
+
+
+def test_our_own_page_asks_a_server(server: Any, tiny_video: Path, pipe: Any, tmp_path: Path):
+    """What `demo --web --server` does behind its page."""
+    from video_ma2mba.hub_cards.space.web.session import Session
+    from video_ma2mba.serving.remote import ServerPipeline
+
+    remote = ServerPipeline(server.url, KEYS[0])
+    expected = pipe.ask(pipe.read(str(tiny_video), fps=1), "What?", max_new_tokens=128)
+    session = Session()
+    assert all(seen <= of for seen, of in session.read(remote, str(tiny_video), 1.0))
+    assert session.state.metadata["frames"] == "6"
+    assert list(session.ask(remote, "What?"))[-1].strip() == expected
+    file = session.save(tmp_path)
+    other = Session()
+    other.open(remote, file)
+    assert list(other.ask(remote, "And?"))[-1] == list(session.ask(remote, "And?"))[-1]
+    with pytest.raises(ValueError, match="no video that can be uploaded"):
+        list(Session().read(remote, __file__, 1.0))
+    with pytest.raises(ValueError, match="not one of this server's"):
+        ServerPipeline(server.url, "wrong-key-9999")
+    with pytest.raises(ConnectionError, match="does not answer"):
+        ServerPipeline("http://127.0.0.1:9")
 
 
 def test_the_log_tells_no_secrets(server: Any, client: Client):
