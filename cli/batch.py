@@ -1,28 +1,48 @@
 """`video-ma2mba batch`: a long queue of questions about videos, answered into a file that survives interruptions."""
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from .ask import reading_progress
-from .batch_queue import Item, Results, by_video, read_queue
-from .errors import is_expected, one_line
+from .batch_queue import Item, Results, read_queue
+from .batch_work import Tell, Worker, batches, note_contents
 from .loading import load_pipeline
 from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
 from .terminal import note
 
+_ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+")
+_FLUSH_SECONDS = 1.0  # a power failure costs what was answered since, a killed process nothing
+
 
 def batch(
     queue: Annotated[
-        Path, typer.Argument(help='JSONL file: {"video": ..., "question": ... or "questions": [...]} a line.')
+        str,
+        typer.Argument(
+            help='JSONL: {"video": ..., "question": ... or "questions": [...]} a line, with "id", "start", "end" if '
+            "you like; or a CSV table with such columns.",
+            show_default=False,
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="JSONL file of results; continued where it exists.")],
+    out: Annotated[
+        str, typer.Argument(help="JSONL file of results, also s3:// and the like; continued where it exists.")
+    ],
     batch_size: Annotated[int, typer.Option(help="Questions that are answered together.", min=1)] = 8,
     videos: Annotated[
         Path | None, typer.Option(help="Folder that relative video paths start from.", show_default="this one")
+    ] = None,
+    states: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the videos' states in this folder (also s3:// and the like), and read none again. Lines may "
+            "then be without a question.",
+            show_default=False,
+        ),
     ] = None,
     model: Model = None,
     fps: Fps = None,
@@ -31,6 +51,20 @@ def batch(
     end: End = None,
     max_new_tokens: MaxNewTokens = 64,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try again where OUT holds an error.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Work on a Ray cluster: ray://host:port, host:port, local (this machine), or without ADDRESS the "
+            "one that Ray finds.",
+            show_default=False,
+        ),
+    ] = None,
+    ray_workers: Annotated[int | None, typer.Option(help="Workers.", show_default="as many as fit", min=1)] = None,
+    ray_gpus: Annotated[
+        float | None, typer.Option(help="GPUs of a worker, such as 0.5.", show_default="1 where there are some", min=0)
+    ] = None,
+    ray_cpus: Annotated[float, typer.Option(help="CPU cores of a worker.", min=0)] = 1.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -39,8 +73,10 @@ def batch(
 
     One line comes into OUT for each line of the queue, as soon as it is answered: what was asked with "answer" or
     "answers", or with "error". Interrupted, the same command goes on where it stopped. An "id" is handed through.
+    Ends with exit code 1 where OUT holds an error.
     """
-    items = read_queue(queue)
+    queue, out, states = _plain(queue), _plain(out), None if states is None else _plain(states)
+    items = read_queue(queue, needs_question=states is None)
     if not items:
         raise ValueError(f"{queue} holds no questions")
     if videos is not None and not videos.is_dir():
@@ -50,165 +86,101 @@ def batch(
 
     if given := chosen_frames(**frames):
         Sampling(**given)
-    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    pipe.processor.video_processor.sampling(**frames)  # what makes no sense is refused once, not for every video
-    identity = pipe.identity()
-    settings = {name: identity[name] for name in ("model_config", "weights", "processor", "dtype")}
-    settings |= {**frames, "max_new_tokens": max_new_tokens}
-    _note_contents(items, videos)
-    began, errors = time.perf_counter(), 0
-    with Results(out, settings, items, retry_errors) as results, reading_progress("answered") as tell:
-        there = len(results.done)
+    folder = None if videos is None else str(videos)
+    work = {"frames": frames, "folder": folder, "size": batch_size, "max_new_tokens": max_new_tokens, "states": states}
+    loading = {"model": model, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        if ray is None:
+            if ray_workers is not None or ray_gpus is not None:
+                raise ValueError("--ray-workers and --ray-gpus are those of a cluster: add --ray")
+            crew: Any = Alone(Worker(load_pipeline(**loading), **work))
+        else:
+            from .batch_ray import Cluster
+
+            crew = stack.enter_context(Cluster(ray, ray_workers, ray_gpus, ray_cpus, loading, work))
+        settings = crew.settings()
+        there, errors = _answer_all(crew, items, settings, out, folder, batch_size, retry_errors)
+    fresh, failed = len(items) - there, errors[1] - errors[0]
+    note(f"{out}: {fresh - failed} answered, {failed} errors in {time.perf_counter() - began:.1f} s")
+    if errors[1]:
+        note(f"{out}: {errors[1]} of {len(items)} results are errors (--retry-errors tries them again)")
+        raise typer.Exit(1)
+
+
+class BatchCommand(TyperCommand):
+    """`--ray` may be given without its address."""
+
+    def parse_args(self, ctx, args):
+        for place in (number for number, word in enumerate(args) if word == "--ray"):
+            if not _ADDRESS.fullmatch(args[place + 1] if place + 1 < len(args) else ""):
+                args = [*args[:place], "--ray=auto", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+class Alone:
+    """Does the work in this process."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self.settings = worker.settings
+        self.note_contents = note_contents
+
+    def answered(self, groups: Iterable[list[Item]]) -> Iterator[list[dict[str, Any]]]:
+        """The results of groups of items, one by one as they come; a bar for what is being read."""
+        for group in groups:
+            with ExitStack() as bars:
+                yield from ([result] for result in self._worker.answered(group, _reading_bar(bars)))
+
+
+def _reading_bar(bars: ExitStack) -> Tell:
+    """Shows a bar of its own once something is read; it goes with the context."""
+    from video_ma2mba.files.progress import progress
+
+    bar = None
+
+    def tell(label: str, done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar or bars.enter_context(progress(f"reading {label}"))
+        bar(done, total)
+
+    return tell
+
+
+def _answer_all(
+    crew: Any, items: list[Item], settings: dict, out: str, folder: str | None, size: int, retry_errors: bool
+) -> tuple[int, tuple[int, int]]:
+    """Have everything answered that `out` lacks; results that were there, and errors in it before and now."""
+    from video_ma2mba.files.progress import progress
+
+    crew.note_contents(items, folder)
+    with Results(out, settings, items, retry_errors) as results, progress("answered", "lines", len(items)) as tell:
+        there, errors, flushed = len(results.done), results.errors, time.monotonic()
         if results.torn:
             note(f"{out}: an unfinished line at the end was taken away")
         if results.stale:
             note(f"{out}: {results.stale} results are about other contents of their videos: done anew")
         if there:
             note(f"{out}: {there} of {len(items)} results are there already")
-        tell(there, len(items))
+        tell(there)
         try:
             todo = [item for item in items if item.line not in results.done]
-            for group in _batches(todo, batch_size):
-                for result in _answered(pipe, group, frames, videos, batch_size, max_new_tokens):
+            for found in crew.answered(batches(todo, size)):
+                for result in found:
                     results.add(result)
-                    errors += "error" in result
-                    tell(len(results.done), len(items))
-                results.flush()
+                tell(len(results.done), remark=f"{results.errors} errors" if results.errors else "")
+                if time.monotonic() - flushed > _FLUSH_SECONDS:
+                    results.flush()
+                    flushed = time.monotonic()
+            results.flush()
         except KeyboardInterrupt:
             note(f"interrupted after {len(results.done)} of {len(items)}: the same command goes on")
             raise
-    seconds = time.perf_counter() - began
-    note(f"{out}: {len(items) - there - errors} answered, {errors} errors in {seconds:.1f} s")
+    return there, (errors, results.errors)
 
 
-def _path(video: str, folder: Path | None) -> str:
+def _plain(place: str) -> str:
+    """A `file:` address, or `~/name`, as the path it means; other addresses stay."""
     from video_ma2mba.processing.video_source_names import is_address, local_path
 
-    return video if folder is None or is_address(video) else str(folder / local_path(video))
-
-
-def _note_contents(items: list[Item], folder: Path | None) -> None:
-    """Give each item the digest of what its video holds now."""
-    from video_ma2mba.eval.media import Medium
-
-    known: dict[str, str | None] = {}
-    for item in items:
-        if item.error is None:
-            if item.video not in known:
-                try:
-                    known[item.video] = Medium(_path(item.video, folder)).digest()[:16]
-                except (OSError, ValueError):  # what is wrong with it is told when it is read
-                    known[item.video] = None
-            item.shown = known[item.video]
-
-
-def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Items that are worked on together: whole videos, until there are `size` questions."""
-    group: list[Item] = []
-    for same in by_video(items):
-        group += same
-        if sum(len(item.questions) for item in group) >= size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _answered(
-    pipe, group: list[Item], frames: dict, folder: Path | None, size: int, max_new_tokens: int
-) -> Iterator[dict]:
-    """The results of some items, whatever goes wrong with them."""
-    states, facts = _read(pipe, sorted({item.video for item in group if item.error is None}), frames, folder)
-    asked: list[tuple[Item, str]] = []
-    for item in group:
-        if item.error is not None:
-            yield item.result(error=item.error)
-        elif isinstance(states[item.video], Exception):
-            yield item.result(error=_error_text(states[item.video]), **facts[item.video])
-        else:
-            asked += [(item, question) for question in item.questions]
-    answers: dict[int, list[str]] = {}
-    for first in range(0, len(asked), size):
-        part = asked[first : first + size]
-        for (item, _), answer in zip(part, _answers(pipe, part, states, max_new_tokens), strict=True):
-            given = answers.setdefault(item.line, [])
-            given.append(answer)
-            if len(given) < len(item.questions):
-                continue
-            wrong = next((answer for answer in given if isinstance(answer, Exception)), None)
-            if wrong is not None:
-                found = {"error": _error_text(wrong)}
-            else:
-                found = {"answers": given} if item.several else {"answer": given[0]}
-            yield item.result(**found, **facts[item.video])
-
-
-def _read(pipe, videos: list[str], frames: dict, folder: Path | None) -> tuple[dict, dict]:
-    """For each video its state, or what went wrong; and frames read and warnings, for the results."""
-    from video_ma2mba.modeling_video_ma2mba.answering_questions import chunks_of_all, video_prefix
-
-    model, processor = pipe.model, pipe.processor
-    prefix, size = video_prefix(processor), model.config.read_chunk_frames
-    states: dict[str, object] = {}
-    readers: dict[str, object] = {}
-    try:
-        for video in videos:
-            try:
-                readers[video] = processor.video_processor.open(_path(video, folder), **frames)
-            except Exception as error:
-                states[video] = error
-        opened = list(readers)
-        try:
-            found = model.read_together(prefix, chunks_of_all(list(readers.values()), size))
-        except Exception:  # too much for the memory, say: one by one may do
-            found = [
-                _result_or_error(lambda v=video: model.read(prefix, [readers[v].chunks(size)])) for video in opened
-            ]
-        states |= dict(zip(opened, found, strict=True))
-    finally:
-        for reader in readers.values():
-            reader.close()
-    facts: dict[str, dict] = {video: {} for video in videos}
-    for video, reader in readers.items():
-        if not isinstance(states[video], Exception):
-            facts[video]["frames"] = int(states[video].metadata["frames"])
-        if reader.warnings:
-            facts[video]["warnings"] = reader.warnings
-    return states, facts
-
-
-def _answers(pipe, part: list[tuple[Item, str]], states: dict, max_new_tokens: int) -> list:
-    """The answer to each question, or what went wrong."""
-    import torch
-
-    from video_ma2mba.modeling_video_ma2mba.answering_batches import answer_together
-    from video_ma2mba.modeling_video_ma2mba.answering_questions import question_ids
-
-    def together(rows: list[tuple[Item, str]]) -> list[str]:
-        ids = [question_ids(pipe.processor, question) for _, question in rows]
-        with pipe.device_placement(), torch.no_grad():
-            found = answer_together(
-                pipe.model,
-                pipe.processor.tokenizer,
-                [states[item.video] for item, _ in rows],
-                ids,
-                max_new_tokens=max_new_tokens,
-            )
-        return [row[0]["answer"] for row in found]
-
-    try:
-        return together(part)
-    except Exception:  # one of them, or too many for the memory
-        return [_result_or_error(lambda r=row: together([r])[0]) for row in part]
-
-
-def _result_or_error(run):
-    try:
-        return run()
-    except Exception as error:
-        return error
-
-
-def _error_text(error: Exception) -> str:
-    """An error as a result tells it; what nobody expected with its kind."""
-    return one_line(error) if is_expected(error) else f"{type(error).__name__}: {one_line(error)}"
+    return place if is_address(place) else str(local_path(place))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .ask import ask
-from .batch import batch
+from .batch import BatchCommand, batch
 from .classify import classify
 from .convert import convert
 from .data import app as data
@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(ask)
-app.command()(batch)
+app.command(cls=BatchCommand)(batch)
 app.command()(classify)
 app.command()(convert)
 app.command()(demo)

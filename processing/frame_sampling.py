@@ -35,9 +35,11 @@ def seconds_of(value: Any, name: str) -> float | None:
         hours, minutes, rest = match.groups()
         return int(hours or 0) * 3600 + int(minutes) * 60 + float(rest)
     try:
-        return float(value)
+        if not isinstance(value, bool):
+            return float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is no time: write seconds, m:ss or h:mm:ss") from None
+        pass
+    raise ValueError(f"{name}={value!r} is no time: write seconds, m:ss or h:mm:ss")
 
 
 @dataclass(frozen=True)

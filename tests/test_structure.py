@@ -129,7 +129,7 @@ FRAMEWORK_METHODS = {
     "model_input_names",  # ProcessorMixin
     "on_train_begin", "on_step_end", "on_log",  # TrainerCallback
     "prediction_step", "log", "get_decay_parameter_names",  # Trainer
-    "invoke", "main", "make_context",  # click.Command
+    "invoke", "main", "make_context", "parse_args",  # click.Command
     "loglikelihood",  # lmms
 }  # fmt: skip
 
