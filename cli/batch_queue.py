@@ -86,9 +86,8 @@ def _table(file: Path, name: str) -> Iterator[tuple[int, str, dict[str, str]]]:
         names = [word.strip().lower() for word in next(csv.reader([first], delimiter=mark), [])]
         known = [word for word in _FIELDS if word != "questions"]
         if unknown := [word for word in names if word not in known]:
-            raise ValueError(
-                f"{name}: there is no column {unknown[0]!r}: the first line names some of {', '.join(known)}"
-            )
+            wanted = ", ".join(known)
+            raise ValueError(f"{name}: {unknown[0]!r} is no column of a queue: the first line names some of {wanted}")
         if "video" not in names or len(set(names)) < len(names):
             raise ValueError(f"{name}: the first line must name each column once, and one of them 'video'")
         rows, line = csv.reader(text, delimiter=mark), 2

@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from typer.testing import CliRunner
 
+from video_ma2mba import VideoState
 from video_ma2mba.cli import batch as verb
-from video_ma2mba.cli import batch_queue
+from video_ma2mba.cli import batch_queue, batch_work
 from video_ma2mba.cli.main import app
+from video_ma2mba.files import remote_files
 from video_ma2mba.loading import load_pipeline
 from video_ma2mba.modeling_video_ma2mba import answering_batches
 
@@ -29,8 +32,10 @@ def run(tiny_checkpoint, tiny_pipe, monkeypatch):
     """Runs the verb in this process; `tiny_pipe` is loaded once."""
     monkeypatch.setattr(verb, "load_pipeline", lambda *_, **__: tiny_pipe)
 
-    def call(*arguments, code: int = 0):
+    def call(*arguments, code: int | None = None):
         found = CliRunner().invoke(app, ["batch", *map(str, arguments), "--max-new-tokens", "3"])
+        if code is None:  # of a queue that was worked through: whether there are errors among the results
+            code = int(any("error" in result for result in results(arguments[1])))
         assert found.exit_code == code, found.output
         return found.stderr
 
@@ -42,8 +47,9 @@ def write(path: Path, items) -> Path:
     return path
 
 
-def results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def results(path: Path | str) -> list[dict]:
+    with fsspec.open(str(path), "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 @pytest.fixture
@@ -163,6 +169,151 @@ def test_a_full_disk_keeps_what_was_written(run, queue, tmp_path, monkeypatch):
     assert 0 < len(results(out)) < 8
     run(queue, out)
     assert sorted(results(out), key=str) == sorted(results(tmp_path / "whole.jsonl"), key=str)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("q.csv", 'Video,Question,ID,start,end\n{v},"Who, where?",a,0:01,0:03\n\n{v},"two\nlines?",,,\n{v},,c,,\n'),
+        ("q.csv", "video;id;question;start;end\r\n{v};a;Who, where?;1;3\r\n;;;;\r\n{v};;'two\nlines?';;\r\n{v};c\r\n"),
+        ("q.tsv", "\ufeffvideo\tid\tquestion\tstart\tend\n{v}\ta\tWho, where?\t1\t3\n\n{v}\t\t'two\nlines?'\n{v}\tc"),
+    ],
+)  # fmt: skip
+def test_a_table_is_a_queue(tmp_path, name, text):
+    (tmp_path / name).write_text(text.replace("{v}", "f.mp4").replace("'", '"'), encoding="utf-8", newline="")
+    first, second, third = batch_queue.read_queue(tmp_path / name)
+    assert (first.line, first.video, first.questions, first.id) == (2, "f.mp4", ["Who, where?"], "a")
+    assert (first.start, first.end, first.error) == (1, 3, None)
+    assert (second.line, second.questions, second.start, second.error) == (4, ["two\nlines?"], None, None)
+    assert third.line == 6 and "'question' must be a text" in third.error and third.id == "c"
+    with (tmp_path / name).open("a") as file:
+        file.write("\nf.mp4,;\ta,;\tb,;\tc,;\td,;\te,;\tf")
+    assert "unknown fields" in batch_queue.read_queue(tmp_path / name)[3].error
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("video,answer\na,b\n", "'answer' is no column of a queue"),
+        ("question\nWhat?\n", "one of them 'video'"),
+        ("video,video\na,b\n", "each column once"),
+        ("", "one of them 'video'"),
+        ("video,question\n", "holds no questions"),
+    ],
+)
+def test_a_table_of_other_things_is_refused(run, tmp_path, text, told):
+    (tmp_path / "q.csv").write_text(text)
+    assert told in run(tmp_path / "q.csv", tmp_path / "out.jsonl", code=2)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_parts_of_a_video_are_read_apart(run, tmp_path, tiny_video, tiny_pipe):
+    parts = [{}, {"start": "0:02"}, {"start": 1, "end": "0:00:03.5"}, {"end": 2}, {"start": 2.0}, {"start": "x"}]
+    parts += [{"start": 3, "end": 1}, {"start": True}, {"start": "1:00"}]
+    items = [{"video": str(tiny_video), "question": "What?"} | part for part in parts]
+    run(write(tmp_path / "in.jsonl", items), tmp_path / "out.jsonl", "--fps", 2)
+    found = {result["line"]: result for result in results(tmp_path / "out.jsonl")}
+    assert [found[line].get("frames") for line in range(1, 7)] == [12, 8, 5, 4, 8, None]
+    assert (found[3]["start"], found[3]["end"], found[2]["start"]) == (1, 3.5, 2) and "start" not in found[1]
+    assert found[2]["answer"] == found[5]["answer"]
+    state = tiny_pipe.read(str(tiny_video), fps=2, start="0:01", end=3.5)
+    assert found[3]["answer"] == tiny_pipe.ask(state, "What?", max_new_tokens=3)
+    for line, told in ((6, "is no time"), (7, "must come before"), (8, "is no time"), (9, "beyond the end")):
+        assert told in found[line]["error"]
+
+
+@pytest.mark.parametrize("place", ["states", "memory://batch-states/deep"])
+def test_states_are_kept_and_no_video_is_read_twice(run, queue, tmp_path, tiny_video, tiny_pipe, monkeypatch, place):
+    states = place if "://" in place else tmp_path / place
+    items = [{"video": str(tiny_video)}, {"video": str(tiny_video), "question": "What?", "start": 2}]
+    run(write(tmp_path / "in.jsonl", items), tmp_path / "out.jsonl", "--states", states)
+    first, second = sorted(results(tmp_path / "out.jsonl"), key=lambda result: result["line"])
+    assert "question" not in first and first["frames"] == 6 and second["frames"] == 4
+    with fsspec.open(first["state"], "rb") as file:
+        (tmp_path / "copy.state").write_bytes(file.read())
+    state = VideoState.load(tmp_path / "copy.state")
+    tiny_pipe.check(state)
+    assert json.loads(state.metadata["sources"])[0]["name"] == str(tiny_video)
+    assert tiny_pipe.ask(state, "Who?", max_new_tokens=3) == tiny_pipe.ask(
+        tiny_pipe.read(str(tiny_video)), "Who?", max_new_tokens=3
+    )
+    with fsspec.open(second["state"], "wb") as file:
+        file.write(b"torn")
+    seen, real = [], type(tiny_pipe.model).read_together
+    monkeypatch.setattr(
+        type(tiny_pipe.model), "read_together", lambda self, p, v: seen.append(len(v)) or real(self, p, v)
+    )
+    asked = [item | {"question": "Why?"} for item in items]
+    run(write(tmp_path / "more.jsonl", asked), tmp_path / "more.out", "--states", states)
+    assert seen == [1]  # the torn one
+    answers = {result["line"]: result["answer"] for result in results(tmp_path / "more.out")}
+    assert answers[1] == tiny_pipe.ask(state, "Why?", max_new_tokens=3)
+
+
+def test_results_at_an_address(run, queue, tmp_path, monkeypatch):
+    """Any address that fsspec knows; here one whose files are in the memory of this process."""
+    run(queue, tmp_path / "whole.jsonl")
+    wanted = sorted(map(str, results(tmp_path / "whole.jsonl")))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(queue), "/in.jsonl")
+    run("memory://in.jsonl", "memory://there/out.jsonl")
+    assert sorted(map(str, results("memory://there/out.jsonl"))) == wanted
+    assert sorted(memory.find("/there")) == ["/there/out.jsonl", "/there/out.jsonl.settings"]
+    assert "8 of 8 results are there already" in run(queue, "memory://there/out.jsonl")
+    assert "with another fps" in run(queue, "memory://there/out.jsonl", "--fps", 3, code=2)
+    assert "Protocol not known: nowhere" in run(queue, "nowhere://x/out.jsonl", code=2)
+
+    monkeypatch.setattr(remote_files, "UPLOAD_SECONDS", 0)
+    complete = remote_files.RemoteLog.complete
+    monkeypatch.setattr(remote_files.RemoteLog, "complete", lambda self: None)  # killed before the end
+    real, count = batch_queue.Results.add, []
+
+    def stops(self, result):
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        count.append(1)
+        real(self, result)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_queue.Results, "add", stops)
+        assert "interrupted after 3 of 8" in run(queue, "memory://torn/out.jsonl", code=130)
+    assert not memory.exists("/torn/out.jsonl") and len(memory.find("/torn/out.jsonl.parts")) == 3
+    monkeypatch.setattr(remote_files.RemoteLog, "complete", complete)
+    assert "3 of 8 results are there already" in run(queue, "memory://torn/out.jsonl")
+    assert sorted(map(str, results("memory://torn/out.jsonl"))) == wanted
+    assert not memory.exists("/torn/out.jsonl.parts") or not memory.find("/torn/out.jsonl.parts")
+
+
+def test_videos_at_an_address(run, tmp_path, tiny_video):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tiny_video), "/library/a film.mp4")
+    items = [{"video": f"memory://library/{name}.mp4", "question": "What?"} for name in ("a film", "none")]
+    run(write(tmp_path / "in.jsonl", items), tmp_path / "out.jsonl")
+    found = {result["line"]: result for result in results(tmp_path / "out.jsonl")}
+    assert found[1]["video"] == "memory://library/a film.mp4" and found[1]["frames"] == 6 and found[1]["shown"]
+    assert "error" in found[2] and "none.mp4" in found[2]["error"]
+
+
+def test_progress_within_a_long_video(run, tmp_path, tiny_video, monkeypatch):
+    told = []
+    real = batch_work._counted
+    monkeypatch.setattr(
+        batch_work,
+        "_counted",
+        lambda chunks, readers, tell: real(chunks, readers, lambda *said: told.append(said) or tell(*said)),
+    )
+    items = write(tmp_path / "in.jsonl", [{"video": str(tiny_video), "question": "What?"}])
+    run(items, tmp_path / "out.jsonl", "--fps", 4)
+    assert told[0] == (str(tiny_video), 0, 24) and told[-1] == (str(tiny_video), 24, 24) and len(told) > 2
+
+
+def test_without_ray_its_extra_is_named(run, queue, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for words in (["--ray"], ["--ray", "local"], ["--ray", "ray://head:10001"], ["--ray=auto"]):
+        said = run(queue, tmp_path / "out.jsonl", *words, code=2)
+        assert said == "error: a cluster needs Ray: pip install 'video-ma2mba[ray]'\n"
+    assert "add --ray" in run(queue, tmp_path / "out.jsonl", "--ray-workers", 2, code=2)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_what_fails_together_is_tried_alone(run, queue, tmp_path, tiny_pipe, monkeypatch):
