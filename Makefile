@@ -9,7 +9,7 @@ LOCK := requirements.lock
 INSTALL = $(BIN)/python -m pip install --quiet --constraint $(LOCK)
 SOURCES := setup.cfg pyproject.toml $(LOCK)
 
-.PHONY: demo test check types compat compat-newest compat-all lock lint format clean
+.PHONY: image image-cuda walk demo test check types compat compat-newest compat-all lock lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -38,6 +38,14 @@ lock:
 	printf 'torch==2.13.0\n' | $(RESOLVE) --extra train --resolution lowest-direct --python-version 3.11 \
 		--output-file requirements-oldest.lock
 RESOLVE = $(VENV)/lock/bin/uv pip compile setup.cfg - --upgrade --quiet --no-annotate --custom-compile-command 'make lock'
+
+# Containers that answer, train and serve; IMAGE_ARGS='--build-arg EXTRAS=train' and more: see the Dockerfile.
+DOCKER ?= docker
+image:
+	$(DOCKER) build --target cpu --tag video-ma2mba:cpu $(IMAGE_ARGS) .
+
+image-cuda:
+	$(DOCKER) build --target cuda --tag video-ma2mba:cuda $(IMAGE_ARGS) .
 
 lint: types
 	$(BIN)/ruff check .

@@ -2,12 +2,14 @@
 
 import ast
 import configparser
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -255,7 +257,66 @@ def test_an_installed_wheel_answers_from_anywhere_and_writes_nothing_there(wheel
     assert said[1] == "True"
     assert "video_ma2mba.eval.lmms_manifest" in said[2]
     assert re.search(r"^2[0-9] of 28 answers right", run(str(site / "bin" / "video-ma2mba"), "demo"), re.MULTILINE)
+    notebook = json.loads((ROOT / "examples" / "ask_a_video.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    if find_spec("matplotlib") is None:
+        cells = [cell for cell in cells if "matplotlib" not in cell]
+    code = "import os\nos.environ['MPLBACKEND'] = 'Agg'\n" + "\n".join(cells) + "\nprint(len(answers), video)"
+    told = run(sys.executable, "-c", code)
+    assert f"3 {site}" in told and "GB on the GPU" in told
     assert {path: path.stat().st_mtime_ns for path in site.rglob("*")} == before
+
+
+def test_the_notebook_is_stripped():
+    notebook = json.loads((ROOT / "examples" / "ask_a_video.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], {cell["cell_type"] for cell in notebook["cells"]}) == (4, {"code", "markdown"})
+    for cell in notebook["cells"]:
+        assert cell["metadata"] == {} and cell.get("outputs", []) == [] and cell.get("execution_count") is None
+
+
+def test_the_wheel_says_where_things_are(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = archive.read(name).decode()
+    assert told.count("Project-URL: ") >= 2 and "arxiv.org/abs/2411.19460" in told
+
+
+def test_the_install_page_names_every_extra_and_every_command():
+    from video_ma2mba.cli.main import app
+
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    rows = dict(re.findall(r"^\| `?(\S+?)`? \|.*\| (.*) \|$", page, re.MULTILINE))
+    assert set(setup["options.extras_require"]) - {"test"} == set(rows) - {"(none)", "extra", "---"}
+    named = {word for row in rows.values() for code in re.findall(r"`([^`]+)`", row) for word in code.split()[:1]}
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs |= {group.name for group in app.registered_groups}
+    assert verbs - named == set()
+
+
+def test_the_image_is_made_of_what_is_there():
+    """Without Docker, what a build would trip over first; nothing names a registry."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE) == ["wheel", "cpu", "cuda"]
+    assert not re.search(r"://|\w\.(io|com|org|net)/", text)
+    for source in re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE):
+        assert (ROOT / source).exists()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(r"build --target (\w+)", makefile) == ["cpu", "cuda"]
+
+
+@pytest.mark.slow
+def test_docker_builds_the_image_and_it_answers():
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True).returncode:
+        pytest.skip("no Docker daemon here")
+    built = subprocess.run(["make", "image"], cwd=ROOT, capture_output=True, text=True)
+    if "failed to resolve" in built.stderr:
+        pytest.skip("the base image is not to be had here")
+    assert built.returncode == 0, built.stderr[-2000:]
+    told = subprocess.run([docker, "run", "--rm", "video-ma2mba:cpu"], capture_output=True, text=True)
+    assert re.search(r"^2[0-9] of 28 answers right", told.stdout, re.MULTILINE), told.stderr
 
 
 def test_wheel_leaves_the_repository_out(wheel_names: set[str]):

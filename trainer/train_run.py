@@ -49,7 +49,7 @@ def four_bit_config() -> Any:
         ValueError: bitsandbytes is missing.
     """
     if find_spec("bitsandbytes") is None:
-        raise ValueError("four_bit=true needs bitsandbytes: pip install bitsandbytes")
+        raise ValueError("four_bit=true needs bitsandbytes: pip install 'video-ma2mba[qlora]'")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
