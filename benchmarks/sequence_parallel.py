@@ -43,6 +43,7 @@ from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mba
 from video_ma2mba.modeling_video_ma2mba.cost_memory import StackShape, Workload
 from video_ma2mba.modeling_video_ma2mba.cost_step import layer_parameter_count
 from video_ma2mba.modeling_video_ma2mba.cost_time import stack_seconds
+from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.parallel_cut import SequenceCut
 from video_ma2mba.modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from video_ma2mba.modeling_video_ma2mba.reading_shared import SharedStack, reading_group
@@ -53,7 +54,7 @@ from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ["hardware", "date", "case", "gpus", "tokens", "seconds", "tokens_per_s", "efficiency", "peak_gb", "host_gb",
           "waiting_ms", "messages_ms", "all_reduce_ms", "loss", "grad_norm", "loss_error", "grad_norm_error",
-          "predicted_s", "plan", "steps"]  # fmt: skip
+          "predicted_s", "plan", "steps", "kernels"]  # fmt: skip
 BUCKET = 1 << 26  # numbers of a sum of gradients
 NOISE = 16384  # tokens that one seed draws
 
@@ -128,7 +129,8 @@ def default_cases(gpus: int) -> list[Case]:
     found += [f"film 370m 7200 x{n} l{48 // max(6, n)},s16128,host round_robin 0+1" for n in several[::-1]]
     found += [f"train 2.7b 2^22 x{largest} l{64 // max(4, largest)},s16384,host round_robin 0+1"]
     found += [f"train 370m 2^23 x{largest} l{48 // max(4, largest)},s32768,host round_robin 0+1"]
-    found += [f"{kind} 370m 2^16 x{n} l4,s65536,host round_robin 1+3" for n in several for kind in ("ddp", "fsdp2")]
+    if several:  # over all ranks of the run
+        found += [f"{kind} 370m 2^16 x{gpus} l4,s65536,host round_robin 1+3" for kind in ("ddp", "fsdp2")]
     found += ["train 370m 2^16 x1 l4,s65536,host round_robin 1+3"]
     found += [f"train 2.7b 2^{k} x{n} l4,s16384,host round_robin 0+1" for n in several for k in (16, 18)]
     found += ["train 2.7b 2^18 x1 l4,s16384,host round_robin 0+1", "train 2.7b 2^20 x1 l8,s16384,host round_robin 0+1"]
@@ -622,14 +624,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{ranks.world} ranks; link: {link[0] * 1e6:.0f} us, {link[1] / 1e9:.1f} GB/s", flush=True)
     name = hardware(ranks.device)
     about = {"hardware": f"{ranks.world} x {name}" if ranks.world > 1 else name}
-    about["date"] = datetime.date.today().isoformat()
+    about |= {"date": datetime.date.today().isoformat(), "kernels": arguments.kernels or "default"}
     baselines: dict[Case, dict] = {}
     model: nn.Module | None = None
     built = None
     for case in cases:
         left = arguments.max_seconds - (time.monotonic() - began)
         (begin, *_) = ranks.everyone(left > case.expected_seconds())
-        if case.gpus > ranks.world or not begin:
+        fits = case.gpus == ranks.world if case.kind in ("ddp", "fsdp2") else ranks.world % case.gpus == 0
+        if not fits or not begin:
             if ranks.rank == 0:
                 print(f"left out: {case} ({left:.0f} s left)", flush=True)
             continue
@@ -744,6 +747,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[], help="these cases instead, written as --list prints them")
     parser.add_argument("--list", action="store_true", help="print the cases in their order and stop")
     parser.add_argument("--max-seconds", type=float, default=3600.0, help="begin no case that would end later")
+    parser.add_argument("--kernels", default=None, help="triton or mamba_ssm; default: what every operation picks")
     parser.add_argument("--smoke", action="store_true", help="tiny cases on two processes of the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS / "sequence_parallel.csv")
     parser.add_argument("--plot", type=Path, default=None, help="draw the table there, as PNG, when all is done")
@@ -752,7 +756,8 @@ def main() -> None:
     if arguments.list:
         print("\n".join(map(str, default_cases(gpus))))
     elif "RANK" in os.environ:
-        run(arguments)
+        with force_backend(arguments.kernels):
+            run(arguments)
     elif arguments.smoke:  # forked: what was imported is there
         sys.exit(max(abs(code or 0) for code in fork_ranks(gpus, arguments)))
     else:
