@@ -35,6 +35,9 @@ def evaluate(
     cache_dir: Annotated[Path | None, typer.Option(help="Keep states of videos in this folder.")] = None,
     cache_gb: Annotated[float, typer.Option(help="Limit of that folder, in GB.")] = 10.0,
     batch_size: Annotated[int, typer.Option(help="Questions about one video answered together.", min=1)] = 8,
+    share_frames: Annotated[
+        int, typer.Option(help="Several processes read films of so many frames together; 0: none.", min=0)
+    ] = 2000,
     stop_repeat_ngram: Annotated[
         int, typer.Option(help="End an answer at a repeat of so many tokens, as the paper does; 0: never.", min=0)
     ] = 5,
@@ -49,8 +52,8 @@ def evaluate(
 
     Data and judge are looked at first. Every answer is written as it comes; interrupted, the same command continues.
     With -v, lmms-eval's own log is shown.
-    Several processes (torchrun -m video_ma2mba eval …) share the videos. Writes report.md, report.json, chart.png and
-    model_index.yaml, for a model card, to --out.
+    Several processes (torchrun -m video_ma2mba eval …) share the videos, and each long film. Writes report.md,
+    report.json, chart.png and model_index.yaml, for a model card, to --out.
     """
     given = {"--tasks": tasks, "--model": model, "--fps": fps, "--num-frames": num_frames, "--max-frames": max_frames}
     given |= {"--limit": limit, "--judge": judge, "--judge-model": judge_model if judge else None}
@@ -119,6 +122,7 @@ def evaluate(
             num_frames=num_frames,
             max_frames=max_frames,
             stop_repeat_ngram=stop_repeat_ngram,
+            share_frames=share_frames,
             cache_dir=cache,
             cache_gb=cache_gb,
             answers=str(out / ANSWERS),

@@ -19,6 +19,8 @@ from .lmms_requests import Job, Prompt
 from .state_store import StateStore
 
 Asked = tuple[str, Job, Prompt]  # key, request, what it shows and asks
+SHARE_FRAMES = 2000
+"""Films of so many frames (half an hour, at one a second) are read by all processes of a run together."""
 
 
 class Answerer:
@@ -29,6 +31,7 @@ class Answerer:
         stop_ngram: end an answer at a repeat of so many tokens; 0: never.
         batch: questions about the same media that are answered together.
         skip_broken: media that cannot be read give empty answers, with the reason in the log, instead of an error.
+        share_frames: media of so many frames are read by all ranks together; 0: none.
     """
 
     def __init__(
@@ -39,11 +42,13 @@ class Answerer:
         stop_ngram: int = 5,
         batch: int = 8,
         skip_broken: bool = False,
+        share_frames: int = SHARE_FRAMES,
     ):
         if stop_ngram:
             RepeatedNgramStop(stop_ngram)  # refuses a bad number now rather than at the first answer
         self.pipe, self.store, self.log = pipe, store, log
         self.stop_ngram, self.batch, self.skip_broken = stop_ngram, batch, skip_broken
+        self.share_frames = share_frames
         self.answered = self.reused = self.spared = self.output_tokens = 0
         self.seconds_answering = self.seconds_saved = 0.0
 
@@ -95,6 +100,16 @@ class Answerer:
                 seconds = (time.perf_counter() - began) / len(part)
                 for (key, job, prompt), text, size in zip(part, texts, sizes, strict=True):
                     self._note(key, job, prompt, text, seconds, state.seen_tokens + size, facts)
+
+    def answer_together(self, asked: Sequence[Asked], group: Any, rank: int, world: int) -> None:
+        """`answer` by all ranks of a group, which share the reading and then the questions: each answers every
+        `world`-th of them."""
+        try:
+            self.store.state(asked[0][2].media, group)
+        except (ValueError, OSError):
+            if not self.skip_broken:
+                raise
+        self.answer(asked[rank::world])  # from the state in memory, or with the reason why there is none
 
     def _ask(
         self, state: Any, conversations: Sequence[list[dict[str, Any]]], generation: dict[str, Any]

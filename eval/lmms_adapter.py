@@ -18,9 +18,10 @@ from loguru import logger
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .answer_log import AnswerLog
-from .answering import Answerer
-from .lmms_ranks import answer_together, gathered
+from .answering import SHARE_FRAMES, Answerer
+from .lmms_ranks import answer_together
 from .lmms_requests import Job, Prompt, is_padding, job_of, prompt_of_messages, prompt_of_visuals
+from .ranks import everyone
 from .state_store import Reading, StateStore
 
 _DEFAULT_BYTES = 10.0  # GB
@@ -39,6 +40,7 @@ class VideoMa2mbaSimple(lmms):
         answers: file (JSON lines) for every answer as it comes; answers that it holds to the same questions about the
             same content are not given again.
         broken: `stop` at a video that cannot be read, or `skip` it: its answers are empty.
+        share_frames: films of so many frames are read by all processes of a run together; 0: none.
         trust_remote_code: run code that comes with the checkpoint.
         pipe: a loaded pipeline, instead of `pretrained` (from Python).
 
@@ -65,6 +67,7 @@ class VideoMa2mbaSimple(lmms):
         cache_gb: float = _DEFAULT_BYTES,
         answers: str | None = None,
         broken: str = "stop",
+        share_frames: int | str = SHARE_FRAMES,
         trust_remote_code: bool = False,
         pipe: Any = None,
     ) -> None:
@@ -80,7 +83,8 @@ class VideoMa2mbaSimple(lmms):
         self.store = StateStore(self.pipe, reading, cache_states, folder, int(cache_gb * 1e9))
         self.log = AnswerLog(None if answers is None else Path(answers).expanduser(), self._rank)
         self.summary, self.replaced = "nothing was asked", ""
-        self.answerer = Answerer(self.pipe, self.store, self.log, stop_repeat_ngram, self.batch_size, broken == "skip")
+        answering = (stop_repeat_ngram, self.batch_size, broken == "skip", int(share_frames))
+        self.answerer = Answerer(self.pipe, self.store, self.log, *answering)
 
     def _load(self, pretrained: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
         from ..loading import join_ranks, load_pipeline
@@ -145,7 +149,7 @@ class VideoMa2mbaSimple(lmms):
 
         together = self._world_size > 1 and dist.is_available() and dist.is_initialized()
         if together:
-            for expected in gathered(self.log.expected, self._world_size):
+            for expected in everyone(self.log.expected):
                 for place, keys in expected.items():
                     self.log.expected.setdefault(place, set()).update(keys)
         if self._rank == 0 or not together:

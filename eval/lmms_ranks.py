@@ -1,7 +1,8 @@
 """Who answers what: requests about the same media go together, and over several ranks each medium to one of them.
 
 The harness deals documents out to ranks one by one, so that the questions about a video land on different ranks, and
-each would read it. Here the ranks put their requests together and deal media out instead.
+each would read it. Here the ranks put their requests together and deal media out instead. Long films, which would keep
+one rank busy when the others have finished, are read by all ranks together, and the questions about them dealt out.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
+from torch import distributed
 
 from ..files.progress import progress
 from ..modeling_video_ma2mba.parallel_dims import process_group_exists
 from .answering import Answerer
 from .lmms_requests import Job
+from .ranks import everyone
 
 Document = Callable[[Job], Any]
 
@@ -28,6 +30,7 @@ class Work:
     label: str | None
     weight: int = 0
     keys: list[str] = field(default_factory=list)
+    long: bool = False  # all ranks read it together
 
 
 def answer_together(
@@ -46,17 +49,23 @@ def answer_together(
     answerer.reused += len(jobs) - len(todo)
     works = _grouped_by_media(todo, document)
     shared = world > 1 and process_group_exists()
+    together: list[Work] = []
     if shared:
-        works, todo = _share_of_rank(works, todo, jobs, rank, world)
-    total, done = sum(len(work.keys) for work in works), 0
+        _find_long(works, todo, document, answerer)
+        works, together, todo = _share_of_rank(works, todo, jobs, rank, world)
+    total, done = sum(len(work.keys) for work in works + together), 0
     with progress("answering", "questions", total) if rank == 0 else nullcontext(lambda _: None) as tell:
-        for work in works:
-            answerer.answer([(key, todo[key], todo[key].prompt(document(todo[key]))) for key in work.keys])
+        for work in together + works:
+            asked = [(key, todo[key], todo[key].prompt(document(todo[key]))) for key in work.keys]
+            if work.long:
+                answerer.answer_together(asked, distributed.group.WORLD, rank, world)
+            else:
+                answerer.answer(asked)
             done += len(work.keys)
             tell(done)
     if shared:
-        new = gathered({key: log.answers[key] for work in works for key in work.keys}, world)
-        for rows in new:
+        own = [key for work in works for key in work.keys] + [key for w in together for key in w.keys[rank::world]]
+        for rows in everyone({key: log.answers[key] for key in own}):
             log.answers.update(rows)  # each is in the file of the rank that gave it
     return {key: log.answers[key] for key in jobs}
 
@@ -84,32 +93,47 @@ def _grouped_by_media(todo: Mapping[str, Job], document: Document) -> list[Work]
     return list(works.values())
 
 
+def _find_long(works: list[Work], todo: Mapping[str, Job], document: Document, answerer: Answerer) -> None:
+    """Mark the work whose media have at least `answerer.share_frames` frames."""
+    if not answerer.share_frames:
+        return
+    for work in works:
+        if work.label is not None:
+            prompt = todo[work.keys[0]].prompt(document(todo[work.keys[0]]))
+            work.long = answerer.store.frames(prompt.media) >= answerer.share_frames
+
+
 def _share_of_rank(
     works: list[Work], todo: dict[str, Job], jobs: Mapping[str, Job], rank: int, world: int
-) -> tuple[list[Work], dict[str, Job]]:
-    """This rank's share of all ranks' work. Heaviest first, to whom has least."""
-    told = [(work.label, work.weight, [(key, _as_tuple(todo[key])) for key in work.keys]) for work in works]
-    everyone = gathered((told, {job.task for job in jobs.values()}), world)
+) -> tuple[list[Work], list[Work], dict[str, Job]]:
+    """This rank's share of all ranks' work, heaviest first, to whom has least; and what all ranks do together."""
+    told = [(work.label, work.weight, work.long, [(key, _as_tuple(todo[key])) for key in work.keys]) for work in works]
+    all_told = everyone((told, {job.task for job in jobs.values()}))
     merged: dict[str, Work] = {}
     requests: dict[str, tuple] = {}
-    for shares, _ in everyone:
-        for label, weight, members in shares:
+    for shares, _ in all_told:
+        for label, weight, long, members in shares:
             fresh = [(key, request) for key, request in members if key not in requests]
             if fresh:
-                work = merged.setdefault(label or fresh[0][0], Work(label, weight))
+                work = merged.setdefault(label or fresh[0][0], Work(label, weight, long=long))
                 work.keys += [key for key, _ in fresh]
                 requests.update(fresh)
     wanted = {request[0] for request in requests.values()}
-    if any(wanted - tasks for _, tasks in everyone):
-        return works, todo  # a rank without a request of a task lacks the task's functions
-    load, mine = [0] * world, []
+    if any(wanted - tasks for _, tasks in all_told):
+        for work in works:
+            work.long = False
+        return works, [], todo  # a rank without a request of a task lacks the task's functions
+    load, mine, together = [0] * world, [], []
     for work in sorted(merged.values(), key=lambda work: (-work.weight, work.keys[0])):
+        if work.long:
+            together.append(work)
+            continue
         lightest = load.index(min(load))
         load[lightest] += work.weight + len(work.keys)
         if lightest == rank:
             mine.append(work)
     like = {job.task: job for job in jobs.values()}
-    return mine, {key: _from_tuple(requests[key], like) for work in mine for key in work.keys}
+    return mine, together, {key: _from_tuple(requests[key], like) for work in mine + together for key in work.keys}
 
 
 def _as_tuple(job: Job) -> tuple:
@@ -120,10 +144,3 @@ def _from_tuple(told: tuple, like: Mapping[str, Job]) -> Job:
     task, split, doc_id, context, settings, repeat = told
     model = like[task]
     return Job(task, split, doc_id, context, settings, model.source, model.is_chat, model.rounds, repeat)
-
-
-def gathered(mine: Any, world: int) -> list[Any]:
-    """`mine` of every rank."""
-    found = [None] * world
-    dist.all_gather_object(found, mine)
-    return found

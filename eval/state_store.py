@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from ..modeling_video_ma2mba.state_video import VideoState
 from .media import Medium, frames_of_folder
+from .ranks import everyone
 
 _IDENTITY = ("weights", "model_config", "processor", "dtype")
 _SECONDS = "eval_read_seconds"  # entry of a state's metadata: what reading it took
@@ -88,20 +90,28 @@ class StateStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def state(self, media: Sequence[Medium]) -> VideoState:
+    def state(self, media: Sequence[Medium], group: Any = None) -> VideoState:
         """The state after `media`, read now or before. It must not be changed (asking does not).
+
+        Args:
+            group: a process group whose ranks all ask for it, and share the reading.
 
         Raises:
             ValueError, FileNotFoundError: a video cannot be read.
         """
         key = self.key(media)
-        if (state := self._states.get(key)) is not None:
+        kept, state = self._states.get(key), None
+        found = kept or self._load(key)
+        if group is None or all(everyone(found is not None, group)):
+            state = found
+        if state is None:
+            state = self._read(media, group)
+            if group is None or ParallelDims.of_run().first:
+                self._save(key, state)
+        elif kept is not None:
             self.tally.from_memory += 1
-        elif (state := self._load(key)) is not None:
-            self.tally.from_disk += 1
         else:
-            state = self._read(media)
-            self._save(key, state)
+            self.tally.from_disk += 1
         self._states[key] = state
         self._states.move_to_end(key)
         while len(self._states) > self.keep:
@@ -119,15 +129,32 @@ class StateStore:
         """What reading a state took, whenever and wherever that was."""
         return float(state.metadata[_SECONDS])
 
-    def _read(self, media: Sequence[Medium]) -> VideoState:
+    def frames(self, media: Sequence[Medium]) -> int:
+        """How many frames of `media` would be read; 0 where that cannot be told."""
+        total = 0
+        for medium in media:
+            try:
+                places = {"start": medium.start, "end": medium.end}
+                source = self._source(medium)
+                reader = self.pipe.processor.video_processor.open(source, **places, **self.reading.chosen)
+                total += reader.expected_frames
+            except (ValueError, OSError):  # reading it says why
+                return 0
+        return total
+
+    def _source(self, medium: Medium) -> Any:
+        source = list(medium.source) if medium.in_memory else medium.source
+        if not medium.in_memory and os.path.isdir(source):
+            wanted = None if self.reading.num_frames else self.reading.fps
+            source = frames_of_folder(source, self.reading.folder_fps, wanted)
+        return source
+
+    def _read(self, media: Sequence[Medium], group: Any = None) -> VideoState:
         began = time.perf_counter()
         state = None
         for medium in media:
-            source = list(medium.source) if medium.in_memory else medium.source
-            if not medium.in_memory and os.path.isdir(source):
-                wanted = None if self.reading.num_frames else self.reading.fps
-                source = frames_of_folder(source, self.reading.folder_fps, wanted)
-            state = self.pipe.read(source, state=state, start=medium.start, end=medium.end, **self.reading.chosen)
+            places = {"start": medium.start, "end": medium.end, "group": group}
+            state = self.pipe.read(self._source(medium), state=state, **places, **self.reading.chosen)
         seconds = time.perf_counter() - began
         state.metadata[_SECONDS] = f"{seconds:.6f}"
         self.tally.videos_read += 1
