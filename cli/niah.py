@@ -1,10 +1,13 @@
 """`video-ma2mba niah`: needle in a haystack, one frame to be found in a video of many, depth against length."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from video_ma2mba.loading import shared_run
 
 from .ask import reading_progress
 from .errors import masked
@@ -27,6 +30,9 @@ def niah(
     haystack: Annotated[str, typer.Option(help="`synthetic`, or a video, folder of images or URL.")] = "synthetic",
     fps: Annotated[float, typer.Option(help="Frames per second taken from a haystack video.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Another seed gives other needles and rendered haystacks.")] = 0,
+    share_frames: Annotated[
+        int, typer.Option(help="Several processes read videos of so many frames together; 0: none.", min=0)
+    ] = 2000,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -36,6 +42,7 @@ def niah(
 
     Every haystack is read once; its states are shared by all needles and questions. Writes cells.json, summary.md and
     heatmap.png to --out. Interrupted, the same command continues; with more lengths or depths it extends the grid.
+    Several processes (torchrun -m video_ma2mba niah …) share the lengths, and each long video.
     """
     lengths, places = parse_lengths(frames), parse_depths(depths)
     if not fps > 0:
@@ -47,19 +54,21 @@ def niah(
 
     grid = NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed)
     check_haystack(haystack)
-    pipe = load_pipeline(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     from video_ma2mba.eval.needle_haystack import open_haystack
     from video_ma2mba.eval.needle_report import mean, write_report
     from video_ma2mba.eval.needle_search import measure
-
-    source = open_haystack(haystack, pipe.processor, fps=fps, seed=seed)
 
     def tell(cell: dict) -> None:
         found = f"{round(cell['greedy'] * cell['questions'])} of {cell['questions']}"
         note(f"{cell['frames']} frames, depth {cell['depth']:g}: {found} ({cell['seconds']:.1f} s)")
 
-    with reading_progress("frames read") as on_frames:
-        cells = measure(pipe, source, grid, out, tell, on_frames)
+    with shared_run(device) as (own, group, first):
+        pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
+        source = open_haystack(haystack, pipe.processor, fps=fps, seed=seed)
+        with reading_progress("frames read") if first else nullcontext() as on_frames:
+            cells = measure(pipe, source, grid, out, tell, on_frames, group, share_frames)
+    if not first:
+        return
     given = {"--model": model, "--haystack": haystack, "--frames": frames, "--depths": depths, "--needles": needles}
     given |= {"--forms": forms, "--seed": seed, "--out": out}
     if haystack != "synthetic":

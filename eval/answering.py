@@ -16,11 +16,10 @@ from ..modeling_video_ma2mba.answering_batches import answer_together
 from ..modeling_video_ma2mba.answering_questions import question_ids
 from .answer_log import AnswerLog
 from .lmms_requests import Job, Prompt
+from .ranks import SHARE_FRAMES
 from .state_store import StateStore
 
 Asked = tuple[str, Job, Prompt]  # key, request, what it shows and asks
-SHARE_FRAMES = 2000
-"""Films of so many frames (half an hour, at one a second) are read by all processes of a run together."""
 
 
 class Answerer:

@@ -18,10 +18,10 @@ from loguru import logger
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .answer_log import AnswerLog
-from .answering import SHARE_FRAMES, Answerer
+from .answering import Answerer
 from .lmms_ranks import answer_together
 from .lmms_requests import Job, Prompt, is_padding, job_of, prompt_of_messages, prompt_of_visuals
-from .ranks import everyone
+from .ranks import SHARE_FRAMES, everyone
 from .state_store import Reading, StateStore
 
 _DEFAULT_BYTES = 10.0  # GB

@@ -18,7 +18,7 @@ from ..world.world import CARD_SYMBOLS, Backdrop, Card
 from .needle_grid import SYNTHETIC, check_haystack
 
 _SMALLEST = 32  # pixels: the rendered world draws no smaller; smaller models get its frames scaled down
-_CHUNK = 64  # frames
+CHUNK = 64  # frames
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ class SyntheticHaystack:
         """ValueError unless there are so many frames."""
         self._world(frames)
 
-    def chunks(self, frames: int) -> Iterator[np.ndarray]:
-        """`frames` frames, uint8 (up to 64, h, w, 3) at a time."""
-        for chunk in WorldRenderer(self._world(frames), max(*self.size, _SMALLEST)).chunks(chunk=_CHUNK):
+    def chunks(self, frames: int, turn: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
+        """`frames` frames, uint8 (up to `CHUNK`, h, w, 3) at a time; of several that take turns, those of one."""
+        renderer = WorldRenderer(self._world(frames), max(*self.size, _SMALLEST))
+        for first in range(turn[0] * CHUNK, frames, turn[1] * CHUNK):
+            chunk = renderer.frames(range(first, min(first + CHUNK, frames)))
             yield np.stack([fit_frame(frame, self.size, self.resize_mode) for frame in chunk])
 
     def scene(self, card: Card, frames: int, position: int) -> tuple[World, int]:
@@ -76,20 +78,19 @@ class VideoHaystack:
                 f"but --frames asks for {frames}: use a longer video, a higher --fps or fewer frames"
             )
 
-    def chunks(self, frames: int) -> Iterator[np.ndarray]:
-        """`frames` frames, uint8 (up to 64, h, w, 3) at a time."""
-        left = frames
+    def chunks(self, frames: int, turn: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
+        """`frames` frames, uint8 (up to `CHUNK`, h, w, 3) at a time; of several that take turns, those of one."""
+        wanted = [min(CHUNK, frames - first) for first in range(turn[0] * CHUNK, frames, turn[1] * CHUNK)]
+        read = 0
         try:
-            for chunk in self.reader.chunks(_CHUNK):
-                yield chunk.pixels[:left]
-                left -= len(chunk)
-                if left <= 0:
-                    return
+            for chunk, count in zip(self.reader.chunks(CHUNK, turn=turn), wanted, strict=False):
+                read += min(len(chunk), count)
+                yield chunk.pixels[:count]
         finally:
             self.reader.close()
-        raise ValueError(
-            f"--haystack {self.name} is damaged: only {frames - left} of {frames} frames could be read; use fewer"
-        )
+        if read < sum(wanted):
+            lost = f"{sum(wanted) - read} of {frames} frames could not be read"
+            raise ValueError(f"--haystack {self.name} is damaged: {lost}; use fewer")
 
     def scene(self, card: Card, frames: int, position: int) -> tuple[World, int]:
         """A world that holds up `card`, and the second at which to look at it."""

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, distributed
 
+from ..modeling_video_ma2mba.reading_shared import SharedStack, reading_group
 from ..world import Question
+from .needle_haystack import CHUNK
 
 _IGNORED = -100
 
@@ -30,8 +32,9 @@ class NeedleReader:
     with 144 tokens a frame).
     """
 
-    def __init__(self, model: Any, processor: Any):
-        self.model, self.processor = model, processor
+    def __init__(self, model: Any, processor: Any, group: Any = None):
+        """`group`: a process group whose ranks all make the same calls, and share the frames."""
+        self.model, self.processor, self.group = model, processor, group
         self.frames_read = 0  # by the language model, each row counted
 
     def encode(self, question: Question) -> tuple[list[int], list[int]]:
@@ -50,6 +53,23 @@ class NeedleReader:
         found = self.model.get_video_features(pixels.to(self.model.device))
         return found.view(len(frames), self.model.config.tokens_per_frame, -1).cpu()
 
+    def haystack(self, haystack: Any, frames: int) -> Tensor:
+        """The features of a haystack's first `frames` frames, (F, T, D), on the host of every rank."""
+        if self.group is None:
+            return torch.cat([self.features(chunk) for chunk in haystack.chunks(frames)])
+        rank, world = distributed.get_rank(self.group), distributed.get_world_size(self.group)
+        config = self.model.config
+        shape = (frames, config.tokens_per_frame, config.text_config.hidden_size)
+        found = torch.empty(shape, dtype=self.model.dtype)
+        own, ranks = haystack.chunks(frames, (rank, world)), distributed.get_process_group_ranks(self.group)
+        for number, piece in enumerate(found.split(CHUNK)):
+            owner = number % world
+            part = self.features(next(own)) if owner == rank else piece
+            part = part.to(self.model.device)
+            distributed.broadcast(part, ranks[owner], group=self.group)
+            piece.copy_(part)
+        return found
+
     def opening(self) -> Any:
         """The state after what stands before the frames: the system turn and the beginning of the user's."""
         blank = {"type": "image", "image": Image.new("RGB", (1, 1))}
@@ -65,12 +85,33 @@ class NeedleReader:
         rows = state.batch_size
         step = self.model.config.vision_chunk_frames
         features = features.expand(rows, *features.shape[-3:])
-        for first in range(0, features.shape[1], step):
-            chunk = features[:, first : first + step].flatten(1, 2).to(self.model.device)
+        pieces = [piece for piece in features.split(step, dim=1) if piece.shape[1]]
+        if self.group is not None and len(pieces) > 1:
+            self._advance_together(state, pieces, on_frames)
+            return
+        for piece in pieces:
+            chunk = piece.flatten(1, 2).to(self.model.device)
             self.model(inputs_embeds=chunk, past_key_values=state, use_cache=True, logits_to_keep=1)
-            self.frames_read += rows * min(step, features.shape[1] - first)
-            if on_frames is not None:
-                on_frames(self.frames_read)
+            self._count(rows * piece.shape[1], on_frames)
+
+    def _advance_together(
+        self, state: Any, pieces: Sequence[Tensor], on_frames: Callable[[int], None] | None = None
+    ) -> None:
+        """The same by all ranks of the group, each taking every W-th piece (R, F, T, D) through the layers."""
+        link = reading_group(self.group, self.model.device)
+        shared = SharedStack(self.model.model.language_model, link, state)
+        for first in range(0, len(pieces), link.world):
+            wave = pieces[first : first + link.world]
+            own = [piece.flatten(1, 2).to(self.model.device) for piece in wave[link.rank : link.rank + 1]]
+            frames = sum(piece.shape[1] for piece in wave)
+            shared.round(own, frames * self.model.config.tokens_per_frame)
+            self._count(state.batch_size * frames, on_frames)
+        state.take(shared.end())
+
+    def _count(self, frames: int, on_frames: Callable[[int], None] | None) -> None:
+        self.frames_read += frames
+        if on_frames is not None:
+            on_frames(self.frames_read)
 
     def with_needles(
         self, prefix: Any, needles: Tensor, rest: Tensor, on_frames: Callable[[int], None] | None = None

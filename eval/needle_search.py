@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 from ..modeling_video_ma2mba.state_writing import write_whole
 from .needle_grid import NeedleGrid
 from .needle_haystack import Needle, make_needles
 from .needle_scoring import NeedleReader, normalised
+from .ranks import SHARE_FRAMES, everyone
 
 Cell = dict[str, Any]
 
@@ -31,6 +33,8 @@ def measure(
     out: Path,
     on_cell: Callable[[Cell], None] | None = None,
     on_frames: Callable[[int, int], None] | None = None,
+    group: Any = None,
+    share_frames: int = SHARE_FRAMES,
 ) -> list[Cell]:
     """Measure the cells that `out` does not hold yet.
 
@@ -39,6 +43,8 @@ def measure(
         haystack: from `open_haystack`.
         out: folder for `settings.json` and one file a cell in `cells/`, each written as soon as it is known.
         on_cell: called with each new cell; on_frames: with the frames that the language model has read and will read.
+        group: a process group whose ranks all call this. They share haystacks of at least `share_frames` frames (0:
+            none); shorter ones are dealt out.
 
     Returns:
         All cells of the grid, by length, then depth.
@@ -53,18 +59,36 @@ def measure(
     _check_settings(out / "settings.json", _settings(pipe, haystack, grid))
     known = {(frames, depth): _load(_path(folder, frames, depth)) for frames in grid.frames for depth in grid.depths}
     missing = {frames: [d for d in grid.depths if known[frames, d] is None] for frames in grid.frames}
+    missing = {frames: depths for frames, depths in missing.items() if depths}
+    rank = 0
+    together: list[int] = []
+    if group is not None:  # all look before any writes
+        (missing, *_), rank = everyone(missing, group), distributed.get_rank(group)
+        together = [frames for frames in missing if 0 < share_frames <= frames]
+        dealt = sorted((frames for frames in missing if frames not in together), reverse=True)
+        own = together + dealt[rank :: distributed.get_world_size(group)]
+        missing = {frames: missing[frames] for frames in own}
     total = sum(_work(frames, depths, grid.needles) for frames, depths in missing.items())
-    report = None if on_frames is None else lambda read: on_frames(read, total)
-    reader = NeedleReader(pipe.model, pipe.processor)
+    read = 0
+
+    def report(new: int) -> None:
+        if on_frames is not None:
+            on_frames(read + new, total)
+
     with torch.inference_mode():
         for frames, depths in missing.items():
-            if not depths:
-                continue
+            reader = NeedleReader(pipe.model, pipe.processor, group if frames in together else None)
             for cell in _cells(reader, haystack, grid, frames, depths, report):
+                if frames in together and rank > 0:
+                    continue
                 write_json(_path(folder, frames, cell["depth"]), cell)
                 known[frames, cell["depth"]] = cell
                 if on_cell is not None:
                     on_cell(cell)
+            read += reader.frames_read
+    if group is not None:
+        for cells in everyone({place: cell for place, cell in known.items() if cell is not None}, group):
+            known |= cells
     return [cell for cell in known.values() if cell is not None]
 
 
@@ -77,7 +101,7 @@ def _cells(
     on_frames: Callable[[int], None] | None,
 ) -> Iterator[Cell]:
     """Yield the cells of one length, by depth."""
-    features = torch.cat([reader.features(chunk) for chunk in haystack.chunks(frames)])
+    features = reader.haystack(haystack, frames)
     prefix, read = reader.opening(), 0
     for depth in sorted(depths):
         began = time.perf_counter()

@@ -1,6 +1,9 @@
-"""Words between the processes of a run."""
+"""What several processes of a run share, and the words between them."""
 
 from typing import Any
+
+SHARE_FRAMES = 2000
+"""Films of so many frames (half an hour, at one a second) are read by all processes of a run together."""
 
 
 def everyone(mine: Any, group: Any = None) -> list[Any]:

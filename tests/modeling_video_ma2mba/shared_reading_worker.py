@@ -175,8 +175,64 @@ def an_error(rank: int, world: int, folder: Path, video: Path) -> None:
             read_shared(model.model, wrong, iter(()), dist.group.WORLD)
 
 
+def evaluation(rank: int, world: int, folder: Path, video: Path) -> None:
+    """Needles and questions about films: what one process finds, long films being read by all ranks together."""
+    from video_ma2mba.eval.answer_log import AnswerLog
+    from video_ma2mba.eval.answering import Answerer
+    from video_ma2mba.eval.lmms_ranks import answer_together
+    from video_ma2mba.eval.lmms_requests import Job
+    from video_ma2mba.eval.needle_grid import NeedleGrid
+    from video_ma2mba.eval.needle_haystack import open_haystack
+    from video_ma2mba.eval.needle_search import measure
+    from video_ma2mba.eval.state_store import Reading, StateStore
+    from video_ma2mba.loading import load_pipeline
+
+    pipe = load_pipeline(sys.argv[3], device="cpu")
+    grid, said = NeedleGrid((4, 70, 9), (0.0, 0.5), 2), []
+    told = (open_haystack("synthetic", pipe.processor), grid)
+    alone = measure(pipe, *told, folder / f"alone{rank}")
+    together = measure(pipe, *told, folder / "together", said.append, None, dist.group.WORLD, 60)
+    dist.barrier()
+    for one, other in zip(alone, together, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    lengths = [sorted({cell["frames"] for cell in found}) for found in everyone_of(said)]
+    assert lengths == [[9, 70], [4]], lengths  # the long one together, the others dealt out
+    assert len(list((folder / "together" / "cells").iterdir())) == 6
+
+    clip = str(Path(video).with_name("short.png"))
+    if rank == 0:
+        from PIL import Image
+
+        Image.new("RGB", (32, 32), (200, 30, 30)).save(clip)
+    dist.barrier()
+    films = [str(video)] * 3 + [clip] * 2
+    settings = {"max_new_tokens": 3, "until": []}
+    jobs = {
+        f"key{n}": Job("films", "test", n, f"What is number {n}?", settings, lambda doc: [doc], False)
+        for n in range(len(films))
+    }
+    answers = []
+    for group_rank, ranks, own in ((0, 1, jobs), (rank, world, dict(list(jobs.items())[rank::world]))):
+        log = AnswerLog(folder / f"answers{ranks}.jsonl", rank if ranks > 1 else 7 + rank)
+        store = StateStore(pipe, Reading(fps=4.0))
+        answerer = Answerer(pipe, store, log, share_frames=20)
+        found = answer_together(answerer, own, lambda job: films[job.doc_id], group_rank, ranks)
+        answers.append({key: (row["answer"], row["frames"]) for key, row in found.items()})
+    assert answers[1] == {key: answers[0][key] for key in answers[1]} and len(answers[1]) in (2, 3)
+    assert {frames for _, frames in answers[0].values()} == {1, 24}
+    # Both ranks read the film of 24 frames, and one of them the picture.
+    assert sorted(everyone_of(store.tally.videos_read)) == [1, 2]
+    assert sum(everyone_of(answerer.answered)) == 5
+
+
+def everyone_of(mine: object) -> list:
+    from video_ma2mba.eval.ranks import everyone
+
+    return everyone(mine)
+
+
 SCENARIOS: dict[int, tuple[Callable[[int, int, Path, Path], None], ...]] = {
-    2: (a_file, an_error),
+    2: (a_file, an_error, evaluation),
     3: (any_length, an_error),
 }
 
