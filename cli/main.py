@@ -15,6 +15,7 @@ from .convert import convert
 from .data import app as data
 from .defaults import FILE_VARIABLE, config_file, take_file, take_quiet, take_verbose
 from .demo import demo
+from .describe import describe
 from .errors import OneLineErrors
 from .eval import evaluate
 from .init import init
@@ -41,6 +42,7 @@ app.command(cls=BatchCommand)(batch)
 app.command()(classify)
 app.command()(convert)
 app.command()(demo)
+app.command()(describe)
 app.command("eval")(evaluate)
 app.command()(init)
 app.command()(niah)
