@@ -126,7 +126,9 @@ class _TransformersFinder(importlib.abc.MetaPathFinder):
         found = sys.modules.get(fullname)
         if found is None:
             return None
-        return importlib.machinery.ModuleSpec(fullname, _Loaded(found))
+        # Of a module that has come meanwhile, the import system takes the spec that it has: it would run twice.
+        found.__spec__ = importlib.machinery.ModuleSpec(fullname, _Loaded(found))
+        return found.__spec__
 
 
 class _Loaded(importlib.abc.Loader):

@@ -14,13 +14,17 @@ from .terminal import note, verbosity
 def evaluate(
     tasks: Annotated[
         str,
-        typer.Option(help="`paper`, `long`, or names separated by commas: videomme, mvbench, rendered_world, …"),
+        typer.Option(help="`paper`, `long`, `timed`, or names separated by commas: videomme, rendered_world, …"),
     ],
     out: Annotated[Path, typer.Option(help="Folder for answers and report; a run continues there.")],
     model: Model = None,
     fps: Fps = None,
     num_frames: NumFrames = None,
     max_frames: Annotated[int | None, typer.Option(help="At most this many frames of a video.")] = None,
+    subtitles: Annotated[
+        str,
+        typer.Option(help="auto reads those of the videos between their frames; off does not.", metavar="auto|off"),
+    ] = "off",
     limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
     judge: Annotated[
         str | None, typer.Option(help="Address of the judge of open answers, such as http://localhost:8000/v1.")
@@ -56,7 +60,12 @@ def evaluate(
     report.json, chart.png and model_index.yaml, for a model card, to --out.
     """
     given = {"--tasks": tasks, "--model": model, "--fps": fps, "--num-frames": num_frames, "--max-frames": max_frames}
-    given |= {"--limit": limit, "--judge": judge, "--judge-model": judge_model if judge else None}
+    given |= {
+        "--subtitles": None if subtitles == "off" else subtitles,
+        "--limit": limit,
+        "--judge": judge,
+        "--judge-model": judge_model if judge else None,
+    }
     given |= {"--no-judge": no_judge, "--data": data, "--replay": replay, "--skip-unreadable": skip_unreadable}
     given |= {"--stop-repeat-ngram": None if stop_repeat_ngram == 5 else stop_repeat_ngram, "--out": out}
     given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
@@ -121,6 +130,7 @@ def evaluate(
             fps=1.0 if fps is None else fps,
             num_frames=num_frames,
             max_frames=max_frames,
+            subtitles=subtitles,
             stop_repeat_ngram=stop_repeat_ngram,
             share_frames=share_frames,
             cache_dir=cache,

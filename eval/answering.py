@@ -15,7 +15,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ..modeling_video_ma2mba.answering_batches import answer_together
 from ..modeling_video_ma2mba.answering_questions import question_ids
 from .answer_log import AnswerLog
+from .grounding import grounded, in_seconds
 from .lmms_requests import Job, Prompt
+from .media import subtitles_digest
 from .ranks import SHARE_FRAMES
 from .state_store import StateStore
 
@@ -56,7 +58,8 @@ class Answerer:
         it looks at videos."""
         identity = self.pipe.identity()
         facts = [identity[name] for name in ("weights", "model_config", "processor", "dtype")]
-        return job.key([prompt.digest(), *facts, vars(self.store.reading), self.stop_ngram])
+        told = [subtitles_digest(medium) for medium in prompt.media] if self.store.reading.subtitles else []
+        return job.key([prompt.digest(), *facts, self.store.reading.facts, self.stop_ngram, *told])
 
     def answer(self, asked: Sequence[Asked]) -> None:
         """Answer requests that all show the same media, `batch` at a time.
@@ -114,7 +117,9 @@ class Answerer:
         self, state: Any, conversations: Sequence[list[dict[str, Any]]], generation: dict[str, Any]
     ) -> tuple[list[str], list[int]]:
         """Answers to conversations that follow what `state` has seen, and the tokens of each conversation."""
-        ids = [question_ids(self.pipe.processor, messages) for messages in conversations]
+        processor = self.pipe.processor
+        asked = [grounded(processor, messages, question_of(messages)) for messages in conversations]
+        ids = [question_ids(processor, messages) for messages, _ in asked]
         with self.pipe.device_placement(), torch.no_grad():
             found = answer_together(
                 self.pipe.model,
@@ -124,7 +129,9 @@ class Answerer:
                 **generation,
                 **self._stopping(),
             )
-        return [answers[0]["answer"] for answers in found], [asked.shape[1] for asked in ids]
+        texts = [answers[0]["answer"] for answers in found]
+        texts = [in_seconds(text) if spans else text for text, (_, spans) in zip(texts, asked, strict=True)]
+        return texts, [row.shape[1] for row in ids]
 
     def _from_conversation(self, job: Job, prompt: Prompt) -> tuple[str, float, int, dict[str, Any]]:
         """For conversations without media, or with media in between, which are read anew for each."""
@@ -156,7 +163,12 @@ class Answerer:
 
 def question(prompt: Prompt) -> str:
     """The text of the last message."""
-    content = prompt.messages[-1]["content"]
+    return question_of(prompt.messages)
+
+
+def question_of(messages: Sequence[dict[str, Any]]) -> str:
+    """The text of the last message of a conversation."""
+    content = messages[-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 

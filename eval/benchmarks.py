@@ -48,23 +48,31 @@ BENCHMARKS = {
         Benchmark("mlvu_dev", "MLVU, dev", "mlvu", "sy1998/MLVU_dev"),
         Benchmark("longtimescope", "LongTimeScope", "longtimescope", "Apollo-LMMs/LongTimeScope2"),
         Benchmark("videomme_v2", "Video-MME-v2", "videomme_v2", "MME-Benchmarks/Video-MME-v2"),
+        Benchmark(
+            "extremewhenbench", "ExtremeWhenBench", "extremewhenbench", "min1321/extreme-when-bench", unit="0-1"
+        ),
+        Benchmark("ovobench", "OVO-Bench", "ovobench", "kcz358/OVOBench"),
+        Benchmark("timelens", "TimeLens", "timelens", "kcz358/timelens"),
         Benchmark("rendered_world", "Rendered world", "own", "video-ma2mba-world"),
     )
 }
 PAPER = ("videomme", "longvideobench_val_v", "mvbench", "activitynetqa", "videochatgpt")
 LONG = ("lvbench", "mlvu_dev", "longtimescope", "videomme_v2")
-SETS = {"paper": PAPER, "long": LONG}
+TIMED = ("extremewhenbench", "timelens", "ovobench")
+SETS = {"paper": PAPER, "long": LONG, "timed": TIMED}
 
 
 def expand(text: str) -> list[str]:
-    """Task names of `--tasks`: separated by commas, `paper` and `long` standing for sets.
+    """Task names of `--tasks`: separated by commas, `paper`, `long` and `timed` standing for sets.
 
     Raises:
         ValueError: no name.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"--tasks {text!r} names no task: give paper, long, {', '.join(BENCHMARKS)}, or others")
+        raise ValueError(
+            f"--tasks {text!r} names no task: give paper, long, timed, {', '.join(BENCHMARKS)}, or others"
+        )
     return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
 
 

@@ -35,6 +35,8 @@ class VideoMa2mbaSimple(lmms):
         device, dtype: `auto`, `cpu`, `cuda`, `cuda:N`; `auto`, `fp32`, `fp16`, `bf16`.
         batch_size: questions about one video that are answered together.
         fps, num_frames, max_frames, folder_fps: which frames are read; see `Reading`.
+        subtitles: `auto` reads those of a video between its frames: a text track, or a file beside it or in a folder
+            `subtitle(s)` beside it or beside its folder, where the tasks keep them.
         stop_repeat_ngram: end an answer when its latest so many tokens occurred before; 0: never.
         cache_states: states kept in memory. cache_dir: folder for states on disk, limited to `cache_gb`.
         answers: file (JSON lines) for every answer as it comes; answers that it holds to the same questions about the
@@ -61,6 +63,7 @@ class VideoMa2mbaSimple(lmms):
         num_frames: int | None = None,
         max_frames: int | None = None,
         folder_fps: float = 3.0,
+        subtitles: str | None = None,
         stop_repeat_ngram: int = 5,
         cache_states: int = 8,
         cache_dir: str | None = None,
@@ -77,7 +80,7 @@ class VideoMa2mbaSimple(lmms):
         dims = ParallelDims.of_run()
         self._rank, self._world_size = dims.rank, dims.world
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() and int(batch_size) > 0 else 1
-        reading = Reading(fps, num_frames, max_frames, folder_fps)
+        reading = Reading(fps, num_frames, max_frames, folder_fps, subtitles)
         self.pipe = pipe or self._load(pretrained, device, dtype, trust_remote_code)
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
         self.store = StateStore(self.pipe, reading, cache_states, folder, int(cache_gb * 1e9))
@@ -97,7 +100,7 @@ class VideoMa2mbaSimple(lmms):
         """What decides an answer: the model and how it looks at videos."""
         identity = self.pipe.identity()
         facts = {name: identity[name] for name in ("weights", "model_config", "processor", "dtype")}
-        return {**facts, **vars(self.store.reading), "stop_repeat_ngram": self.answerer.stop_ngram}
+        return {**facts, **self.store.reading.facts, "stop_repeat_ngram": self.answerer.stop_ngram}
 
     @property
     def device(self) -> Any:

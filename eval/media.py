@@ -14,6 +14,9 @@ from PIL import Image
 
 from ..processing.picture_sources import list_directory
 
+_SUBTITLE_FOLDERS = ("subtitle", "subtitles")
+_SUBTITLE_ENDS = (".srt", ".vtt", ".jsonl", "_en.json", ".json")
+
 
 @dataclass(frozen=True)
 class Medium:
@@ -93,6 +96,22 @@ def media_of(visuals: Iterable[Any]) -> tuple[Medium, ...]:
         media.append(Medium(os.fspath(visual)))
     close()
     return tuple(media)
+
+
+def subtitles_of(medium: Medium) -> str | None:
+    """A video's file of subtitles: beside it, or in a folder `subtitle(s)` beside it or beside its folder."""
+    if medium.in_memory or not os.path.isfile(medium.source):
+        return None
+    path = Path(medium.source)
+    folders = [path.parent, *(base / name for base in (path.parent, path.parent.parent) for name in _SUBTITLE_FOLDERS)]
+    named = (folder / f"{path.stem}{end}" for folder in folders for end in _SUBTITLE_ENDS)
+    return next((str(file) for file in named if file.is_file()), None)
+
+
+def subtitles_digest(medium: Medium) -> str | None:
+    """SHA-256 of a video's file of subtitles, if there is one."""
+    file = subtitles_of(medium)
+    return None if file is None else file_digest(file)
 
 
 def frames_of_folder(folder: str, folder_fps: float, fps: float | None) -> list[str]:

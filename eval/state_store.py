@@ -18,7 +18,7 @@ from typing import Any
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from ..modeling_video_ma2mba.state_video import VideoState
-from .media import Medium, frames_of_folder
+from .media import Medium, frames_of_folder, subtitles_digest, subtitles_of
 from .ranks import everyone
 
 _IDENTITY = ("weights", "model_config", "processor", "dtype")
@@ -30,16 +30,22 @@ class Reading:
     """How frames are chosen. `num_frames` (evenly spread) takes the place of `fps`; `max_frames` limits `fps`.
 
     `folder_fps`: so many pictures a second are in a folder of pictures (MVBench's episodic reasoning has 3).
+    `subtitles`: "auto" reads a video's subtitles between its frames, None or "off" does not.
     """
 
     fps: float = 1.0
     num_frames: int | None = None
     max_frames: int | None = None
     folder_fps: float = 3.0
+    subtitles: str | None = None
 
     def __post_init__(self) -> None:
+        if self.subtitles == "off":
+            self.subtitles = None
+        if self.subtitles not in (None, "auto"):
+            raise ValueError(f"subtitles={self.subtitles}: must be auto or off")
         for name, value in asdict(self).items():
-            if value is not None and not value > 0:
+            if name != "subtitles" and value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: must be more than 0")
 
     @property
@@ -49,11 +55,18 @@ class Reading:
         return rate if self.max_frames is None else {**rate, "max_frames": self.max_frames}
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """All settings, by which answers and states are found again; subtitles only where they are read."""
+        return {name: value for name, value in asdict(self).items() if name != "subtitles" or value is not None}
+
+    @property
     def text(self) -> str:
         """For people: `1 fps`, `1 fps, at most 64 frames` or `16 frames`."""
         if self.num_frames is not None:
-            return f"{self.num_frames} frames"
-        return f"{self.fps:g} fps" + (f", at most {self.max_frames} frames" if self.max_frames else "")
+            frames = f"{self.num_frames} frames"
+        else:
+            frames = f"{self.fps:g} fps" + (f", at most {self.max_frames} frames" if self.max_frames else "")
+        return frames + (", with subtitles" if self.subtitles else "")
 
 
 @dataclass
@@ -121,7 +134,9 @@ class StateStore:
     def key(self, media: Sequence[Medium]) -> str:
         """SHA-256 of the content of `media`, of how it is read, and of what reads it."""
         identity = self.pipe.identity()
-        facts = [[medium.digest() for medium in media], asdict(self.reading), [identity[name] for name in _IDENTITY]]
+        shown = [medium.digest() for medium in media]
+        facts = [shown, self.reading.facts, [identity[name] for name in _IDENTITY]]
+        facts += [[subtitles_digest(medium) for medium in media]] if self.reading.subtitles else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @staticmethod
@@ -154,7 +169,8 @@ class StateStore:
         state = None
         for medium in media:
             places = {"start": medium.start, "end": medium.end, "group": group}
-            state = self.pipe.read(self._source(medium), state=state, **places, **self.reading.chosen)
+            told = {"subtitles": subtitles_of(medium) or "auto"} if self.reading.subtitles else {}
+            state = self.pipe.read(self._source(medium), state=state, **places, **told, **self.reading.chosen)
         seconds = time.perf_counter() - began
         state.metadata[_SECONDS] = f"{seconds:.6f}"
         self.tally.videos_read += 1

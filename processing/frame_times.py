@@ -30,6 +30,7 @@ _NAMED = re.compile(
     rf"(?<![\w:.])(?:{_CLOCK}(?![\w:])|(?:(\d+)\s*(?:h|hours?)\s*)?(?:(\d+)\s*(?:m|min|minutes?)\s*)?"
     r"(\d+(?:\.\d+)?)\s*(?:s|sec|secs|seconds?)\b)"
 )
+_RANGE = re.compile(r"(?<![\w:.])(\d+(?:\.\d+)?)(?=\s*(?:-|–|to|and)\s*\d+(?:\.\d+)?\s*(?:s|sec|secs|seconds?)\b)")
 TIMES_REQUEST = "Give the times."
 """Follows a question whose answer is to end in the span of video that shows it."""
 
@@ -85,7 +86,7 @@ def as_clocks(question: str) -> str:
             seconds = int(found[4] or 0) * 3600 + int(found[5] or 0) * 60 + float(found[6])
         return found[0] if seconds is None else clock(seconds)
 
-    return _NAMED.sub(rewritten, question)
+    return _NAMED.sub(rewritten, _RANGE.sub(lambda found: clock(float(found[1])), question))
 
 
 @dataclass(frozen=True)

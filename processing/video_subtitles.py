@@ -23,6 +23,7 @@ _LARGEST = 2**26
 """Bytes of a file of subtitles; a day of speech takes two million."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _STYLES = re.compile(r"\{\\[^{}]*\}|</?(?:i|b|u|s|c|v|em|strong|font|ruby|rt|lang|span)\b[^<>]*>", re.I)
+_PAUSE, _LINE_WORDS = 1.0, 12  # seconds and words that end a line of single words
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,9}))?")
 _TEXT_CODECS = frozenset({"subrip", "srt", "webvtt", "mov_text", "ass", "ssa", "text", "ttml", "eia_608"})
 
@@ -181,7 +182,10 @@ def _of_json(text: str, name: str) -> list[Cue]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: this is not JSON ({error})") from None
+        try:  # one object a line
+            return _lines_of_words(_listed([json.loads(line) for line in text.splitlines() if line.strip()], name))
+        except json.JSONDecodeError:
+            raise ValueError(f"{name}: this is not JSON ({error})") from None
     if isinstance(found, dict):
         found = next((found[key] for key in ("segments", "chunks", "transcription", "cues") if key in found), None)
     if not isinstance(found, list):
@@ -199,7 +203,7 @@ def _listed(items: Iterable[Any], name: str = "subtitles") -> list[Cue]:
                 times = item.get("timestamp") or item.get("timestamps") or item
                 if "offsets" in item:  # whisper.cpp: milliseconds
                     times = [item["offsets"]["from"] / 1000, item["offsets"]["to"] / 1000]
-                start, end = (times["start"], times["end"]) if isinstance(times, dict) else times
+                start, end = _edges(times) if isinstance(times, dict) else times
             elif hasattr(item, "start"):
                 start, end, text = item.start, item.end, item.text
             else:
@@ -209,6 +213,25 @@ def _listed(items: Iterable[Any], name: str = "subtitles") -> list[Cue]:
         except (KeyError, TypeError, ValueError, StopIteration, AttributeError):
             raise ValueError(f"{name}: cue {number} is not (start, end, text) in seconds, but {item!r:.80}") from None
     return cues
+
+
+def _edges(times: dict[str, Any]) -> tuple[Any, Any]:
+    start, end = (next(times[key] for key in (edge, f"{edge}_time") if key in times) for edge in ("start", "end"))
+    return start, end
+
+
+def _lines_of_words(cues: list[Cue]) -> list[Cue]:
+    """Cues of single words put together to lines; others as they are."""
+    if not cues or sum(len(cue.text.split()) for cue in cues) > 1.5 * len(cues):
+        return cues
+    lines = [cues[0]]
+    for cue in cues[1:]:
+        last = lines[-1]
+        if cue.start - last.end > _PAUSE or len(last.text.split()) >= _LINE_WORDS or last.text[-1:] in ".!?":
+            lines.append(cue)
+        else:
+            lines[-1] = Cue(last.start, cue.end, f"{last.text} {cue.text}")
+    return lines
 
 
 def _moment(value: Any) -> float:

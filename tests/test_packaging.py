@@ -152,11 +152,13 @@ def test_imports_stay_light(statement: str, absent: list[str]):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("first", ["video_ma2mba", "transformers"])
+@pytest.mark.parametrize("first", ["video_ma2mba", "transformers", "video_ma2mba.processing.frame_decoding"])
 def test_auto_classes_know_the_package_in_either_import_order(first: str):
-    second = {"video_ma2mba": "transformers", "transformers": "video_ma2mba"}[first]
+    second = "video_ma2mba" if first == "transformers" else "transformers"
     script = (
         f"import {first}, {second}\n"
+        "from video_ma2mba.processing import frame_decoding, video_reader\n"
+        "assert video_reader.decode_frames is frame_decoding.decode_frames, 'a file ran twice'\n"
         "from transformers import AutoConfig, AutoModelForImageTextToText\n"
         "from transformers.pipelines import PIPELINE_REGISTRY\n"
         "config = AutoConfig.for_model('video_ma2mba')\n"

@@ -64,6 +64,7 @@ def build(root: Path) -> Path:
     _activitynet(root)
     _videochatgpt(root)
     _newer(root)
+    _timed(root)
     return root
 
 
@@ -216,3 +217,37 @@ def _newer(root: Path) -> None:
         parquet(root / dataset / f"data/{split}-00000-of-00001.parquet", tables[home])
         for place in range(2):
             video(root / f"hf_home/{home}/long{place}.mp4", 4, place)
+
+
+def _timed(root: Path) -> None:
+    """ExtremeWhenBench, TimeLens and OVO-Bench: spans asked of videos, and questions asked as they go on."""
+    spans = [(1.0, 3.0), (0.0, 2.0)]
+    rows = [
+        {"qid": f"q{n}", "source_corpus": "LVBench", "video_id": f"long{n}", "question": f"Span question {n}?",
+         "correct_interval": list(span), "video_duration_s": 4.0}
+        for n, span in enumerate(spans)
+    ]  # fmt: skip
+    parquet(root / "min1321/extreme-when-bench/data/test-00000-of-00001.parquet", rows)
+    configs = []
+    for split in ("activitynet", "charades", "qvhighlights"):
+        video(root / f"hf_home/timelens/{split}/clip.mp4", 4, 2)
+        row = {"video_path": f"{split}/clip.mp4", "query": f"{split} event", "span": [[1.0, 3.0]]}
+        parquet(root / f"kcz358/timelens/{split}.parquet", [row])
+        configs.append(f"  - split: {split}\n    path: {split}.parquet\n")
+    head = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    (root / "kcz358/timelens/README.md").write_text(head + "".join(configs) + "---\n")
+    chosen = {"question": "", "options": [""], "gt": 0}
+    tables = {
+        "backward": [{"id": 1, "task": "EPM", "question": "ovo backward?", "options": ["a", "b"], "gt": 1}],
+        "realtime": [{"id": 2, "task": "OCR", "question": "ovo realtime?", "options": ["a", "b"], "gt": 0}],
+        "forward": [
+            {"id": 3, "task": "SSR", **chosen, "test_info": [{"step": f"ovo step {n}", "type": n} for n in range(2)]}
+        ],
+    }
+    configs = []
+    for name, table in tables.items():
+        parquet(root / f"kcz358/OVOBench/{name}/test-00000-of-00001.parquet", table)
+        configs.append(f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/*.parquet\n")
+    (root / "kcz358/OVOBench/README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+    for place, name in enumerate(("1", "2", "3_0", "3_1")):
+        video(root / f"hf_home/ovobench/chunked_videos/{name}.mp4", 2 + place, place)

@@ -45,6 +45,7 @@ def test_only_the_very_form_of_a_span_counts(answer):
         ("What comes at 00:01:20?", "What comes at 1:20?"),
         ("Between 0:30 and 1:00, what?", "Between 0:30 and 1:00, what?"),
         ("Between 30 seconds and 1:00:05?", "Between 0:30 and 1:00:05?"),
+        ("Between 30 and 90.5 seconds? 24 - 30 s?", "Between 0:30 and 1:30.5? 0:24 - 0:30?"),
         ("What is at 2 h 3 min 4.5 seconds?", "What is at 2:03:04.5?"),
         ("Are there 3 shapes in 2 minutes, or 99:99?", "Are there 3 shapes in 2 minutes, or 99:99?"),
     ],
