@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from .answering_batches import answer_together
+from .answering_familiarity import Unfamiliar, asked_questions
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .reading_prompt import read_prompt
 from .reading_resumable import read_resumably, read_shared_resumably
@@ -128,6 +129,12 @@ class VideoQuestionsMixin(GenerationMixin):
         """ValueError naming what differs, unless this model and `processor` made the state."""
         refuse_other(state.metadata, identity_facts(self, processor))
         state.check_fits(self.config.text_config)
+
+    def unfamiliar(self, state: VideoState, question: str | list[dict[str, Any]]) -> Unfamiliar | None:
+        """What of a state's video, and of a question or conversation about it, is unlike what the model was trained
+        on; None where its checkpoint does not say what that was."""
+        known = self.model.familiarity
+        return None if known is None else known.unfamiliar(state.metadata, asked_questions(question))
 
     def answer(
         self, state: VideoState, question: Any, processor: Processor, times: bool = False, **settings: Any

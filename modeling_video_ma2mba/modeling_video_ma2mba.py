@@ -5,7 +5,7 @@ Shapes: B batch, S tokens, F frames of all videos of the batch, T tokens per fra
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
+from .answering_familiarity import FILE, Familiarity
 from .answering_questions import VideoQuestionsMixin
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import PromptGenerationMixin
@@ -133,6 +134,9 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             refuse_incomplete(pretrained_model_name_or_path, report, accept_other_sizes)
         model._base().freeze_unused_parameters()  # loading makes every parameter trainable
+        if pretrained_model_name_or_path is not None and getattr(model.config, "familiarity", None):
+            file = _beside_config(pretrained_model_name_or_path, str(model.config.familiarity), kwargs)
+            model._base().familiarity = None if file is None else Familiarity.load(file)
         return (model, report) if wants_report else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -145,7 +149,14 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
             own[auto_class] = f"{module}.VideoMa2mbaForConditionalGeneration"
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **own}
         self.config.custom_pipelines = {**getattr(self.config, "custom_pipelines", {}), **CUSTOM_PIPELINES}
+        known = self._base().familiarity
+        if known is not None:
+            self.config.familiarity = FILE
+        elif hasattr(self.config, "familiarity"):
+            del self.config.familiarity
         super().save_pretrained(save_directory, **kwargs)
+        if known is not None:
+            known.save(os.path.join(save_directory, FILE))
 
 
 class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
@@ -159,6 +170,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         self.language_model.prefill_segment_length = config.prefill_segment_length
         self.recompute_vision = False
         self.offload_inputs = False
+        self.familiarity: Familiarity | None = None
         self.post_init()
         self.freeze_unused_parameters()
 
@@ -174,13 +186,18 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         freeze_unused_tower_parameters(self.vision_tower, self.config)
 
     def get_video_features(
-        self, pixel_values_videos: Tensor, num_frames: Tensor | Sequence[int] | None = None, **kwargs: Any
+        self,
+        pixel_values_videos: Tensor,
+        num_frames: Tensor | Sequence[int] | None = None,
+        on_features: Callable[[Tensor], object] | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Rows that stand for the frames in the language model's input.
 
         Args:
             pixel_values_videos: (F, 3, h, w) on any device; uint8 is raw RGB, floating point already normalised.
             num_frames: frames of each video; only towers that look at clips of frames ask. None: all are of one.
+            on_features: called with the tower's rows (F', T, C) of some frames after the other; see `video_rows`.
 
         Returns:
             (F * T, D), frame after frame, raster order inside; computed `config.vision_chunk_frames` frames at a time.
@@ -192,6 +209,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             pixel_values_videos,
             recompute=self.recompute_vision and self.training,
             num_frames=_plain_list(num_frames),
+            on_features=on_features,
         )
 
     def embed_inputs(self, input_ids: Tensor, pixel_values_videos: Tensor, num_frames: Tensor | None = None) -> Tensor:
@@ -574,6 +592,21 @@ class VideoMa2mbaForConditionalGeneration(
             logits = self.lm_head(hidden)
         memory = {CACHE_NAME: outputs.get(CACHE_NAME)}
         return StateCausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **memory)
+
+
+def _beside_config(source: str | os.PathLike[str], name: str, given: Mapping[str, Any]) -> str | None:
+    """A file that lies beside a checkpoint's config.json; None where there is none."""
+    name = os.path.basename(name)
+    if os.path.isdir(source):
+        path = os.path.join(source, given.get("subfolder") or "", name)
+        return path if os.path.isfile(path) else None
+    from huggingface_hub import hf_hub_download
+
+    options = {key: given[key] for key in ("revision", "subfolder", "cache_dir", "token") if given.get(key)}
+    try:
+        return hf_hub_download(os.fspath(source), name, **options)
+    except OSError:  # not there, or not in the cache and no network
+        return None
 
 
 def _plain_list(numbers: Tensor | Sequence[int] | None) -> list[int] | None:

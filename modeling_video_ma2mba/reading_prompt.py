@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answering_familiarity import StrangeFrames
 from .stack_protocols import VideoModel
 from .stack_weights import execution_device
 from .state_video import VideoState
@@ -70,7 +71,7 @@ def read_prompt(
         state = state.fork().to(state_device, dtype)
     frames_before = int(state.metadata.get("frames", 0))
     seconds_before = float(state.metadata.get("seconds", 0))
-    frames_read = 0
+    frames_read, strange = 0, StrangeFrames(model.familiarity)
 
     def advance(name: str, tokens: Tensor) -> None:
         tokens = tokens.expand(state.batch_size, *tokens.shape[1:])
@@ -95,7 +96,7 @@ def read_prompt(
             texts.extend((arrived + place, ids) for place, ids in getattr(chunk, "texts", ()))
             arrived += 0 if pixels is None else len(pixels)
             for piece in clips.rest() if pixels is None else clips.add(pixels):
-                rows = model.get_video_features(piece)
+                rows = model.get_video_features(piece, on_features=strange)
                 advance("inputs_embeds", among_texts(model, rows, take_texts(texts, done, len(piece))).unsqueeze(0))
                 frames_read, done = frames_read + len(piece), done + len(piece)
             if chunk is None and texts:
@@ -114,6 +115,7 @@ def read_prompt(
     if start < input_ids.shape[1]:
         advance("input_ids", input_ids[:, start:].to(device))
     state.metadata.setdefault("frames", str(frames_before + frames_read))
+    strange.add_to(state.metadata, frames_before)
     return state
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from .answering_familiarity import StrangeFrames, add_strange
 from .mixer_mamba2 import run_blocks
 from .parallel_sequence import Like, SequenceGroup
 from .parallel_shards import is_unit
@@ -46,6 +47,7 @@ class _Told(NamedTuple):
     seconds: float | None
     error: str | None
     texts: int = 0  # tokens between the frames
+    strange: int | None = None
 
 
 class ReadingGroup:
@@ -241,6 +243,8 @@ def read_shared(
                 metadata["seconds"] = str(seconds_before + other.seconds)
                 metadata["frame_time"] = str(other.seconds)
         metadata["frames"] = str(frames_before + frames)
+        if model.familiarity is not None and all(other.strange is not None for other in everyone if other.frames):
+            add_strange(metadata, sum(other.strange or 0 for other in everyone), frames_before)
         if on_frames is not None:
             on_frames(frames)
     if frames == 0:
@@ -259,10 +263,10 @@ def _segment(model: VideoModel, chunks: Iterator[Any]) -> tuple[list[Tensor], _T
         clips = WholeClips(model.config.clip_frames, model.config.read_chunk_frames)
         pixels = [*clips.add(frames_of(chunk)), *clips.rest()]
         texts, done, pieces = deque(getattr(chunk, "texts", ())), 0, []
-        told = sum(len(ids) for _, ids in texts)
+        told, strange = sum(len(ids) for _, ids in texts), StrangeFrames(model.familiarity)
         for piece in pixels:
-            rows = among_texts(model, model.get_video_features(piece), take_texts(texts, done, len(piece)))
-            pieces.append(rows.unsqueeze(0))
+            rows = model.get_video_features(piece, on_features=strange)
+            pieces.append(among_texts(model, rows, take_texts(texts, done, len(piece))).unsqueeze(0))
             done += len(piece)
         if texts:  # behind the video's last frame
             embeddings = model.language_model.embeddings
@@ -272,4 +276,4 @@ def _segment(model: VideoModel, chunks: Iterator[Any]) -> tuple[list[Tensor], _T
         return [], _Told(0, None, str(error) or type(error).__name__), error
     times = getattr(chunk, "timestamps", None)
     seconds = float(times[-1]) if times is not None and len(times) else None
-    return pieces, _Told(sum(map(len, pixels)), seconds, None, told), None
+    return pieces, _Told(sum(map(len, pixels)), seconds, None, told, strange.count()), None

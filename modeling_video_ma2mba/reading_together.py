@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .answering_familiarity import StrangeFrames, add_strange
 from .reading_prompt import among_texts, frames_of, read_prompt, take_texts
 from .stack_protocols import VideoModel
 from .state_video import VideoState
@@ -40,6 +41,7 @@ def read_together(model: VideoModel, prefix: Tensor, videos: Sequence[Iterable[A
         return [_read_alone(model, prefix, video) for video in videos]
     sources = [_Frames(video) for video in videos]
     found: dict[int, VideoState | Exception] = {}
+    strange = StrangeFrames(model.familiarity)
     text = prefix[:, :-1]
     if text.shape[1]:
         start = read_prompt(model, text)
@@ -66,7 +68,9 @@ def read_together(model: VideoModel, prefix: Tensor, videos: Sequence[Iterable[A
             rows = [rows[place] for place in going]
         if rows:
             steps = [sources[row].take(min(lengths)) for row in rows]
-            _advance(model, state, steps, [sources[row].told for row in rows])
+            _advance(model, state, steps, [sources[row].told for row in rows], strange)
+            for row, count in zip(rows, strange.counts(len(rows)) or (), strict=False):
+                sources[row].strange = (sources[row].strange or 0) + count
     return [found[row] for row in range(len(sources))]
 
 
@@ -90,6 +94,7 @@ class _Frames:
         self._arrived = 0
         self.told: list[tuple[int, list[int]]] = []
         self.tokens = self.count = 0
+        self.strange: int | None = None
         self.seconds: float | None = None
 
     def fetch(self, most: int) -> int:
@@ -119,13 +124,17 @@ class _Frames:
 
 
 def _advance(
-    model: VideoModel, state: VideoState, pieces: list[Tensor], told: list[list[tuple[int, list[int]]]]
+    model: VideoModel,
+    state: VideoState,
+    pieces: list[Tensor],
+    told: list[list[tuple[int, list[int]]]],
+    strange: StrangeFrames,
 ) -> None:
     """Every row of the state reads its piece (F, 3, h, w), all of the same number of frames, and what it is told."""
     if len({(piece.dtype, piece.shape) for piece in pieces}) == 1:
-        features = model.get_video_features(torch.cat(pieces))
+        features = model.get_video_features(torch.cat(pieces), on_features=strange)
     else:
-        features = torch.cat([model.get_video_features(piece) for piece in pieces])
+        features = torch.cat([model.get_video_features(piece, on_features=strange) for piece in pieces])
     rows = features.view(len(pieces), -1, features.shape[-1])  # (A, F * T, D)
     settings: dict[str, Any] = {}
     if any(told):
@@ -150,6 +159,7 @@ def _finished(
     seen = start.seen_tokens + frames.count * model.config.tokens_per_frame + frames.tokens
     alone = VideoState(state.layers, seen, {"frames": str(frames.count)})
     alone.batch_select_indices(torch.tensor([place]))
+    add_strange(alone.metadata, frames.strange)
     if frames.seconds is not None:
         alone.metadata["seconds"] = alone.metadata["frame_time"] = str(frames.seconds)
     return read_prompt(model, torch.tensor([frames.ending]), state=alone) if frames.ending else alone

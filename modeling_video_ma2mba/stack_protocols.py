@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .answering_familiarity import Familiarity
 from .configuration_video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
 from .mixer_mamba2 import Ma2mbaBlock, Ma2mbaRMSNorm
 
@@ -125,6 +126,7 @@ class VideoModel(Protocol):
 
     config: VideoMa2mbaConfig
     language_model: TextStack
+    familiarity: Familiarity | None
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
         """Frames (F, 3, h, w) to rows of the stack's input (N, D)."""

@@ -126,6 +126,7 @@ def video_rows(
     layout: RowLayout | None = None,
     text: Tensor | None = None,
     num_frames: Sequence[int] | None = None,
+    on_features: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Run frames through tower, pooling and projector and lay the rows out, by themselves or among text embeddings.
 
@@ -136,6 +137,8 @@ def video_rows(
         layout: where rows go; None puts the F * T feature rows alone on the tower's device.
         text: `(text rows, D)` embeddings to be laid out between the features.
         num_frames: frames of each video, where a tower looks at clips; None: they are all of one.
+        on_features: where nothing is differentiated, called with the tower's rows (F', T, C) of some frames after the
+            other.
 
     Returns:
         `(total rows, D)`. In bounded memory beside the result unless `recompute` is off in training.
@@ -168,7 +171,10 @@ def video_rows(
         return projector(piece.to(device)).flatten(0, 1)
 
     def both(piece: Tensor, first: int) -> Tensor:
-        return project(encode(piece, first), first)
+        features = encode(piece, first)
+        if on_features is not None:
+            on_features(features)
+        return project(features, first)
 
     def job(run: Callable[[Tensor, int], Tensor]) -> ChunkJob:
         devices = list({device, execution_device(tower)})

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..modeling_video_ma2mba.answering_familiarity import STRANGE_FRAMES, add_strange
 from ..modeling_video_ma2mba.answering_questions import video_prefix
 from ..modeling_video_ma2mba.state_identity import check_times
 from ..modeling_video_ma2mba.state_video import VideoState
@@ -120,20 +121,31 @@ class RollingMemory:
             return
         texts = self._text.texts(seconds, self._previous)
         self._previous = float(seconds[-1])
+        before = int(self._batch.metadata.get(STRANGE_FRAMES, 0))
         self._batch = self.model.read(self._video, [[TimedChunk(pixels, seconds, texts)]], self._batch)
-        told = sum(len(ids) for _, ids in texts)
-        self._seen(len(pixels) * self.model.config.tokens_per_frame + told, len(pixels), self._previous)
+        after = self._batch.metadata.get(STRANGE_FRAMES)
+        told, strange = sum(len(ids) for _, ids in texts), None if after is None else int(after) - before
+        tokens = len(pixels) * self.model.config.tokens_per_frame + told
+        self._seen(tokens, len(pixels), self._previous, strange)
 
-    def _seen(self, new_tokens: int, frames: int, until: float) -> None:
-        """Every row of the batch has read so many tokens and frames more."""
+    def _seen(self, new_tokens: int, frames: int, until: float, strange: int | None = None) -> None:
+        """Every row of the batch has read so many tokens and frames more, of which some are strange."""
         batch = self._batch
         rows = self._rows if len(self._rows) == batch.batch_size else [*self._rows, self._starting]
         self._rows = [
             replace(
                 row,
-                state=VideoState(batch.select(slice(i, i + 1)).layers, row.state.seen_tokens + new_tokens),
+                state=_read_on(row, batch.select(slice(i, i + 1)), new_tokens, frames, strange),
                 until=until,
                 frames=row.frames + frames,
             )
             for i, row in enumerate(rows)
         ]
+
+
+def _read_on(row: Remembered, rows: VideoState, tokens: int, frames: int, strange: int | None) -> VideoState:
+    """The state of one row after more frames, counting those of the stream."""
+    begun = {} if row.frames == 0 else row.state.metadata
+    metadata = {**begun, "frames": str(row.frames + frames)}
+    add_strange(metadata, strange, row.frames)
+    return VideoState(rows.layers, row.state.seen_tokens + tokens, metadata)

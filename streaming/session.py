@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..modeling_video_ma2mba.answering_familiarity import STRANGE_FRAMES
 from ..modeling_video_ma2mba.state_identity import identity_facts, record_source
 from ..modeling_video_ma2mba.state_video import VideoState
 from ..processing.frame_fitting import fit_frame
@@ -199,6 +200,10 @@ class VideoSession:
         state = seen.state.fork()
         state.metadata = {**seen.before, **identity_facts(self.model, self.processor)}
         state.metadata["frames"] = str(int(seen.before.get("frames", 0)) + seen.frames)
+        counted = int(seen.before.get(STRANGE_FRAMES, 0))
+        state.metadata.pop(STRANGE_FRAMES, None)
+        if STRANGE_FRAMES in seen.state.metadata and (STRANGE_FRAMES in seen.before or not seen.before):
+            state.metadata[STRANGE_FRAMES] = str(counted + int(seen.state.metadata[STRANGE_FRAMES]))
         nothing = dict.fromkeys(("sha256", "num_frames", "end", "max_frames"))
         lost = {"dropped": self.report.frames_dropped or None, "breaks": self.report.breaks or None}
         source = {"name": self._name, "fps": self.fps, "start": seen.since or None, **nothing, **lost}

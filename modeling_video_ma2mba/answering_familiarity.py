@@ -1,0 +1,292 @@
+"""What a model was trained on, as far as a few numbers and sentences tell: frames and questions unlike that are named.
+
+A small model answers whatever it is asked about whatever it is shown, and its score does not tell that it never saw
+the like. A checkpoint may ship a file `familiarity.safetensors` (named by its configuration as `familiarity`):
+
+- frames: the mean of a frame's patch features lies close to those of training in the directions in which these hardly
+  vary. `mean` (C,) and `directions` (C, K), each divided by its spread, give a distance (the root of the mean square
+  over K directions, about 1 in training), and `threshold` says from where on a frame is strange.
+- questions: the sentences that were trained, with the words that may stand in their gaps.
+
+Legend: F frames, T rows of a frame, C width of the tower, K directions.
+"""
+
+import difflib
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE = "familiarity.safetensors"
+STRANGE_FRAMES = "unfamiliar_frames"
+"""Entry of a state's metadata: how many of its "frames" look unlike training."""
+MOST_STRANGE = 0.5
+"""Share of strange frames from which on a video as a whole is one."""
+_POINTING = re.compile(r"\b(?:it|its|this|that|these|those|they|them|their|he|she|his|her|ones?|there|then)\b", re.I)
+
+
+@dataclass(frozen=True)
+class QuestionForms:
+    """The questions that a model was trained on.
+
+    Attributes:
+        forms: sentences with gaps, such as "what colour is the {shape}"; a gap "{a|b}" takes words of either slot.
+        slots: the texts that may stand in each gap.
+        follow_ups: whether questions about what was just named were trained, too ("Which way does it move?").
+    """
+
+    forms: tuple[str, ...]
+    slots: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    follow_ups: bool = False
+
+    def knows(self, question: str) -> bool:
+        """Whether a question is one of the forms, whatever its capitals, spaces and last marks."""
+        return self._pattern.fullmatch(_plain(question)) is not None
+
+    def nearest(self, question: str) -> str:
+        """The trained question whose wording is closest, with gaps filled by what the question says where possible."""
+        asked = _plain(question)
+        words = set(asked.split())
+        examples = [self._example(form, words) for form in self.forms]
+        best = max(examples, key=lambda text: difflib.SequenceMatcher(None, asked.split(), text.split()).ratio())
+        return f"{best[:1].upper()}{best[1:]}?"
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        gaps = {name: "(?:" + "|".join(map(re.escape, map(_plain, texts))) + ")" for name, texts in self.slots.items()}
+        forms = []
+        for form in self.forms:
+            parts = re.split(r"\{([^}]*)\}", form)
+            named = ("(?:" + "|".join(gaps[name] for name in gap.split("|")) + ")" for gap in parts[1::2])
+            texts = [re.escape(_plain(text, ends=False)) for text in parts[::2]]
+            forms.append(texts[0] + "".join(gap + text for gap, text in zip(named, texts[1:], strict=True)))
+        any_gap = "(?:" + "|".join(gaps.values()) + ")"
+        return re.compile(f"(?:{'|'.join(forms)})(?:[?.,]?(?: \\([a-d]\\) {any_gap})+)?" if gaps else "|".join(forms))
+
+    def _example(self, form: str, words: set[str]) -> str:
+        def filled(gap: re.Match[str]) -> str:
+            texts = [text for name in gap[1].split("|") for text in self.slots[name]]
+            return max(texts, key=lambda text: len(words & set(_plain(text).split())))
+
+        return re.sub(r"\{([^}]*)\}", filled, form)
+
+
+def _plain(text: str, ends: bool = True) -> str:
+    text = re.sub(r"\s+", " ", text.casefold())
+    return text.strip().rstrip("?!. ") if ends else text
+
+
+@dataclass(frozen=True, eq=False)
+class Familiarity:
+    """See the top of the file.
+
+    Attributes:
+        mean: (C,); directions: (C, K); threshold: see above. None, None: nothing is known of frames.
+        questions: None: nothing is known of questions.
+        facts: how it was fitted and what was measured, for people: names and values, JSON.
+    """
+
+    mean: Tensor | None = None
+    directions: Tensor | None = None
+    threshold: float = 0.0
+    questions: QuestionForms | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls, features: Tensor, others: Tensor, false_alarms: float, directions: int, **known: Any
+    ) -> "Familiarity":
+        """From frames of training.
+
+        Args:
+            features: (F, C), means over the rows of frames, many more than C.
+            others: (G, C) of frames that were not looked at in fitting, as they come from files: `threshold` leaves
+                out the share `false_alarms` of them.
+            directions: K, at most C: those in which `features` vary least.
+            known: further attributes.
+
+        Raises:
+            ValueError: too few frames for so many directions.
+        """
+        if len(features) < 4 * features.shape[1] or not 1 <= directions <= features.shape[1]:
+            raise ValueError(
+                f"{len(features)} frames are too few for {features.shape[1]} features: give at least "
+                f"{4 * features.shape[1]} (and 1 to {features.shape[1]} directions)"
+            )
+        wide = features.double()
+        mean = wide.mean(0)
+        _, spread, axes = torch.linalg.svd(wide - mean, full_matrices=False)
+        spread = (spread / len(wide) ** 0.5).clamp(min=1e-6 * float(spread[0]) / len(wide) ** 0.5)
+        found = cls(mean.float(), (axes[-directions:].T / spread[-directions:]).float())
+        threshold = float(torch.quantile(found.distance(others), 1 - false_alarms))
+        return cls(found.mean, found.directions, threshold, **known)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Familiarity":
+        """Read a file written by `save`; ValueError: it is none, or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            content = json.loads(facts["familiarity"])
+            questions = content.pop("questions", None)
+            if questions is not None:
+                questions = QuestionForms(tuple(questions.pop("forms")), **questions)
+            return cls(tensors.get("mean"), tensors.get("directions"), content.pop("threshold"), questions, content)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} does not say what a model is familiar with: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one small file, tensors in half precision."""
+        from safetensors.torch import save_file
+
+        content: dict[str, Any] = {**self.facts, "threshold": self.threshold}
+        if (known := self.questions) is not None:
+            slots = {name: list(texts) for name, texts in known.slots.items()}
+            content["questions"] = {"forms": list(known.forms), "slots": slots, "follow_ups": known.follow_ups}
+        tensors = {"mean": self.mean, "directions": self.directions}
+        kept = {name: tensor.half().contiguous() for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, path, metadata={"familiarity": json.dumps(content, ensure_ascii=False)})
+
+    def distance(self, means: Tensor) -> Tensor:
+        """Distances (F,) of frames from those of training, about 1 there; means: (F, C) of the rows of each frame."""
+        if self.mean is None or self.directions is None:
+            raise ValueError("nothing is known about frames")
+        mean, directions = self.mean.to(means.device), self.directions.to(means.device)
+        return ((means.float() - mean) @ directions).square().mean(-1).sqrt()
+
+    def unfamiliar(self, metadata: Mapping[str, str], questions: Sequence[str]) -> "Unfamiliar":
+        """What of a state and of the question asked of it is unlike training.
+
+        Args:
+            metadata: of the state. questions: all of the conversation, the last one being asked.
+        """
+        frames, strange = int(metadata.get("frames", 0)), metadata.get(STRANGE_FRAMES)
+        share = None if strange is None or not frames else int(strange) / frames
+        forms = self.questions
+        if forms is None or not questions or forms.knows(questions[-1]):
+            return Unfamiliar(share, frames)
+        pointing = len(questions) > 1 and _POINTING.search(questions[-1]) is not None
+        if pointing and forms.follow_ups:
+            return Unfamiliar(share, frames)
+        return Unfamiliar(share, frames, questions[-1], forms.nearest(questions[-1]), pointing)
+
+
+@dataclass(frozen=True)
+class Unfamiliar:
+    """What is unlike training: the share of frames (None: unknown), the question (None: it is like those trained) and
+    the nearest that was trained, and whether it asks for something named before, which was not trained."""
+
+    share: float | None
+    frames: int
+    question: str | None = None
+    nearest: str | None = None
+    pointing: bool = False
+
+    @property
+    def strange_video(self) -> bool:
+        """Whether most of the video is unlike training."""
+        return self.share is not None and self.share >= MOST_STRANGE
+
+    def __bool__(self) -> bool:
+        return self.strange_video or self.question is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the share of strange frames, where it is known, and whether the question is strange."""
+        share = {} if self.share is None else {"frames": round(self.share, 4)}
+        return {**share, "question": self.question is not None}
+
+    @property
+    def video_note(self) -> str:
+        """One sentence for people about the video; empty where there is nothing to say."""
+        if not self.strange_video or self.share is None:
+            return ""
+        count = (
+            "this picture looks"
+            if self.frames == 1
+            else f"{round(self.share * self.frames)} of {self.frames} frames look"
+        )
+        return f"{count} unlike anything that this model was trained on: its answers about this mean nothing"
+
+    @property
+    def question_note(self) -> str:
+        """One sentence for people about the question; empty where there is nothing to say."""
+        if self.question is None:
+            return ""
+        short = self.question if len(self.question) <= 80 else f"{self.question[:77]} …"
+        if self.pointing:
+            return (
+                f'this model has not learnt questions about what was just named, such as "{short}": name it, as in '
+                f'"{self.nearest}"'
+            )
+        return f'this model was not trained on questions such as "{short}"; the nearest it knows: "{self.nearest}"'
+
+    @property
+    def notes(self) -> list[str]:
+        """The sentences that there are."""
+        return [text for text in (self.video_note, self.question_note) if text]
+
+
+class StrangeFrames:
+    """Counts, as frames are read, those that look unlike training; without a `Familiarity`, nothing.
+
+    Args:
+        known: the model's, or None.
+    """
+
+    def __init__(self, known: Familiarity | None) -> None:
+        self._known = known if known is not None and known.mean is not None else None
+        self._flags: list[Tensor] = []
+
+    def __call__(self, features: Tensor) -> None:
+        """Take the tower's rows (F, T, C) of the next frames; no GPU is waited for."""
+        if self._known is not None:
+            self._flags.append(self._known.distance(features.mean(1)) > self._known.threshold)
+
+    def counts(self, groups: int) -> list[int] | None:
+        """How many of the frames since the last call were strange, in `groups` parts of as many frames each; None
+        where nothing is known of frames."""
+        flags, self._flags = self._flags, []
+        if self._known is None:
+            return None
+        if not flags:
+            return [0] * groups
+        return [int(n) for n in torch.cat([part.cpu() for part in flags]).view(groups, -1).sum(1)]
+
+    def count(self) -> int | None:
+        """The same of all frames together."""
+        found = self.counts(1)
+        return None if found is None else found[0]
+
+    def add_to(self, metadata: dict[str, str], frames_before: int = 0) -> None:
+        """Add those since the last call to what a state's metadata say."""
+        add_strange(metadata, self.count(), frames_before)
+
+
+def add_strange(metadata: dict[str, str], count: int | None, frames_before: int = 0) -> None:
+    """Add a number of strange frames to a state's metadata; unless it is unknown, or was for the frames before."""
+    if count is not None and (frames_before == 0 or STRANGE_FRAMES in metadata):
+        metadata[STRANGE_FRAMES] = str(int(metadata.get(STRANGE_FRAMES, 0)) + count)
+
+
+def asked_questions(question: str | Iterable[Mapping[str, Any]]) -> list[str]:
+    """The texts of a question, or of all questions of a conversation."""
+    if isinstance(question, str):
+        return [question]
+    texts = []
+    for message in question:
+        content = message.get("content")
+        parts = (
+            [content] if isinstance(content, str) else [p.get("text") for p in content or () if isinstance(p, dict)]
+        )
+        if message.get("role") == "user":
+            texts.append(" ".join(part for part in parts if isinstance(part, str)))
+    return texts
