@@ -99,6 +99,9 @@ def ask(
             state = pipe.read(video, on_frames=on_frames, **frames_wanted)
     read_seconds = time.perf_counter() - began
     frames = int(state.metadata.get("frames", 0))
+    strange = pipe.model.unfamiliar(state, questions[0] if questions else [])
+    if strange is not None and strange.video_note:
+        warn(f"note: {strange.video_note}")
     if not questions:
         chat(pipe, state, max_new_tokens, times)
         return
@@ -111,6 +114,7 @@ def ask(
                 "video": name,
                 "question": question,
                 **(said if times else {"answer": said}),
+                **unfamiliar_question(pipe, state, question),
                 "frames": frames,
                 "state_bytes": state.nbytes,
                 "read_seconds": round(read_seconds, 3),
@@ -126,11 +130,22 @@ def ask(
             said = pipe.ask(state, question, max_new_tokens=max_new_tokens, streamer=streamer, times=times)
             if times and "reason" in said:
                 note(f"no times: {said['reason']}")
+            unfamiliar_question(pipe, state, question)
             if where:
                 second = _where(pipe, video, question, said["answer"] if times else said, frames_wanted)
                 note("where: nothing was answered" if second is None else f"where: {second:.1f} s")
     if not as_json and not is_state:
         note(f"{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}")
+
+
+def unfamiliar_question(pipe, state, question: str | list[dict]) -> dict:
+    """Say in a line whether a question is unlike those that the model was trained on; the field for JSON, if any."""
+    found = pipe.model.unfamiliar(state, question)
+    if found is None:
+        return {}
+    if found.question_note:
+        warn(f"note: {found.question_note}")
+    return {"unfamiliar": found.to_dict()}
 
 
 def _where(pipe, video: str, question: str, answer: str, chosen: dict) -> float | None:
@@ -205,6 +220,7 @@ def chat(pipe, state, max_new_tokens: int, times: bool = False) -> None:
                 asked = [*messages, {"role": "user", "content": line}]
                 streamer = stdout_streamer(pipe.processor.tokenizer)
                 answer = pipe.ask(state, asked, max_new_tokens=max_new_tokens, streamer=streamer, times=times)
+                unfamiliar_question(pipe, state, asked)
                 if times and "reason" in answer:
                     note(f"no times: {answer['reason']}")
                 messages = [*asked, {"role": "assistant", "content": answer["answer"] if times else answer}]

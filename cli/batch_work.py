@@ -114,7 +114,17 @@ class Worker:
                     found = {"error": error_text(wrong)}
                 else:
                     found = {"answers": given} if item.several else {"answer": given[0]}
+                    found |= self._unfamiliar(states[item.source], item)
                 yield item.result(**found, **facts[item.source])
+
+    def _unfamiliar(self, state: Any, item: Item) -> dict[str, Any]:
+        """The field that says what of video and questions is unlike training; none where that is unknown."""
+        found = [self.pipe.model.unfamiliar(state, question) for question in item.questions]
+        told = [each.to_dict() for each in found if each is not None]
+        if not told:
+            return {}
+        strange = [each["question"] for each in told]
+        return {"unfamiliar": told[0] | ({"question": strange} if item.several else {})}
 
     def _read(self, items: list[Item], tell: Tell | None) -> tuple[dict[Source, Any], dict[Source, dict]]:
         """For each video its state, or what went wrong; and frames read and warnings, for the results."""

@@ -12,7 +12,7 @@ from video_ma2mba.loading import check_loading
 
 from .loading import load_pipeline
 from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, Times, TrustRemoteCode, check_out_file
-from .terminal import echo_json, given_text, note
+from .terminal import echo_json, given_text, note, warn
 
 
 def watch(
@@ -115,6 +115,7 @@ def _answering(questions: list[str], as_json: bool, max_new_tokens: int, times: 
     from video_ma2mba.processing.frame_times import span_text
 
     until = None
+    noted = {""}
 
     def answer(session: Any) -> None:
         nonlocal until
@@ -128,6 +129,15 @@ def _answering(questions: list[str], as_json: bool, max_new_tokens: int, times: 
         for question, text in zip(questions, answers, strict=True):
             record = {"seconds": round(seen.until, 3), "since": round(seen.since, 3), "frames": seen.frames}
             record |= {"question": question, **(text if times else {"answer": text})}
+            unfamiliar = session.model.unfamiliar(seen.state, question)
+            if unfamiliar is not None:
+                record["unfamiliar"] = unfamiliar.to_dict()
+                if unfamiliar.question_note not in noted:  # of a question the same every time
+                    noted.add(unfamiliar.question_note)
+                    warn(f"note: {unfamiliar.question_note}")
+                if unfamiliar.strange_video and "video" not in noted:
+                    warn(f"note: {unfamiliar.video_note}")
+                (noted.add if unfamiliar.strange_video else noted.discard)("video")
             if as_json:
                 record["answer_seconds"] = spent  # of all questions together
                 echo_json(record)

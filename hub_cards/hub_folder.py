@@ -35,6 +35,7 @@ _KEPT = (
     "vocab.json",
     "merges.txt",
     "model.safetensors.index.json",
+    "familiarity.safetensors",
     "LICENSE*",
     "NOTICE*",
 )

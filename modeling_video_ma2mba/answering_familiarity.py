@@ -52,7 +52,7 @@ class QuestionForms:
     def nearest(self, question: str) -> str:
         """The trained question whose wording is closest, with gaps filled by what the question says where possible."""
         asked = _plain(question)
-        words = set(asked.split())
+        words = set(re.findall(r"\w+", asked))
         examples = [self._example(form, words) for form in self.forms]
         best = max(examples, key=lambda text: difflib.SequenceMatcher(None, asked.split(), text.split()).ratio())
         return f"{best[:1].upper()}{best[1:]}?"

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Pipeline
 
 from .answering_batches import answer_together
+from .answering_familiarity import asked_questions
 from .answering_questions import VIDEO_SETTINGS, chunks_of_all, report_frames
 from .stack_weights import execution_device
 from .state_identity import check_times, identity_facts
@@ -126,16 +127,23 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                     "questions": [question for _, question, _ in prompts],
                     "several": request["several"],
                     "on_frames": on_frames,
+                    "asked": [asked_questions(messages) for messages in request["conversations"]],
                 }
             )
         return prepared
 
     def _forward(self, group: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
-        states, questions = [], []
+        states, questions, asked = [], [], []
         for request, state in zip(group, self._read_group(group), strict=True):
             states += [state] * len(request["questions"])
             questions += request["questions"]
-        answers = iter(answer_together(self.model, self.processor.tokenizer, states, questions, **settings))
+            asked += request["asked"]
+        found = answer_together(self.model, self.processor.tokenizer, states, questions, **settings)
+        known = self.model.model.familiarity
+        for state, texts, row in zip(states, asked, found, strict=True) if known is not None else ():
+            if unfamiliar := known.unfamiliar(state.metadata, texts):
+                row[:] = [{**answer, "unfamiliar": unfamiliar.to_dict()} for answer in row]
+        answers = iter(found)
         return [
             {"several": request["several"], "answers": [next(answers) for _ in request["questions"]]}
             for request in group

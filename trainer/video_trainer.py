@@ -96,6 +96,8 @@ class VideoMa2mbaTrainer(SFTTrainer):
             processing_class = VideoMa2mbaProcessor.from_pretrained(model.config.name_or_path)
         if args.parts is not None:
             set_trainable(model, args.parts)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.model.familiarity = None  # what a model is familiar with is another thing after training
         if data_collator is None:
             train_dataset, eval_dataset = checked_rows(train_dataset), checked_rows(eval_dataset)
             data_collator = default_collator(processing_class, args, train_dataset)

@@ -93,7 +93,8 @@ def build_page(
                 reports = now.read(pipe, path, per_second)
                 for seen, expected in reports:
                     yield {reading: markup.progress(seen, expected)}
-                yield {reading: markup.note(markup.what_was_read(now)), chat: [], answering: "", shown: ""}
+                told = markup.note(markup.what_was_read(now)) + markup.warning(now.unfamiliar(pipe, asked=False))
+                yield {reading: told, chat: [], answering: "", shown: ""}
             except Exception as error:
                 yield {reading: _error_text(error)}
             yield {stop_reading: gr.Button(interactive=False), session: now}
@@ -106,7 +107,8 @@ def build_page(
                     said = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
                     yield {chat: [*before, *said], **begun}
                     begun = {}  # from now on, the next question may be typed
-                yield {chat: now.messages, answering: "", **begun}
+                told = markup.warning(now.unfamiliar(pipe, asked=True))
+                yield {chat: now.messages, answering: told, **begun}
             except Exception as error:
                 yield {chat: now.messages, answering: _error_text(error)}
             yield {stop_answer: gr.Button(interactive=False), session: now}
@@ -133,7 +135,8 @@ def build_page(
                 now.open(pipe, path)
             except Exception as error:
                 return {filed: _error_text(error)}
-            return {filed: markup.note(markup.what_was_read(now)), chat: now.messages, shown: "", session: now}
+            told = markup.note(markup.what_was_read(now)) + markup.warning(now.unfamiliar(pipe, asked=False))
+            return {filed: told, chat: now.messages, shown: "", session: now}
 
         def on_forget(now: Session) -> dict[Any, Any]:
             now.messages = []

@@ -22,6 +22,11 @@ def note(text: str) -> str:
     return f'<p role="status">{html.escape(text)}</p>' if text else ""
 
 
+def warning(text: str) -> str:
+    """A sentence that speaks against what is shown beside it; nothing for no text."""
+    return f'<p role="status" class="warning">{html.escape(text[:1].upper() + text[1:])}.</p>' if text else ""
+
+
 def problem(error: BaseException) -> str:
     """What went wrong, as one sentence, read out at once."""
     said = textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__

@@ -79,6 +79,13 @@ class Session:
         answer = yield from latest_reports(work, lambda: self.stopped)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
+    def unfamiliar(self, pipe: Any, asked: bool) -> str:
+        """What is to be said about the video, or (`asked`) about the last question, being unlike the model's training;
+        empty where nothing is, or where the checkpoint does not say what it was trained on."""
+        tell = getattr(pipe.model, "unfamiliar", None)
+        found = None if tell is None or self.state is None else tell(self.state, self.messages)
+        return "" if found is None else found.question_note if asked else found.video_note
+
     def last_answer(self) -> tuple[str, str]:
         """The last question and its answer.
 
