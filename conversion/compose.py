@@ -196,8 +196,9 @@ def part_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     their own."""
     store = TensorStore(folder, name)
     with closing(store):
-        if any(key.endswith("patch_embed.proj.weight") for key in store.specs):  # VideoMamba, all of it the tower's
-            return {f"{OURS.tower}{key.removeprefix('videomamba.')}": store.read(key) for key in store.specs}
+        for adapter in TOWERS.values():
+            if (names := adapter.names_within(store.specs)) is not None:
+                return {f"{OURS.tower}{own}": store.read(key) for key, own in names.items()}
         layout = detect_layout(store.specs, name)
         return {layout.canonical(key) or key: store.read(key) for key in store.specs if not unused(key)}
 

@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..hub_cards.videomamba_card import videomamba_card
 from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel
 from .report import ConversionError, ConversionReport, TensorRow
 
 RECORD, BESIDE = "conversion.json", "other_tensors.safetensors"
+RELEASED = "OpenGVLab/VideoMamba/"  # whose licence is known
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/((?:[\w.-]+/)*[\w.-]+\.pth)")
 _NESTS = ("model", "module")
 _PREFIXES = ("", "module.", "backbone.", "encoder.", "vision_encoder.", "module.vision_encoder.")
@@ -99,7 +101,8 @@ def convert_videomamba(
     report.nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
     if dry_run:
         return report
-    _write(out, model, tensors, beside, report.to_dict() | {"way_back": {"nest": nest, "names": names}})
+    record = report.to_dict() | {"way_back": {"nest": nest, "names": names}}
+    _write(out, model, tensors, beside, record, source)
     return report
 
 
@@ -303,7 +306,12 @@ def _check(source: str, config: VideoMambaConfig, tensors: dict[str, Tensor], ha
 
 
 def _write(
-    out: Path, model: Any, tensors: dict[str, Tensor], beside: dict[str, Tensor], record: dict[str, Any]
+    out: Path,
+    model: Any,
+    tensors: dict[str, Tensor],
+    beside: dict[str, Tensor],
+    record: dict[str, Any],
+    source: str,
 ) -> None:
     from video_ma2mba.processing.video_processing_videomamba import VideoMambaVideoProcessor
 
@@ -319,3 +327,12 @@ def _write(
     if beside:
         save_file({name: tensor.clone().contiguous() for name, tensor in beside.items()}, out / BESIDE)
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    card = videomamba_card(
+        config,
+        sum(parameter.numel() for parameter in model.parameters()),
+        classifier=not isinstance(model, VideoMambaModel),
+        title=out.resolve().name,
+        license="apache-2.0" if source.startswith(RELEASED) else None,
+        source=source if source.startswith(RELEASED) else Path(source).name,
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")

@@ -127,9 +127,9 @@ def _metadata(
 
 
 def _glance(facts: CheckpointFacts, base_model: str | None) -> str:
-    parts = ", ".join(f"{part} {_count(n)}" for part, n in facts.parameters.items())
+    parts = ", ".join(f"{part} {count_in_words(n)}" for part, n in facts.parameters.items())
     total = sum(facts.parameters.values())
-    rows = [("parameters stored", f"{_count(total)} ({parts})")]
+    rows = [("parameters stored", f"{count_in_words(total)} ({parts})")]
     rows.append(("weights", f"{_size(facts.weight_bytes)}, {', '.join(facts.dtypes)}"))
     if base_model is not None:
         rows.append(("made from", f"`{base_model}`"))
@@ -224,7 +224,8 @@ def _limits(evaluated: bool) -> str:
     return "\n".join(lines)
 
 
-def _count(number: int) -> str:
+def count_in_words(number: int) -> str:
+    """1234567 -> "1.23M"."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.2f}{unit}"

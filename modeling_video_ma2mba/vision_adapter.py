@@ -8,7 +8,7 @@ Legend: F frames, R rows a frame takes inside the tower, D the tower's width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -149,6 +149,17 @@ class TowerAdapter(Generic[Tower]):
     def embed(self, tower: Tower, pixels: Tensor) -> Tensor:
         """`(F, 3, h, w)` -> `(F, R, D)`, what the first layer reads."""
         return tower.embeddings(pixels)
+
+    def position_embeddings(self, tower: Tower) -> list[nn.Parameter]:
+        """Everything that is added to a patch for the place it stands at, and where it is in a clip."""
+        return [tower.embeddings.get_parameter("position_embedding.weight")]
+
+    def names_within(self, keys: Collection[str]) -> dict[str, str] | None:
+        """The tensors of a checkpoint of such a tower by itself -> their names in the tower.
+
+        None where these are none, or are named as transformers' CLIP and SigLIP name them, which the converter knows.
+        """
+        return None
 
     def cost(self, config: Any) -> TowerCost:
         """Sizes of the tower of a `VideoMa2mbaConfig`, and what a frame costs in it."""

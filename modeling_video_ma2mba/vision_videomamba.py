@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from .configuration_videomamba import IMAGENET_MEAN, IMAGENET_STD, VideoMambaConfig
@@ -73,8 +72,7 @@ class VideoMambaAdapter(TowerAdapter["VideoMambaModel"]):
         from torch import nn
 
         yield tower.patch_embed
-        positions = (tower.cls_token, tower.pos_embed, tower.temporal_pos_embedding)
-        yield nn.ParameterList([each for each in positions if each is not None])
+        yield nn.ParameterList([tower.cls_token, *self.position_embeddings(tower)])
         yield from tower.layers[: self.layer_count(config)]
         yield tower.norm_f
 
@@ -85,13 +83,17 @@ class VideoMambaAdapter(TowerAdapter["VideoMambaModel"]):
         """Normalised frames `(F, 3, h, w)` -> `(F, patches_per_side**2, D)`; see the class."""
         import torch
 
-        rows, first = [], 0
-        for length, same in groupby(clips):  # whole clips together, a last short one by itself
-            count = len(list(same))
-            frames = pixels[first : first + count * length].unflatten(0, (count, length))
-            rows.append(self._encode_clips(tower, config, frames).flatten(0, 1))
-            first += count * length
-        return torch.cat(rows)
+        # Clips of one length go together wherever they stand: videos end in short ones, and a call for each run of
+        # equal lengths would be several for every video of a batch.
+        numbers = torch.arange(len(pixels), device=pixels.device).split(list(clips))
+        rows, order = [], []
+        for length in sorted(set(clips), reverse=True):
+            places = torch.stack([each for each in numbers if len(each) == length])
+            rows.append(self._encode_clips(tower, config, pixels[places]).flatten(0, 1))
+            order.append(places.flatten())
+        if len(rows) == 1:
+            return rows[0]
+        return torch.cat(rows)[torch.argsort(torch.cat(order))]
 
     def _encode_clips(self, tower: VideoMambaModel, config: Any, frames: Tensor) -> Tensor:
         """Clips of one length `(B, T, 3, h, w)` -> `(B, T, P, D)`."""
@@ -104,6 +106,15 @@ class VideoMambaAdapter(TowerAdapter["VideoMambaModel"]):
         hidden = tower.norm_f(delta if stream is None else stream + delta)
         patches = hidden[:, 1:].unflatten(1, (frames.shape[1] // tubelet, -1))
         return patches.repeat_interleave(tubelet, dim=1)[:, :length]
+
+    def position_embeddings(self, tower: VideoMambaModel) -> list[nn.Parameter]:
+        return [each for each in (tower.pos_embed, tower.temporal_pos_embedding) if each is not None]
+
+    def names_within(self, keys: Collection[str]) -> dict[str, str] | None:
+        """Of an encoder's checkpoint, or of a classifier's, whose head keeps its name."""
+        if not any(key.endswith("patch_embed.proj.weight") for key in keys):
+            return None
+        return {key: key.removeprefix("videomamba.") for key in keys}
 
     def cost(self, config: Any) -> VideoMambaCost:
         vision = config.vision_config

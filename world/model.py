@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.vision_towers import tower_adapter
 from ..processing.byte_tokenizer import VIDEO_TOKEN
 
 # Chosen from the colours of the world: its frames are dark with a few bright spots, unlike CLIP's photographs.
@@ -98,12 +99,8 @@ def start_for_recall_(model: VideoMa2mbaForConditionalGeneration) -> None:
     for layer in model.model.language_model.layers:
         rates = layer.mixer.A_log
         rates.copy_(torch.linspace(math.log(_SLOWEST), math.log(_FASTEST), rates.numel()))
-    tower = model.model.vision_tower
-    if model.config.vision_config.model_type == "videomamba":
-        tower.pos_embed.normal_(0.0, 0.2)
-        tower.temporal_pos_embedding.normal_(0.0, 0.2)
-    else:
-        tower.embeddings.position_embedding.weight.normal_(0.0, 0.2)
+    for positions in tower_adapter(model.config.vision_config).position_embeddings(model.model.vision_tower):
+        positions.normal_(0.0, 0.2)
     model.get_input_embeddings().weight.normal_(0.0, 0.5)
     projector = model.model.multi_modal_projector
     for linear in (projector.linear_1, projector.linear_2):

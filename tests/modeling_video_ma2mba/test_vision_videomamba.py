@@ -150,3 +150,24 @@ def test_init_takes_the_encoder_out_of_a_saved_classifier(tmp_path):
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path / "out")
     for name, value in classifier.videomamba.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[name], value), name
+
+
+def test_clips_of_one_length_take_one_call_wherever_they_stand(monkeypatch):
+    """Videos that end in short clips would else cost a call for every video of a batch."""
+    model = make_model()
+    config, tower = model.config, model.model.vision_tower
+    adapter = tower_adapter(config.vision_config)
+    clips = [4, 3, 4, 1, 4, 3]
+    pixels = torch.randn(sum(clips), 3, *2 * (config.vision_config.image_size,))
+    calls = []
+    whole = type(adapter)._encode_clips
+    monkeypatch.setattr(
+        type(adapter),
+        "_encode_clips",
+        lambda self, *given: (calls.append(given[-1].shape[:2]), whole(self, *given))[1],
+    )
+    with torch.no_grad():
+        together = adapter.encode(tower, config, pixels, clips)
+        assert [tuple(each) for each in calls] == [(3, 4), (2, 3), (1, 1)]
+        alone = torch.cat([adapter.encode(tower, config, piece, [len(piece)]) for piece in pixels.split(clips)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)

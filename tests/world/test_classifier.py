@@ -1,0 +1,93 @@
+"""The small classifier: its labels are what its frames show, and a run leaves a folder that classifies."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from video_ma2mba.loading import load_classifier
+from video_ma2mba.world.classifier import (
+    LABELS,
+    ClassifierTraining,
+    MovingThings,
+    accuracy_per_kind,
+    moving_world,
+    train,
+)
+from video_ma2mba.world.world import COLOURS
+
+
+def centre(frame: torch.Tensor, colour: str) -> np.ndarray | None:
+    """Mean place (x, y) of the pixels (3, h, w) of about this colour; None for less than a dozen."""
+    pixels = frame.permute(1, 2, 0).numpy().astype(float)
+    y, x = np.nonzero(np.abs(pixels - np.array(COLOURS[colour])).max(-1) < 45)
+    return np.array([x.mean(), y.mean()]) if len(x) >= 12 else None
+
+
+def test_labels_are_what_the_frames_show():
+    data, checked = MovingThings("test", 200), 0
+    for index in range(200):
+        world, item = moving_world("test", index), data[index]
+        clip, labels = item["pixel_values"], item["labels"]
+        assert clip.shape == (8, 3, 64, 64) and clip.dtype == torch.uint8
+        names = [name for each in LABELS.values() for name in each]
+        said = [name for name, value in zip(names, labels, strict=True) if value]
+        assert len(said) == 3
+        moving = next(thing for thing in world.things if thing.direction)
+        looks = {thing.colour for thing in world.things if thing.pattern == "solid"}
+        if len(looks) < 2:
+            continue  # they are told apart by colour below
+        resting = next(thing for thing in world.things if not thing.direction)
+        places = [centre(frame, moving.colour) for frame in clip]
+        seen = [place for place in places if place is not None]
+        others = [number for number, frame in enumerate(clip) if centre(frame, resting.colour) is not None]
+        stays = [thing.end - thing.start for thing in (moving, resting)]
+        if [len(seen), len(others)] != stays:
+            continue  # a backdrop of the same colour
+        way = seen[-1] - seen[0]
+        axis = int(np.abs(way).argmax())
+        assert said[0] == f"moves {(('left', 'right'), ('up', 'down'))[axis][int(way[axis] > 0)]}"
+        first = next(number for number, place in enumerate(places) if place is not None) < others[0]
+        assert said[1] == ("what moves comes first" if first else "what rests comes first")
+        assert said[2] == f"a {moving.shape} moves"
+        checked += 1
+    assert checked >= 8
+
+
+def test_training_clips_differ_and_splits_do_not_meet():
+    seeds = [{moving_world(split, index).seed for index in range(30)} for split in ("train", "test")]
+    assert len(seeds[0] & seeds[1]) == 0 and len(seeds[0]) == len(seeds[1]) == 30
+    first, again = MovingThings("train", 4)[2], MovingThings("train", 4)[2]
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+
+
+def test_accuracy_is_counted_within_each_kind():
+    labels = np.zeros((4, 14))
+    labels[:, 1] = labels[:, 5] = labels[:, 9] = 1
+    scores = labels.copy()
+    scores[0, 0] = 2  # another direction
+    scores[:2, 4] = 3  # the other order
+    assert accuracy_per_kind(scores, labels) == {"direction": 0.75, "order": 0.5, "shape": 1.0}
+
+
+def test_a_run_leaves_a_classifier_with_its_card(tmp_path):
+    with pytest.raises(ValueError, match="length of training"):
+        ClassifierTraining(out=str(tmp_path))
+    found = train(
+        ClassifierTraining(
+            out=str(tmp_path), size="tiny", max_steps=2, batch=2, test_videos=4, workers=0, videos=8, warmup_steps=1
+        )
+    )
+    with (tmp_path / "accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["kind"]: float(row["accuracy"]) for row in rows} == {k: round(v, 4) for k, v in found.items()}
+    assert [float(row["chance"]) for row in rows] == [0.25, 0.5, 0.125]
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.pipeline_tag == "video-classification"
+    assert "--max-steps 2" in card.text and "| direction |" in card.text and "14: moves left" in card.text
+    classify = load_classifier(str(tmp_path / "model"), device="cpu")
+    named = classify("examples/videos/000000.mp4", top=14)
+    assert {entry["label"] for entry in named} == {name for each in LABELS.values() for name in each}
+    assert all(0 < entry["score"] < 1 for entry in named)
