@@ -57,6 +57,8 @@ def convert(
         raise ValueError(f"--max-shard-size {max_shard_size} is no size: write 500MB or 5GB")
 
     for source in sources:
+        if source.endswith(".pth"):  # owner/name/file.pth on the Hub, or a file: its own reader says what is wrong
+            continue
         check_path_or_id(source, f"there is no directory {source} (and it is no Hub id such as owner/name)")
     from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
     from video_ma2mba.conversion.report import ConversionError
