@@ -4,7 +4,9 @@ Placing workers, starting them again where they die, and trying their work again
 what becomes of work that ends several workers in a row.
 """
 
+import socket
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 from .batch_queue import Item
@@ -20,9 +22,14 @@ class ClusterWorker:
     """Lives in a process of its own: loads the model once, then reads and answers group after group."""
 
     def __init__(self, loading: dict[str, Any], work: dict[str, Any]):
+        self._loading, self._work = loading, work
+
+    @cached_property
+    def _worker(self) -> Worker:
+        """Loaded with the first task: what is wrong with the model is that task's error, not a death to be retried."""
         from video_ma2mba.loading import load_pipeline
 
-        self._worker = Worker(load_pipeline(**loading), **work)
+        return Worker(load_pipeline(**self._loading), **self._work)
 
     def settings(self) -> dict[str, Any]:
         """What all results of a file share; see `Worker.settings`."""
@@ -35,8 +42,19 @@ class ClusterWorker:
 
     def answered(self, group: list[Item]) -> list[dict[str, Any]]:
         """The results of some items, with the digests of what their videos hold."""
-        note_contents(group, self._worker.folder)
+        note_contents(group, self._work["folder"])
         return list(self._worker.answered(group))
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray waits for more than a minute for a cluster that does not answer."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"--ray {address}: nothing answers there ({error})") from None
 
 
 class Cluster:
@@ -72,6 +90,7 @@ class Cluster:
         self._ray = ray
         self._began = not ray.is_initialized()
         if self._began:
+            _refuse_silence(address)
             try:
                 ray.init(
                     None if address == "auto" else address,
