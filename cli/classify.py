@@ -1,14 +1,16 @@
 """`video-ma2mba classify`: what a VideoMamba classifier says that videos show."""
 
-import json
 from typing import Annotated
 
 import typer
 
 from video_ma2mba.loading import check_loading, load_classifier
+from video_ma2mba.processing.video_source_names import shown_name
 
+from .errors import is_expected, one_line
 from .loading import while_loading
 from .options import Device, Dtype, TrustRemoteCode, check_video
+from .terminal import echo_json, note, warn
 
 
 def classify(
@@ -26,18 +28,38 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per video and line.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Name the most probable classes of videos: one line a class with its probability, best first."""
+    """Name the most probable classes of videos: one line a class with its probability, best first.
+
+    Of several videos, those that cannot be read stop nothing, and the exit code is 1.
+    """
     check_loading(model, device, dtype)
+    several, failed = len(videos) > 1, 0
     for video in videos:
-        check_video(video, {})
+        if not several:
+            check_video(video, {})
     with while_loading():
         classifier = load_classifier(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for video in videos:
-        found = classifier(video, top=top, num_segments=segments, num_crops=crops)
-        if as_json:
-            typer.echo(json.dumps({"video": video, "classes": found}, ensure_ascii=False))
+        name = shown_name(video)
+        try:
+            check_video(video, {})
+            found = classifier(video, top=top, num_segments=segments, num_crops=crops)
+        except Exception as error:
+            if not several or not is_expected(error):
+                raise
+            failed += 1
+            told = one_line(error)
+            warn(f"error: {told if told.startswith(name) else f'{name}: {told}'}")
+            if as_json:
+                echo_json({"video": name, "error": told})
             continue
-        if len(videos) > 1:
-            typer.echo(video)
+        if as_json:
+            echo_json({"video": name, "classes": found})
+            continue
+        if several:
+            typer.echo(name)
         for entry in found:
             typer.echo(f"{entry['score']:.4f}  {entry['label']}")
+    if failed:
+        note(f"{len(videos) - failed} of {len(videos)} videos classified, {failed} failed")
+        raise typer.Exit(1)

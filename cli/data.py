@@ -11,7 +11,7 @@ import typer
 from video_ma2mba.loading import check_loading
 
 from .options import Fps, Model, NumFrames, check_out_file, check_path_or_id
-from .terminal import note
+from .terminal import echo_json, note
 
 app = typer.Typer(
     help="Training data: what can be used, and what training on it will take.",
@@ -48,9 +48,10 @@ def check(
     gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU to plan for.")] = "80GB",
     train: Annotated[str, typer.Option(help="Parts that train: lm, projector, vision.")] = "lm,projector,vision",
     workers: Annotated[int, typer.Option(help="Processes that read; 0 reads in this one.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything found as one JSON object.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--json", help="Write everything found to this FILE; interrupted, go on from FILE.partial."),
+        typer.Option("--json-file", help="Write everything found to FILE; interrupted, go on from FILE.partial."),
     ] = None,
     show: Annotated[
         int | None, typer.Option(help="Show this sample as it is learnt, counted from 0, instead.", min=0)
@@ -60,7 +61,7 @@ def check(
 
     Ends with exit code 1 where a sample is broken or the longest one does not fit on the GPU.
     """
-    check_out_file("--json", out)
+    check_out_file("--json-file", out)
     check_path_or_id(path, f"{path}: no such file or folder (and it is no data set id such as owner/name)")
     check_loading(model)
     import datasets
@@ -90,9 +91,13 @@ def check(
         return
     report = run_check(rows, processor, settings, workers, out)
     plans = memory_plans(report, config, gpu_memory, parts)
-    print_report(report, plans, gpu_memory)
+    whole = {**report.to_dict(), "plans": plans}
+    if as_json:
+        echo_json(whole)
+    else:
+        print_report(report, plans, gpu_memory)
     if out is not None:
-        write_whole(out, json.dumps({**report.to_dict(), "plans": plans}, indent=1) + "\n")
+        write_whole(out, json.dumps(whole, indent=1) + "\n")
         partial_file(out).unlink(missing_ok=True)
         note(f"{out}")
     if report.broken or any("error" in plan for plan in plans.values()):
@@ -195,7 +200,7 @@ def print_report(report: Any, plans: dict[str, dict[str, Any]], gpu_memory: str)
             for line in lines[:_LISTED]:
                 console.print(f"  {escape(line)}")
             if len(lines) > _LISTED:
-                console.print(f"  ... and {len(lines) - _LISTED} more (--json has all)")
+                console.print(f"  ... and {len(lines) - _LISTED} more (--json and --json-file have all)")
     if report.thinned:
         console.print(f"looked at in fewer frames, to keep within the limits: {len(report.thinned)}")
     for label, found in plans.items():

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .ask import ask
+from .ask import AskCommand, ask
 from .batch import BatchCommand, batch
 from .classify import classify
 from .convert import convert
@@ -37,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(ask)
+app.command(cls=AskCommand)(ask)
 app.command(cls=BatchCommand)(batch)
 app.command()(classify)
 app.command()(convert)

@@ -68,6 +68,11 @@ def check_video(video: str, frames: dict[str, Any]) -> None:
     from video_ma2mba.processing.video_source_names import check_source
 
     check_source(video)
+    check_frames(frames)
+
+
+def check_frames(frames: dict[str, Any]) -> None:
+    """Refuse frames, from `chosen_frames`, that cannot be chosen of any video. ValueError, FileNotFoundError."""
     sampled = {name: value for name, value in frames.items() if name != "subtitles"}
     if sampled:
         from video_ma2mba.processing.frame_sampling import Sampling

@@ -7,7 +7,7 @@ import typer
 
 from video_ma2mba.loading import check_loading
 
-from .ask import reading_progress
+from .ask import relevance_progress
 from .loading import load_pipeline
 from .options import (
     Device,
@@ -25,7 +25,7 @@ from .options import (
     chosen_frames,
 )
 from .run_facts import require_matplotlib
-from .terminal import given_text, note
+from .terminal import echo_json, given_text, note
 
 
 def where(
@@ -35,13 +35,14 @@ def where(
     out: Annotated[
         Path | None, typer.Option(help="PNG: frames that matter most, and curves.", show_default=False)
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all curves with times, as one JSON object.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="JSON file: all curves with times.", show_default=False)
+        Path | None, typer.Option(help="JSON file: all curves with times.", show_default=False)
     ] = None,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="CSV file: one line a second.", show_default=False)
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Add the decay of every layer to the JSON file.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Add the decay of every layer to the JSON.")] = False,
     steps: Annotated[int, typer.Option(help="Steps of integrated gradients; 0: gradient x input only.", min=0)] = 8,
     strip: Annotated[int, typer.Option(help="Frames in the picture.", min=1, max=12)] = 6,
     memory: Annotated[
@@ -65,9 +66,9 @@ def where(
     question, answer = given_text(question), None if answer is None else given_text(answer)
     if not question:
         raise ValueError("the question is empty: ask something about the video")
-    if layers and json_file is None:
-        raise ValueError("--layers adds to the JSON file: name one with --json")
-    for option, path in {"--out": out, "--json": json_file, "--csv": csv_file}.items():
+    if layers and json_file is None and not as_json:
+        raise ValueError("--layers adds to the JSON: give --json, or name a file with --json-file")
+    for option, path in {"--out": out, "--json-file": json_file, "--csv": csv_file}.items():
         check_out_file(option, path)
     if out is not None:
         if out.suffix.lower() != ".png":
@@ -87,10 +88,13 @@ def where(
     from video_ma2mba.explain import check_time, relevance
 
     settings = {"steps": steps, "memory": memory, "max_new_tokens": max_new_tokens, **chosen}
-    with reading_progress("frames, then percent") as report:
-        settings |= {"on_frames": report, "on_share": lambda share: report(100 * share, 100)}
+    with relevance_progress(shown_name(video)) as told:
+        settings |= told
         found = relevance(pipe.model, pipe.processor, video, question, answer, **settings)
-    typer.echo(found.answer)
+    if as_json:
+        echo_json(found.as_dict(layers))
+    else:
+        typer.echo(found.answer)
     note(f"peak of {found.method.replace('_', ' ')}: {found.peak:.1f} s")
     if (check := check_time(found)) is not None:
         note(str(check))

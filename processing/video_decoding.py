@@ -7,6 +7,7 @@ wanted frame, each only up to the last one wanted. Where packets do not tell wha
 """
 
 import math
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,9 @@ PLAUSIBLE_RATES = (0.1, 1000.0)
 LONGEST_GAP = 3600.0
 """Seconds between two frames beyond which time stamps count as damaged, and not the picture as standing still."""
 LONGEST_LAST_FRAME = 60.0
+_BEFORE_HTML = rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*"
+_HTML = re.compile(_BEFORE_HTML + rb"<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
+_FETCHED_BLOCK = 2**16
 NETWORK_TIMEOUT = (15.0, 60.0)  # seconds to connect, to wait for data
 _DISPOSITIONS = {  # FFmpeg's AV_DISPOSITION_...
     "default": 1,
@@ -120,6 +124,11 @@ def open_stream(
         )
     except av.error.FFmpegError as error:
         failed = _opening_error(error, name, is_url)
+    if is_url and failed is not None and not isinstance(failed, FileNotFoundError) and _is_web_page(target, timeout):
+        failed = ValueError(
+            f"{name}: this is a web page, not a video: save the video of the page first (yt-dlp does, for many sites) "
+            "and name the file"
+        )
     if failed is not None:  # outside of `except`: FFmpeg's own error tells the address, and with it its password
         raise failed
     with container:
@@ -234,6 +243,38 @@ def _opening_error(error: Exception, name: str, is_url: bool) -> Exception:
     if is_url and not isinstance(error, av.error.InvalidDataError):
         return ConnectionError(f"{name}: cannot read from this address ({reason})")
     return ValueError(f"{name}: not a video, or its header is damaged ({reason})")
+
+
+def fetched(address: str, timeout: tuple[float, float] = NETWORK_TIMEOUT) -> Any:
+    """Yield the bytes behind an address, block by block, through FFmpeg's own protocols (logins, TLS, redirections).
+
+    Raises:
+        OSError: it cannot be fetched, or not to its end.
+    """
+    import av
+    import av.error
+
+    try:
+        options = {"raw_packet_size": str(_FETCHED_BLOCK)}
+        with av.open(address, format="data", options=options, timeout=timeout) as container:
+            for packet in container.demux():
+                if packet.size:
+                    yield bytes(packet)
+    except (av.error.FFmpegError, EOFError):
+        failed = True
+    else:
+        failed = False
+    if failed:  # outside of `except`: FFmpeg's own error tells the address, and with it its password
+        raise OSError("cannot be fetched")
+
+
+def _is_web_page(address: str, timeout: tuple[float, float]) -> bool:
+    """Whether HTML lies behind an address that no video could be opened from."""
+    try:
+        begin = next(iter(fetched(address, timeout)), b"")
+    except OSError:
+        return False
+    return _HTML.match(begin) is not None
 
 
 def packets_of(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:

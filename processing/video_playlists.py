@@ -9,11 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
 from urllib.parse import urljoin, urlsplit
 
-from .video_decoding import NETWORK_TIMEOUT
+from .video_decoding import fetched
 
 _LARGEST_PLAYLIST = 2**25
 _URI = re.compile(r'URI="([^"]*)"')
-_BLOCK = 2**16
 
 
 def is_playlist(address: Any) -> TypeGuard[str]:
@@ -117,26 +116,3 @@ def _number(pattern: str, line: str) -> int:
 
 def _pixels(line: str) -> int:
     return _number(r"RESOLUTION=(\d+)x", line) * _number(r"RESOLUTION=\d+x(\d+)", line)
-
-
-def fetched(address: str, timeout: tuple[float, float] = NETWORK_TIMEOUT) -> Any:
-    """Yield the bytes behind an address, block by block, through FFmpeg's own protocols (logins, TLS, redirections).
-
-    Raises:
-        OSError: it cannot be fetched, or not to its end.
-    """
-    import av
-    import av.error
-
-    try:
-        options = {"raw_packet_size": str(_BLOCK)}
-        with av.open(address, format="data", options=options, timeout=timeout) as container:
-            for packet in container.demux():
-                if packet.size:
-                    yield bytes(packet)
-    except (av.error.FFmpegError, EOFError):
-        failed = True
-    else:
-        failed = False
-    if failed:  # outside of `except`: FFmpeg's own error tells the address, and with it its password
-        raise OSError("cannot be fetched")

@@ -33,7 +33,7 @@ def run(tiny_checkpoint: Path):
 
 def test_good_data_passes(run, folder: Path):
     out = folder / "found.json"
-    done = run(folder / "good.csv", "--json", out, "--gpu-memory", "24GB")
+    done = run(folder / "good.csv", "--json-file", out, "--gpu-memory", "24GB")
     assert done.exit_code == 0, done.output
     assert "4 can be used, 0 are broken" in done.output
     found = json.loads(out.read_text())
@@ -69,7 +69,7 @@ def test_an_interrupted_check_goes_on(folder: Path, run, monkeypatch: pytest.Mon
     from video_ma2mba.trainer.data import checking
 
     whole, out = folder / "whole.json", folder / "out.json"
-    assert run(folder / "bad.csv", "--json", whole).exit_code == 1
+    assert run(folder / "bad.csv", "--json-file", whole).exit_code == 1
     real, read = checking.check_row, []
 
     def interrupted(processor, row, settings):
@@ -79,11 +79,11 @@ def test_an_interrupted_check_goes_on(folder: Path, run, monkeypatch: pytest.Mon
         return real(processor, row, settings)
 
     monkeypatch.setattr(checking, "check_row", interrupted)
-    assert run(folder / "bad.csv", "--json", out).exit_code == 130
+    assert run(folder / "bad.csv", "--json-file", out).exit_code == 130
     with (folder / "out.json.partial").open("a") as file:
         file.write('[4, {"id": "half a li')
     monkeypatch.setattr(checking, "check_row", lambda *a: (read.append(a[1]["id"]), real(*a))[1])
-    assert run(folder / "bad.csv", "--json", out).exit_code == 1
+    assert run(folder / "bad.csv", "--json-file", out).exit_code == 1
     assert read == [f"bad.csv:{n}" for n in range(2, 8)]  # each read once
     assert json.loads(out.read_text()) == json.loads(whole.read_text())
     assert not (folder / "out.json.partial").exists()
@@ -93,7 +93,7 @@ def test_a_check_with_other_settings_begins_anew(folder: Path, run):
     out = folder / "out.json"
     partial = folder / "out.json.partial"
     partial.write_text('some other key\n[0, {"id": "wrong"}]\n')
-    assert run(folder / "good.csv", "--json", out).exit_code == 0
+    assert run(folder / "good.csv", "--json-file", out).exit_code == 0
     assert "wrong" not in out.read_text()
 
 
@@ -112,7 +112,7 @@ def test_one_sample_is_shown_with_what_is_learnt(run, folder: Path):
         (["missing.csv"], "no such file or folder"),
         (["."], "several data files"),
         (["good.csv", "--labels", "all"], "labels='all'"),
-        (["good.csv", "--json", "no/folder/x.json"], "there is no folder"),
+        (["good.csv", "--json-file", "no/folder/x.json"], "there is no folder"),
         (["good.csv", "--max-length", "0"], "max_length=0"),
         (["good.csv", "--gpu-memory", "lots"], "'lots' is not a size"),
         (["good.csv", "--train", "lm,head"], "there is no part 'head'"),

@@ -145,7 +145,7 @@ def test_the_named_time_is_checked_against_the_peak():
 
 
 def test_command(tiny_checkpoint, tiny_video, tmp_path):
-    files = ["--out", tmp_path / "a.png", "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv", "--layers"]
+    files = ["--out", tmp_path / "a.png", "--json-file", tmp_path / "a.json", "--csv", tmp_path / "a.csv", "--layers"]
     asked = ["where", tiny_video, "What is it?", "--answer", "at 0:03", "--steps", "1", "--fps", "2", "--strip", "3"]
     result = CliRunner().invoke(app, [*map(str, [*asked, *files]), "--model", str(tiny_checkpoint), "--device", "cpu"])
     assert result.exit_code == 0, result.output
@@ -163,7 +163,7 @@ def test_command(tiny_checkpoint, tiny_video, tmp_path):
         (["none.mp4", "What?"], "none.mp4"),
         (["VIDEO", "What?", "--answer", " "], "answer is empty"),
         (["VIDEO", "What?", "--out", "a.jpg"], "a.jpg"),
-        (["VIDEO", "What?", "--json", "no/such/a.json"], "--json no/such/a.json"),
+        (["VIDEO", "What?", "--json-file", "no/such/a.json"], "--json-file no/such/a.json"),
         (["VIDEO", "What?", "--layers"], "--json"),
         (["VIDEO", "What?", "--memory", "lots"], "lots"),
     ],

@@ -285,6 +285,17 @@ def test_web_addresses(server, faststart, read_numbers):
         open_video(f"{server}/missing.mp4").read()
     with pytest.raises(ConnectionError, match="cannot read from this address"):
         open_video("http://127.0.0.1:9/video.mp4").read()
+    for page in (
+        "<!DOCTYPE html><html><body>film</body></html>",
+        "\n<!-- made by -->\n<HTML lang=en>",
+        "<?xml version='1'?><html/>",
+    ):
+        (faststart.parent / "watch").write_text(page + " " * 2000)
+        with pytest.raises(ValueError, match=r"/watch\?v=1: this is a web page, not a video: .*yt-dlp"):
+            open_video(f"{server}/watch?v=1").read()
+    (faststart.parent / "watch").write_text("no page " * 2000)
+    with pytest.raises(ValueError, match="watch: not a video"):
+        open_video(f"{server}/watch").read()
 
 
 def test_streams_that_appear_late_are_left_alone(make_video, picture_of, read_numbers):
