@@ -50,6 +50,24 @@ class SequenceGroup:
         self._ranks = distributed.get_process_group_ranks(group)
         self.rank, self.size = distributed.get_rank(group), len(self._ranks)
         self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._meet()
+
+    def _meet(self) -> None:
+        """Exchange a byte with both neighbours, in one order on all ranks.
+
+        NCCL connects a pair of ranks when they first talk, and the host waits until both do. In a step, one rank
+        begins by receiving from the other, which does the same on the way back: they would wait for ever.
+        """
+        for first in range(self.size if self.size > 1 else 0):
+            second = (first + 1) % self.size
+            for source, to in ((first, second), (second, first)):
+                byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+                if self.rank == source:
+                    self._way(source, to, distributed.isend, byte).wait()
+                elif self.rank == to:
+                    self._way(source, source, distributed.irecv, byte).wait()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
 
     @classmethod
     def of_mesh(cls, mesh: Any, dimension: str = "sequence") -> "SequenceGroup":

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,9 +238,28 @@ SCENARIOS: dict[int, tuple[Callable[[int, int, Path, Path], None], ...]] = {
 }
 
 
+def connect_as_nccl_does(rank: int, world: int, folder: Path) -> None:
+    """The first message of a group between two ranks keeps the host waiting until the other one asks for it, too."""
+    store, met = dist.FileStore(str(folder / f"met{world}"), world), set()
+
+    def waiting(call: Callable) -> Callable:
+        def connected(tensor: Tensor, other: int, group: dist.ProcessGroup) -> dist.Work:
+            pair = f"{group.group_name} {min(rank, other)} {max(rank, other)}"
+            if pair not in met:
+                met.add(pair)
+                store.set(f"{pair}: {rank}", "here")
+                store.wait([f"{pair}: {other}"], timedelta(seconds=20))
+            return call(tensor, other, group=group)
+
+        return connected
+
+    dist.isend, dist.irecv = waiting(dist.isend), waiting(dist.irecv)
+
+
 def run(rank: int, world: int, folder: Path, video: Path) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    connect_as_nccl_does(rank, world, folder)
     for scenario in SCENARIOS[world]:
         own = folder / f"{scenario.__name__}{world}"
         own.mkdir(exist_ok=True)
