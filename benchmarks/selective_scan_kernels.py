@@ -8,9 +8,10 @@ a layer does. Rows are written as they are measured; the best settings of each s
 """
 
 import argparse
-import itertools
+import dataclasses
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,28 +63,62 @@ def scan_inputs(batch: int, tokens: int, channels: int, state: int = 16, rank: i
     return given, torch.randn(batch, tokens, channels, **options)
 
 
+FORWARD = [
+    kernels.ScanSettings(channels=channels, warps=warps, tokens=tokens, chunk=chunk, programs=programs)
+    for (channels, warps, tokens) in ((64, 1, 2), (64, 1, 4), (32, 1, 4), (128, 2, 2))
+    for chunk in (64,)
+    for programs in (1056, 2112, 4224)
+]
+BACKWARD = [
+    kernels.ScanSettings(
+        backward_channels=channels,
+        backward_warps=warps,
+        backward_tokens=tokens,
+        registers=registers,
+        programs=programs,
+    )
+    for (channels, warps, tokens, registers) in (
+        (32, 1, 2, None),
+        (32, 1, 2, 168),
+        (32, 1, 4, None),
+        (64, 2, 2, None),
+        (64, 1, 2, None),
+        (128, 4, 2, None),
+        (128, 4, 2, 168),
+    )
+    for programs in (1056, 2112, 4224)
+]
+
+
 def sweep(shape: str, batch: int, tokens: int, channels: int, small: bool) -> Iterator[dict]:
-    """Every setting of the grid on one shape, a row each."""
+    """Every setting of both grids on one shape, a row each; `worst` is the largest difference from the default's."""
     given, dy = scan_inputs(batch, tokens, channels)
     kernels.force_settings(kernels.ScanSettings())
-    expected_y, _, kept = kernels.scan_forward(given, None, True)
+    expected_y, expected_end, kept = kernels.scan_forward(given, None, True)
     expected = kernels.scan_backward(given, kept, dy, None)
-    blocks = ((32, 1), (64, 1), (64, 2), (128, 4)) if not small else ((32, 1),)
-    for (block, warps), programs, chunk, stages in itertools.product(
-        blocks, (1, 1056, 2112, 4224), (128,) if small else (64, 128, 256), (1,) if small else (1, 2)
-    ):
-        settings = kernels.ScanSettings(block, warps, block, warps, chunk, programs, stages)
+    scale = 1e6 / (batch * tokens)
+    for direction, settings in [("forward", each) for each in FORWARD] + [("backward", each) for each in BACKWARD]:
+        if small and settings.programs != kernels.ScanSettings().programs:
+            continue
         kernels.force_settings(settings)
-        row = {"shape": shape, "channels": channels, "block": block, "warps": warps, "chunk": chunk}
-        row |= {"programs": programs, "stages": stages, "segments": given.plan(settings, block)[0]}
+        row = {"shape": shape, "width": channels, "direction": direction, **dataclasses.asdict(settings)}
+        begun = time.monotonic()
         try:
-            y, _, kept = kernels.scan_forward(given, None, True)
-            back = kernels.scan_backward(given, kept, dy, None)
-            worst = max(relative(y, expected_y), relative(back.du, expected.du), relative(back.dA, expected.dA))
-            row["worst"] = max(worst, relative(back.dbc, expected.dbc), relative(back.ddt, expected.ddt))
-            scale = 1e6 / (batch * tokens)
-            row["forward_ns"] = milliseconds(lambda: kernels.scan_forward(given, None, True)) * scale
-            row["backward_ns"] = milliseconds(lambda k=kept: kernels.scan_backward(given, k, dy, None)) * scale
+            if direction == "forward":
+                y, end, _ = kernels.scan_forward(given, None, True)
+                differences = [relative(y, expected_y), relative(end, expected_end)]
+            else:
+                back = kernels.scan_backward(given, kept, dy, None)
+                names = ("y", "du", "ddt", "dz", "dbc", "dA", "dskip", "dbias", "dinitial")
+                differences = [relative(getattr(back, name), getattr(expected, name)) for name in names]
+            row["worst"], row["first_s"] = max(differences), time.monotonic() - begun
+            forward = direction == "forward"
+            run = (
+                (lambda: kernels.scan_forward(given, None, True))
+                if forward
+                else (lambda: kernels.scan_backward(given, kept, dy, None))
+            )
+            row["ns"] = milliseconds(run) * scale
         except Exception as error:  # a setting that does not compile or launch is a result, too
             row["error"] = str(error).splitlines()[0][:200]
         kernels.force_settings(None)
@@ -147,19 +182,19 @@ def main() -> None:
     print(hardware("cuda"), torch.__version__, flush=True)
     parts(16, 12545)
     shapes = (("64 frames x 16", 384), ("8 frames x 64", 384), ("64 frames x 2", 384), ("256 x 1", 384))
-    about = ("shape", "channels", "block", "warps", "chunk", "programs", "stages", "segments")
-    fields = [*about, "worst", "forward_ns", "backward_ns", "error"]
+    settings = [field.name for field in dataclasses.fields(kernels.ScanSettings)]
+    fields = ["shape", "width", "direction", *settings, "worst", "first_s", "ns", "error"]
     rows = []
-    for number, (shape, channels) in enumerate((*shapes, ("8 frames x 64", 1152))):
-        for row in sweep(shape, *SHAPES[shape], channels, arguments.small or number > 0):
+    for number, (shape, width) in enumerate((*shapes, ("8 frames x 64", 1152))):
+        for row in sweep(shape, *SHAPES[shape], width, arguments.small or number > 0):
             rows.append(row)
             write_rows(arguments.out, rows, fields)
             print({key: value for key, value in row.items() if value is not None}, flush=True)
-    for direction in ("forward_ns", "backward_ns"):
-        for shape, channels in dict.fromkeys((row["shape"], row["channels"]) for row in rows):
-            timed = [r for r in rows if (r["shape"], r["channels"]) == (shape, channels) and direction in r]
-            for row in sorted(timed, key=lambda row: row[direction])[:3]:
-                print(direction, {key: value for key, value in row.items() if value is not None})
+    for direction in ("forward", "backward"):
+        for shape, width in dict.fromkeys((row["shape"], row["width"]) for row in rows):
+            timed = [r for r in rows if (r["shape"], r["width"], r["direction"]) == (shape, width, direction)]
+            for row in sorted((row for row in timed if "ns" in row), key=lambda row: row["ns"])[:3]:
+                print("best", {key: value for key, value in row.items() if value is not None})
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def add_norm_mix(
 ) -> tuple[Tensor, Tensor] | None:
     """A whole block, `mixer(norm(residual + delta))` and the sum, as one node of autograd that keeps little more than
     the sum; None where that is not possible: without our kernels, in temporal order, with adapters or hooks on the
-    projections, under a residual stream that is not fp32, or under autocast."""
+    projections, or under a residual stream that is not fp32. Under autocast it computes in the type that the linear
+    layers would; norm and stream stay in fp32."""
     projections = (mixer.in_proj, mixer.out_proj)
     if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in projections):
         return None
@@ -137,9 +138,8 @@ def add_norm_mix(
     if residual is not None and residual.dtype != torch.float32:
         return None
     device = delta.device
-    if torch.is_autocast_enabled(device.type):  # not verified on a card, see docs/videomamba.md
-        return None
-    dtype = norm.weight.dtype
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else norm.weight.dtype
     if core_backend(device, dtype, delta.shape[1], mixer.A_log).name != "triton":
         return None
     from .ops_mamba1_triton import MixerBlock

@@ -188,7 +188,7 @@ def _triton_backward(*arguments: Any, **options: Any) -> Any:
 
 def _triton_fits(call: Call) -> bool:
     state = int(call.sizes["state"])
-    return call.tokens > 0 and call.sizes["channels"] % 32 == 0 and state in (4, 8, 16, 32, 64)
+    return call.tokens > 0 and call.sizes["channels"] % 32 == 0 and state in (4, 8, 16, 32)
 
 
 _TRITON = Backend(

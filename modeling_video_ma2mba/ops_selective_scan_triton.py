@@ -1,11 +1,16 @@
+# Tuples in Triton's language grow by `+` (its compiler has no unpacking), and so change their type:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
 """The selective scan of `ops_selective_scan` as Triton kernels, forward and backward, all directions in one launch.
 
-One program walks the tokens of a segment for a block of channels, all N states of a channel at once; a segment is as
-long as the whole sequence where batch and channels alone fill the GPU, else segments run at the same time and a short
-pass hands states from one to the next. Of forward only the state at every chunk's start is kept. Backward goes through
-the chunks from the end: it walks a chunk once to leave the state of every fourth token in a scratch that stays in the
-cache, then takes four tokens at a time, forward and back. All state is fp32, no matrix unit is used, and sums over
-channels go through one partial sum for each block, added in a fixed order: results do not change from run to run.
+A thread has one channel (forward: two) with all N states of it in registers and walks the tokens of a segment; a
+segment is as long as the whole sequence where batch and channels alone fill the GPU, else segments run at the same
+time and a short pass hands states from one to the next. Of forward only the state at every chunk's start is kept.
+Backward goes through the chunks from the end: it walks a chunk once to leave the state of every second token in a
+scratch, of which a thread reads what it wrote itself, then takes two tokens at a time. All state is fp32. Only what is
+summed over channels (the gradients of B and C) crosses threads: by the matrix unit, for 16-bit inputs from bf16, else
+in three TF32 products; partial sums of a block of channels are added in a fixed order. Results do not change from run
+to run.
 
 Settings come from a fixed table (`settings_for`): nothing is tuned when a model runs.
 Layout: K directions, B batch, S tokens, E channels, N states, W conv width; states are (..., N, E) here.
@@ -25,9 +30,6 @@ try:  # the guard keeps transformers from demanding it; the other file of Mamba-
 except ModuleNotFoundError as error:
     raise ImportError("the selective scan's kernels need triton, which comes with PyTorch's CUDA builds") from error
 
-TOKENS_AT_ONCE = 4
-"""Tokens whose states backward holds in registers; written out in the kernels."""
-
 
 @dataclass(frozen=True)
 class ScanSettings:
@@ -37,16 +39,23 @@ class ScanSettings:
         channels, warps: of a program, forward; backward_channels, backward_warps: backward.
         chunk: tokens between kept states.
         programs: as many fill the GPU; sequences are cut in segments until there are so many.
-        stages: of loading ahead.
+        tokens, backward_tokens: loaded together; backward holds their states in registers. They divide `chunk`.
+        registers: of a thread in backward, at most; None: as many as the compiler likes.
     """
 
-    channels: int = 32
+    channels: int = 64
     warps: int = 1
     backward_channels: int = 32
     backward_warps: int = 1
-    chunk: int = 128
+    chunk: int = 64
     programs: int = 4224
-    stages: int = 1
+    tokens: int = 2
+    backward_tokens: int = 2
+    registers: int | None = None
+
+    def block(self, width: int, backward: bool = False) -> int:
+        """Channels of a program where there are `width`."""
+        return min(self.backward_channels if backward else self.channels, width & -width)
 
 
 _TABLE = {(9, 0): ScanSettings()}  # measured on an H200, see benchmarks/selective_scan_kernels.py
@@ -92,35 +101,90 @@ def _row(at, left, sign):
 
 
 @triton.jit
-def _channels(ptr, row, stride, d, inside, other: tl.constexpr):
-    return tl.load(ptr + row * stride + d, mask=inside, other=other).to(tl.float32)
+def _channels(ptr, row, stride, d, inside):
+    return tl.load(ptr + row * stride + d, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _states(ptr, row, stride, n):
-    return tl.load(ptr + row * stride + n).to(tl.float32)
+def _numbers(ptr, N: tl.constexpr):
+    """N neighbours as fp32 scalars, read 64 bits at a time, to which they are aligned."""
+    kind: tl.constexpr = ptr.dtype.element_ty
+    each: tl.constexpr = 64 // kind.primitive_bitwidth
+    words = ptr.to(tl.pointer_type(tl.int64))
+    out = ()
+    for place in tl.static_range(N // each):
+        word = tl.load(words + place)
+        for i in tl.static_range(each):
+            half = (word >> (i * 64 // each // 32 * 32)).to(tl.int32)
+            if each == 2:
+                number = half.to(tl.float32, bitcast=True)
+            elif kind == tl.bfloat16:
+                number = ((half & -65536) if i % 2 else (half << 16)).to(tl.float32, bitcast=True)
+            else:
+                number = (half >> (16 * (i % 2))).to(tl.int16).to(kind, bitcast=True).to(tl.float32)
+            out = out + (number,)
+    return out
 
 
 @triton.jit
-def _advance(s, raw, u, b, a2, bias, inside):
-    """The state after a token; one beyond the end leaves it alone."""
-    step = tl.where(inside, _softplus(raw + bias), 0.0)
-    return tl.exp2(step[None, :] * a2) * s + (step * u)[None, :] * b[:, None]
+def _load_states(ptr, stride, d, N: tl.constexpr):
+    out = ()
+    for i in tl.static_range(N):
+        out = out + (tl.load(ptr + i * stride + d),)
+    return out
 
 
 @triton.jit
-def _emit(y_ptr, row, s, u, c, z, skip, E, d, inside, GATED: tl.constexpr):
-    y = tl.sum(s * c[:, None], axis=0) + skip * u
-    if GATED:
-        y = y * z * _sigmoid(z)
-    tl.store(y_ptr + row * E + d, y.to(y_ptr.dtype.element_ty), mask=inside)
+def _store_states(ptr, stride, d, s, N: tl.constexpr):
+    for i in tl.static_range(N):
+        tl.store(ptr + i * stride + d, s[i])
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, CHANNELS: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (tl.zeros([CHANNELS], tl.float32),)
+    return out
+
+
+@triton.jit
+def _advance(s, step, x, b, a2, N: tl.constexpr):
+    """States after a token; a step of zero leaves them alone."""
+    out = ()
+    for i in tl.static_range(N):
+        out = out + (tl.exp2(step * a2[i]) * s[i] + x * b[i],)
+    return out
+
+
+@triton.jit
+def _inner(s, c, N: tl.constexpr):
+    y = s[0] * c[0]
+    for i in tl.static_range(1, N):
+        y += s[i] * c[i]
+    return y
+
+
+@triton.jit
+def _read(
+    at, left, sign, u_ptr, dt_ptr, bc_ptr, E, bc_width, bias, d, N: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Of TOKENS tokens from place `at` of a chunk: row, whether it is inside, step, raw step, u, B."""
+    out = ()
+    for i in tl.static_range(TOKENS):
+        inside = at + i < left
+        row = _row(at + i, left, sign)
+        raw = _channels(dt_ptr, row, E, d, inside) + bias
+        u = _channels(u_ptr, row, E, d, inside)
+        out = out + ((row, inside, raw, u, _numbers(bc_ptr + row * bc_width, N)),)
+    return out
 
 
 @triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
 def scan_forward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, a2_ptr, skip_ptr, bias_ptr, start_ptr, y_ptr, kept_ptr, end_ptr, sum_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, segment_chunks, segments,
-    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr,
     OUTPUT: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
     """One segment of one direction of one row. With OUTPUT: y and kept states; without: the segment's state from zero
@@ -129,12 +193,10 @@ def scan_forward_kernel(
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
-    n = tl.arange(0, N)
     backwards = ((REVERSE >> k) & 1) == 1
     sign = tl.where(backwards, -1, 1)
     chunks = tl.cdiv(S, CHUNK)
-    tile = n[:, None] * E + d[None, :]
-    a2 = tl.load(a2_ptr + k * N * E + tile)
+    a2 = _load_states(a2_ptr + k * N * E, E, d, N)
     skip = tl.load(skip_ptr + k * E + d)
     bias = tl.load(bias_ptr + k * E + d)
     u_ptr += kb * S * E
@@ -142,63 +204,39 @@ def scan_forward_kernel(
     y_ptr += kb * S * E
     bc_ptr += kb * S * bc_width + rank
     z_ptr += b_row * z_batch
-    if STARTS:
-        s = tl.load(start_ptr + (kb * segments + segment) * N * E + tile)
-    else:
-        s = tl.zeros([N, CHANNELS], tl.float32)
+    s = _load_states(start_ptr + (kb * segments + segment) * N * E, E, d, N) if STARTS else _zeros(N, CHANNELS)
     total = tl.zeros([CHANNELS], tl.float32)
     first = segment * segment_chunks
     for chunk in range(first, tl.minimum(first + segment_chunks, chunks)):
         if KEEP:
-            tl.store(kept_ptr + (kb * chunks + chunk) * N * E + tile, s)
+            _store_states(kept_ptr + (kb * chunks + chunk) * N * E, E, d, s, N)
         base = _first_row(chunk, backwards, S, CHUNK)
-        left = S - chunk * CHUNK
+        left = tl.minimum(S - chunk * CHUNK, CHUNK)
         u_at, dt_at, y_at = u_ptr + base * E, dt_ptr + base * E, y_ptr + base * E
         bc_at, z_at = bc_ptr + base * bc_width, z_ptr + base * z_row
-        for at in tl.range(0, CHUNK, 4, num_stages=STAGES):
-            in0, in1, in2, in3 = at < left, at + 1 < left, at + 2 < left, at + 3 < left
-            t0, t1 = _row(at, left, sign), _row(at + 1, left, sign)
-            t2, t3 = _row(at + 2, left, sign), _row(at + 3, left, sign)
-            r0 = _channels(dt_at, t0, E, d, in0, 0.0)
-            r1 = _channels(dt_at, t1, E, d, in1, 0.0)
-            r2 = _channels(dt_at, t2, E, d, in2, 0.0)
-            r3 = _channels(dt_at, t3, E, d, in3, 0.0)
-            u0 = _channels(u_at, t0, E, d, in0, 0.0)
-            u1 = _channels(u_at, t1, E, d, in1, 0.0)
-            u2 = _channels(u_at, t2, E, d, in2, 0.0)
-            u3 = _channels(u_at, t3, E, d, in3, 0.0)
-            b0, b1 = _states(bc_at, t0, bc_width, n), _states(bc_at, t1, bc_width, n)
-            b2, b3 = _states(bc_at, t2, bc_width, n), _states(bc_at, t3, bc_width, n)
-            if OUTPUT:
-                c0, c1 = _states(bc_at + N, t0, bc_width, n), _states(bc_at + N, t1, bc_width, n)
-                c2, c3 = _states(bc_at + N, t2, bc_width, n), _states(bc_at + N, t3, bc_width, n)
-                if GATED:
-                    z0 = _channels(z_at, t0, z_row, d, in0, 0.0)
-                    z1 = _channels(z_at, t1, z_row, d, in1, 0.0)
-                    z2 = _channels(z_at, t2, z_row, d, in2, 0.0)
-                    z3 = _channels(z_at, t3, z_row, d, in3, 0.0)
+        for at in range(0, left, TOKENS):
+            given = _read(at, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
+            ys = ()
+            for i in tl.static_range(TOKENS):
+                row, inside, raw, u, b = given[i]
+                step = tl.where(inside, _softplus(raw), 0.0)
+                s = _advance(s, step, step * u, b, a2, N)
+                if OUTPUT:
+                    y = _inner(s, _numbers(bc_at + row * bc_width + N, N), N) + skip * u
+                    if GATED:
+                        z = _channels(z_at, row, z_row, d, inside)
+                        y = y * z * _sigmoid(z)
+                    ys = ys + (y,)
                 else:
-                    z0, z1, z2, z3 = u0, u1, u2, u3
-                s = _advance(s, r0, u0, b0, a2, bias, in0)
-                _emit(y_at, t0, s, u0, c0, z0, skip, E, d, in0, GATED)
-                s = _advance(s, r1, u1, b1, a2, bias, in1)
-                _emit(y_at, t1, s, u1, c1, z1, skip, E, d, in1, GATED)
-                s = _advance(s, r2, u2, b2, a2, bias, in2)
-                _emit(y_at, t2, s, u2, c2, z2, skip, E, d, in2, GATED)
-                s = _advance(s, r3, u3, b3, a2, bias, in3)
-                _emit(y_at, t3, s, u3, c3, z3, skip, E, d, in3, GATED)
-            else:
-                s = _advance(s, r0, u0, b0, a2, bias, in0)
-                s = _advance(s, r1, u1, b1, a2, bias, in1)
-                s = _advance(s, r2, u2, b2, a2, bias, in2)
-                s = _advance(s, r3, u3, b3, a2, bias, in3)
-                total += tl.where(in0, _softplus(r0 + bias), 0.0) + tl.where(in1, _softplus(r1 + bias), 0.0)
-                total += tl.where(in2, _softplus(r2 + bias), 0.0) + tl.where(in3, _softplus(r3 + bias), 0.0)
+                    total += step
+            if OUTPUT:  # after all loads, which could not pass a store
+                for i in tl.static_range(TOKENS):
+                    tl.store(y_at + given[i][0] * E + d, ys[i].to(y_ptr.dtype.element_ty), mask=given[i][1])
     if OUTPUT:
         if segment == segments - 1:
-            tl.store(end_ptr + kb * N * E + tile, s)
+            _store_states(end_ptr + kb * N * E, E, d, s, N)
     else:
-        tl.store(end_ptr + (kb * segments + segment) * N * E + tile, s)
+        _store_states(end_ptr + (kb * segments + segment) * N * E, E, d, s, N)
         tl.store(sum_ptr + (kb * segments + segment) * E + d, total)
 
 
@@ -226,82 +264,79 @@ def pass_states_kernel(
 def scan_gradient_ends_kernel(
     dt_ptr, bc_ptr, z_ptr, dy_ptr, a2_ptr, bias_ptr, end_ptr, sum_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, dy_direction, segment_chunks, segments,
-    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """A segment's gradient of the state before it, if nothing came from after it, and its summed steps."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
-    n = tl.arange(0, N)
     backwards = ((REVERSE >> k) & 1) == 1
     sign = tl.where(backwards, -1, 1)
-    tile = n[:, None] * E + d[None, :]
-    a2 = tl.load(a2_ptr + k * N * E + tile)
+    a2 = _load_states(a2_ptr + k * N * E, E, d, N)
     bias = tl.load(bias_ptr + k * E + d)
     dt_ptr += kb * S * E
     bc_ptr += kb * S * bc_width + rank + N
     z_ptr += b_row * z_batch
     dy_ptr += k * dy_direction + b_row * S * E
-    ds = tl.zeros([N, CHANNELS], tl.float32)
+    ds = _zeros(N, CHANNELS)
     total = tl.zeros([CHANNELS], tl.float32)
     first = segment * segment_chunks
     last = tl.minimum(first + segment_chunks, tl.cdiv(S, CHUNK))
     for number in range(0, last - first):
         chunk = last - 1 - number
         base = _first_row(chunk, backwards, S, CHUNK)
-        left = S - chunk * CHUNK
+        left = tl.minimum(S - chunk * CHUNK, CHUNK)
         dt_at, dy_at = dt_ptr + base * E, dy_ptr + base * E
         bc_at, z_at = bc_ptr + base * bc_width, z_ptr + base * z_row
-        for reversed_at in tl.range(0, CHUNK):
-            at = CHUNK - 1 - reversed_at
-            inside = at < left
-            t = _row(at, left, sign)
-            step = tl.where(inside, _softplus(_channels(dt_at, t, E, d, inside, 0.0) + bias), 0.0)
-            dy = _channels(dy_at, t, E, d, inside, 0.0)
-            if GATED:
-                z = _channels(z_at, t, z_row, d, inside, 0.0)
-                dy = dy * z * _sigmoid(z)
-            c = _states(bc_at, t, bc_width, n)
-            ds = tl.exp2(step[None, :] * a2) * (ds + c[:, None] * dy[None, :])
-            total += step
-    tl.store(end_ptr + (kb * segments + segment) * N * E + tile, ds)
+        parts = tl.cdiv(left, TOKENS)
+        for done in range(0, parts):
+            at = (parts - 1 - done) * TOKENS
+            given = ()
+            for i in tl.static_range(TOKENS):
+                inside = at + TOKENS - 1 - i < left
+                row = _row(at + TOKENS - 1 - i, left, sign)
+                raw = _channels(dt_at, row, E, d, inside) + bias
+                dy = _channels(dy_at, row, E, d, inside)
+                z = _channels(z_at, row, z_row, d, inside) if GATED else dy
+                given = given + ((inside, raw, dy, z, _numbers(bc_at + row * bc_width, N)),)
+            for i in tl.static_range(TOKENS):
+                inside, raw, dy, z, c = given[i]
+                step = tl.where(inside, _softplus(raw), 0.0)
+                if GATED:
+                    dy = dy * z * _sigmoid(z)
+                new = ()
+                for j in tl.static_range(N):
+                    new = new + (tl.exp2(step * a2[j]) * (ds[j] + c[j] * dy),)
+                ds = new
+                total += step
+    _store_states(end_ptr + (kb * segments + segment) * N * E, E, d, ds, N)
     tl.store(sum_ptr + (kb * segments + segment) * E + d, total)
 
 
 @triton.jit
-def _back(
-    ds, before, after, a, step, raw, u, b, z, dy, a2, bias, skip, dA, dskip, dbias,
-    c_ptr, y_ptr, du_ptr, ddt_ptr, dz_ptr, dbc_ptr, row, E, bc_width, d, n, inside,
-    N: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """One token of backward: `before` and `after` are the states around it, `a` its decay, `ds` the gradient of
-    `after` without this token's output. Returns the gradient of `before` and the sums over tokens."""
-    c = _states(c_ptr, row, bc_width, n)
-    y = tl.sum(after * c[:, None], axis=0) + skip * u
-    if GATED:
-        sig = _sigmoid(z)
-        gate = z * sig
-        tl.store(
-            dz_ptr + row * E + d, (dy * y * sig * (1.0 + z * (1.0 - sig))).to(dz_ptr.dtype.element_ty), mask=inside
-        )
-        y = y * gate
-        dy = dy * gate
-    tl.store(y_ptr + row * E + d, y.to(y_ptr.dtype.element_ty), mask=inside)
-    dc = tl.sum(after * dy[None, :], axis=1)
-    ds = ds + c[:, None] * dy[None, :]
-    db = tl.sum(ds * (step * u)[None, :], axis=1)
-    through = tl.sum(ds * b[:, None], axis=0)
-    ds = ds * a
-    by_decay = ds * before
-    dA = dA + by_decay * step[None, :]
-    dstep = tl.sum(by_decay * a2, axis=0) * 0.6931471805599453 + through * u
-    draw = tl.where(inside, dstep * _sigmoid(raw + bias), 0.0)
-    tl.store(ddt_ptr + row * E + d, draw.to(ddt_ptr.dtype.element_ty), mask=inside)
-    tl.store(du_ptr + row * E + d, (through * step + skip * dy).to(du_ptr.dtype.element_ty), mask=inside)
-    tl.store(dbc_ptr + row * 2 * N + n, db, mask=inside)
-    tl.store(dbc_ptr + row * 2 * N + N + n, dc, mask=inside)
-    return ds, dA, dskip + dy * u, dbias + draw
+def _joined(v, COUNT: tl.constexpr):
+    """COUNT vectors (a power of two, 128 at most) as the columns of a tile, whose axes are still apart."""
+    for level in tl.static_range(7):
+        if COUNT >> level > 1:
+            pairs = ()
+            for i in tl.static_range(COUNT >> (level + 1)):
+                pairs = pairs + (tl.join(v[i], v[i + (COUNT >> (level + 1))]),)
+            v = pairs
+    return v[0]
+
+
+@triton.jit
+def _add_channel_sums(sums, v, first: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
+    """Adds to rows `first` and `first + 1` of sums (16, COUNT) the sums over channels of 2 * COUNT vectors, by the
+    matrix unit: it sums over channels and the two tokens, whose rows of the other factor pick one token each."""
+    tile = tl.reshape(_joined(v, 2 * COUNT), [2 * CHANNELS, COUNT])
+    rows, columns = tl.arange(0, 16), tl.arange(0, 2 * CHANNELS)
+    picks = tl.where(rows[:, None] == first + columns[None, :] % 2, 1.0, 0.0)
+    if EXACT:
+        return tl.dot(picks, tile, sums, input_precision="tf32x3")
+    return tl.dot(picks.to(tl.bfloat16), tile.to(tl.bfloat16), sums)
 
 
 @triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
@@ -309,22 +344,21 @@ def scan_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, dy_ptr, a2_ptr, skip_ptr, bias_ptr, kept_ptr, ends_ptr, scratch_ptr,
     y_ptr, du_ptr, ddt_ptr, dz_ptr, dbc_ptr, dA_ptr, dskip_ptr, dbias_ptr, dstart_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, dy_direction, segment_chunks, segments,
-    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, ENDS: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr,
+    GATED: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one segment of one direction of one row, from its last chunk to its first."""
     block = tl.program_id(0)
-    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    own = tl.arange(0, CHANNELS)
+    d = block * CHANNELS + own
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
-    n = tl.arange(0, N)
     backwards = ((REVERSE >> k) & 1) == 1
     sign = tl.where(backwards, -1, 1)
     chunks = tl.cdiv(S, CHUNK)
-    tile = n[:, None] * E + d[None, :]
-    own = n[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    a2 = tl.load(a2_ptr + k * N * E + tile)
+    kind: tl.constexpr = du_ptr.dtype.element_ty
+    a2 = _load_states(a2_ptr + k * N * E, E, d, N)
     skip = tl.load(skip_ptr + k * E + d)
     bias = tl.load(bias_ptr + k * E + d)
     plane = kb * S * E
@@ -339,180 +373,250 @@ def scan_backward_kernel(
     z_ptr += b_row * z_batch
     dbc_ptr += (block.to(tl.int64) * tl.num_programs(2) + kb) * S * 2 * N
     program = (kb * segments + segment) * tl.num_programs(0) + block
-    scratch_ptr += program * (CHUNK // 4) * N * CHANNELS
-    dA = tl.zeros([N, CHANNELS], tl.float32)
+    scratch_ptr += program * (CHUNK // TOKENS) * N * CHANNELS
+    slot = tl.arange(0, 16)
+    column = tl.arange(0, 2 * N)
+    dA = _zeros(N, CHANNELS)
     dskip = tl.zeros([CHANNELS], tl.float32)
     dbias = tl.zeros([CHANNELS], tl.float32)
-    after = (kb * segments + segment) * N * E
-    ds = tl.load(ends_ptr + after + tile) if ENDS else tl.zeros([N, CHANNELS], tl.float32)
+    ds = _load_states(ends_ptr + (kb * segments + segment) * N * E, E, d, N) if ENDS else _zeros(N, CHANNELS)
     first = segment * segment_chunks
     last = tl.minimum(first + segment_chunks, chunks)
     for number in range(0, last - first):
         chunk = last - 1 - number
-        s = tl.load(kept_ptr + (kb * chunks + chunk) * N * E + tile)
+        s = _load_states(kept_ptr + (kb * chunks + chunk) * N * E, E, d, N)
         base = _first_row(chunk, backwards, S, CHUNK)
-        left = S - chunk * CHUNK
+        left = tl.minimum(S - chunk * CHUNK, CHUNK)
         u_at, dt_at, y_at = u_ptr + base * E, dt_ptr + base * E, y_ptr + base * E
         du_at, ddt_at, dz_at, dy_at = du_ptr + base * E, ddt_ptr + base * E, dz_ptr + base * E, dy_ptr + base * E
         bc_at, z_at, dbc_at = bc_ptr + base * bc_width, z_ptr + base * z_row, dbc_ptr + base * 2 * N
-        tl.debug_barrier()  # the scratch of the chunk before has been read
-        for part in tl.range(0, CHUNK // 4, num_stages=STAGES):
-            tl.store(scratch_ptr + part * N * CHANNELS + own, s)
-            at = part * 4
-            in0, in1, in2, in3 = at < left, at + 1 < left, at + 2 < left, at + 3 < left
-            t0, t1 = _row(at, left, sign), _row(at + 1, left, sign)
-            t2, t3 = _row(at + 2, left, sign), _row(at + 3, left, sign)
-            r0 = _channels(dt_at, t0, E, d, in0, 0.0)
-            r1 = _channels(dt_at, t1, E, d, in1, 0.0)
-            r2 = _channels(dt_at, t2, E, d, in2, 0.0)
-            r3 = _channels(dt_at, t3, E, d, in3, 0.0)
-            u0 = _channels(u_at, t0, E, d, in0, 0.0)
-            u1 = _channels(u_at, t1, E, d, in1, 0.0)
-            u2 = _channels(u_at, t2, E, d, in2, 0.0)
-            u3 = _channels(u_at, t3, E, d, in3, 0.0)
-            b0, b1 = _states(bc_at, t0, bc_width, n), _states(bc_at, t1, bc_width, n)
-            b2, b3 = _states(bc_at, t2, bc_width, n), _states(bc_at, t3, bc_width, n)
-            s = _advance(s, r0, u0, b0, a2, bias, in0)
-            s = _advance(s, r1, u1, b1, a2, bias, in1)
-            s = _advance(s, r2, u2, b2, a2, bias, in2)
-            s = _advance(s, r3, u3, b3, a2, bias, in3)
-        tl.debug_barrier()
-        for reversed_part in tl.range(0, CHUNK // 4, num_stages=STAGES):
-            part = CHUNK // 4 - 1 - reversed_part
-            at = part * 4
-            in0, in1, in2, in3 = at < left, at + 1 < left, at + 2 < left, at + 3 < left
-            t0, t1 = _row(at, left, sign), _row(at + 1, left, sign)
-            t2, t3 = _row(at + 2, left, sign), _row(at + 3, left, sign)
-            s0 = tl.load(scratch_ptr + part * N * CHANNELS + own)
-            r0 = _channels(dt_at, t0, E, d, in0, 0.0)
-            r1 = _channels(dt_at, t1, E, d, in1, 0.0)
-            r2 = _channels(dt_at, t2, E, d, in2, 0.0)
-            r3 = _channels(dt_at, t3, E, d, in3, 0.0)
-            u0 = _channels(u_at, t0, E, d, in0, 0.0)
-            u1 = _channels(u_at, t1, E, d, in1, 0.0)
-            u2 = _channels(u_at, t2, E, d, in2, 0.0)
-            u3 = _channels(u_at, t3, E, d, in3, 0.0)
-            b0, b1 = _states(bc_at, t0, bc_width, n), _states(bc_at, t1, bc_width, n)
-            b2, b3 = _states(bc_at, t2, bc_width, n), _states(bc_at, t3, bc_width, n)
-            g0 = _channels(dy_at, t0, E, d, in0, 0.0)
-            g1 = _channels(dy_at, t1, E, d, in1, 0.0)
-            g2 = _channels(dy_at, t2, E, d, in2, 0.0)
-            g3 = _channels(dy_at, t3, E, d, in3, 0.0)
-            if GATED:
-                z0 = _channels(z_at, t0, z_row, d, in0, 0.0)
-                z1 = _channels(z_at, t1, z_row, d, in1, 0.0)
-                z2 = _channels(z_at, t2, z_row, d, in2, 0.0)
-                z3 = _channels(z_at, t3, z_row, d, in3, 0.0)
-            else:
-                z0, z1, z2, z3 = u0, u1, u2, u3
-            d0 = tl.where(in0, _softplus(r0 + bias), 0.0)
-            d1 = tl.where(in1, _softplus(r1 + bias), 0.0)
-            d2 = tl.where(in2, _softplus(r2 + bias), 0.0)
-            d3 = tl.where(in3, _softplus(r3 + bias), 0.0)
-            p0, p1 = tl.exp2(d0[None, :] * a2), tl.exp2(d1[None, :] * a2)
-            p2, p3 = tl.exp2(d2[None, :] * a2), tl.exp2(d3[None, :] * a2)
-            s1 = p0 * s0 + (d0 * u0)[None, :] * b0[:, None]
-            s2 = p1 * s1 + (d1 * u1)[None, :] * b1[:, None]
-            s3 = p2 * s2 + (d2 * u2)[None, :] * b2[:, None]
-            s4 = p3 * s3 + (d3 * u3)[None, :] * b3[:, None]
-            ds, dA, dskip, dbias = _back(
-                ds, s3, s4, p3, d3, r3, u3, b3, z3, g3, a2, bias, skip, dA, dskip, dbias,
-                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t3, E, bc_width, d, n, in3, N, GATED,
-            )  # fmt: skip
-            ds, dA, dskip, dbias = _back(
-                ds, s2, s3, p2, d2, r2, u2, b2, z2, g2, a2, bias, skip, dA, dskip, dbias,
-                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t2, E, bc_width, d, n, in2, N, GATED,
-            )  # fmt: skip
-            ds, dA, dskip, dbias = _back(
-                ds, s1, s2, p1, d1, r1, u1, b1, z1, g1, a2, bias, skip, dA, dskip, dbias,
-                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t1, E, bc_width, d, n, in1, N, GATED,
-            )  # fmt: skip
-            ds, dA, dskip, dbias = _back(
-                ds, s0, s1, p0, d0, r0, u0, b0, z0, g0, a2, bias, skip, dA, dskip, dbias,
-                bc_at + N, y_at, du_at, ddt_at, dz_at, dbc_at, t0, E, bc_width, d, n, in0, N, GATED,
-            )  # fmt: skip
+        parts = tl.cdiv(left, TOKENS)
+        # Every thread reads of the scratch what it wrote itself: one channel's states.
+        for part in range(0, parts):
+            _store_states(scratch_ptr + part * N * CHANNELS, CHANNELS, own, s, N)
+            given = _read(part * TOKENS, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
+            for i in tl.static_range(TOKENS):
+                _, inside, raw, u, b = given[i]
+                step = tl.where(inside, _softplus(raw), 0.0)
+                s = _advance(s, step, step * u, b, a2, N)
+        for done in range(0, parts):
+            at = (parts - 1 - done) * TOKENS
+            s = _load_states(scratch_ptr + (parts - 1 - done) * N * CHANNELS, CHANNELS, own, N)
+            given = _read(at, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
+            dys = ()
+            zs = ()
+            for i in tl.static_range(TOKENS):
+                dys = dys + (_channels(dy_at, given[i][0], E, d, given[i][1]),)
+                zs = zs + ((_channels(z_at, given[i][0], z_row, d, given[i][1]) if GATED else dys[i]),)
+            states = (s,)
+            steps = ()
+            for i in tl.static_range(TOKENS):
+                steps = steps + (tl.where(given[i][1], _softplus(given[i][2]), 0.0),)
+                if i < TOKENS - 1:
+                    s = _advance(s, steps[i], steps[i] * given[i][3], given[i][4], a2, N)
+                    states = states + (s,)
+            sums = tl.zeros([16, 2 * N], tl.float32)
+            for pair in tl.static_range(TOKENS - 2, -1, -2):
+                to_sum = ()
+                for i in tl.static_range(pair + 1, pair - 1, -1):
+                    row, inside, raw, u, b = given[i]
+                    before, step, dy, z = states[i], steps[i], dys[i], zs[i]
+                    c = _numbers(bc_at + row * bc_width + N, N)
+                    x = step * u
+                    a = ()
+                    after = ()
+                    for j in tl.static_range(N):
+                        a = a + (tl.exp2(step * a2[j]),)
+                        after = after + (a[j] * before[j] + x * b[j],)
+                    y = _inner(after, c, N) + skip * u
+                    if GATED:
+                        sig = _sigmoid(z)
+                        dz = dy * y * sig * (1.0 + z * (1.0 - sig))
+                        tl.store(dz_at + row * E + d, dz.to(kind), mask=inside)
+                        y = y * z * sig
+                        dy = dy * z * sig
+                    tl.store(y_at + row * E + d, y.to(kind), mask=inside)
+                    through = tl.zeros([CHANNELS], tl.float32)
+                    dstep = tl.zeros([CHANNELS], tl.float32)
+                    dB = ()
+                    dC = ()
+                    new_ds = ()
+                    new_dA = ()
+                    for j in tl.static_range(N):
+                        g = ds[j] + c[j] * dy
+                        dB = dB + (g * x,)
+                        dC = dC + (after[j] * dy,)
+                        through += g * b[j]
+                        g = g * a[j]
+                        q = g * before[j]
+                        dstep += q * a2[j]
+                        new_ds = new_ds + (g,)
+                        new_dA = new_dA + (dA[j] + q * step,)
+                    ds, dA = new_ds, new_dA
+                    to_sum = dB + dC + to_sum
+                    draw = tl.where(inside, (dstep * 0.6931471805599453 + through * u) * _sigmoid(raw), 0.0)
+                    tl.store(ddt_at + row * E + d, draw.to(kind), mask=inside)
+                    tl.store(du_at + row * E + d, (through * step + skip * dy).to(kind), mask=inside)
+                    dskip += dy * u
+                    dbias += draw
+                sums = _add_channel_sums(sums, to_sum, pair, 2 * N, CHANNELS, EXACT)
+            rows = tl.minimum(at + slot, left - 1) * sign
+            there = (slot < TOKENS) & (at + slot < left)
+            tl.store(dbc_at + rows[:, None] * (2 * N) + column[None, :], sums, mask=there[:, None])
     place = kb * segments + segment
-    tl.store(dA_ptr + place * N * E + tile, dA)
+    _store_states(dA_ptr + place * N * E, E, d, dA, N)
     tl.store(dskip_ptr + place * E + d, dskip)
     tl.store(dbias_ptr + place * E + d, dbias)
     if segment == 0:
-        tl.store(dstart_ptr + kb * N * E + tile, ds)
+        _store_states(dstart_ptr + kb * N * E, E, d, ds, N)
+
+
+@triton.jit
+def _shifted(window, new, W: tl.constexpr):
+    """The last W values, oldest first."""
+    out = ()
+    for i in tl.static_range(W - 1):
+        out = out + (window[i + 1],)
+    return out + (new,)
+
+
+@triton.jit
+def _taps(w_ptr, bias_ptr, E, d, inside, W: tl.constexpr, K: tl.constexpr):
+    """Taps and bias of every direction."""
+    taps = ()
+    offsets = ()
+    for k in tl.static_range(K):
+        own = ()
+        for tap in tl.static_range(W):
+            own = own + (tl.load(w_ptr + (k * E + d) * W + tap, mask=inside, other=0.0),)
+        taps = taps + (own,)
+        offsets = offsets + (tl.load(bias_ptr + k * E + d, mask=inside, other=0.0),)
+    return taps, offsets
+
+
+@triton.jit
+def _before_silu(window, taps, offset, backwards: tl.constexpr, W: tl.constexpr):
+    """Output at the window's last token, of a reversed direction at its first."""
+    out = offset
+    for i in tl.static_range(W):
+        out += window[i] * taps[W - 1 - i if backwards else i]
+    return out
 
 
 @triton.jit(do_not_specialize=["S"])
 def conv_forward_kernel(
     x_ptr, w_ptr, bias_ptr, u_ptr, S, E, batch, x_row, x_batch,
-    W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """silu(causal convolution) of a tile of tokens in every direction."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    """silu(causal convolution) of STEPS - W + 1 tokens in every direction, walked with a window of W tokens."""
+    first = tl.program_id(0).to(tl.int64) * (STEPS - W + 1)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.program_id(2).to(tl.int64)
+    cols = d < E
+    last = tl.minimum(first + STEPS - W + 1, S)
     x_ptr += row * x_batch
-    t64 = t.to(tl.int64)
-    inside = (t < S)[:, None] & (d < E)[None, :]
-    for k in tl.static_range(K):
-        out = tl.zeros([TOKENS, CHANNELS], tl.float32) + tl.load(bias_ptr + k * E + d, mask=d < E, other=0.0)[None, :]
-        for tap in tl.static_range(W):
-            at = t64 + (W - 1 - tap) if (REVERSE >> k) & 1 else t64 - (W - 1 - tap)
-            there = ((at >= 0) & (at < S))[:, None] & (d < E)[None, :]
-            x = tl.load(x_ptr + at[:, None] * x_row + d[None, :], mask=there, other=0.0).to(tl.float32)
-            out += x * tl.load(w_ptr + (k * E + d) * W + tap, mask=d < E, other=0.0)[None, :]
-        out = out * _sigmoid(out)
-        at_u = (k * batch + row) * S * E + t64[:, None] * E + d[None, :]
-        tl.store(u_ptr + at_u, out.to(u_ptr.dtype.element_ty), mask=inside)
+    taps, offsets = _taps(w_ptr, bias_ptr, E, d, cols, W, K)
+    window = _zeros(W, CHANNELS)
+    for i in tl.static_range(W - 1):
+        at = first - (W - 1) + i
+        window = _shifted(window, _channels(x_ptr, at, x_row, d, cols & (at >= 0)), W)
+    for step in range(0, STEPS, TOKENS):
+        new = ()
+        for i in tl.static_range(TOKENS):
+            at = first + step + i
+            new = new + (_channels(x_ptr, at, x_row, d, cols & (at < S)),)
+        outs = ()
+        for i in tl.static_range(TOKENS):
+            window = _shifted(window, new[i], W)
+            for k in tl.static_range(K):
+                out = _before_silu(window, taps[k], offsets[k], ((REVERSE >> k) & 1) == 1, W)
+                outs = outs + (out * _sigmoid(out),)
+        for i in tl.static_range(TOKENS):
+            for k in tl.static_range(K):
+                at = first + step + i - ((W - 1) if (REVERSE >> k) & 1 else 0)
+                to = ((k * batch + row) * S + at) * E + d
+                tl.store(
+                    u_ptr + to, outs[i * K + k].to(u_ptr.dtype.element_ty), mask=cols & (at >= first) & (at < last)
+                )
 
 
 @triton.jit(do_not_specialize=["S"])
 def conv_backward_kernel(
     x_ptr, w_ptr, bias_ptr, du_ptr, dx_ptr, dw_ptr, S, E, batch, x_row, x_batch, dx_row, dx_batch,
-    W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of x, all directions summed, and this tile's part of those of taps and bias (K, W + 1, E).
+    """Gradients of STEPS - W + 1 tokens of x, all directions summed, and these tokens' part of those of taps and bias
+    (K, W + 1, E).
 
-    dpre, the gradient before silu, is needed at the tile's tokens and at up to W - 1 beyond: shifted tiles are
-    computed again rather than exchanged."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    The gradient before silu of the newest token (of a reversed direction: of the oldest in the window) is computed
+    once; what a token of x gets is complete when it is the oldest in the window."""
+    first = tl.program_id(0).to(tl.int64) * (STEPS - W + 1)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.program_id(2).to(tl.int64)
-    x_ptr += row * x_batch
-    t64 = t.to(tl.int64)
     cols = d < E
-    dx = tl.zeros([TOKENS, CHANNELS], tl.float32)
-    part = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    dw_ptr += part * K * (W + 1) * E
-    for k in tl.static_range(K):
-        bias = tl.load(bias_ptr + k * E + d, mask=cols, other=0.0)
-        for shift in tl.static_range(
-            W
-        ):  # the output `shift` tokens later in the direction reads x[t] by tap W-1-shift
-            at = t64 - shift if (REVERSE >> k) & 1 else t64 + shift
-            there = ((at >= 0) & (at < S) & (t < S))[:, None] & cols[None, :]
-            pre = tl.zeros([TOKENS, CHANNELS], tl.float32) + bias[None, :]
-            for tap in tl.static_range(W):
-                source = at + (W - 1 - tap) if (REVERSE >> k) & 1 else at - (W - 1 - tap)
-                ok = ((source >= 0) & (source < S))[:, None] & cols[None, :]
-                x = tl.load(x_ptr + source[:, None] * x_row + d[None, :], mask=ok, other=0.0).to(tl.float32)
-                pre += x * tl.load(w_ptr + (k * E + d) * W + tap, mask=cols, other=0.0)[None, :]
-            sig = _sigmoid(pre)
-            at_du = (k * batch + row) * S * E + at[:, None] * E + d[None, :]
-            du = tl.load(du_ptr + at_du, mask=there, other=0.0).to(tl.float32)
-            dpre = du * sig * (1.0 + pre * (1.0 - sig))
-            dx += dpre * tl.load(w_ptr + (k * E + d) * W + (W - 1 - shift), mask=cols, other=0.0)[None, :]
-            if shift == 0:
-                tl.store(dw_ptr + (k * (W + 1) + W) * E + d, tl.sum(dpre, axis=0), mask=cols)
-            here = (t < S)[:, None] & cols[None, :]
-            mine = tl.load(x_ptr + t64[:, None] * x_row + d[None, :], mask=here, other=0.0).to(tl.float32)
-            tl.store(dw_ptr + (k * (W + 1) + W - 1 - shift) * E + d, tl.sum(dpre * mine, axis=0), mask=cols)
-    to = row * dx_batch + t64[:, None] * dx_row + d[None, :]
-    tl.store(dx_ptr + to, dx.to(dx_ptr.dtype.element_ty), mask=(t < S)[:, None] & cols[None, :])
+    last = tl.minimum(first + STEPS - W + 1, S)
+    x_ptr += row * x_batch
+    dx_ptr += row * dx_batch
+    taps, offsets = _taps(w_ptr, bias_ptr, E, d, cols, W, K)
+    window = _zeros(W, CHANNELS)
+    for i in tl.static_range(W - 1):
+        at = first - (W - 1) + i
+        window = _shifted(window, _channels(x_ptr, at, x_row, d, cols & (at >= 0)), W)
+    gradients = _zeros(K * W, CHANNELS)  # before silu, W tokens of every direction
+    sums = _zeros(K * (W + 1), CHANNELS)
+    for step in range(0, STEPS, TOKENS):
+        new = ()
+        given = ()
+        for i in tl.static_range(TOKENS):
+            at = first + step + i
+            new = new + (_channels(x_ptr, at, x_row, d, cols & (at < S)),)
+            for k in tl.static_range(K):
+                at = first + step + i - ((W - 1) if (REVERSE >> k) & 1 else 0)
+                given = given + (_channels(du_ptr + (k * batch + row) * S * E, at, E, d, cols & (at >= 0) & (at < S)),)
+        totals = ()
+        for i in tl.static_range(TOKENS):
+            window = _shifted(window, new[i], W)
+            total = tl.zeros([CHANNELS], tl.float32)
+            kept = ()
+            added = ()
+            for k in tl.static_range(K):
+                pre = _before_silu(window, taps[k], offsets[k], ((REVERSE >> k) & 1) == 1, W)
+                sig = _sigmoid(pre)
+                dpre = given[i * K + k] * sig * (1.0 + pre * (1.0 - sig))
+                own = _shifted(gradients[k * W : k * W + W], dpre, W)
+                at = first + step + i - ((W - 1) if (REVERSE >> k) & 1 else 0)
+                counted = tl.where((at >= first) & (at < last), dpre, 0.0)
+                for tap in tl.static_range(W):
+                    # Oldest first: own[j] of a forward direction lies j tokens after the window's first, of a
+                    # reversed one W - 1 - j before it, and either reads it by the tap of that distance.
+                    total += own[tap] * taps[k][(tap if (REVERSE >> k) & 1 else W - 1 - tap)]
+                    added = added + (
+                        sums[k * (W + 1) + tap] + counted * window[W - 1 - tap if (REVERSE >> k) & 1 else tap],
+                    )
+                added = added + (sums[k * (W + 1) + W] + counted,)
+                kept = kept + own
+            gradients, sums = kept, added
+            totals = totals + (total,)
+        for i in tl.static_range(TOKENS):
+            at = first + step + i - (W - 1)
+            there = cols & (at >= first) & (at < last)
+            tl.store(dx_ptr + at * dx_row + d, totals[i].to(dx_ptr.dtype.element_ty), mask=there)
+    dw_ptr += (row * tl.num_programs(0) + tl.program_id(0)) * K * (W + 1) * E
+    for i in tl.static_range(K * (W + 1)):
+        tl.store(dw_ptr + i * E + d, sums[i], mask=cols)
 
 
 def _mask(reverse: Sequence[bool]) -> int:
     return sum(1 << k for k, backwards in enumerate(reverse) if backwards)
 
 
-_CONV_TILE = {"TOKENS": 32, "CHANNELS": 64, "num_warps": 4}
+_CONV = {"STEPS": 128, "TOKENS": 4, "CHANNELS": 64, "num_warps": 1, "num_stages": 1}
+
+
+def _conv_grid(batch: int, tokens: int, channels: int, width: int) -> tuple[int, int, int]:
+    return triton.cdiv(tokens, _CONV["STEPS"] - width + 1), triton.cdiv(channels, _CONV["CHANNELS"]), batch
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[bool]) -> Tensor:
@@ -520,10 +624,9 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[bool
     batch, tokens, channels = x.shape
     directions, _, width = weight.shape
     u = x.new_empty(directions, batch, tokens, channels)
-    grid = (triton.cdiv(tokens, _CONV_TILE["TOKENS"]), triton.cdiv(channels, _CONV_TILE["CHANNELS"]), batch)
-    conv_forward_kernel[grid](
+    conv_forward_kernel[_conv_grid(batch, tokens, channels, width)](
         x, weight, bias, u, tokens, channels, batch, x.stride(1), x.stride(0),
-        W=width, K=directions, REVERSE=_mask(reverse), **_CONV_TILE,
+        W=width, K=directions, REVERSE=_mask(reverse), **_CONV,
     )  # fmt: skip
     return u
 
@@ -534,11 +637,11 @@ def conv_backward(
     """Writes the gradient of x to `dx`; returns those of weight and bias (fp32)."""
     batch, tokens, channels = x.shape
     directions, _, width = weight.shape
-    grid = (triton.cdiv(tokens, _CONV_TILE["TOKENS"]), triton.cdiv(channels, _CONV_TILE["CHANNELS"]), batch)
+    grid = _conv_grid(batch, tokens, channels, width)
     parts = torch.empty(batch * grid[0], directions, width + 1, channels, dtype=torch.float32, device=x.device)
     conv_backward_kernel[grid](
         x, weight, bias, du, dx, parts, tokens, channels, batch, x.stride(1), x.stride(0), dx.stride(1), dx.stride(0),
-        W=width, K=directions, REVERSE=_mask(reverse), **_CONV_TILE,
+        W=width, K=directions, REVERSE=_mask(reverse), **_CONV,
     )  # fmt: skip
     total = parts.sum(dim=0)
     return total[:, :width].transpose(1, 2), total[:, width]
@@ -586,7 +689,7 @@ def scan_forward(given: ScanInputs, initial: Tensor | None, keep: bool) -> tuple
     """Gated y (K, B, S, E), final state (K, B, N, E), and with `keep` the state at every chunk's start."""
     settings = settings_for(given.u.device)
     directions, batch, tokens, width, state = given.sizes
-    channels = min(settings.channels, width)
+    channels = settings.block(width)
     segments, per_segment = given.plan(settings, channels)
     chunks = triton.cdiv(tokens, settings.chunk)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": given.u.device}
@@ -597,7 +700,7 @@ def scan_forward(given: ScanInputs, initial: Tensor | None, keep: bool) -> tuple
     sizes = (tokens, width, batch, given.bc.shape[-1], given.rank, z_row, z_batch, per_segment, segments)
     launch: dict[str, Any] = {
         "N": state, "CHANNELS": channels, "CHUNK": settings.chunk, "REVERSE": _mask(given.reverse),
-        "GATED": given.z is not None, "STAGES": settings.stages, "num_warps": settings.warps,
+        "GATED": given.z is not None, "TOKENS": settings.tokens, "num_warps": settings.warps, "num_stages": 1,
     }  # fmt: skip
     reads = (given.u, given.dt, given.bc, gate, given.a2, given.skip, given.bias)
     grid = (width // channels, segments, directions * batch)
@@ -646,7 +749,7 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     """
     settings = settings_for(given.u.device)
     directions, batch, tokens, width, state = given.sizes
-    channels = min(settings.backward_channels, width)
+    channels = settings.block(width, backward=True)
     segments, per_segment = given.plan(settings, channels)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": given.u.device}
     rows, blocks = directions * batch, width // channels
@@ -657,15 +760,18 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     sizes = (tokens, width, batch, given.bc.shape[-1], given.rank, z_row, z_batch, dy_direction, per_segment, segments)
     launch: dict[str, Any] = {
         "N": state, "CHANNELS": channels, "CHUNK": settings.chunk, "REVERSE": _mask(given.reverse),
-        "GATED": given.z is not None, "num_warps": settings.backward_warps,
+        "GATED": given.z is not None, "TOKENS": settings.backward_tokens,
+        "num_warps": settings.backward_warps, "num_stages": 1,
     }  # fmt: skip
     ends, has_ends = dend, dend is not None
     if segments > 1:
         local = torch.empty(rows, segments, state, width, **fp32)
         sums = torch.empty(rows, segments, width, **fp32)
-        scan_gradient_ends_kernel[grid](
-            given.dt, given.bc, gate, dy, given.a2, given.bias, local, sums, *sizes, **launch
-        )
+        light = settings.block(width)
+        scan_gradient_ends_kernel[(width // light, segments, rows)](
+            given.dt, given.bc, gate, dy, given.a2, given.bias, local, sums, *sizes,
+            **launch | {"CHANNELS": light, "TOKENS": settings.tokens, "num_warps": settings.warps},
+        )  # fmt: skip
         ends, has_ends = torch.empty_like(local), True
         pass_states_kernel[(blocks, rows)](
             local, sums, given.a2, local if dend is None else dend, ends, width, batch, segments,
@@ -677,10 +783,13 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     dA = torch.empty(directions, batch, segments, state, width, **fp32)
     dskip, dbias = torch.empty(2, directions, batch, segments, width, **fp32)
     dinitial = torch.empty(directions, batch, state, width, **fp32)
-    scratch = torch.empty(rows * segments * blocks, settings.chunk // TOKENS_AT_ONCE, state, channels, **fp32)
+    scratch = torch.empty(
+        rows * segments * blocks, settings.chunk // settings.backward_tokens, state, channels, **fp32
+    )
     scan_backward_kernel[grid](
         given.u, given.dt, given.bc, gate, dy, given.a2, given.skip, given.bias, kept, ends if has_ends else kept,
-        scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes, ENDS=has_ends, STAGES=settings.stages, **launch,
+        scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes, ENDS=has_ends,
+        EXACT=given.u.dtype == torch.float32, maxnreg=settings.registers, **launch,
     )  # fmt: skip
     return ScanGradients(
         y=out[0],
