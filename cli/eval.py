@@ -139,6 +139,7 @@ def evaluate(
             broken="skip" if skip_unreadable else "stop",
             trust_remote_code=trust_remote_code,
         )
+        adapter.answerer.announce = note
         if first:
             claim_folder(out, adapter.settings())
         about = {"frames": adapter.store.reading.text, **run_facts(adapter.pipe.model)}

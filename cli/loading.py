@@ -14,7 +14,7 @@ import typer
 from video_ma2mba import loading
 from video_ma2mba.loading import load_classifier, pick_device, pick_dtype, resolve_model
 
-from .terminal import verbosity
+from .terminal import step, verbosity
 
 __all__ = ["load_classifier", "load_pipeline", "pick_device", "pick_dtype", "resolve_model", "while_loading"]
 
@@ -23,7 +23,11 @@ def load_pipeline(model: str | None = None, device: str = "auto", dtype: str = "
     """`video_ma2mba.loading.load_pipeline`, for a command."""
     loading.check_loading(model, device, dtype)
     with while_loading():
-        return loading.load_pipeline(model, device=device, dtype=dtype, **settings)
+        pipe = loading.load_pipeline(model, device=device, dtype=dtype, **settings)
+    step(
+        f"{model or 'the bundled checkpoint'} loaded, {str(pipe.model.dtype).removeprefix('torch.')} on {pipe.device}"
+    )
+    return pipe
 
 
 @contextmanager

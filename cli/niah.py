@@ -66,7 +66,7 @@ def niah(
         pipe = load_pipeline(model, device=own, dtype=dtype, trust_remote_code=trust_remote_code)
         source = open_haystack(haystack, pipe.processor, fps=fps, seed=seed)
         with reading_progress("frames read") if first else nullcontext() as on_frames:
-            cells = measure(pipe, source, grid, out, tell, on_frames, group, share_frames)
+            cells = measure(pipe, source, grid, out, tell, on_frames, group, share_frames, note)
     if not first:
         return
     given = {"--model": model, "--haystack": haystack, "--frames": frames, "--depths": depths, "--needles": needles}

@@ -11,7 +11,7 @@ import typer
 from video_ma2mba.loading import check_loading
 
 from .loading import load_pipeline
-from .options import Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, Times, TrustRemoteCode, check_out_file
+from .options import TIME, Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, Times, TrustRemoteCode, check_out_file
 from .terminal import echo_json, given_text, note, warn
 
 
@@ -25,7 +25,7 @@ def watch(
     ask: Annotated[
         list[str] | None, typer.Option("--ask", help="Standing question; may be given again.", show_default=False)
     ] = None,
-    every: Annotated[float, typer.Option(help="Seconds of the stream between answers.")] = 10.0,
+    every: Annotated[float, typer.Option(help="Time of the stream between answers.", **TIME)] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer and line.")] = False,
     policy: Annotated[
         str,
@@ -34,11 +34,13 @@ def watch(
     waiting: Annotated[int, typer.Option(help="Frames that may wait to be read.")] = 32,
     remember: Annotated[
         float | None,
-        typer.Option(help="Answer from the last so many seconds (up to twice as many).", show_default="all"),
+        typer.Option(help="Answer from the last so much time (up to twice as much).", show_default="all", **TIME),
     ] = None,
     realtime: Annotated[bool, typer.Option("--realtime", help="Read a file no faster than it plays.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="The file is still being written: wait for more.")] = False,
-    seconds: Annotated[float | None, typer.Option("--for", help="Stop after so long.", show_default=False)] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--for", help="Stop after so long.", show_default=False, **TIME)
+    ] = None,
     state: Annotated[Path | None, typer.Option(help="Read on from this state file.", show_default=False)] = None,
     subtitles: Annotated[
         Path | None,
@@ -47,7 +49,7 @@ def watch(
     times: Times = False,
     save: Annotated[Path | None, typer.Option(help="Keep the state in this file.", show_default=False)] = None,
     save_every: SaveEvery = 30.0,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for a source that is silent.")] = 15.0,
+    timeout: Annotated[float, typer.Option(help="Wait so long for a source that is silent.", **TIME)] = 15.0,
     retries: Annotated[int, typer.Option(help="Attempts in a row to connect again.", min=0)] = 10,
     model: Model = None,
     fps: Fps = None,

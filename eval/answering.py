@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -50,6 +50,7 @@ class Answerer:
         self.pipe, self.store, self.log = pipe, store, log
         self.stop_ngram, self.batch, self.skip_broken = stop_ngram, batch, skip_broken
         self.share_frames = share_frames
+        self.announce: Callable[[str], None] | None = None  # told what a run will take, before it begins
         self.answered = self.reused = self.spared = self.output_tokens = 0
         self.seconds_answering = self.seconds_saved = 0.0
 

@@ -19,6 +19,7 @@ from ..modeling_video_ma2mba.parallel_dims import process_group_exists
 from .answering import Answerer
 from .lmms_requests import Job
 from .ranks import everyone
+from .time_estimate import benchmark_estimate, media_left
 
 Document = Callable[[Job], Any]
 
@@ -54,6 +55,9 @@ def answer_together(
         _find_long(works, todo, document, answerer)
         works, together, todo = _share_of_rank(works, todo, jobs, rank, world)
     total, done = sum(len(work.keys) for work in works + together), 0
+    if answerer.announce is not None and rank == 0 and works:
+        media = media_left(works, todo, document)
+        answerer.announce(benchmark_estimate(answerer.pipe, answerer.store.reading, media, total))
     with progress("answering", "questions", total) if rank == 0 else nullcontext(lambda _: None) as tell:
         for work in together + works:
             asked = [(key, todo[key], todo[key].prompt(document(todo[key]))) for key in work.keys]

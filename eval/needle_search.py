@@ -22,6 +22,7 @@ from .needle_grid import NeedleGrid
 from .needle_haystack import Needle, make_needles
 from .needle_scoring import NeedleReader, normalised
 from .ranks import SHARE_FRAMES, everyone
+from .time_estimate import needle_estimate
 
 Cell = dict[str, Any]
 
@@ -35,6 +36,7 @@ def measure(
     on_frames: Callable[[int, int], None] | None = None,
     group: Any = None,
     share_frames: int = SHARE_FRAMES,
+    announce: Callable[[str], None] | None = None,
 ) -> list[Cell]:
     """Measure the cells that `out` does not hold yet.
 
@@ -45,6 +47,7 @@ def measure(
         on_cell: called with each new cell; on_frames: with the frames that the language model has read and will read.
         group: a process group whose ranks all call this. They share haystacks of at least `share_frames` frames (0:
             none); shorter ones are dealt out.
+        announce: told, before anything is measured, how much that is and about how long it takes.
 
     Returns:
         All cells of the grid, by length, then depth.
@@ -76,6 +79,10 @@ def measure(
             on_frames(read + new, total)
 
     with torch.inference_mode():
+        if missing and announce is not None and group is None:
+            announce(needle_estimate(NeedleReader(pipe.model, pipe.processor), haystack, missing, total))
+        if missing:
+            report(0)
         for frames, depths in missing.items():
             reader = NeedleReader(pipe.model, pipe.processor, group if frames in together else None)
             for cell in _cells(reader, haystack, grid, frames, depths, report):
