@@ -480,6 +480,7 @@ class ReplicaStep:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
+            model.to(model.embeddings.weight.dtype)  # a unit has one type
             mesh = init_device_mesh(ranks.device.type, (ranks.world,))
             for layer in model.layers:
                 fully_shard(layer, mesh=mesh)
