@@ -17,11 +17,13 @@ compute stream for a neighbour's state. `messages_ms`: what the messages of a ra
 
 import argparse
 import datetime
+import faulthandler
 import fnmatch
 import gc
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -614,6 +616,7 @@ def compared(row: dict, case: Case, baselines: dict[Case, dict]) -> dict:
 
 def run(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
+    faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)  # a run that hangs says where
     ranks = Ranks(arguments.smoke)
     cases = [Case.of(line) for line in SMOKE.split("\n") if line] if arguments.smoke else default_cases(ranks.world)
     if arguments.cases:
