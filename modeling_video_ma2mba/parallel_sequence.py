@@ -68,6 +68,9 @@ class SequenceGroup:
                     self._way(source, source, distributed.irecv, byte).wait()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":  # and what all of them use together
+            distributed.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+            torch.cuda.synchronize(self.device)
 
     @classmethod
     def of_mesh(cls, mesh: Any, dimension: str = "sequence") -> "SequenceGroup":
