@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,16 @@ class Bench:
             post(port, f"/v1/videos/{sent['id']}/events", b"")
             print(f"read in {time.monotonic() - began:.1f} s", flush=True)
             return post(port, f"/v1/videos/{sent['id']}", b"")
+        return post(port, "/v1/videos", self._noise().read_bytes(), "application/octet-stream")
+
+    def _noise(self) -> Path:
+        """A file with a state of noise, made once."""
         file = self.scratch / "noise.state"
         if not file.exists():
             make = [sys.executable, __file__, "noise", "--device", self.arguments.device, "--state", str(file)]
             make += ["--frames", str(self.arguments.frames)] + (["--model", self.model] if self.model else [])
             subprocess.run(make, check=True)
-        return post(port, "/v1/videos", file.read_bytes(), "application/octet-stream")
+        return file
 
     def first(self) -> None:
         """The second question and those that follow, one at a time."""
@@ -172,8 +177,8 @@ class Bench:
             video = self.video(port)
             self._first("video-ma2mba serve", port, video["frames"], f"state:{video['id']}", {})
         if self.arguments.peer:
-            words = [str(Path(sys.executable).with_name("transformers")), "serve", "--port", "8499", "--device"]
-            words += [self.arguments.device, "--trust-remote-code", "--dtype", "float32"]
+            words = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
+            words += ["--port", "8499", "--device", self.arguments.device, "--trust-remote-code", "--dtype", "float32"]
             from video_ma2mba import BUNDLED_CHECKPOINT
 
             peers = {"model": self.model or str(BUNDLED_CHECKPOINT)}
@@ -218,20 +223,28 @@ class Bench:
                   **spread(firsts, "first token", (50, 90)), **spread(wholes, "latency", (50, 90)))  # fmt: skip
 
     def clients(self) -> None:
-        """The same load for a server that answers in batches and for one that answers one by one."""
-        for batch in (64, 1):
-            with self.ours(f"clients{batch}", max_batch=batch) as (process, port):
+        """The same load for a server that answers in batches and for one that answers one by one; before it, alone."""
+        with ThreadPoolExecutor(3) as pool, contextlib.ExitStack() as stack:  # all start at the same time
+            made = pool.submit(self._noise) if self.arguments.film is None else None
+            servers = {
+                batch: pool.submit(stack.enter_context, self.ours(f"b{batch}", max_batch=batch)) for batch in (64, 1)
+            }
+            if made is not None:
+                made.result()
+            for batch, started in servers.items():
+                process, port = started.result()
                 video = self.video(port)
-                address = f"state:{video['id']}"
-                requests = self.arguments.requests or self.arguments.clients * 8
-                requests = requests if batch > 1 else max(self.arguments.clients, requests // 8)
-                for _ in range(2):  # graphs of every size are made
-                    self._load(port, address, self.arguments.clients, self.arguments.clients)
-                began = megabytes(process)
-                row = self._load(port, address, self.arguments.clients, requests)
+                address, clients = f"state:{video['id']}", self.arguments.clients
                 name = "video-ma2mba serve" + (", one by one" if batch == 1 else ", in batches")
-                self.note(what="clients", server=name, frames=video["frames"], **row, **{"server MB begin": began,
-                          "server MB end": megabytes(process)})  # fmt: skip
+                if batch > 1:
+                    self._first(name, port, video["frames"], address, {})
+                requests = self.arguments.requests or clients * 8
+                for _ in range(2):  # graphs of every size are made
+                    self._load(port, address, clients, clients)
+                began = megabytes(process)
+                row = self._load(port, address, clients, requests if batch > 1 else max(clients, requests // 8))
+                memory = {"server MB begin": began, "server MB end": megabytes(process)}
+                self.note(what="clients", server=name, frames=video["frames"], **row, **memory)
 
     def soak(self) -> None:
         """Thousands of requests of all kinds: memory stays what it was."""

@@ -1,7 +1,7 @@
 """The thread that answers: all questions that wait are decoded together, and new ones join within a few tokens.
 
-Answers are made in slices of `SLICE` tokens. Before each slice, questions that came meanwhile read their prompts in a
-batch of their own and then join the others; whoever has ended, or gone away, leaves. So a short question never waits
+Answers are made in slices of a few tokens. Before each, questions that came meanwhile read their prompts and make their
+first `FIRST_SLICE` tokens (many answers have no more) in a batch of their own and then join the others; whoever has ended, or gone away, leaves. So a short question never waits
 for the end of a long answer, and readings of videos take their turns in between.
 """
 
@@ -20,7 +20,7 @@ from ..streaming.turns import Turns
 from .answer_rows import AnswerRow, AnswerSettings, Ended, Piece, RowScores
 from .errors import TooMany, Unavailable
 
-SLICE = 16
+FIRST_SLICE, SLICE = 4, 8
 _BUCKETS = (1, 8, 64)
 """Sizes of batches for which CUDA graphs are captured; a batch in between is filled up."""
 
@@ -219,7 +219,7 @@ class Answerer:
             self.config,
             None,
             {
-                "max_new_tokens": max(1, min(SLICE, max(row.left for row in rows))),
+                "max_new_tokens": max(1, min(SLICE if rows[0].slices else FIRST_SLICE, max(row.left for row in rows))),
                 **(
                     {"do_sample": False}
                     if plain

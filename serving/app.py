@@ -380,7 +380,7 @@ def _append(service: Service, video: Video, files: list[tuple[Path, str]], field
     if len(files) > 1:
         raise BadRequest("send pictures, or one chunk of video: not several chunks, and not both", "frames")
     ((path, name),) = files
-    reader = service.reader.film(path, name, {"fps": rate, **sampling})
+    reader = service.reader.film(path, name, {"fps": rate, **sampling}, timed=False)
     try:
         return service.reader.append(video, name, reader.chunks(service.model.config.read_chunk_frames), rate)
     finally:

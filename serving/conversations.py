@@ -129,7 +129,7 @@ def conversation_of(
         place = next((i for i, part in enumerate(first["content"]) if part["type"] == "text"), len(first["content"]))
         first["content"].insert(place, {"type": "text", "text": f"{told}\n\n"})
     try:
-        prefix, question, readers = processor.streaming_prompt(plain)
+        prefix, question, readers = processor.streaming_prompt(processor.times_question(plain, False))
     except ValueError as error:
         raise BadRequest(str(error), "messages") from None
     for reader in readers:

@@ -20,6 +20,7 @@ from ..modeling_video_ma2mba.reading_resumable import read_resumably
 from ..modeling_video_ma2mba.state_identity import identity_facts, record_source, source_facts
 from ..modeling_video_ma2mba.state_video import VideoState
 from ..processing.frame_fitting import fit_frame
+from ..processing.frame_times import TimedChunk
 from ..processing.picture_sources import file_pixels
 from ..processing.video_reader import FrameChunk
 from ..processing.video_source_names import without_secrets
@@ -160,13 +161,18 @@ class Reader:
             began = time.monotonic()
             count = 0
 
-            def counted() -> Iterator[FrameChunk]:
-                nonlocal count
+            text, begin = self.processor.frame_text(), float(metadata.get("seconds", 0))
+            last = float(metadata["frame_time"]) if "frame_time" in metadata else None
+
+            def counted() -> Iterator[TimedChunk]:
+                nonlocal count, last
                 for chunk in self._in_turns(frames):
                     count += len(chunk)
                     if video.frames + count > self.limits.frames:
                         raise TooLarge(f"{video.id}: it has more than {self.limits.frames} frames")
-                    yield chunk
+                    seconds = begin + chunk.timestamps
+                    yield TimedChunk(chunk.pixels, seconds, text.texts(seconds, last))
+                    last = float(seconds[-1])
                     self._read(len(chunk))
 
             try:
@@ -197,8 +203,11 @@ class Reader:
     def _resize_mode(self) -> str:
         return self.processor.video_processor.resize_mode
 
-    def film(self, file: Path, name: str, sampling: dict[str, Any]) -> Any:
+    def film(self, file: Path, name: str, sampling: dict[str, Any], timed: bool = True) -> Any:
         """A reader of a video file that keeps to the limits.
+
+        Args:
+            timed: give time stamps between the frames to a model that reads them.
 
         Raises:
             BadRequest: it is no video, or of a kind that names other files. TooLarge: it is too long.
@@ -207,6 +216,7 @@ class Reader:
             check_container(file, name)
             reader = self.processor.video_processor.open(str(file), **sampling)
             reader.name = name
+            reader = self.processor.timed(reader) if timed else reader
             seconds, frames = reader.duration, reader.expected_frames
         except (OSError, ValueError) as error:
             raise BadRequest(str(error).replace(str(file), name)) from None
@@ -334,6 +344,15 @@ class _InTurns:
     def __init__(self, reader: Any, owner: Reader, wanted: Callable[[], bool]):
         self.reader, self.owner, self.wanted = reader, owner, wanted
         self.name = reader.name
+
+    @property
+    def after(self) -> float | None:
+        """As of a `FrameReader`."""
+        return self.reader.after
+
+    @after.setter
+    def after(self, seconds: float | None) -> None:
+        self.reader.after = seconds
 
     def chunks(self, n: int = 32, skip: int = 0) -> Iterator[FrameChunk]:
         """As of a `FrameReader`."""

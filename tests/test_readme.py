@@ -15,8 +15,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not run by the tests: (?P<reason>[^>]+) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S
 )
-BUNDLED = re.compile(r"BUNDLED_CHECKPOINT|load_pipeline\(\)|video-ma2mba (?:ask|demo|eval|niah|where)")
+BUNDLED = re.compile(r"BUNDLED_CHECKPOINT|load_pipeline\(\)|video-ma2mba (?:ask|demo|eval|niah|serve|where)")
 
+SERVING = re.compile(r"video-ma2mba serve")
 TRAINING = re.compile(r"VideoMa2mbaTrainer|video-ma2mba train")
 
 
@@ -30,6 +31,8 @@ def blocks() -> list:
             marks = [pytest.mark.skip(reason=reason.strip())] if reason else []
             if TRAINING.search(code) and find_spec("trl") is None:
                 marks.append(pytest.mark.skip(reason="training needs TRL 1.16, and that Python 3.11"))
+            if SERVING.search(code) and not all(map(find_spec, ("fastapi", "openai"))):
+                marks.append(pytest.mark.skip(reason="serving needs the extra [serve], its example the openai client"))
             if BUNDLED.search(code):
                 marks.append(pytest.mark.bundled)
             line = text.count("\n", 0, match.start("code")) + 1
