@@ -1,8 +1,9 @@
 """The thread that answers: all questions that wait are decoded together, and new ones join within a few tokens.
 
-Answers are made in slices of a few tokens. Before each, questions that came meanwhile read their prompts and make their
-first `FIRST_SLICE` tokens (many answers have no more) in a batch of their own and then join the others; whoever has ended, or gone away, leaves. So a short question never waits
-for the end of a long answer, and readings of videos take their turns in between.
+Answers are made in slices of a few tokens. Before each, questions that came meanwhile read their prompts and make
+their first `FIRST_SLICE` tokens (many answers have no more) in a batch of their own, and then join the others; whoever
+has ended, or gone away, leaves. So a short question never waits for the end of a long answer, and readings of videos
+take their turns in between.
 """
 
 from __future__ import annotations
