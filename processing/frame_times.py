@@ -191,29 +191,29 @@ class TimedReader:
     """A reader whose chunks tell what is read between their frames; in all else the reader that it is made of.
 
     Attributes:
-        text: gives it.
+        untimed: that reader. text: gives what is told.
         after: time of the frame with which an earlier reading stopped that this one continues; None: it begins.
         subtitles: what is known of the subtitles, for a state's metadata; None where there are none.
     """
 
     def __init__(self, reader: Any, text: FrameText, subtitles: dict[str, Any] | None = None) -> None:
-        self._reader, self.text, self.subtitles = reader, text, subtitles
+        self.untimed, self.text, self.subtitles = reader, text, subtitles
         self.after: float | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_reader":  # asked for before there is any reader, by pickle
+        if name.startswith("__") or name == "untimed":  # asked for before there is any reader, by pickle
             raise AttributeError(name)
-        return getattr(self._reader, name)
+        return getattr(self.untimed, name)
 
     def __enter__(self) -> "TimedReader":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._reader.close()
+        self.untimed.close()
 
     def resampled(self, **changes: Any) -> "TimedReader":
         """As in `FrameReader`; cues are those of the new part."""
-        other = self._reader.resampled(**changes)
+        other = self.untimed.resampled(**changes)
         return TimedReader(other, within(self.text, other.sampling), self.subtitles)
 
     def chunks(
@@ -225,18 +225,18 @@ class TimedReader:
         if turn != (0, 1):
             yield from self._turns(n, skip, turn, settings)
             return
-        for chunk in self._reader.chunks(n, skip=skip, **settings):
+        for chunk in self.untimed.chunks(n, skip=skip, **settings):
             yield TimedChunk(chunk.pixels, chunk.timestamps, self.text.texts(chunk.timestamps, previous))
             previous = float(chunk.timestamps[-1])
         ending = [] if previous is None else self.text.ending(previous)
         if ending:
-            size = self._reader.size or (1, 1)
+            size = self.untimed.size or (1, 1)
             yield TimedChunk(np.empty((0, *size, 3), np.uint8), np.empty(0), [(0, ending)])
 
     def _turns(self, n: int, skip: int, turn: tuple[int, int], settings: dict[str, Any]) -> Iterator[TimedChunk]:
         """This turn's chunks. The frames before them are another's: their times are those at which they were due."""
-        times, place = self._reader.frame_times, skip + turn[0] * n
-        for chunk in self._reader.chunks(n, skip=skip, turn=turn, **settings):
+        times, place = self.untimed.frame_times, skip + turn[0] * n
+        for chunk in self.untimed.chunks(n, skip=skip, turn=turn, **settings):
             texts = self.text.texts(chunk.timestamps, float(times[place - 1]) if place else self.after)
             if place + len(chunk) >= len(times):
                 ending = self.text.ending(float(chunk.timestamps[-1]))

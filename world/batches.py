@@ -42,11 +42,12 @@ def imitate_mp4(frames: np.ndarray, noise_seed: int) -> np.ndarray:
 
     The model is trained on pictures from memory and used on files; this keeps it from depending on the difference.
     """
-    count, height, width, _ = frames.shape
+    height, width = frames.shape[1:3]
     wide = frames.astype(np.float32)
     light = wide @ np.array([0.299, 0.587, 0.114], np.float32)
     colour = wide - light[..., None]
-    colour = colour.reshape(count, height // 2, 2, width // 2, 2, 3).mean((2, 4)).repeat(2, axis=1).repeat(2, axis=2)
+    quarters = (colour[:, row::2, column::2] for row in (0, 1) for column in (0, 1))
+    colour = (sum(quarters) / 4).repeat(2, axis=1).repeat(2, axis=2)
     noise = np.random.RandomState(noise_seed).randint(-3, 4, size=(1, height, width)).astype(np.float32)
     return np.clip(light[..., None] + colour + noise[..., None], 0, 255).astype(np.uint8)
 
@@ -152,7 +153,7 @@ class WorldBatches(IterableDataset):
             rng = random.Random(f"turns {world.seed} {frames}")
             mark, listed = rng.random(), list_things(world)
             if timed and rng.random() < 0.7:
-                listed = list_times(world)
+                listed = list_times(world, self.dataset.speaks)
             if mark < _LIST_ALONE * lists or not asked:
                 turns = [listed]
             else:

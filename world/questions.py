@@ -99,11 +99,13 @@ def list_things(world: World) -> Question:
     return Question("list", "open", "List everything in the video.", ", ".join(told) or "none")
 
 
-def list_times(world: World) -> Question:
-    """Extra kind `times`, for training only: everything in the order of its arrival, with the span of its visit."""
+def list_times(world: World, speaks: bool = False) -> Question:
+    """Extra kind `times`, for training only: everything in the order of its arrival, with the span of its visit; and
+    the sign that is named aloud, where somebody `speaks`."""
     visits = [(start, end, name) for name, start, end in _visits(world)]
-    told = ", ".join(f"{name} {span_text(start, end)}" for start, end, name in sorted(visits))
-    return Question("times", "open", f"List everything in the video. {TIMES_REQUEST}", told or "none")
+    told = [f"{name} {span_text(start, end)}" for start, end, name in sorted(visits)]
+    told += [f"sign {speech_of(world).sign}"] if speaks else []
+    return Question("times", "open", f"List everything in the video. {TIMES_REQUEST}", ", ".join(told) or "none")
 
 
 def name_option(question: Question) -> Question:

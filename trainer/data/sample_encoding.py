@@ -263,7 +263,7 @@ def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, 
             reader = reader.resampled(num_frames=count)
         before, times = place, []
         with reader:
-            for chunk in reader.chunks():
+            for chunk in getattr(reader, "untimed", reader).chunks():  # what is told follows from the times
                 if pixels is not None:
                     pixels[place : place + len(chunk)] = torch.from_numpy(chunk.pixels).permute(0, 3, 1, 2)
                 place += len(chunk)
