@@ -232,3 +232,32 @@ def test_settings_are_checked():
     for wrong in ({"labels": "all"}, {"max_length": 0}, {"max_frames": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EncodingSettings(**wrong)
+
+
+def test_subtitles_of_a_row_are_read_between_its_frames(processor, turn, video_folder, tmp_path):
+    """From a column, a part of a message, or cues in memory; what is told is never learnt, and counts as length."""
+    video = next(path for path in sorted(video_folder.iterdir()) if path.suffix == ".mp4")
+    told = tmp_path / "told.srt"
+    told.write_text("1\n00:00:00,200 --> 00:00:00,400\nhello\n")
+    columns = {"video": str(video), "question": "Q", "answer": "A", "subtitles": str(told)}
+    plain = {name: columns[name] for name in ("video", "question", "answer")}
+    samples = [encode_row(processor, columns, EncodingSettings())]
+    for given in (str(told), [(0.2, 0.4, "hello")]):
+        question, answer = turn("Q", "A", video=str(video))
+        question["content"][0]["subtitles"] = given
+        samples.append(encode_row(processor, row_of(question, answer), EncodingSettings()))
+    words = processor.words('"hello"')
+    without = encode_row(processor, plain, EncodingSettings())
+    for sample in samples:
+        ids = sample.input_ids.tolist()
+        place = next(n for n in range(len(ids)) if ids[n : n + len(words)] == words)
+        assert ids[:place] + ids[place + len(words) :] == without.input_ids.tolist()
+        assert (sample.labels >= 0).sum() == (without.labels >= 0).sum()
+    limit = len(without.input_ids)
+    assert len(encode_row(processor, columns, EncodingSettings(max_length=limit)).input_ids) <= limit
+    processor.frame_times = "text"
+    try:
+        timed = encode_row(processor, plain, EncodingSettings())
+    finally:
+        processor.frame_times = "none"
+    assert processor.tokenizer.decode(timed.input_ids.tolist()).count("[0:00]") == 1

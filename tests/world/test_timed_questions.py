@@ -1,0 +1,167 @@
+"""Questions about times and speech: every answer against a second, independent reading of the world."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from video_ma2mba.processing.frame_times import TIMES_REQUEST
+from video_ma2mba.world import KINDS, WorldDataset, chat
+from video_ma2mba.world.accuracy import span_overlap
+from video_ma2mba.world.batches import WorldBatches
+from video_ma2mba.world.model import SIZES, world_config, world_processor
+from video_ma2mba.world.questions import ALL_KINDS, SPOKEN_KINDS, TIMED_KINDS, ask, list_times
+from video_ma2mba.world.scoring import read_videos
+from video_ma2mba.world.tokenizer import build_world_tokenizer
+
+CLOCK = r"(?:(\d+):)?(\d+):(\d\d)"
+
+
+def seconds(text):
+    hours, minutes, rest = re.fullmatch(CLOCK, text).groups()
+    return int(hours or 0) * 3600 + int(minutes) * 60 + int(rest)
+
+
+def listing(world):
+    """What is in view at each second of the video, read off thing by thing."""
+    seen = {}
+    for second in range(world.seconds):
+        names = {f"{t.colour} {t.shape}" for t in world.things if t.start <= second < t.end}
+        if world.card is not None and world.card.start == second:
+            names.add(f"card {world.card.symbol.lower()}")
+        seen[world.begin + second] = names
+    return seen
+
+
+def arrivals(seen):
+    first = {}
+    for second, names in seen.items():
+        for name in names:
+            first.setdefault(name, second)
+    return first
+
+
+def span_of(seen, name):
+    inside = [second for second, names in seen.items() if name in names]
+    return min(inside), max(inside) + 1
+
+
+def answer_span(text):
+    start, end = re.search(r"\[([\d:]+)-([\d:]+)\]$", text).groups()
+    return seconds(start), seconds(end)
+
+
+DATA = WorldDataset("train", 400, frames=(4, 90), kinds=ALL_KINDS, questions=40, begins=4000)
+
+
+def test_every_timed_answer_is_what_the_seconds_show():
+    counts = dict.fromkeys(TIMED_KINDS, 0)
+    for index in range(250):
+        world, questions = DATA.asked(index)
+        seen = listing(world)
+        came = arrivals(seen)
+        for question in questions:
+            if question.kind not in TIMED_KINDS:
+                continue
+            counts[question.kind] += 1
+            text, answer = question.text, question.answer
+            moments = [seconds(found[0]) for found in re.finditer(CLOCK, text)]
+            if question.kind == "span":
+                name = next(n for n in came if n in text or (n.startswith("card") and "card" in text))
+                assert answer_span(answer) == span_of(seen, name)
+            elif question.kind == "moment":
+                assert [name for name, second in came.items() if second == moments[0]] == [answer]
+            elif question.kind == "between":
+                first, last = moments
+                assert [name for name, second in came.items() if first <= second <= last] == [answer] or (
+                    [name for name, second in came.items() if first <= second < last] == [answer]
+                )
+            else:
+                assert text.endswith(f" {TIMES_REQUEST}")
+                said = answer.partition(" [")[0]
+                spans = [span_of(seen, name) for name in came]
+                assert answer_span(answer) in spans
+                fits = [n for n in came if said in n.split() or said in ("left", "right", "up", "down")]
+                assert answer_span(answer) in [span_of(seen, name) for name in fits]
+    assert all(count > 100 for count in counts.values()), counts
+
+
+def test_what_is_said_is_told_once_and_contradicts_the_picture_half_of_the_time():
+    agrees, asked = 0, dict.fromkeys(SPOKEN_KINDS, 0)
+    for index in range(300):
+        world, questions = DATA.asked(index)
+        cues = DATA.cues(world)
+        assert cues == tuple(sorted(cues, key=lambda cue: cue.start))
+        assert all(world.begin <= cue.start < world.begin + max(world.seconds - 1, 1) for cue in cues)
+        told = " ".join(cue.text for cue in cues)
+        (sign,) = re.findall(r"sign (?:is )?(\w)\.", told)
+        claims = dict(re.findall(r"The (\w+) is (\w+)\.", told.replace("The sign is", "")))
+        assert world.card is None or sign != world.card.symbol.lower(), "what is heard is never shown"
+        for shape, colour in claims.items():
+            (shown,) = [thing.colour for thing in world.things if thing.shape == shape]
+            agrees += shown == colour
+        for question in questions:
+            if question.kind in SPOKEN_KINDS:
+                asked[question.kind] += 1
+                said = question.options["ABCD".index(question.answer)] if question.options else question.answer
+                shape = next((shape for shape in claims if shape in question.text), None)
+                assert said == (sign if question.kind == "spoken" else claims[shape])
+    assert all(count > 200 for count in asked.values()), asked
+    assert 0.4 < agrees / 280 < 0.6
+
+
+def test_what_is_shown_and_asked_is_the_same_with_and_without_times():
+    plain = WorldDataset("train", 400, frames=(4, 90), questions=40)
+    for index in range(30):
+        world, questions = plain.asked(index)
+        assert replace(DATA.world(index), begin=0) == world
+        assert ask(replace(world, begin=500), 40) == questions, "no question without times knows when a video begins"
+        assert plain.cues(world) == ()
+        listed = list_times(world).answer
+        assert listed.count("[") == len(world.things) + (world.card is not None)
+
+
+def test_training_and_scoring_read_what_the_processor_writes():
+    """One tokenization: batches of training, scoring from states, and everybody's processor."""
+    tokenizer = build_world_tokenizer()
+    config = world_config(SIZES["tiny"], tokenizer)
+    config.frame_times, config.frame_times_every = "text", 2.0
+    processor = world_processor(config, tokenizer)
+    data = WorldDataset("train", 50, frames=(6, 6), kinds=ALL_KINDS, questions=6, begins=300)
+    batches = WorldBatches(data, processor, 2000, torch.ones(1), torch.ones(len(ALL_KINDS)))
+    batch = next(iter(batches))
+    assert int((batch["input_ids"] == processor.video_token_id).sum()) == int(batch["num_frames"].sum()) * 16
+    samples = [data.sample(index) for index in (3, 4, 5)]
+    rows = []
+    for sample in samples:
+        messages = chat(sample.questions, sample.timed_frames, sample.cues)
+        (row,) = batches.collator([{"messages": messages}])["input_ids"].tolist()
+        written = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+        assert written["input_ids"] == [row]
+        last = len(row) - row[::-1].index(processor.video_token_id)
+        ending = tokenizer.decode(row[last : last + 60]).partition("\n")[0]
+        rows.append(row[:last] + row[last : last + len(tokenizer(ending, add_special_tokens=False)["input_ids"])])
+        shown = tokenizer.decode(row[:last], skip_special_tokens=False)
+        assert f"[{sample.world.begin // 60}:{sample.world.begin % 60:02}]" in shown
+    fed = []
+
+    class Model:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids, attention_mask, **_):
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            fed.extend(ids[real.bool()].tolist() for ids, real in zip(input_ids, mask, strict=True))
+            return type("Out", (), {"past_key_values": type("S", (), {"reorder_cache": lambda self, rows: None})()})
+
+    read_videos(Model(), processor, samples, [1, 1, 1])
+    assert fed == rows
+
+
+@pytest.mark.parametrize(
+    ("given", "overlap"),
+    [("[0:02-0:06]", 1), ("red [0:02-0:04]", 0.5), ("[0:06-0:08]", 0), ("[0:00-0:12]", 1 / 3), ("never", 0)],
+)
+def test_overlap_of_spans(given, overlap):
+    assert span_overlap(given, "red [0:02-0:06]") == pytest.approx(overlap)
+    assert ALL_KINDS[: len(KINDS)] == KINDS
