@@ -58,6 +58,8 @@ def build_page(
                 picked = gr.Radio([*by_label], label="Pick one", visible=bool(by_label))
                 video = gr.Video(label="or upload your own", sources=["upload"], include_audio=True, height=260)
                 fps = gr.Slider(0.1, 8, value=1, step=0.1, label="Frames read per second of video")
+                own_text = gr.Checkbox(label="Read the video's own subtitles, if it has any")
+                told = gr.File(label="or a file of subtitles", file_types=[".srt", ".vtt", ".ass", ".json"], height=90)
                 with gr.Row():
                     read = gr.Button("Read the video", size="md", variant="primary", min_width=120)
                     stop_reading = gr.Button("Stop", size="md", interactive=False, min_width=80)
@@ -85,12 +87,14 @@ def build_page(
             questions = [[text] for text in by_label[label].questions]
             return {video: by_label[label].video, tries: gr.Dataset(samples=questions, visible=True), reading: ""}
 
-        def on_read(now: Session, path: str | None, per_second: float) -> Iterator[dict[Any, Any]]:
+        def on_read(
+            now: Session, path: str | None, per_second: float, with_text: bool = False, text: str | None = None
+        ) -> Iterator[dict[Any, Any]]:
             try:
                 if not path:
                     raise ValueError("pick a video or upload one first")
                 yield {reading: markup.progress(0, None), stop_reading: gr.Button(interactive=True)}
-                reports = now.read(pipe, path, per_second)
+                reports = now.read(pipe, path, per_second, text or ("auto" if with_text else None))
                 for seen, expected in reports:
                     yield {reading: markup.progress(seen, expected)}
                 told = markup.note(markup.what_was_read(now)) + markup.warning(now.unfamiliar(pipe, asked=False))
@@ -147,7 +151,7 @@ def build_page(
 
         picked.input(on_pick, picked, [video, tries, reading], api_name="pick")
         reports = [reading, chat, answering, shown, stop_reading, session]
-        read.click(on_read, [session, video, fps], reports, api_name="read", **_ONE_AT_A_TIME)
+        read.click(on_read, [session, video, fps, own_text, told], reports, api_name="read", **_ONE_AT_A_TIME)
         asking = [chat, question, answering, shown, stop_answer, session]
         gr.on([ask.click, question.submit], on_ask, [session, question], asking, api_name="ask", **_ONE_AT_A_TIME)
         tries.click(lambda sample: sample[0], tries, question, api_name=False).then(

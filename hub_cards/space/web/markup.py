@@ -42,7 +42,8 @@ def what_was_read(session: Any) -> str:
 
 
 def filmstrip(frames: Sequence[Any], question: str, answer: str) -> str:
-    """Pictures in the order of the video, each over a bar for its part of it.
+    """Pictures in the order of the video, each over a bar for its part of it; a click on one shows its second in the
+    page's video.
 
     Args:
         frames: with `second`, `value` and `picture` (a PIL image) each.
@@ -57,15 +58,22 @@ def filmstrip(frames: Sequence[Any], question: str, answer: str) -> str:
         kind = ' class="best"' if frame is best and frame.value > 0 else ""
         side, share = ("for" if frame.value >= 0 else "against"), round(100 * abs(frame.value) / largest)
         items.append(
-            f'<li{kind}><img src="data:image/jpeg;base64,{source}" '
+            f'<li{kind}><button type="button" onclick="{_SEEK.format(second=frame.second)}" '
+            f'title="Show second {frame.second:.0f} in the video"><img src="data:image/jpeg;base64,{source}" '
             f'alt="Second {frame.second:.0f}: {share} % of the strongest, {side} the answer">'
-            f'<span class="bar {side}" style="width: {share}%"></span>{frame.second:.0f} s</li>'
+            f'<span class="bar {side}" style="width: {share}%"></span>{frame.second:.0f} s</button></li>'
         )
     return (
         f'<figure class="filmstrip"><figcaption>What speaks for “{html.escape(answer)}” as the answer to '
         f"“{html.escape(question)}” (integrated gradients of its log-probability; grey: against it)</figcaption>"
         f"<ol>{''.join(items)}</ol></figure>"
     )
+
+
+_SEEK = (
+    "const film = document.querySelector('video');"
+    "if (film) {{ film.pause(); film.currentTime = {second:.3f}; film.scrollIntoView({{block: 'nearest'}}); }}"
+)
 
 
 def size(nbytes: int) -> str:

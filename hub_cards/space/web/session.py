@@ -38,8 +38,13 @@ class Session:
         self.strip: list[Any] = []
         self.stopped = False
 
-    def read(self, pipe: Any, video: str, fps: float) -> Iterator[tuple[int, int | None]]:
+    def read(
+        self, pipe: Any, video: str, fps: float, subtitles: str | None = None
+    ) -> Iterator[tuple[int, int | None]]:
         """Read a video from its beginning; what was read and said before is forgotten once this has succeeded.
+
+        Args:
+            subtitles: "auto", a file, or None: without.
 
         Yields:
             Numbers of frames read and expected.
@@ -48,9 +53,12 @@ class Session:
             Whatever the pipeline raises; `Stopped`.
         """
         self.stopped = False
+        told = {} if subtitles is None else {"subtitles": subtitles}
         began = time.perf_counter()
         state = yield from latest_reports(
-            lambda report: pipe.read(video, fps=fps, on_frames=lambda seen, expected=None: report((seen, expected))),
+            lambda report: pipe.read(
+                video, fps=fps, on_frames=lambda seen, expected=None: report((seen, expected)), **told
+            ),
             lambda: self.stopped,
         )
         self.state, self.messages, self.video, self.fps = state, [], video, fps

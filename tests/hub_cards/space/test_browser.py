@@ -84,9 +84,28 @@ def test_upload_read_ask_twice_download(page, tmp_path: Path):
 
     page.reload()  # another visitor, another day
     page.get_by_role("button", name="State file").click()
-    page.locator("input[type=file]:not([accept*=video])").set_input_files(state)
+    page.locator("input[type=file]:not([accept])").set_input_files(state)
     page.get_by_text("55 frames of 55 s of video read; kept in").wait_for()
     playwright.expect(answers).to_have_text(said)
+
+
+def test_a_picture_of_the_strip_shows_its_second_in_the_video(page):
+    page.get_by_label("Video 1 (40 s)").check()
+    page.locator("video[src]").first.wait_for()
+    page.get_by_role("button", name="Read the video").click()
+    page.get_by_text("40 frames of 40 s of video read").wait_for()
+    page.get_by_label("Your question").fill("Which sign did the card show?")
+    page.get_by_role("button", name="Ask").click()
+    playwright.expect(page.locator(".message.bot")).to_have_text(["2"])
+    page.get_by_role("button", name="Where in the video is that?").click()
+    best = page.locator(".filmstrip li.best button")
+    best.wait_for()
+    second = float(best.inner_text().split()[0])
+    best.click()
+    page.wait_for_function(
+        "second => Math.abs(document.querySelector('video').currentTime - second) < 0.6", arg=second
+    )
+    assert second > 0
 
 
 def test_by_keyboard_alone(page):

@@ -242,9 +242,9 @@ def test_subtitles_of_a_row_are_read_between_its_frames(processor, turn, video_f
     columns = {"video": str(video), "question": "Q", "answer": "A", "subtitles": str(told)}
     plain = {name: columns[name] for name in ("video", "question", "answer")}
     samples = [encode_row(processor, columns, EncodingSettings())]
-    for given in (str(told), [(0.2, 0.4, "hello")]):
+    for subtitles in (str(told), [(0.2, 0.4, "hello")]):
         question, answer = turn("Q", "A", video=str(video))
-        question["content"][0]["subtitles"] = given
+        question["content"][0]["subtitles"] = subtitles
         samples.append(encode_row(processor, row_of(question, answer), EncodingSettings()))
     words = processor.words('"hello"')
     without = encode_row(processor, plain, EncodingSettings())
