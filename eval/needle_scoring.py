@@ -36,6 +36,8 @@ class NeedleReader:
         """`group`: a process group whose ranks all make the same calls, and share the frames."""
         self.model, self.processor, self.group = model, processor, group
         self.frames_read = 0  # by the language model, each row counted
+        self.fps = processor.video_processor.fps or 1.0
+        self.text = processor.frame_text()
 
     def encode(self, question: Question) -> tuple[list[int], list[int]]:
         """Token ids of what follows the frames up to the answer, and of the answer with its end."""
@@ -82,29 +84,48 @@ class NeedleReader:
 
     def advance(self, state: Any, features: Tensor, on_frames: Callable[[int], None] | None = None) -> None:
         """Read frames (F, T, D) into every row of `state`, or (R, F, T, D) row by row; `state` changes."""
-        rows = state.batch_size
+        rows, first = state.batch_size, int(state.metadata.get("frames", 0))
         step = self.model.config.vision_chunk_frames
         features = features.expand(rows, *features.shape[-3:])
+        state.metadata["frames"] = str(first + features.shape[1])
         pieces = [piece for piece in features.split(step, dim=1) if piece.shape[1]]
         if self.group is not None and len(pieces) > 1:
-            self._advance_together(state, pieces, on_frames)
+            self._advance_together(state, pieces, first, on_frames)
             return
         for piece in pieces:
-            chunk = piece.flatten(1, 2).to(self.model.device)
+            chunk = self._stamped(piece, first)
             self.model(inputs_embeds=chunk, past_key_values=state, use_cache=True, logits_to_keep=1)
             self._count(rows * piece.shape[1], on_frames)
+            first += piece.shape[1]
+
+    def _stamped(self, piece: Tensor, first: int) -> Tensor:
+        """Frames (R, n, T, D), the first of them number `first`, as rows (R, N, D) with the model's time stamps."""
+        rows = piece.flatten(1, 2).to(self.model.device)
+        times = [number / self.fps for number in range(first, first + piece.shape[1])]
+        texts = self.text.texts(times, (first - 1) / self.fps if first else None)
+        if not texts:
+            return rows
+        per_frame, embeddings, parts, start = piece.shape[2], self.model.get_input_embeddings(), [], 0
+        for place, ids in texts:
+            words = embeddings(torch.tensor(ids, device=rows.device)).to(rows).expand(len(rows), -1, -1)
+            parts += [rows[:, start * per_frame : place * per_frame], words]
+            start = place
+        return torch.cat([*parts, rows[:, start * per_frame :]], dim=1)
 
     def _advance_together(
-        self, state: Any, pieces: Sequence[Tensor], on_frames: Callable[[int], None] | None = None
+        self, state: Any, pieces: Sequence[Tensor], first: int, on_frames: Callable[[int], None] | None = None
     ) -> None:
         """The same by all ranks of the group, each taking every W-th piece (R, F, T, D) through the layers."""
         link = reading_group(self.group, self.model.device)
         shared = SharedStack(self.model.model.language_model, link, state)
-        for first in range(0, len(pieces), link.world):
-            wave = pieces[first : first + link.world]
-            own = [piece.flatten(1, 2).to(self.model.device) for piece in wave[link.rank : link.rank + 1]]
-            frames = sum(piece.shape[1] for piece in wave)
-            shared.round(own, frames * self.model.config.tokens_per_frame)
+        for start in range(0, len(pieces), link.world):
+            wave = pieces[start : start + link.world]
+            stamped = []
+            for piece in wave:
+                stamped.append(self._stamped(piece, first))
+                first += piece.shape[1]
+            frames, own = sum(piece.shape[1] for piece in wave), stamped[link.rank : link.rank + 1]
+            shared.round(own, sum(rows.shape[1] for rows in stamped))
             self._count(state.batch_size * frames, on_frames)
         state.take(shared.end())
 

@@ -85,6 +85,8 @@ def measure(
             report(0)
         for frames, depths in missing.items():
             reader = NeedleReader(pipe.model, pipe.processor, group if frames in together else None)
+            if hasattr(haystack, "reader"):
+                reader.fps = haystack.reader.sampling.fps or reader.fps
             for cell in _cells(reader, haystack, grid, frames, depths, report):
                 if frames in together and rank > 0:
                     continue

@@ -25,6 +25,17 @@ def whole_video(haystack, needle, frames: int, position: int) -> np.ndarray:
     return np.insert(straw, position, needle.frame, axis=0)
 
 
+@pytest.fixture
+def timed(pipe, monkeypatch):
+    """The same model as one that reads a time stamp every four seconds."""
+    monkeypatch.setattr(pipe.model.config, "frame_times", "text")
+    monkeypatch.setattr(pipe.processor, "frame_times", "text")
+
+
+def test_needles_are_read_with_time_stamps(pipe, timed):
+    test_shared_states_equal_reading_the_whole_video(pipe, 5)
+
+
 @pytest.mark.parametrize("position", [0, 5, 12], ids=["first", "between", "last"])
 def test_shared_states_equal_reading_the_whole_video(pipe, position: int):
     haystack = open_haystack("synthetic", pipe.processor)
