@@ -94,7 +94,7 @@ def _use_classifier(config: Any, task: str) -> str:
     read = "video.mp4" if config.is_video else "picture.jpg"
     lines = [
         "```bash",
-        'pip install torch "transformers>=5.10" accelerate av pillow',
+        'pip install torch "transformers>=5.23" accelerate av pillow',  # 5.10's pipeline wants an image processor
         "```",
         "",
         "```python",
@@ -108,7 +108,8 @@ def _use_classifier(config: Any, task: str) -> str:
         ]
     else:
         lines += [
-            "from transformers import AutoModelForImageClassification, AutoVideoProcessor",
+            "from transformers import AutoModelForImageClassification",
+            "from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # needs no torchvision so",
             "",
             'model = AutoModelForImageClassification.from_pretrained("PATH_OR_ID", trust_remote_code=True)',
             'processor = AutoVideoProcessor.from_pretrained("PATH_OR_ID", trust_remote_code=True)',

@@ -87,6 +87,7 @@ def test_every_released_kind_converts_and_comes_back_bit_for_bit(tmp_path, kind)
     )
     model, loading = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert f"({report.parameters:,})" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")  # its model card
     prefix = {"backbone": "backbone.", "multi-modal": "vision_encoder."}.get(kind, "")
     for name, tensor in model.state_dict().items():
         own = name.removeprefix("videomamba.")
