@@ -133,12 +133,16 @@ def name_source(error: Any) -> None:
 
 
 def warn_of_unknown_variables(group: Any) -> None:
-    """Say which variables of the environment look like ours and are not."""
+    """Say which variables of the environment are almost called as one of ours."""
     known = {FILE_VARIABLE, *map(_variable, _SHARED)}
     for _, command in _commands(group):
         known |= {name for option in _settable(command) for name in option.envvar or ()}
     for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known):
-        warn(f"warning: {name} is set, but no option is called so")
+        import difflib
+
+        words = [other.removeprefix(PREFIX) for other in known]
+        if near := difflib.get_close_matches(name.removeprefix(PREFIX), words, n=1, cutoff=0.65):
+            warn(f"warning: {name} is set, but no option is called so (is {PREFIX}{near[0]} meant?)")
 
 
 def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -113,7 +113,8 @@ def test_a_bad_value_is_told_with_its_place(run, tmp_path):
     assert f"'noon' is no time: write seconds, m:ss or h:mm:ss (from {tmp_path / 'config.toml'})" in said
     assert "(from" not in run("first --start noon", code=2).stderr
     (tmp_path / "config.toml").unlink()
-    assert "VIDEO_MA2MBA_FSP is set, but no option is called so" in run("first", FSP="1").stderr
+    assert "VIDEO_MA2MBA_FSP is set, but no option is called so (is VIDEO_MA2MBA_FPS m" in run("first", FSP="1").stderr
+    assert "warning: VIDEO_MA2MBA" not in run("first", OF_ANOTHER_PROGRAM="1").stderr
     assert "does not exist" in run(f"--config-file {tmp_path / 'none.toml'} first", code=2).stderr
 
 

@@ -134,6 +134,16 @@ def test_the_command_names_classes(classifier, video_file):
     assert len(shown) == 5 and shown[0].split("  ")[1] == max(averaged, key=averaged.get)
 
 
+def test_one_broken_video_does_not_stop_the_others(classifier, video_file, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video at all")
+    words = ["classify", str(broken), video_file, str(tmp_path / "none.mp4"), "--model", str(classifier), "--json"]
+    result = CliRunner().invoke(app, words)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 1 and ["error" in line for line in lines] == [True, False, True]
+    assert result.stderr.endswith("1 of 3 videos classified, 2 failed\n") and "none.mp4: no such file" in result.stderr
+
+
 def test_other_models_are_refused_in_one_line(tmp_path, video_file):
     config = VideoMambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, image_size=32)
     config.save_pretrained(tmp_path)
