@@ -1,0 +1,35 @@
+"""Run by `test_ssd_triton` in a process of its own, in Triton's interpreter: the inside of a Mamba-2 mixer on our
+kernels in fp32 against PyTorch in fp64. Reads cases as lines of JSON, writes the relative error of every result and
+gradient.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_kernels_gpu import mixer_inputs, mixer_shape, relative_error, run_mixer
+
+from video_ma2mba.modeling_video_ma2mba.ops_triton_settings import KernelSettings, force_settings
+
+TILED = ("scores", "chunk_state", "chunk_scan", "dx", "dscores", "rows_by_states", "finish")
+
+
+def errors(batch: int, tokens: int, tile: int = 16, shape: dict | None = None, **given: list) -> dict[str, float]:
+    settings = replace(KernelSettings(), conv_forward=(16, 32, 1), conv_backward=(16, 32, 1))
+    force_settings(replace(settings, **dict.fromkeys(TILED, (tile, 4, 1))))
+    torch.manual_seed(0)
+    sizes = mixer_shape(**{"heads": 4, "head_dim": 16, "state_size": 16, "chunk": 64} | (shape or {}))
+    values = mixer_inputs(sizes, batch, tokens, torch.float32)
+    numbers = {name: torch.tensor(value, dtype=torch.int32) for name, value in given.items()}
+    exact = run_mixer(values, sizes, "cpu", torch.float64, "torch", **numbers)
+    found = run_mixer(values, sizes, "cpu", torch.float32, "triton", **numbers)
+    return {name: relative_error(found[name], value) for name, value in exact.items()}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(errors(**json.loads(line))), flush=True)
