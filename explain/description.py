@@ -14,6 +14,7 @@ from typing import Any
 
 from ..modeling_video_ma2mba.answering_questions import report_frames
 from ..processing.frame_times import Cue, TimedChunk, clock
+from ..processing.video_subtitles import srt_text, srt_time
 
 FORMATS = ("srt", "vtt", "json", "md")
 QUESTION = "Describe what happens between {start} and {end}."
@@ -42,12 +43,11 @@ class Description:
             ValueError: another format.
         """
         if kind == "srt":
-            cues = [f"{n}\n{_stamps(cue, ',')}\n{cue.text}\n" for n, cue in enumerate(self._told(), 1)]
-            return "\n".join(cues)
+            return srt_text(self.segments)
         if kind == "vtt":
             notes = [f"NOTE chapter {clock(c.start)}-{clock(c.end)}: {c.text}" for c in self.chapters]
             notes += [f"NOTE summary: {self.summary}"] if self.summary else []
-            cues = [f"{_stamps(cue, '.')}\n{cue.text}" for cue in self._told()]
+            cues = [f"{srt_time(c.start, '.')} --> {srt_time(c.end, '.')}\n{c.text}" for c in self._told()]
             return "\n\n".join(["WEBVTT", *(note.replace("-->", "->") for note in notes), *cues]) + "\n"
         if kind == "json":
             parts = {name: [vars(cue) for cue in getattr(self, name)] for name in ("segments", "chapters")}
@@ -164,12 +164,3 @@ def chapters_of(segments: list[Cue]) -> list[Cue]:
             chapters.append(Cue(segment.start, segment.end, title))
         words = own
     return chapters
-
-
-def _stamps(cue: Cue, point: str) -> str:
-    return f"{_stamp(cue.start, point)} --> {_stamp(cue.end, point)}"
-
-
-def _stamp(seconds: float, point: str) -> str:
-    whole, thousandth = divmod(round(seconds * 1000), 1000)
-    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{thousandth:03}"

@@ -151,6 +151,21 @@ def _of_text(text: str, kind: str) -> list[Cue]:
         return []
 
 
+def srt_text(cues: Iterable[Cue]) -> str:
+    """Cues as an SRT file holds them; each on one line, empty ones left out."""
+    told = [cue for cue in cues if cue.text.strip()]
+    return "\n".join(
+        f"{number}\n{srt_time(cue.start)} --> {srt_time(cue.end)}\n{' '.join(cue.text.split())}\n"
+        for number, cue in enumerate(told, 1)
+    )
+
+
+def srt_time(seconds: float, point: str = ",") -> str:
+    """`00:01:20,500`; WebVTT has a full stop as its `point`."""
+    whole, thousandth = divmod(round(seconds * 1000), 1000)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{thousandth:03}"
+
+
 def choose_track(container: Any) -> Any | None:
     """The subtitle stream of a video that holds text: the one marked as default, else the first; or None."""
     texts = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name in _TEXT_CODECS]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .dataset import WorldDataset
+from .questions import SPOKEN_KINDS
 
 if TYPE_CHECKING:
     import datasets
@@ -23,6 +24,8 @@ def load_world(
     import datasets
 
     data = WorldDataset(split, size, **options)
+    if data.speaks:
+        raise ValueError(f"these rows hold no subtitles: leave {', '.join(SPOKEN_KINDS)} out, or render files")
     side = data.resolution
     text = datasets.Value("string")
     features = datasets.Features(

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..files.progress import counted
 from ..modeling_video_ma2mba.state_writing import write_whole
+from ..processing.video_subtitles import srt_text
 from .dataset import WorldDataset
 from .questions import FORMS, KINDS
 from .render import WorldRenderer
@@ -92,7 +93,7 @@ def render_to_folder(
     Returns
     -------
     Path of `questions.jsonl`: one JSON object a line with `video` (file name), `kind`, `question`, `options` (empty
-    for open questions), `answer` and `frames`.
+    for open questions), `answer` and `frames`; with kinds about speech also `subtitles`, an SRT file beside the video.
 
     Raises
     ------
@@ -118,6 +119,8 @@ def render_to_folder(
         path = folder / _file_name(index)
         if not path.exists():
             write_world(path, data.world(index), fps, size)
+        if data.speaks:
+            write_whole(path.with_suffix(".srt"), srt_text(data.cues(data.world(index))))
     target = folder / QUESTIONS_FILE
     write_whole(target, "".join(json.dumps(row) + "\n" for row in _rows(data)))
     return target
@@ -132,6 +135,7 @@ def _rows(data: WorldDataset) -> Iterator[dict[str, Any]]:
         for question in data.asked(index)[1]:
             yield {
                 "video": _file_name(index),
+                **({"subtitles": f"{index:06d}.srt"} if data.speaks else {}),
                 "kind": question.kind,
                 "question": question.text,
                 "options": list(question.options),

@@ -1,5 +1,6 @@
 """Questions about times and speech: every answer against a second, independent reading of the world."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -7,14 +8,19 @@ import pytest
 import torch
 
 from video_ma2mba.processing.frame_times import TIMES_REQUEST
+from video_ma2mba.processing.video_subtitles import read_subtitles
+from video_ma2mba.trainer.data.sample_encoding import EncodingSettings, encode_row
 from video_ma2mba.world import KINDS, WorldDataset, chat
 from video_ma2mba.world.accuracy import span_overlap
 from video_ma2mba.world.batches import WorldBatches
+from video_ma2mba.world.hf_datasets import load_world
 from video_ma2mba.world.model import SIZES, world_config, world_processor
 from video_ma2mba.world.questions import ALL_KINDS, SPOKEN_KINDS, TIMED_KINDS, ask, list_times
 from video_ma2mba.world.scoring import read_videos
 from video_ma2mba.world.tokenizer import build_world_tokenizer
+from video_ma2mba.world.video_files import render_to_folder
 
+load_training_data = pytest.importorskip("video_ma2mba.trainer.data.loading").load_training_data
 CLOCK = r"(?:(\d+):)?(\d+):(\d\d)"
 
 
@@ -165,3 +171,18 @@ def test_training_and_scoring_read_what_the_processor_writes():
 def test_overlap_of_spans(given, overlap):
     assert span_overlap(given, "red [0:02-0:06]") == pytest.approx(overlap)
     assert ALL_KINDS[: len(KINDS)] == KINDS
+
+
+def test_files_of_a_world_that_speaks_are_training_rows(tmp_path):
+    """What is said comes as subtitles beside the video, named in each row, and is read with it."""
+    questions = render_to_folder(tmp_path / "world", 1, kinds=SPOKEN_KINDS, frames=(8, 8), progress=False)
+    (row, *_) = [json.loads(line) for line in questions.read_text().splitlines()]
+    data = WorldDataset("train", 1, frames=(8, 8), kinds=SPOKEN_KINDS, questions=2)
+    assert read_subtitles(tmp_path / "world" / row["subtitles"]).cues == list(data.cues(data.world(0)))
+    tokenizer = build_world_tokenizer()
+    processor = world_processor(world_config(SIZES["tiny"], tokenizer), tokenizer)
+    (sample,) = load_training_data(str(questions.parent), merge_by_video=True)
+    text = tokenizer.decode(encode_row(processor, sample, EncodingSettings()).input_ids.tolist())
+    assert all(f'"{cue.text}"' in text for cue in data.cues(data.world(0)))
+    with pytest.raises(ValueError, match="hold no subtitles"):
+        load_world("train", 1, kinds=SPOKEN_KINDS)
