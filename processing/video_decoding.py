@@ -124,7 +124,8 @@ def open_stream(
         )
     except av.error.FFmpegError as error:
         failed = _opening_error(error, name, is_url)
-    if is_url and failed is not None and not isinstance(failed, FileNotFoundError) and _is_web_page(target, timeout):
+    missing = failed is None or isinstance(failed, FileNotFoundError)
+    if isinstance(target, str) and not missing and _is_web_page(target, timeout):
         failed = ValueError(
             f"{name}: this is a web page, not a video: save the video of the page first (yt-dlp does, for many sites) "
             "and name the file"
