@@ -5,6 +5,7 @@ import pytest
 from video_ma2mba import plan
 from video_ma2mba.conversion.presets import PRESETS
 from video_ma2mba.planning.sequence_plan import plan_reading, ranks_of
+from video_ma2mba.planning.sequence_simulation import Links
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def test_two_gpus_share_a_step(language_model):
     assert shared.message_bytes == pytest.approx(layers * (80 * 64 * 128 * 4 + (5120 + 256) * 3 * 2))
     # fp32 gradients of all parameters cross the link once in either direction.
     parameters = two.prediction.gpu["gradients"] / 2
-    assert two.prediction.seconds["sum of gradients"] == pytest.approx(2 * (1 / 2) * 4 * parameters / 330e9)
+    seconds = 2 * (1 / 2) * 4 * parameters / Links().all_reduce
+    assert two.prediction.seconds["sum of gradients"] == pytest.approx(seconds)
     assert two.to_dict()["shared"]["segments"] == shared.segments
     assert two.to_dict()["tokens_per_second"] == round((1 << 20) / two.prediction.step_seconds)
     assert two.longest_tokens >= 1 << 20
