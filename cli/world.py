@@ -29,14 +29,28 @@ def render(
     size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
     fps: Annotated[float, typer.Option(help="Frames per second of the files.")] = 1.0,
     split: Annotated[str, typer.Option(help="train, validation or test; no video is in two of them.")] = "test",
+    rename: Annotated[
+        str, typer.Option(help="Other words in questions and answers, as 'the card=the poster': something to teach.")
+    ] = "",
 ) -> None:
     """Write mp4 files and questions.jsonl (one object a line: video, kind, question, options, answer, frames)."""
     from video_ma2mba.world import KINDS, check_kinds, parse_frames
     from video_ma2mba.world.video_files import render_to_folder
 
     chosen = check_kinds(kind.strip() for kind in kinds.split(",")) if kinds else KINDS
-    target = render_to_folder(out, count, chosen, parse_frames(frames), seed, size, split, fps=fps)
+    words = _renamed(rename)
+    target = render_to_folder(out, count, chosen, parse_frames(frames), seed, size, split, fps=fps, rename=words)
     typer.echo(f"{count} videos and their questions: {target}")
+
+
+def _renamed(text: str) -> dict[str, str]:
+    """Words and what stands for them, from `red=crimson,the card=the poster`."""
+    words = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
+    if not all(old and new for old, new in words.items()):
+        raise ValueError(
+            f"--rename {text}: write words=other words, separated by commas, as in red=crimson,blue=azure"
+        )
+    return words
 
 
 @app.command()

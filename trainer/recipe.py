@@ -93,6 +93,8 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
     content = {key: _yaml_value(key, value) for key, value in content.items()}
     if workers := content.get("dataloader_num_workers"):
         content["dataloader_num_workers"] = min(workers, _processors())  # more of them slow each other down
+    if not content.get("eval_share", 1) and not content.get("eval_data"):  # nothing is put aside, so nothing evaluated
+        content |= {"eval_strategy": "no", "early_stopping_patience": None, "load_best_model_at_end": False}
     if content.get("deepspeed") and ParallelDims.of_run().world == 1:
         content["deepspeed"] = None  # one process has nothing to share its optimizer state with
     for field in fields(VideoMa2mbaTrainingConfig):

@@ -152,4 +152,5 @@ def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = Fa
             merged.save_pretrained(result)
             give_usual_permissions(result)
             trainer.processing_class.save_pretrained(result)
+            trainer.write_card(result, merged, tags=("lora",))
     return result

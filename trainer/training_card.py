@@ -109,14 +109,23 @@ def write_training_card(
     processes: int,
     tags: list[str],
 ) -> None:
-    """Write the card to `target` (README.md); what an author added to an earlier one outside the table stays."""
+    """Write the card to `target` (README.md); what an author added to an earlier one outside the table stays.
+
+    A model that comes from a folder with a card takes over its licence, and the first thing that the card says of it.
+    """
     source = str(getattr(model.config, "name_or_path", "") or "")
     base = args.base_model or (source if source.count("/") == 1 and not Path(source).exists() else None)
-    if base is None and adapter is not None:
+    if base is None and (adapter is not None or "lora" in tags):
         base = Path(source).name or "base-model"  # `push` asks for the Hub's name before it publishes
     metadata = read_metadata(target)
     metadata["tags"] = [*(metadata.get("tags") or []), *tags]
     title, words = own_words(target)
+    origin = Path(source, "README.md")
+    if origin.is_file() and origin.resolve() != target.resolve():
+        metadata.setdefault("license", read_metadata(origin).get("license"))
+        said = (own_words(origin)[1] or "").split("\n\n")[0].strip()
+        if said and said not in (words or ""):
+            words = "\n\n".join([f"Made from `{Path(source).name}`, of which its card says: {said}", words or ""])
     before, _, rest = (words or "").partition("| training | |")
     after = rest.partition("\n\n")[2] if rest else ""
     table = run_table(args, state, data, processes)

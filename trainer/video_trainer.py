@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -325,13 +325,25 @@ class VideoMa2mbaTrainer(SFTTrainer):
         if not self.is_world_process_zero():
             return
         model = self.accelerator.unwrap_model(self.model)
-        adapter = None
-        if hasattr(model, "peft_config"):
-            adapter = next(iter(model.peft_config.values())).to_dict()
+        adapter = next(iter(model.peft_config.values())).to_dict() if hasattr(model, "peft_config") else None
         tags = [tags] if isinstance(tags, str) else list(tags or [])
+        self.write_card(
+            self.args.output_dir, model if adapter else self.video_model, adapter, model_name, dataset_name, tags
+        )
+
+    def write_card(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        adapter: dict[str, Any] | None = None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        """Write `folder`/README.md about a model that came out of this run: `create_model_card`, or a merged one."""
         write_training_card(
-            Path(self.args.output_dir, "README.md"),
-            model if adapter is not None else self.video_model,
+            Path(folder, "README.md"),
+            model,
             self.args,
             self.state,
             name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,

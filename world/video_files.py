@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,13 @@ def render_to_folder(
     questions: int | None = None,
     forms: Sequence[str] = FORMS,
     progress: bool = True,
+    rename: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `count` videos and their questions (one per kind and video unless `questions` says otherwise) to `out`.
 
     A folder that an interrupted call with the same settings left behind is completed; `questions.jsonl` appears last.
+
+    `rename` puts other words, such as names of colours, into questions, options and answers: something to teach.
 
     Returns
     -------
@@ -114,7 +118,7 @@ def render_to_folder(
     }
     data = WorldDataset(size=count, **(options | {"frames": tuple(frames)}))
     folder = Path(out)
-    _claim(folder, options)
+    _claim(folder, options | ({"rename": dict(rename)} if rename else {}))
     for index in counted(range(count), "rendering", "videos", shown=progress):
         path = folder / _file_name(index)
         if not path.exists():
@@ -122,7 +126,7 @@ def render_to_folder(
         if data.speaks:
             write_whole(path.with_suffix(".srt"), srt_text(data.cues(data.world(index))))
     target = folder / QUESTIONS_FILE
-    write_whole(target, "".join(json.dumps(row) + "\n" for row in _rows(data)))
+    write_whole(target, "".join(json.dumps(row) + "\n" for row in _rows(data, rename or {})))
     return target
 
 
@@ -130,16 +134,21 @@ def _file_name(index: int) -> str:
     return f"{index:06d}.mp4"
 
 
-def _rows(data: WorldDataset) -> Iterator[dict[str, Any]]:
+def _rows(data: WorldDataset, rename: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    words = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(rename, key=len, reverse=True)))})\b")
+
+    def said(text: str) -> str:
+        return words.sub(lambda found: rename[found[0]], text) if rename else text
+
     for index in range(len(data)):
         for question in data.asked(index)[1]:
             yield {
                 "video": _file_name(index),
                 **({"subtitles": f"{index:06d}.srt"} if data.speaks else {}),
                 "kind": question.kind,
-                "question": question.text,
-                "options": list(question.options),
-                "answer": question.answer,
+                "question": said(question.text),
+                "options": [said(option) for option in question.options],
+                "answer": said(question.answer),
                 "frames": data.length(index),
             }
 

@@ -118,3 +118,10 @@ def test_recipe_fields_are_documented():
 def test_a_word_for_a_number_is_refused_by_name(key: str, tmp_path):
     with pytest.raises(ValueError, match=f"{key}=abc is not valid: it must be a number"):
         build_recipe({"model": "m", "output_dir": str(tmp_path), key: "abc"})
+
+
+def test_without_anything_put_aside_nothing_is_evaluated():
+    recipe, args = read_recipe("lora", ["eval_share=0", "model=bundled", "train_data=rows.csv"])
+    assert (recipe.eval_share, args.eval_strategy.value, args.early_stopping_patience) == (0, "no", None)
+    _, args = read_recipe("lora", ["eval_share=0", "eval_data=others.csv"])
+    assert args.eval_strategy.value == "epoch"

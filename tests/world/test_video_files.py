@@ -153,3 +153,21 @@ def test_the_command(tmp_path):
         failed = run.invoke(app, ["render", "--out", str(tmp_path / "x"), "--count", "1", *wrong])
         assert isinstance(failed.exception, ValueError)
         assert not (tmp_path / "x").exists()
+
+
+def test_other_words_stand_in_questions_options_and_answers(tmp_path):
+    plain = render_to_folder(tmp_path / "plain", 6, ("colour",), (8, 8), progress=False)
+    words = {"red": "blue", "blue": "red", "What colour is": "Which paint has"}
+    other = render_to_folder(tmp_path / "other", 6, ("colour",), (8, 8), progress=False, rename=words)
+    swap = {"red": "blue", "blue": "red"}
+    changed = 0
+    for before, after in zip(
+        *(map(json.loads, file.read_text().splitlines()) for file in (plain, other)), strict=True
+    ):
+        assert after["answer"] == swap.get(before["answer"], before["answer"])
+        assert after["options"] == [swap.get(option, option) for option in before["options"]]
+        assert "What colour is" not in after["question"]
+        changed += before != after
+    assert changed
+    with pytest.raises(ValueError, match="another folder"):
+        render_to_folder(tmp_path / "plain", 6, ("colour",), (8, 8), progress=False, rename=words)
