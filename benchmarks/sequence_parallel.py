@@ -50,6 +50,7 @@ from video_ma2mba.modeling_video_ma2mba.parallel_cut import SequenceCut
 from video_ma2mba.modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from video_ma2mba.modeling_video_ma2mba.reading_shared import SharedStack, reading_group
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
+from video_ma2mba.modeling_video_ma2mba.recompute_schedule import SCHEDULES
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 
@@ -122,10 +123,8 @@ def default_cases(gpus: int) -> list[Case]:
     found += [f"train 2.7b 2^20 x{n} l8,s16384,host round_robin 0+1" for n in several[::-1]]
     found += [f"read 2.7b 2^20 x{n} l8,s8192,gpu round_robin 0+1" for n in (1, *several)]
     for n in several[::-1]:
-        found += [
-            f"train 2.7b 2^{16 + n.bit_length() - 1} x{n} l2,s16384,host stretches 1+1",
-            f"train 2.7b 2^{16 + n.bit_length() - 1} x{n} l2,s16384,host heads 1+1",
-        ]
+        others = [schedule for schedule in SCHEDULES if schedule != "round_robin"]
+        found += [f"train 2.7b 2^{15 + n.bit_length()} x{n} l2,s16384,host {other} 1+1" for other in others]
     largest = several[-1] if several else 1
     found += ["film 370m 1800 x1 l8,s16128,host round_robin 0+1"]
     found += [f"film 370m 7200 x{n} l{48 // max(6, n)},s16128,host round_robin 0+1" for n in several[::-1]]
