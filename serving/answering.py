@@ -71,6 +71,7 @@ class Answerer:
         model: a `VideoMa2mbaForConditionalGeneration`. tokenizer: its own, a fast one.
         turns: shared with whoever else uses the model.
         most_rows: answers made at once. most_waiting: questions that may wait besides.
+        buckets: sizes that batches are filled up to (default: on CUDA, those whose graphs are kept).
         batched: called with the number of rows of each slice.
     """
 
@@ -82,6 +83,7 @@ class Answerer:
         *,
         most_rows: int = 64,
         most_waiting: int = 256,
+        buckets: Sequence[int] | None = None,
         batched: Callable[[int], None] = lambda rows: None,
     ):
         self.model, self.tokenizer, self.turns = model, tokenizer, turns
@@ -89,6 +91,7 @@ class Answerer:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.config, _ = settled(model.generation_config, None, {"pad_token_id": pad, "num_return_sequences": 1})
         self.ends = end_tokens(self.config)
+        self.buckets = (_BUCKETS if model.device.type == "cuda" else ()) if buckets is None else buckets
         model.decoders_kept, model.decoders_share = len(_BUCKETS), 0.25
         self._waiting: deque[AnswerRow] = deque()
         self._changed = threading.Condition()
@@ -197,9 +200,8 @@ class Answerer:
         self._batched(len(rows))
         device = self.model.device
         everyone: list[AnswerRow | None] = list(rows)
-        if device.type == "cuda":
-            size = next((bucket for bucket in _BUCKETS if bucket >= len(rows)), len(rows))
-            everyone += [None] * (size - len(rows))
+        size = next((bucket for bucket in self.buckets if bucket >= len(rows)), len(rows))
+        everyone += [None] * (size - len(rows))
         first = rows[0]
         filled = [first if row is None else row for row in everyone]
         if self._joint is not None and len(self._joint[0]) == len(rows) and all(map(_same, self._joint[0], rows)):

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import itertools
+import queue
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,21 @@ import torch
 import transformers
 
 from video_ma2mba import VideoState
+from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 from video_ma2mba.serving.answer_rows import AnswerRow, AnswerSettings, Ended, Piece, RowScores
+from video_ma2mba.serving.answering import Answerer
 from video_ma2mba.serving.conversations import sampling_of
 from video_ma2mba.serving.errors import BadRequest, Forbidden, NotThere, StoreFull
 from video_ma2mba.serving.fetching import Fetcher, public_address
 from video_ma2mba.serving.guard import Guard
 from video_ma2mba.serving.settings import Keys, ServerSettings
 from video_ma2mba.serving.store import VideoStore, clean_name
+from video_ma2mba.streaming.turns import Turns
 
 TOKENIZER = build_byte_tokenizer()
 
@@ -93,6 +97,40 @@ def test_penalties_and_bias_are_openais():
         row.put(torch.tensor([token]))
     found = row.adjusted(torch.zeros(12))
     assert found.tolist() == [0, 0, 0, 0, 0, 0, 0, -1.25, -0.75, 2.0, 0, 0]
+
+
+@pytest.mark.parametrize("way", ["steps", "eager"])
+def test_answers_by_the_decoder_are_those_of_the_model(way: str, make_model: Any):
+    """The way of a GPU, without its graphs: batches filled up, states handed from slice to slice, rows that join."""
+    model = make_model()
+    states = []
+    for seed in range(3):
+        prompt = torch.randint(6, 200, (1, 40), generator=torch.Generator().manual_seed(seed))
+        states.append(model.read(prompt))
+    questions = [[7 + number, 100, 50 + number] + [9] * number for number in range(9)]
+    lengths = [21, 3, 12, 30, 1, 17, 8, 25, 40]
+    expected = []
+    for number, (question, most) in enumerate(zip(questions, lengths, strict=True)):
+        settings = {"max_new_tokens": most, "do_sample": False, "eos_token_id": 0, "pad_token_id": 1}
+        ids = torch.tensor([question])
+        found = model.generate(input_ids=ids, past_key_values=states[number % 3].fork(), **settings)[
+            0, len(question) :
+        ]
+        expected.append(TOKENIZER.decode(found, skip_special_tokens=True).strip())
+    with force_decoding(way):
+        answerer = Answerer(model, TOKENIZER, Turns(), most_rows=6, buckets=(1, 4, 8))
+        answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+        for number, (question, most) in enumerate(zip(questions, lengths, strict=True)):
+            own = [AnswerSettings(temperature=0.0, max_tokens=most, top_logprobs=1 if number == 5 else None)]
+            answerer.ask(states[number % 3], question, own, lambda _, what, n=number: answers.put((n, what)))
+        texts, left = [""] * 9, 9
+        while left:
+            number, what = answers.get(timeout=60)
+            assert not isinstance(what, Exception), what
+            texts[number] += what.text if isinstance(what, Piece) else ""
+            left -= isinstance(what, Ended)
+        answerer.close()
+    assert texts == expected
 
 
 def test_seeds_are_an_answers_own():
