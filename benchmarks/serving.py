@@ -287,8 +287,9 @@ class Bench:
                 request = asked(video, question, max_tokens=self.arguments.new_tokens, stream=True)
                 try:
                     first, whole, _ = first_words(port, request)
-                except (OSError, RuntimeError, http.client.HTTPException):
+                except (OSError, RuntimeError, http.client.HTTPException) as error:
                     failed += 1
+                    print(f"request {number}: {error!r:.300}", flush=True)
                 else:
                     firsts.append(first)
                     wholes.append(whole)

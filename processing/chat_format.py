@@ -12,6 +12,7 @@ default.
 import base64
 import binascii
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -70,6 +71,7 @@ CHAT_TEMPLATE = """\
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _MEDIA_PARTS = {"video": "video", "video_url": "video", "input_video": "video"}
 _MEDIA_PARTS |= {"image": "image", "image_url": "image", "input_image": "image"}
+_one_template = threading.Lock()  # transformers keeps a compiled template, which counts as it writes
 _SOURCES = ("path", "url", "base64", "image_url", "video_url", "image", "video")
 
 # Text behind a role tag is tokenized on its own, so that an answer has the same tokens in training, where it follows
@@ -162,9 +164,10 @@ def render_chat(
         plain = [{**message, "content": _marked(message["content"], typed)} for message in plain]
         variables = {**variables, **({"system_prompt": _marked(system, typed)} if isinstance(system, str) else {})}
     try:
-        texts, spans = render_jinja_template(
-            conversations=[plain], chat_template=template, return_assistant_tokens_mask=True, **variables
-        )
+        with _one_template:
+            texts, spans = render_jinja_template(
+                conversations=[plain], chat_template=template, return_assistant_tokens_mask=True, **variables
+            )
     except Exception as error:
         if type(error).__module__.startswith("jinja2"):
             raise ValueError(f"the chat template refuses this conversation: {error}") from error

@@ -5,6 +5,8 @@ import hmac
 import itertools
 import queue
 import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from video_ma2mba import VideoState
+from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoState
 from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 
@@ -21,7 +23,7 @@ pytest.importorskip("prometheus_client")
 
 from video_ma2mba.serving.answer_rows import AnswerRow, AnswerSettings, Ended, Piece, RowScores
 from video_ma2mba.serving.answering import Answerer
-from video_ma2mba.serving.conversations import sampling_of
+from video_ma2mba.serving.conversations import conversation_of, sampling_of
 from video_ma2mba.serving.errors import BadRequest, Forbidden, NotThere, StoreFull
 from video_ma2mba.serving.fetching import Fetcher, public_address
 from video_ma2mba.serving.guard import Guard
@@ -143,6 +145,22 @@ def test_seeds_are_an_answers_own():
 
     assert seeds(1) == seeds(1) and len({*seeds(1), *seeds(2)}) == 6 and seeds(None) == [None] * 3
     assert all(0 <= seed < 2**63 for seed in seeds(-5))
+
+
+def test_conversations_are_taken_apart_by_many_threads_at_once():
+    """A chat template that transformers has compiled serves one caller at a time."""
+    processor = VideoMa2mbaProcessor(
+        TOKENIZER, VideoMa2mbaVideoProcessor(size={"height": 16, "width": 16}), tokens_per_frame=4
+    )
+    told = [[{"role": "user", "content": f"{number} {'word ' * 200}"}] for number in range(200)]
+    alone = [conversation_of(processor, messages, {}).question for messages in told]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads meet more often than they would
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(lambda messages: conversation_of(processor, messages, {}).question, told)) == alone
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # the store
