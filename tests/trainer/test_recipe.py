@@ -93,6 +93,7 @@ def test_every_recipe_runs_on_a_cpu(name, tiny_checkpoint, tmp_path):
     assert result.exit_code == 0, result.output + str(result.exception)
     folder = Path(result.stdout.strip().splitlines()[-1])
     assert folder == (out / "merged" if name == "lora" else out)
+    assert "| training | |" in (folder / "README.md").read_text()  # what `push` publishes with
     from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 
     VideoMa2mbaForConditionalGeneration.from_pretrained(folder)

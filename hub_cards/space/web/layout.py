@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -100,7 +101,7 @@ def build_page(
                 told = markup.note(markup.what_was_read(now)) + markup.warning(now.unfamiliar(pipe, asked=False))
                 yield {reading: told, chat: [], answering: "", shown: ""}
             except Exception as error:
-                yield {reading: _error_text(error)}
+                yield {reading: _error_text(error, path)}
             yield {stop_reading: gr.Button(interactive=False), session: now}
 
         def on_ask(now: Session, text: str) -> Iterator[dict[Any, Any]]:
@@ -138,7 +139,7 @@ def build_page(
             try:
                 now.open(pipe, path)
             except Exception as error:
-                return {filed: _error_text(error)}
+                return {filed: _error_text(error, path)}
             told = markup.note(markup.what_was_read(now)) + markup.warning(now.unfamiliar(pipe, asked=False))
             return {filed: told, chat: now.messages, shown: "", session: now}
 
@@ -169,12 +170,14 @@ def build_page(
     return page
 
 
-def _error_text(error: Exception) -> str:
-    """What the page says about an error: the sentence of an expected one; others go to the log."""
+def _error_text(error: Exception, path: str | None = None) -> str:
+    """What the page says about an error: the sentence of an expected one, without the folder of the file at `path` on
+    this machine; others go to the log."""
     if isinstance(error, Stopped):
         return markup.note("Stopped.")
     if isinstance(error, ValueError | OSError) or "out of memory" in str(error):
-        return markup.problem(error)
+        folder = f"{Path(path).parent}{os.sep}" if path else ""
+        return markup.problem(ValueError(str(error).replace(folder, "")) if folder and str(error) else error)
     _log.exception("unexpected error", exc_info=error)
     return markup.problem(RuntimeError(f"this page made a mistake ({type(error).__name__}): its log says more"))
 
