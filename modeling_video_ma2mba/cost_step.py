@@ -87,7 +87,8 @@ def predict_job(job: StepJob, plan: RecomputePlan | None, costs: MeasuredCosts =
     worst = max(totals, key=totals.__getitem__)
     gpu = fixed | {name: int(value) for name, value in phases[worst].items()}
     host = {name: int(value) for name, value in host_bytes(job.shape, work, plan).items()}
-    return Prediction(plan, gpu, worst, totals, host, seconds, job.vision and job.vision.chunk)
+    chunk = None if job.vision is None else job.vision.chunk
+    return Prediction(plan, gpu, worst, totals, host, seconds, chunk)
 
 
 def predict(

@@ -241,7 +241,7 @@ def _torch_masks(itemsize: int, heads: int, chunk: int, **sizes: float) -> float
     return itemsize * heads * chunk
 
 
-def _triton_forward(*tensors: Tensor, **options: Any) -> Any:
+def _triton_forward(*tensors: Any, **options: Any) -> Any:
     from .ops_ssd_triton import ssd_forward
 
     return ssd_forward(*tensors, **options)

@@ -11,6 +11,8 @@ Legend: B batch, S tokens, H heads, P head width, N state size, G groups, Q chun
 summed decays a_i: y_i = exp(a_i) C_i S + sum over j <= i of (C_i B_j) exp(a_i - a_j) s_j x_j + D x_i.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -513,7 +515,7 @@ def ssd_forward(
     chunks, use = triton.cdiv(tokens, chunk_size), settings_for(x.device)
     dims = {"Q": chunk_size, "P": width, "N": size}
     packed, ids = ids is not None, x if ids is None else ids.contiguous()
-    fp32 = {"dtype": torch.float32, "device": x.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     steps, total = torch.empty(2, batch, heads, chunks, chunk_size, **fp32).unbind(0)
     steps_kernel[(triton.cdiv(heads, 8), chunks, batch)](
         dt, a, dt_bias, steps, total, tokens, dt.stride(1), dt.stride(0), *dt_limit, heads, Q=chunk_size, HEADS=8,
@@ -574,7 +576,7 @@ def ssd_backward(
     chunks, use = steps.shape[2], settings_for(x.device)
     dims = {"Q": chunk_size, "P": width}
     packed, ids = ids is not None, x if ids is None else ids.contiguous()
-    fp32 = {"dtype": torch.float32, "device": x.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     xs, dys, bs, cs = ((t.stride(1), t.stride(0)) for t in (x, dy, b, c))
 
     dstates = torch.empty(batch, chunks, heads, width, size, **fp32)
