@@ -263,6 +263,10 @@ def _request(item: Any, question: Any) -> dict[str, Any]:
         kind = "image" if item.get("image") is not None else "video"
         question = item.get("question", question)
         item = item.get(kind)
+    if hasattr(item, "read") and not hasattr(item, "chunks"):  # an open file
+        item = item.read()
+        if isinstance(item, str):
+            raise ValueError("the video is a file that was opened as text: open it with mode 'rb', or give its path")
     if question is None:
         raise ValueError("there is no question: pass it after the video, or as 'question' in the input")
     questions = [question] if isinstance(question, str) else list(question)
@@ -299,7 +303,7 @@ def _is_stream(inputs: Any) -> bool:
     """Whether inputs come one by one: a generator, an iterator or a data set of dicts."""
     if isinstance(inputs, list | tuple | dict | str | bytes | Path | np.ndarray | Tensor | Image.Image):
         return False
-    if hasattr(inputs, "chunks") or hasattr(inputs, "messages"):  # a frame reader, a Chat
+    if any(hasattr(inputs, name) for name in ("chunks", "messages", "read")):  # a frame reader, a Chat, an open file
         return False
     return hasattr(inputs, "__iter__") or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"))
 

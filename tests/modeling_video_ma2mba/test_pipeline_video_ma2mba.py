@@ -229,3 +229,13 @@ def test_by_task_name_and_saved(pipe, raw_video, tmp_path):
     found = loaded(raw_video(3), ASKED)
     assert found == expected
     assert np.isfinite(loaded(raw_video(3), ASKED, return_scores=True)[0]["score"])
+
+
+def test_an_open_file_is_a_video(pipe, tiny_video):
+    expected = pipe(str(tiny_video), ASKED)
+    with open(tiny_video, "rb") as file:
+        assert pipe(file, ASKED) == expected
+    with open(tiny_video, "rb") as file:
+        assert pipe({"video": file, "question": ASKED}) == expected
+    with pytest.raises(ValueError, match="opened as text"), open(__file__, encoding="utf-8") as file:
+        pipe(file, ASKED)
