@@ -22,7 +22,9 @@ WITHOUT_TORCH = {
     "modeling_video_ma2mba.state_version",
     "modeling_video_ma2mba.state_writing",
     "processing.frame_sampling",
+    "processing.frame_times",
     "processing.video_source_names",
+    "processing.video_subtitles",
 }
 """Files of the Hub folders that need neither torch nor transformers: a wrong argument is told without loading them."""
 
