@@ -10,14 +10,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..processing.frame_sampling import Sampling
 from ..processing.frame_times import Cue
-from ..processing.video_reader import FrameChunk
 from .world import CARD_SYMBOLS, COLOURS, World, pick, whole
+
+if TYPE_CHECKING:  # it loads torch, which the settings of a world do without
+    from ..processing.video_reader import FrameChunk
 
 CUE_SECONDS = 2
 
@@ -106,14 +108,20 @@ class TimedFrames:
     def chunks(self, n: int = 32, skip: int = 0, threads: int | None = None) -> Iterator[FrameChunk]:
         """As of a `FrameReader`."""
         for first in range(skip, len(self.pixels), n):
-            yield FrameChunk(self.pixels[first : first + n], self.timestamps[first : first + n])
+            yield _chunk(self.pixels[first : first + n], self.timestamps[first : first + n])
 
     def read(self) -> FrameChunk:
         """All at once."""
-        return FrameChunk(self.pixels, self.timestamps)
+        return _chunk(self.pixels, self.timestamps)
 
     def content_digest(self) -> None:
         """There is no file."""
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _chunk(pixels: np.ndarray, timestamps: np.ndarray) -> FrameChunk:
+    from ..processing.video_reader import FrameChunk
+
+    return FrameChunk(pixels, timestamps)
