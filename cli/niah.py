@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from video_ma2mba.loading import shared_run
+from video_ma2mba.loading import check_loading, shared_run
 
 from .ask import reading_progress
 from .errors import masked
@@ -54,6 +54,7 @@ def niah(
 
     grid = NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed)
     check_haystack(haystack)
+    check_loading(model, device, dtype)
     from video_ma2mba.eval.needle_haystack import open_haystack
     from video_ma2mba.eval.needle_report import mean, write_report
     from video_ma2mba.eval.needle_search import measure
