@@ -15,7 +15,7 @@ import transformers  # noqa: F401 (before the package's own modules, which it re
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "trl", "accelerate", "peft", "lmms_eval", "huggingface_hub")
-NOT_OURS = ("tests", "bundled", "benchmarks", "build", "dist")
+NOT_OURS = ("tests", "bundled", "benchmarks", "build", "dist", "setup.py")  # setup.py would install
 
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
 
