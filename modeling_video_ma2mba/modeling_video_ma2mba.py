@@ -254,6 +254,35 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         size, per_frame = engine.group.size, self.config.tokens_per_frame
         return cut_sequence(is_video, size, per_frame, clips, settings.segment_length)
 
+    def shared_batch(
+        self, batch: dict[str, Any], shift_labels: Tensor
+    ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
+        """A batch for a forward pass that ranks share, padded on the right and with its `sequence_cut`.
+
+        Args:
+            batch: arguments of `forward`, the same on all ranks. shift_labels: (B, S), -100 where nothing is learnt.
+
+        Returns:
+            the arguments, the labels and where they are (B, S) bool: on any rank, and in this rank's columns.
+
+        Raises:
+            ValueError: no `input_ids`.
+        """
+        group, ids, mask = self.language_model.engine.group, batch.get("input_ids"), batch.get("attention_mask")
+        if group is None or ids is None:
+            raise ValueError("a step that ranks share needs input_ids, not inputs_embeds")
+        batch = dict(batch)
+        if mask is not None:
+            layout = TokenLayout.of(mask, ids.shape[1])
+            if layout.order is not None:
+                batch |= {"input_ids": layout.arrange(ids), "attention_mask": layout.arrange(mask)}
+                shift_labels = shift_labels.gather(1, layout.order.to(shift_labels.device))
+        if batch.get("sequence_cut") is None:
+            batch["sequence_cut"] = self.cut(batch["input_ids"], batch.get("num_frames"))
+        labelled = shift_labels != IGNORE_INDEX
+        own = labelled & batch["sequence_cut"].mask(group.rank, labelled.device)
+        return batch, shift_labels, labelled, own
+
     def _clips(self, is_video: Tensor, num_frames: Tensor | None) -> Tensor | None:
         frames = _plain_list(num_frames) or [int(is_video.sum()) // self.config.tokens_per_frame]
         return clip_numbers(frames, self.config.clip_frames)
@@ -529,19 +558,15 @@ class VideoMa2mbaForConditionalGeneration(
         shift_labels = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None:
             shift_labels = shift_labels_left(labels)
-        group, cut = self.model.language_model.engine.group, kwargs.pop("sequence_cut", None)
-        if group is not None and not self.model.language_model.shares:
-            group = None
-        if group is not None:
-            if input_ids is None or shift_labels is None or logits_to_keep is not None:
+        own = None
+        if self.model.language_model.shares:
+            if shift_labels is None or logits_to_keep is not None:
                 raise ValueError("a step that ranks share takes input_ids and labels, and gives a loss only")
-            if attention_mask is not None:
-                layout = TokenLayout.of(attention_mask, input_ids.shape[1])
-                if layout.order is not None:  # ranks share what is padded on the right
-                    input_ids, attention_mask = layout.arrange(input_ids), layout.arrange(attention_mask)
-                    shift_labels = shift_labels.gather(1, layout.order.to(shift_labels.device))
-            cut = self.model.cut(input_ids, num_frames) if cut is None else cut
-            kwargs["sequence_cut"] = cut
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "num_frames": num_frames}
+            given["sequence_cut"] = kwargs.get("sequence_cut")
+            given, shift_labels, _, own = self.model.shared_batch(given, shift_labels)
+            input_ids, attention_mask = given["input_ids"], given["attention_mask"]
+            kwargs["sequence_cut"] = given["sequence_cut"]
         rows, tokens = inputs.shape[:2]
         if shift_labels is not None and logits_to_keep is None and not torch.is_grad_enabled() and not self.training:
             if rows * tokens * self.config.text_config.vocab_size <= MOST_EVALUATED_LOGITS:
@@ -575,10 +600,9 @@ class VideoMa2mbaForConditionalGeneration(
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labelled is not None:
-            if group is not None:  # labels were shifted before the cut, and are counted over all ranks
-                if num_items_in_batch is None:
-                    num_items_in_batch = labelled.sum()
-                labelled = labelled & cut.mask(group.rank, labelled.device)
+            if own is not None:  # labels were shifted before the cut, and are counted over all ranks
+                num_items_in_batch = labelled.sum() if num_items_in_batch is None else num_items_in_batch
+                labelled = own
             at_labels = hidden if positions is not None else hidden[labelled.to(hidden.device)]
             targets = shift_labels[labelled]
             loss = chunked_causal_lm_loss(self.lm_head, at_labels, targets, num_items_in_batch)

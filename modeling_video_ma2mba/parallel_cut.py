@@ -19,6 +19,8 @@ LONGEST_SEGMENT = 16384
 """Tokens of a segment that are worth a cell of their own: longer ones only take more memory."""
 SHORTEST_SEGMENT = 4096
 """Shorter segments fill a GPU badly: ranks would rather wait a little longer while a wave fills and drains."""
+FEWEST_TOKENS = 64
+"""A segment of fewer tokens is not worth a rank of its own."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def cut_sequence(
         rounds = max(1, -(-tokens // (ranks * LONGEST_SEGMENT)))
         while rounds < 4 and tokens // (2 * rounds * ranks) >= SHORTEST_SEGMENT:
             rounds *= 2  # more waves, and less waiting for the first and the last
-        count = rounds * ranks
+        count = min(rounds * ranks, max(1, tokens // FEWEST_TOKENS))
     else:
         count = max(1, -(-tokens // segment_length))
     edges = sorted({n * tokens // count for n in range(count + 1)})

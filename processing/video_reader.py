@@ -178,7 +178,12 @@ class FrameReader:
         return digest.hexdigest()
 
     def chunks(
-        self, n: int = 32, skip: int = 0, threads: int | None = None, turn: tuple[int, int] = (0, 1)
+        self,
+        n: int = 32,
+        skip: int = 0,
+        threads: int | None = None,
+        turn: tuple[int, int] = (0, 1),
+        places: Sequence[int] | None = None,
     ) -> Iterator[FrameChunk]:
         """Yield the sampled frames in chunks of `n` (the last may be shorter).
 
@@ -191,6 +196,7 @@ class FrameReader:
             threads: decode with at most so many (default: as many as PyTorch uses); 0 decodes when asked.
             turn: where several readers of a video take turns, which of how many this one is: (1, 3) gives the chunks
                 1, 4, 7, … and decodes no others; pictures are all looked at. A turn may bring no chunk.
+            places: of the sampled frames only these, by their numbers from 0; no others are decoded than these need.
 
         Raises:
             ValueError: not one frame can be read, or the video cannot be read at all (see `open_video`).
@@ -201,17 +207,21 @@ class FrameReader:
             raise ValueError(f"skip must be at least 0 frames, not {skip}")
         if not 0 <= turn[0] < turn[1]:
             raise ValueError(f"turn {turn[0]} is not one of {turn[1]}")
-        running = self._chunks(n, skip, torch.get_num_threads() if threads is None else threads, turn)
+        running = self._chunks(n, skip, torch.get_num_threads() if threads is None else threads, turn, places)
         self._running.append(running)
         return running
 
-    def _chunks(self, n: int, skip: int, threads: int, turn: tuple[int, int]) -> Generator[FrameChunk, None, None]:
+    def _chunks(
+        self, n: int, skip: int, threads: int, turn: tuple[int, int], places: Sequence[int] | None
+    ) -> Generator[FrameChunk, None, None]:
         index, chosen = self._scan()
         problems: list[str] = []
         own = (np.arange(len(chosen)) - skip) // n % turn[1] == turn[0]
         own[:skip] = False
+        if places is not None:
+            own &= np.isin(np.arange(len(chosen)), np.asarray(places, dtype=np.int64))
         wanted = int(own.sum())
-        if wanted == 0 and (skip or turn[1] > 1):
+        if wanted == 0 and (skip or turn[1] > 1 or places is not None):
             return
         frames = self._fitted_frames(index, chosen, skip, own, threads, problems)
         size = self.size

@@ -8,6 +8,7 @@ of them at a time. Shapes: B batch, S tokens, n labelled positions, D width.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -115,10 +116,15 @@ def install_answer_scores(model: nn.Module, on_scores: Callable[[AnswerScores], 
         shift_labels = shift_labels_left(labels) if shift_labels is None else shift_labels
         labelled = shift_labels != IGNORE_INDEX
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, output_positions=labelled, **kwargs).last_hidden_state
+        everywhere = labelled
+        if self.base_model.language_model.shares:  # scores are those of this process's part of the batch
+            named = dict(zip(inspect.signature(self.base_model.forward).parameters, args, strict=False))
+            kwargs, shift_labels, everywhere, labelled = self.base_model.shared_batch(named | kwargs, shift_labels)
+            args = ()
+        hidden = self.base_model(*args, output_positions=everywhere, **kwargs).last_hidden_state
         log_probs, entropy, is_top1 = score_answers(self.get_output_embeddings(), hidden, shift_labels[labelled])
         on_scores(AnswerScores(labelled, log_probs.detach(), entropy, is_top1))
-        divisor = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        divisor = everywhere.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / divisor,
             log_probs=log_probs,

@@ -51,7 +51,7 @@ class MemoryRetry:
         self.alone = trainer.accelerator.distributed_type == DistributedType.NO
         self.ranks: RankAgreement | None = None
         if self.planner is not None and trainer.args.oom_retry and isinstance(model, DistributedDataParallel):
-            self.ranks = RankAgreement(trainer.accelerator)
+            self.ranks = RankAgreement(trainer.accelerator, trainer.video_model.model.language_model.engine)
         self.device = trainer.accelerator.device
         self._done: list[dict[str, Any]] = []  # micro-batches of this optimizer step
         self._step = -1
@@ -136,10 +136,11 @@ class MemoryRetry:
         self, model: nn.Module, inputs: dict[str, Any], num_items: Any, message: str, failed_here: bool
     ) -> Tensor:
         failed = plan = self.planner.last
-        if failed_here:
+        together = self.planner.group is not None  # processes that share a sample share its plan
+        if failed_here or together:
             with self.trainer.accelerator.autocast():
                 plan = self.planner.smaller(inputs)
-        possible = not failed_here or plan is not None
+        possible = not (failed_here or together) or plan is not None
         if not (possible if self.ranks is None else self.ranks.all(possible)):
             where = "no" if not possible else "for another process no"
             raise torch.OutOfMemoryError(f"{where} smaller plan exists: give it fewer frames. {message}")
@@ -182,10 +183,12 @@ class RankAgreement:
 
     Args:
         accelerator: accelerate's, whose `gather_for_metrics` is the first thing collective after a forward pass.
+        engine: the model's. Processes that share a sample wait for each other within a pass, too: one that fails takes
+            part in what is left of it (`MultiAxisEngine.drain`) before all agree.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator, self.device = accelerator, accelerator.device
+    def __init__(self, accelerator: Any, engine: Any) -> None:
+        self.accelerator, self.device, self.engine = accelerator, accelerator.device, engine
 
     def all(self, fine: bool) -> bool:
         """Whether all processes say so."""
@@ -214,6 +217,7 @@ class RankAgreement:
         except OtherProcessShortage:
             raise
         except torch.OutOfMemoryError:
+            self.engine.drain(backward=forward_agreed)
             self.all(False)
             raise
         finally:

@@ -18,8 +18,17 @@ from torch import Tensor, nn
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200
 from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
+from ..modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from ..modeling_video_ma2mba.parallel_shards import is_unit
-from ..modeling_video_ma2mba.planner import Limits, best_plan, describe_batch, step_limits, vision_chunks
+from ..modeling_video_ma2mba.planner import (
+    Limits,
+    best_plan,
+    describe_batch,
+    shared_job,
+    shared_limits,
+    step_limits,
+    vision_chunks,
+)
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
 
@@ -85,8 +94,14 @@ class StepPlanner:
             "weight_bytes": next(self.base.multi_modal_projector.parameters()).element_size(),
         }
 
+    @property
+    def group(self) -> SequenceGroup | None:
+        """The processes that share every step, which plan together: all of them call the same methods."""
+        return self.stack.engine.group
+
     def describe(self, inputs: Mapping[str, Any]) -> StepJob:
-        """The step over a collated batch: `input_ids` (B, S), `labels`, `pixel_values_videos` (F, 3, h, w)."""
+        """The step over a collated batch: `input_ids` (B, S), `labels`, `pixel_values_videos` (F, 3, h, w); where
+        processes share it as `sequence_cut` says, what is one's part of it, the same for all."""
         rows, tokens = inputs["input_ids"].shape
         labels = inputs.get("shift_labels", inputs.get("labels"))
         job = describe_batch(self.stack, torch.empty(rows, tokens, 0, device="meta"), None)
@@ -98,15 +113,22 @@ class StepPlanner:
         )
         pixels: Tensor | None = inputs.get("pixel_values_videos")
         vision = None
-        if pixels is not None and len(pixels):
-            vision = VisionLoad.of(self.base.config, len(pixels), **self._vision)
-        return replace(job, work=work, vision=vision, plain_segment=self._usual_segment, input_follows_plan=True)
+        frames, cut = 0 if pixels is None else len(pixels), inputs.get("sequence_cut")
+        if cut is not None:
+            config = self.base.config
+            total = int((inputs["input_ids"] == config.video_token_id).sum()) // config.tokens_per_frame
+            frames = min(total, math.ceil(total / cut.active) + 1)
+        if frames:
+            vision = VisionLoad.of(self.base.config, frames, **self._vision)
+        job = replace(job, work=work, vision=vision, plain_segment=self._usual_segment, input_follows_plan=True)
+        return job if cut is None else shared_job(job, cut)
 
     def limits(self) -> Limits:
         """What the step may take now."""
         device = self.stack.norm_f.weight.device
         limits = step_limits(self.settings, self.model, device, self.stack.engine.last_host_bytes)
-        return replace(limits, gpu=min(limits.gpu, self._ceiling))
+        limits = replace(limits, gpu=min(limits.gpu, self._ceiling))
+        return limits if self.group is None else shared_limits(limits, self.group)
 
     def choose(self, inputs: Mapping[str, Any]) -> StepPlan | None:
         """The way to run this batch; None leaves it to the engine (which says what would fit where nothing does)."""
@@ -126,6 +148,8 @@ class StepPlanner:
     def _without_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
         parts = ("segment_length", "layers_per_block", "offload", "forward_order", "backward_order")
         if self.settings.method != "multi_axis" or any(getattr(self.settings, part) is not None for part in parts):
+            return None
+        if self.group is not None:  # what processes share is cut into cells
             return None
         if is_unit(self.stack.layers[0]):  # FSDP: the engine gathers layers for segments, all processes alike
             return None

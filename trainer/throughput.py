@@ -29,9 +29,11 @@ class Throughput:
         self.tokens = self.frames = self.predicted_peak = self.actual_peak = 0
         self._since = time.monotonic()
 
-    def count(self, inputs: Mapping[str, Any]) -> None:
-        """A micro-batch on its way to the model, still on the host."""
+    def count(self, inputs: Mapping[str, Any], cut: Any = None, rank: int = 0) -> None:
+        """A micro-batch on its way to the model, still on the host; with a `SequenceCut`, one rank's part of it."""
         mask, pixels = inputs.get("attention_mask"), inputs.get("pixel_values_videos")
+        if cut is not None:
+            mask = cut.take(torch.ones_like(inputs["input_ids"]) if mask is None else mask, rank)
         self.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         self.frames += 0 if pixels is None else len(pixels)
 

@@ -48,6 +48,9 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
         True, "Choose per batch: no recomputation where that fits, else the fastest multi-axis plan that fits."
     )
     oom_retry: bool = _option(True, "Repeat a step that ran out of memory once, under the next smaller plan.")
+    context_parallel_size: int = _option(
+        1, "Processes that share every sample, each with segments of its video; the others are replicas."
+    )
     labels: str = _option("answers", "What is learned: answers (of the assistant) or captions (all text).")
     fps: float = _option(1.0, "Frames read per second of video.")
     max_frames: int | None = _option(None, "Longer videos are read with this many frames, evenly spread.")
@@ -78,6 +81,7 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every rank touches every part in every step
+        self.dims  # noqa: B018  # checks context_parallel_size
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation()
         if self.early_stopping_patience is not None:
@@ -100,15 +104,34 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
         self.accelerator_config.dispatch_batches = False
 
     def _accumulation(self) -> int:
-        processes = ParallelDims.of_run().world
+        processes = self.dims.batches
         together = self.per_device_train_batch_size * processes
         steps, rest = divmod(self.global_batch_size, together)
         if rest or not steps:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is no multiple of {self.per_device_train_batch_size} "
-                f"samples x {processes} processes: change one of them"
+                f"samples x {processes} {'processes' if self.context_parallel_size == 1 else 'groups of processes'}: "
+                "change one of them"
             )
         return steps
+
+    @property
+    def dims(self) -> ParallelDims:
+        """How the processes of this run share the work.
+
+        Raises:
+            ValueError: `context_parallel_size` does not divide their number.
+        """
+        size = self.context_parallel_size
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"context_parallel_size={size} is not valid: it must be a whole number of at least 1")
+        processes = ParallelDims.of_run().world
+        if processes % size:
+            raise ValueError(
+                f"context_parallel_size={size} does not go into {processes} process{'es' if processes > 1 else ''}: "
+                f"start a multiple of {size}, as with torchrun --nproc_per_node {size} -m video_ma2mba train …"
+            )
+        return ParallelDims.of_run(sequence=size)
 
     @property
     def parts(self) -> tuple[str, ...] | None:

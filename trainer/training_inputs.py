@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from ..conversion.released import usable_folder
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .training_config import VideoMa2mbaTrainingConfig
 
 BROKEN_SAMPLES = "broken_samples.jsonl"
@@ -27,11 +30,17 @@ def load_for_training(source: str, args: VideoMa2mbaTrainingConfig) -> VideoMa2m
     )
 
 
-def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_dataset: Any) -> Any:
+def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_dataset: Any, clip_frames: int = 1) -> Any:
     """The collator of chats about videos that `args` describe; broken samples are listed in
-    output_dir/broken_samples.jsonl, and others of `train_dataset` take the place of a batch of nothing else."""
+    output_dir/broken_samples.jsonl, and others of `train_dataset` take the place of a batch of nothing else. A tower
+    may look at `clip_frames` frames together."""
     from .data import BrokenSamples, VideoChatCollator
+    from .data.collator import SequenceShare
 
+    dims, share = args.dims, None
+    if dims.sequence > 1:
+        given = args.gradient_checkpointing_kwargs or getattr(args, "activation_checkpointing_kwargs", None) or {}
+        share = SequenceShare(dims.sequence_rank, dims.sequence, given.get("segment_length"), clip_frames)
     return VideoChatCollator(
         processor,
         labels=args.labels,
@@ -40,6 +49,7 @@ def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_data
         max_length=args.max_length,
         report=BrokenSamples(Path(args.output_dir, BROKEN_SAMPLES)),
         replacements=train_dataset if has_length(train_dataset) else None,
+        share=share,
     )
 
 
@@ -108,6 +118,35 @@ def keep_on_host(loader: DataLoader) -> DataLoader:
     if hasattr(loader, "device"):
         loader.device = None
     return loader
+
+
+@contextlib.contextmanager
+def batches_for_groups(accelerator: Any, dims: ParallelDims) -> Iterator[None]:
+    """Inside, data loaders that `accelerator` prepares give the same batches to all processes that share samples."""
+    plain = accelerator.prepare_data_loader
+    if dims.sequence == 1:
+        yield
+        return
+
+    def prepare(loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
+        return prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=dims.batches,
+            process_index=dims.batch_rank,
+            put_on_device=False,
+            rng_types=list(accelerator.rng_types or []),
+            dispatch_batches=False,
+            even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+        )
+
+    accelerator.prepare_data_loader = prepare
+    try:
+        yield
+    finally:
+        accelerator.prepare_data_loader = plain
 
 
 class EpochLengthSampler(LengthGroupedSampler):

@@ -9,7 +9,9 @@ resumed from. `compute_loss`, and with it gradient accumulation, metrics and dis
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 from trl import SFTTrainer
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from ..modeling_video_ma2mba.state_writing import write_whole
 from ..planning.planned_step import set_trainable
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import AnswerScores, EvaluationLosses, install_answer_scores
 from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
+from .data.collator import SEQUENCE_CUT, SEQUENCE_FAILED
 from .memory_retry import MemoryRetry
 from .parameter_groups import decays, split_by_part
 from .throughput import Throughput, ThroughputBar
@@ -38,6 +42,7 @@ from .training_config import VideoMa2mbaTrainingConfig
 from .training_inputs import (
     BROKEN_SAMPLES,
     EpochLengthSampler,
+    batches_for_groups,
     checked_rows,
     default_collator,
     evaluation_collator,
@@ -46,6 +51,7 @@ from .training_inputs import (
     sample_lengths,
 )
 
+_log = logging.getLogger(__name__)
 _PIXELS = "pixel_values_videos"
 _TOTALS = "video_totals.json"
 
@@ -100,7 +106,8 @@ class VideoMa2mbaTrainer(SFTTrainer):
         base.model.familiarity = None  # what a model is familiar with is another thing after training
         if data_collator is None:
             train_dataset, eval_dataset = checked_rows(train_dataset), checked_rows(eval_dataset)
-            data_collator = default_collator(processing_class, args, train_dataset)
+            clip_frames = getattr(model.config, "clip_frames", 1)
+            data_collator = default_collator(processing_class, args, train_dataset, clip_frames)
         self._eval_collator = evaluation_collator(data_collator, args)
         self._evaluation: EvaluationLosses | None = None
         callbacks = list(callbacks or [])
@@ -130,6 +137,10 @@ class VideoMa2mbaTrainer(SFTTrainer):
         self.train_dataset = train_dataset
         self.video_model.model.freeze_unused_parameters()  # adapters may have come into layers that never run
         install_answer_scores(self.video_model, self._note_scores)
+        self.group: SequenceGroup | None = None
+        if args.context_parallel_size > 1:
+            self.group = SequenceGroup.of_run(args.context_parallel_size, self.accelerator.device.type)
+            self.video_model.model.language_model.share_sequence(self.group)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(ThroughputBar(self.throughput))
@@ -155,7 +166,43 @@ class VideoMa2mbaTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """transformers' loader, whose batches stay on the host until their step begins."""
-        return keep_on_host(super().get_train_dataloader())
+        with batches_for_groups(self.accelerator, self.args.dims):
+            return keep_on_host(super().get_train_dataloader())
+
+    def get_cp_size(self) -> int:
+        """Processes that get the same batches: transformers counts batches and labels by it."""
+        return self.args.context_parallel_size
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As in transformers; processes that share samples first agree on what they have got."""
+        batches = epoch_iterator if self.group is None else map(self._agreed, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _agreed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The same batch on all processes of a group; nothing of it is learnt where one could not decode its frames.
+
+        Raises:
+            ValueError: they were given different batches.
+        """
+        assert self.group is not None
+        ids, failed = batch["input_ids"].cpu(), bool(batch.pop(SEQUENCE_FAILED, False))
+        if batch.get(SEQUENCE_CUT) is None:
+            batch[SEQUENCE_CUT] = self.video_model.model.cut(ids, batch.get("num_frames"))
+        told = (*ids.shape, zlib.crc32(ids.numpy().tobytes()), hash(batch[SEQUENCE_CUT].borders) % 2**31)
+        least = self.group.smallest(*told, *(-value for value in told), 0.0 if failed else 1.0)
+        if [-value for value in least[len(told) : -1]] != least[: len(told)]:
+            raise ValueError(
+                "processes that share a sample got different batches: do they read the same data, in the same order?"
+            )
+        if least[-1] == 0.0:
+            _log.warning("a process could not decode its part of a sample: nothing is learnt from this batch")
+            for name in ("labels", "shift_labels"):
+                if name in batch:
+                    batch[name] = torch.full_like(batch[name], -100)
+        cut = batch[SEQUENCE_CUT]
+        if cut.active < cut.ranks and self.is_world_process_zero():
+            _log.warning("%d tokens are too few for %d processes: %d share them", cut.tokens, cut.ranks, cut.active)
+        return batch
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """transformers' loader with the evaluation's collator; batches stay on the host until their step begins."""
@@ -171,7 +218,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
         if not grouped or not isinstance(data, Dataset) or "messages" not in data.column_names:
             return super()._get_train_sampler(train_dataset)
         lengths = sample_lengths(data, self.processing_class, self.args)
-        together = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        together = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.dims.batches
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthSampler(lengths, together, seed)
 
@@ -192,7 +239,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch under a plan of its own; out of memory, the whole optimizer step once more under a smaller
         one (alone or under DDP: where parameters are spread over processes, others would wait for ever)."""
-        self.throughput.count(inputs)
+        self.throughput.count(inputs, inputs.get(SEQUENCE_CUT), self.args.dims.sequence_rank)
         labels = inputs["labels"][:, 1:] if "labels" in inputs else inputs.get("shift_labels")
         if labels is not None and bool((labels != -100).any()):
             self._labelled += 1
@@ -201,6 +248,14 @@ class VideoMa2mbaTrainer(SFTTrainer):
         if self._retry is None:
             self._retry = MemoryRetry(self, super().training_step, model)
         return self._retry.run(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's; tokens that several processes share are counted once."""
+        before = self._total_train_tokens
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        self._total_train_tokens = before + (self._total_train_tokens - before) // self.args.context_parallel_size
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
+        return result
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -106,7 +106,8 @@ def test_default_cuts_give_every_rank_as_many_segments():
 
 
 def test_short_sequences_use_a_smaller_group():
-    cut = cut_sequence(torch.zeros(1, 3, dtype=torch.bool), 5, 4)
+    assert cut_sequence(torch.zeros(1, 200, dtype=torch.bool), 5, 4).active == 3, "segments of 64 tokens at least"
+    cut = cut_sequence(torch.zeros(1, 3, dtype=torch.bool), 5, 4, segment_length=1)
     assert (len(cut.segments), cut.active, cut.own(3), cut.own(2)) == (3, 3, [], [2])
 
 

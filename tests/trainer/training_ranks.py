@@ -38,15 +38,15 @@ def fsdp2(folder: Path, **more):
     model = type(tiny_model()).from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
     units = [name for name, module in model.named_modules() if "FSDP" in type(module).__name__]
     assert units == ["", *(f"model.language_model.layers.{i}" for i in range(2))], f"units: {units}"
-    return make_trainer(folder, model=model, ddp_backend="gloo", **(STEPS | more))
+    return make_trainer(folder, model=model, **({"ddp_backend": "gloo"} | STEPS | more))
 
 
-def zero_1(folder: Path):
+def zero_1(folder: Path, **more):
     import deepspeed
 
     # Its shared-memory all-reduce would be compiled for a minute on first use; gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return make_trainer(folder, deepspeed=ZERO_1, ddp_backend="gloo", **STEPS)
+    return make_trainer(folder, deepspeed=ZERO_1, **({"ddp_backend": "gloo"} | STEPS | more))
 
 
 def ddp_full(folder: Path, backward: bool, times: int = 1):
@@ -70,6 +70,38 @@ SCENARIOS = {
     ),
     "zero_1": zero_1,
 }
+
+SHARED = {"context_parallel_size": 2, "ddp_backend": "gloo"}  # two processes share every sample
+
+
+def shared_lora(folder: Path):
+    from lora_settings import ADAPTERS
+
+    return make_trainer(folder, peft_config=ADAPTERS(), **(STEPS | SHARED | {"per_device_train_batch_size": 2}))
+
+
+def shared_full(folder: Path, backward: bool):
+    """The second process runs out of memory in the second micro-batch of the second step, its partner does not."""
+    trainer = make_trainer(folder, **(ACCUMULATED | SHARED | {"per_device_train_batch_size": 2, **SMALL_CELLS}))
+    if os.environ["RANK"] == "1":
+        FullMemory(trainer.video_model, call=4, backward=backward)
+    return trainer
+
+
+TWO = {"per_device_train_batch_size": 2}
+SMALL_CELLS = {"gradient_checkpointing_kwargs": {"segment_length": 5}}  # leaves the planner something to choose
+SCENARIOS |= {
+    "shared": lambda folder: make_trainer(folder, **(STEPS | SHARED | TWO)),
+    "shared_plain_ddp": lambda folder: make_trainer(folder, adaptive_plan=False, **(STEPS | SHARED | TWO)),
+    "shared_2x2": lambda folder: make_trainer(folder, **(STEPS | SHARED)),
+    "shared_accumulated": lambda folder: make_trainer(folder, **(ACCUMULATED | SHARED | TWO | SMALL_CELLS)),
+    "shared_lora": shared_lora,
+    "shared_fsdp2": lambda folder: fsdp2(folder, **(TWO | SHARED)),
+    "shared_zero_1": lambda folder: zero_1(folder, **(TWO | SHARED)),
+    "shared_full_in_forward": lambda folder: shared_full(folder, backward=False),
+    "shared_full_in_backward": lambda folder: shared_full(folder, backward=True),
+}
+PROCESSES = {"shared_2x2": 4}
 
 
 def rank_main(folder: Path, scenario: str) -> None:
@@ -99,10 +131,12 @@ def free_port() -> str:
 
 def launch(folder: Path, scenario: str) -> None:
     folder.mkdir()
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    together |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "LOCAL_SIZE": "2"}
+    count = PROCESSES.get(scenario, 2)
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    together |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    together |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "LOCAL_SIZE": str(count)}
     children = []
-    for rank in range(2):
+    for rank in range(count):
         child = os.fork()
         if child == 0:
             os.environ.update(together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -5,20 +5,37 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ...modeling_video_ma2mba.parallel_cut import clip_numbers, cut_sequence
 from ...processing.text_batches import IGNORED_LABEL
 from .broken_samples import BrokenSamples, TooManyBrokenError
 from .row_formats import UnknownFormError
-from .sample_encoding import EncodingSettings, Sample, encode_row
+from .sample_encoding import EncodingSettings, Sample, encode_row, lay_out_row, read_own
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _TRIES = 16
+SEQUENCE_CUT, SEQUENCE_FAILED = "sequence_cut", "sequence_failed"
+"""In a batch that processes share: how, and whether this process could not decode its frames."""
+
+
+@dataclass(frozen=True)
+class SequenceShare:
+    """One of `ranks` processes that share every sample: it decodes the frames of its own segments.
+
+    `segment_length` as for `cut_sequence`; `clip`: frames that the tower looks at together.
+    """
+
+    rank: int
+    ranks: int
+    segment_length: int | None = None
+    clip: int = 1
 
 
 class VideoChatCollator:
@@ -42,6 +59,7 @@ class VideoChatCollator:
         replacements: rows of the training data, for a batch of which nothing is left. replace: off for evaluation.
         pad_to_multiple_of: pad to a multiple of so many tokens.
         ends: "all", or "first" to learn the end of the first answer only; see `EncodingSettings`.
+        share: where processes share every sample, which of them this is.
     """
 
     def __init__(
@@ -59,6 +77,7 @@ class VideoChatCollator:
         replace: bool = True,
         pad_to_multiple_of: int = 1,
         ends: str = "all",
+        share: SequenceShare | None = None,
     ):
         if on_broken not in ("skip", "raise"):
             raise ValueError(f"on_broken={on_broken!r}: use skip or raise")
@@ -70,6 +89,7 @@ class VideoChatCollator:
         self.report = report if report is not None else BrokenSamples()
         self.replacements, self.replace = replacements, replace
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.share = share
         self._last_good: dict[str, Any] | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -78,19 +98,22 @@ class VideoChatCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels` int64 `(B, S)`, padded on the right, labels -100 but where there is
             something to learn; and with videos `pixel_values_videos` uint8 `(sum F, 3, h, w)` and `num_frames` int64
-            `(videos,)`. B is smaller than the number of rows where some are broken.
+            `(videos,)`. B is smaller than the number of rows where some are broken. With `share`, the pixels are of
+            this process's frames only, `sequence_cut` says what is whose, and `sequence_failed` (bool) whether they
+            could not be decoded and are black: then nobody should learn from the batch.
 
         Raises:
             TooManyBrokenError: see `BrokenSamples`. UnknownFormError: columns that are not understood. With
                 on_broken="raise": what is wrong with a sample.
         """
         samples = [sample for row in rows if (sample := self._encode(row)) is not None]
-        return self._batch(samples or [self._replacement(rows)])
+        samples = samples or [self._replacement(rows)]
+        return self._batch(samples) if self.share is None else self._shared_batch(rows, samples, self.share)
 
     def for_evaluation(self, report: BrokenSamples) -> VideoChatCollator:
         """The same, with nothing in the place of broken samples and counts of its own."""
         other = copy.copy(self)
-        other.report, other.replace = report, False
+        other.report, other.replace, other.share = report, False, None
         return other
 
     def _encode(self, row: dict[str, Any], drawn: bool = True) -> Sample | None:
@@ -98,7 +121,8 @@ class VideoChatCollator:
         if drawn:
             self.report.count("seen")
         try:
-            sample = encode_row(self.processor, row, self.settings)
+            encode = encode_row if self.share is None else lay_out_row
+            sample = encode(self.processor, row, self.settings)
         except Exception as error:  # of any kind: files can be damaged in ways that nobody has thought of
             if self.on_broken == "raise" or isinstance(error, TooManyBrokenError | UnknownFormError):
                 raise
@@ -142,9 +166,50 @@ class VideoChatCollator:
             batch["num_frames"] = torch.tensor([count for sample in samples for count in sample.frames])
         return batch
 
+    def _shared_batch(
+        self, rows: Sequence[dict[str, Any]], samples: list[Sample], share: SequenceShare
+    ) -> dict[str, Any]:
+        """A batch with this process's frames: the same layout on all, whatever each finds when it decodes."""
+        batch: dict[str, Any] = self._batch(samples)
+        num_frames = [count for sample in samples for count in sample.frames]
+        is_video, per_frame = batch["input_ids"] == self.processor.video_token_id, self.processor.tokens_per_frame
+        clips = clip_numbers(num_frames, share.clip)
+        cut = cut_sequence(is_video, share.ranks, per_frame, clips, share.segment_length)
+        frames = cut.frames(is_video, share.rank, per_frame, clips)
+        own = [part.tolist() for part in _by_video(frames, num_frames)]
+        size, pixels, failed = self.processor.video_processor.size, [], False
+        for row, sample in zip(rows if len(rows) == len(samples) else [{}] * len(samples), samples, strict=True):
+            places, own = own[: len(sample.frames)], own[len(sample.frames) :]
+            try:
+                read, notes = read_own(sample, places, size)
+            except Exception as error:
+                if self.on_broken == "raise" or isinstance(error, TooManyBrokenError):
+                    raise
+                self.report.add("broken", row, describe(error))
+                failed = True
+                read, notes = torch.zeros(sum(map(len, places)), 3, size["height"], size["width"]).byte(), []
+            if notes:
+                self.report.add("damaged", row, "; ".join(notes))
+            pixels.append(read)
+        batch[SEQUENCE_CUT], batch[SEQUENCE_FAILED] = cut, failed
+        if num_frames:
+            batch["num_frames"] = torch.tensor(num_frames)
+        if len(frames):
+            batch["pixel_values_videos"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+        return batch
+
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
         padded = pad_sequence(rows, batch_first=True, padding_value=value)
         return torch.nn.functional.pad(padded, (0, -padded.shape[1] % self.pad_to_multiple_of), value=value)
+
+
+def _by_video(frames: torch.Tensor, num_frames: list[int]) -> list[torch.Tensor]:
+    """Numbers of frames within each video, from their numbers in the batch."""
+    found, first = [], 0
+    for count in num_frames:
+        found.append(frames[(frames >= first) & (frames < first + count)] - first)
+        first += count
+    return found
 
 
 def describe(error: Exception) -> str:

@@ -84,7 +84,8 @@ class Sample:
     """A row as the model takes it.
 
     `input_ids`, `labels` int64 `(S,)`; `pixels` uint8 `(F, 3, h, w)` or None; `frames`: frames of each video.
-    `wanted_frames`: what sampling asked for before `max_length`; `dropped_turns`: answers left out; `notes`: damage.
+    `wanted_frames`: what sampling asked for before `max_length`; `dropped_turns`: answers left out; `notes`: damage;
+    `readers`: of each video, where nothing has been read yet.
     """
 
     input_ids: torch.Tensor
@@ -94,6 +95,7 @@ class Sample:
     wanted_frames: int
     dropped_turns: int = 0
     notes: list[str] = field(default_factory=list)
+    readers: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -249,18 +251,13 @@ def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, 
     Raises:
         ValueError, OSError: what is wrong with the row or a video of it.
     """
-    messages = conversation_of(row)
-    readers = open_media(processor, messages, settings)
-    told = None if settings.max_length is None else [told_tokens(reader) for reader in readers]
-    layout = lay_out(processor, messages, [reader.expected_frames for reader in readers], settings, told)
+    readers, layout = _opened(processor, row, settings)
     pixels, place = None, 0
     if keep_pixels and layout.frames:  # an hour is a gigabyte: frames go where they belong, and are never copied
         size = processor.video_processor.size
         pixels = torch.empty(sum(layout.frames), 3, size["height"], size["width"], dtype=torch.uint8)
     frames, rows, notes = [], [], []
-    for reader, count in zip(readers, layout.frames, strict=False):
-        if count < reader.expected_frames:
-            reader = reader.resampled(num_frames=count)
+    for reader, count in zip(readers, layout.frames, strict=True):
         before, times = place, []
         with reader:
             for chunk in getattr(reader, "untimed", reader).chunks():  # what is told follows from the times
@@ -275,6 +272,63 @@ def encode_row(processor: Any, row: dict[str, Any], settings: EncodingSettings, 
         notes += [note for note in reader.warnings if note not in notes]
     pixels = None if pixels is None else pixels[:place]
     return assemble(processor, layout, pixels, frames, rows, notes, settings.ends)
+
+
+def lay_out_row(processor: Any, row: dict[str, Any], settings: EncodingSettings) -> Sample:
+    """What `encode_row` makes of a row whose frames are all there, before one of them is decoded: without pixels, with
+    a reader for each video. For processes that share a sample: each decodes its own frames (`read_own`).
+
+    Raises:
+        ValueError, OSError: as `encode_row`, but for what only decoding finds out.
+    """
+    readers, layout = _opened(processor, row, settings)
+    rows = [processor.video_row(reader, reader.frame_times.tolist()) for reader in readers]
+    sample = assemble(processor, layout, None, layout.frames, rows, [], settings.ends)
+    sample.readers = readers
+    return sample
+
+
+def read_own(sample: Sample, own: list[list[int]], size: Any) -> tuple[torch.Tensor, list[str]]:
+    """Decode some of the frames of `lay_out_row`'s sample.
+
+    Args:
+        own: for each video, numbers of the frames wanted. size: the processor's, `{"height": h, "width": w}`.
+
+    Returns:
+        uint8 (wanted frames, 3, h, w), and what was damaged. Every wanted frame is there: what a damaged end lacks,
+        its last frame takes the place of, as other processes have laid out the sample without having seen it.
+
+    Raises:
+        ValueError, OSError: less than `LEAST_DECODED` of a video's frames can be decoded.
+    """
+    pixels = torch.empty(sum(map(len, own)), 3, size["height"], size["width"], dtype=torch.uint8)
+    place, notes = 0, []
+    for reader, places in zip(sample.readers, own, strict=True):
+        before = place
+        with reader:
+            for chunk in reader.chunks(places=places):
+                pixels[place : place + len(chunk)] = torch.from_numpy(chunk.pixels).permute(0, 3, 1, 2)
+                place += len(chunk)
+        if place - before < LEAST_DECODED * len(places):
+            raise ValueError(f"{reader.name}: only {place - before} of {len(places)} frames could be decoded")
+        if missing := len(places) - (place - before):
+            pixels[place : place + missing] = pixels[place - 1]
+            place += missing
+        notes += [note for note in reader.warnings if note not in notes]
+    return pixels, notes
+
+
+def _opened(processor: Any, row: dict[str, Any], settings: EncodingSettings) -> tuple[list[Any], Layout]:
+    """A reader for each video of a row that has a place, thinned as the layout says."""
+    messages = conversation_of(row)
+    readers = open_media(processor, messages, settings)
+    told = None if settings.max_length is None else [told_tokens(reader) for reader in readers]
+    layout = lay_out(processor, messages, [reader.expected_frames for reader in readers], settings, told)
+    thinned = [
+        reader.resampled(num_frames=count) if count < reader.expected_frames else reader
+        for reader, count in zip(readers, layout.frames, strict=False)
+    ]
+    return thinned, layout
 
 
 def assemble(
