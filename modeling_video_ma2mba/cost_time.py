@@ -119,7 +119,8 @@ def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None,
         first, second = cell_seconds(shape, work, plan, length, several, costs)
         seconds += count * blocks * (first + second)
         if work.ranks > 1 and length == lengths[0][1]:  # cells that a rank waits for
-            seconds += (work.ranks - 1) * (full + bool(rest) if work.stretches else 1) * (first + second)
+            cells = full + bool(rest) if work.stretches else max(1, -(-work.segment // length))
+            seconds += (work.ranks - 1) * cells * (first + second)
     return seconds
 
 

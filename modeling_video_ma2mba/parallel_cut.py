@@ -9,6 +9,7 @@ Legend: B batch, S tokens (columns of the batch), F frames of all videos of the 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class SequenceCut:
         borders: first column of each segment, and the number of columns at the end.
         ranks: size of the group. With fewer segments than ranks the last ranks have nothing to do.
         schedule: one of `recompute_schedule.SCHEDULES`.
+        cell: most columns of a cell: longer segments are run in several equal parts. None: each in one.
 
     Raises:
         ValueError: borders that do not rise, or an unknown schedule.
@@ -39,9 +41,10 @@ class SequenceCut:
     borders: tuple[int, ...]
     ranks: int
     schedule: str = "round_robin"
+    cell: int | None = None
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.borders, self.borders[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(self.borders))
         if len(self.borders) < 2 or self.borders[0] != 0 or not rising:
             raise ValueError(f"borders {self.borders} of segments must rise from 0")
         if self.schedule not in SCHEDULES:
@@ -57,7 +60,21 @@ class SequenceCut:
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
         """First and past-the-last column of each segment."""
-        return list(zip(self.borders, self.borders[1:], strict=False))
+        return list(pairwise(self.borders))
+
+    @cached_property
+    def parts(self) -> tuple[int, ...]:
+        """Cells of each segment in every block."""
+        return tuple(-(-(stop - start) // (self.cell or stop - start)) for start, stop in self.segments)
+
+    @cached_property
+    def cells(self) -> list[tuple[int, int]]:
+        """First and past-the-last column of each cell: `segments`, or parts of them."""
+        found = []
+        for (start, stop), count in zip(self.segments, self.parts, strict=True):
+            edges = [start + n * (stop - start) // count for n in range(count + 1)]
+            found += list(pairwise(edges))
+        return found
 
     @property
     def longest(self) -> int:
@@ -70,19 +87,20 @@ class SequenceCut:
         return min(self.ranks, len(self.segments))
 
     def order(self, blocks: int, band: int = 0) -> CellOrder:
-        """The order in which ranks run the cells of `blocks` blocks."""
-        return shared_order(self.schedule, blocks, len(self.segments), self.ranks, band)
+        """The order in which ranks run the cells of `blocks` blocks; its segments are `cells`."""
+        return shared_order(self.schedule, blocks, len(self.segments), self.ranks, band, self.parts)
 
     def own(self, rank: int) -> list[int]:
         """Numbers of the segments of a rank, in order."""
-        order = self.order(1)
+        order = shared_order(self.schedule, 1, len(self.segments), self.ranks)
         return [n for n in range(len(self.segments)) if order.owner(n) == rank]
 
     def places(self, rank: int) -> dict[int, tuple[int, int]]:
-        """Where each of a rank's segments lies in what `take` makes: first and past-the-last column."""
-        found, at = {}, 0
-        for n in self.own(rank):
-            start, stop = self.segments[n]
+        """Where each of a rank's `cells` lies in what `take` makes: first and past-the-last column."""
+        found, at, order = {}, 0, self.order(1)
+        for n, (start, stop) in enumerate(self.cells):
+            if order.owner(n) != rank:
+                continue
             found[n] = (at, at + stop - start)
             at += stop - start
         return found

@@ -68,6 +68,10 @@ def candidate_plans(
     segments = [segment_length] if segment_length else segment_lengths(job.work.tokens, longest)
     sizes = [min(layers_per_block, job.shape.layers)] if layers_per_block else block_sizes(job.shape.layers)
     ranks = job.work.ranks
+    if ranks > 1 and not segment_length:  # their segments are cut before anything is planned: into one cell or several
+        parts = [-(-job.work.segment // n) for n in (1, 2, 4, 8)]
+        segments = [part for part in parts if part <= longest and part >= min(SEGMENT_STEP, job.work.segment // 2)]
+        segments = segments or [max(1, min(longest, parts[-1]))]
     if ranks > 1 and not layers_per_block:
         sizes = [layers for layers in sizes if -(-job.shape.layers // layers) >= ranks] or sizes[:1]
     for place in offload:
@@ -275,7 +279,7 @@ def choices(settings: RecomputeSettings, model: TextStack, job: StepJob) -> dict
         cells = {"segment_length": plan.segment_length, "layers_per_block": plan.layers_per_block}
         return {**cells, "offload": (plan.offload,), **orders}
     return {
-        "segment_length": job.work.segment or settings.segment_length,
+        "segment_length": settings.segment_length and (job.work.segment or settings.segment_length),
         "layers_per_block": settings.layers_per_block,
         "offload": (settings.offload,) if settings.offload is not None else (False, True) if on_gpu else (False,),
         **orders,

@@ -183,6 +183,7 @@ class _SharedPass:
         rows: int,
         group: SequenceGroup,
     ) -> None:
+        cut = replace(cut, cell=plan.segment_length)
         self.plan, self.cut, self.group = plan, cut, group
         self.begun = False  # whether its input is there
         self.blocks = plan.blocks(len(model.layers))
@@ -251,7 +252,7 @@ class _StackRun:
         self.device = model.norm_f.weight.device
         self.inputs = inputs
         x, *start = inputs
-        self.segments = plan.segments(x.shape[1]) if shared is None else shared.cut.segments
+        self.segments = plan.segments(x.shape[1]) if shared is None else shared.cut.cells
         # Where each segment that runs here lies in x, and in what is made of it.
         self.places = dict(enumerate(self.segments)) if shared is None else shared.places
         self.first = min(self.places, default=-1)  # the last one of a block in backward

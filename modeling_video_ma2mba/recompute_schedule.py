@@ -10,7 +10,7 @@ segments from the last to the first.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 Cell = tuple[int, int]
 """Block (0 at the bottom) and segment (0 at the start)."""
@@ -160,16 +160,27 @@ def stretches(blocks: int, segments: int, ranks: int) -> CellOrder:
     return CellOrder(blocks, segments, tuple((k, i) for _, i, k in timed), owners if ranks > 1 else ())
 
 
+def split_segments(order: CellOrder, parts: tuple[int, ...]) -> CellOrder:
+    """The same order where each segment is run in so many parts, one behind the other in each block: smaller cells,
+    nothing else; other ranks get what the last part of a segment ends with."""
+    edges = list(accumulate(parts, initial=0))
+    cells = tuple((k, n) for k, i in order.cells for n in range(edges[i], edges[i + 1]))
+    owners = tuple(order.owner(i) for i, count in enumerate(parts) for _ in range(count)) if order.owners else ()
+    return CellOrder(order.blocks, edges[-1], cells, owners)
+
+
 SCHEDULES = ("round_robin", "stretches")
 """How segments are shared out among ranks: dealt like cards (`wavefront`), or one stretch each (`stretches`)."""
 
 
 @lru_cache(maxsize=32)
-def shared_order(schedule: str, blocks: int, segments: int, ranks: int, band: int = 0) -> CellOrder:
-    """The order of one of `SCHEDULES`; `band` as in `wavefront`, without meaning for stretches."""
-    if schedule == "stretches":
-        return stretches(blocks, segments, ranks)
-    return wavefront(blocks, segments, ranks, band)
+def shared_order(
+    schedule: str, blocks: int, segments: int, ranks: int, band: int = 0, parts: tuple[int, ...] = ()
+) -> CellOrder:
+    """The order of one of `SCHEDULES`; `band` as in `wavefront`, without meaning for stretches; `parts` as in
+    `split_segments`, for segments of several."""
+    order = stretches(blocks, segments, ranks) if schedule == "stretches" else wavefront(blocks, segments, ranks, band)
+    return split_segments(order, parts) if parts else order
 
 
 def segment_major(blocks: int, segments: int) -> CellOrder:

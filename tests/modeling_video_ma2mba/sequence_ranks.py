@@ -106,7 +106,8 @@ def stack_case(group: SequenceGroup, schedule: str, kind: str, band: int) -> Non
     else:
         picked = (keep & mine)[keep]
         weights, hidden = weights[picked], hidden[picked]
-    with model.engine.planned(RecomputePlan(1, cut.longest, band=band)):
+    length = cut.longest if kind == "kept" else 4  # in one cell each, or some in two
+    with model.engine.planned(RecomputePlan(1, length, band=band)):
         found = stack_run(model, batch, cut, group.rank, weights)
     real = batch.get("attention_mask", torch.ones(2, TOKENS)[: len(batch["inputs_embeds"])]).bool()
     if keep is None:

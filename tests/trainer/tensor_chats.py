@@ -126,6 +126,14 @@ def make_trainer(out: Path | str, model: Any = None, data: Any = None, **overrid
     )
 
 
+def adapters() -> Any:
+    """PEFT's configuration of a recipe's adapters, without dropout."""
+    from video_ma2mba.trainer.recipe import Recipe
+    from video_ma2mba.trainer.train_run import lora_config
+
+    return lora_config(Recipe(lora_rank=4, lora_dropout=0.0, lora_vision=True))
+
+
 def losses(trainer: Any) -> list[float]:
     """Every logged training loss."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -8,12 +8,16 @@ import faulthandler
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 torch.set_num_threads(1)
-from tensor_chats import ACCUMULATED, CELLS, FullMemory, TensorChats, losses, make_trainer, tiny_model  # noqa: E402
+from tensor_chats import ACCUMULATED, CELLS, FullMemory, TensorChats, adapters, losses, make_trainer, tiny_model  # noqa: E402
+
+from video_ma2mba.modeling_video_ma2mba import parallel_cut  # noqa: E402
+from video_ma2mba.trainer import step_planner  # noqa: E402
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_checkpointing_kwargs": CELLS}
 ZERO_1 = {
@@ -75,21 +79,28 @@ SHARED = {"context_parallel_size": 2, "ddp_backend": "gloo"}  # two processes sh
 
 
 def shared_lora(folder: Path):
-    from lora_settings import ADAPTERS
-
-    return make_trainer(folder, peft_config=ADAPTERS(), **(STEPS | SHARED | {"per_device_train_batch_size": 2}))
+    return make_trainer(folder, peft_config=adapters(), **(STEPS | SHARED | TWO))
 
 
 def shared_full(folder: Path, backward: bool):
     """The second process runs out of memory in the second micro-batch of the second step, its partner does not."""
-    trainer = make_trainer(folder, **(ACCUMULATED | SHARED | {"per_device_train_batch_size": 2, **SMALL_CELLS}))
+    parallel_cut.FEWEST_TOKENS = 4  # these samples are short: cells of half their segments take hardly less
+
+    def halves(planner, inputs):
+        plan = planner.last.plan
+        plan = replace(plan, segment_length=-(-plan.segment_length // 2))
+        planner.last = replace(planner.last, prediction=replace(planner.last.prediction, plan=plan))
+        return planner.last
+
+    step_planner.StepPlanner.smaller = halves
+    trainer = make_trainer(folder, **(ACCUMULATED | SHARED | TWO))
     if os.environ["RANK"] == "1":
         FullMemory(trainer.video_model, call=4, backward=backward)
     return trainer
 
 
 TWO = {"per_device_train_batch_size": 2}
-SMALL_CELLS = {"gradient_checkpointing_kwargs": {"segment_length": 5}}  # leaves the planner something to choose
+SMALL_CELLS = {"gradient_checkpointing_kwargs": {"segment_length": 5}}
 SCENARIOS |= {
     "shared": lambda folder: make_trainer(folder, **(STEPS | SHARED | TWO)),
     "shared_plain_ddp": lambda folder: make_trainer(folder, adaptive_plan=False, **(STEPS | SHARED | TWO)),

@@ -1,0 +1,86 @@
+"""Processes that share every sample learn what one process learns: under DDP, FSDP2 and ZeRO-1, as replicas of each
+other, with adapters and accumulation, and when one of them runs out of memory."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensor_chats import ACCUMULATED, CELLS, adapters, losses, make_trainer, weights
+from transformers import Trainer
+
+SHORTAGES = ["shared_full_in_forward", "shared_full_in_backward"]
+ALIKE = ["shared", "shared_plain_ddp", "shared_2x2"]
+if hasattr(Trainer, "_defer_fsdp_gradient_reduction"):  # older ones wrap sharded models in DDP, too
+    ALIKE.append("shared_fsdp2")
+if importlib.util.find_spec("deepspeed") is not None:
+    ALIKE.append("shared_zero_1")
+
+pytestmark = [
+    pytest.mark.timeout(580),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Folder with what rank 0 of each scenario saved, and the words of all."""
+    folder = tmp_path_factory.mktemp("shared")
+    script = Path(__file__).with_name("training_ranks.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(folder), *ALIKE, *SHORTAGES, "shared_accumulated", "shared_lora"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A trainer that has run its steps alone."""
+    out = tmp_path_factory.mktemp("one")
+    made = {}
+
+    def run(name: str, **settings):
+        if name not in made:
+            made[name] = make_trainer(out / name, **({"per_device_train_batch_size": 2} | settings))
+            made[name].train()
+        return made[name]
+
+    return run
+
+
+def assert_learnt_alike(ranks, scenario: str, trainer) -> dict:
+    folder, words = ranks
+    assert (folder / f"{scenario}.pt").is_file(), words[-6000:]
+    found = torch.load(folder / f"{scenario}.pt")
+    assert found["losses"] == pytest.approx(losses(trainer), rel=1e-5)
+    assert found["losses"][-1] != found["losses"][0]
+    assert found["tokens"] == [entry.get("num_tokens") for entry in trainer.state.log_history]
+    expected = weights(trainer.model)
+    assert found["weights"].keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return found
+
+
+@pytest.mark.parametrize("scenario", ALIKE)
+def test_processes_that_share_samples_equal_one(ranks, one_process, scenario):
+    cells = {"max_steps": 4, "gradient_checkpointing_kwargs": CELLS}
+    assert_learnt_alike(ranks, scenario, one_process("cells", **cells))
+
+
+def test_adapters(ranks, one_process):
+    settings = {"max_steps": 4, "gradient_checkpointing_kwargs": CELLS, "peft_config": adapters()}
+    assert_learnt_alike(ranks, "shared_lora", one_process("lora", **settings))
+
+
+@pytest.mark.parametrize("scenario", ["shared_accumulated", *SHORTAGES])
+def test_one_process_out_of_memory_changes_nothing(ranks, one_process, scenario):
+    """Its partners within the sample come to the end of their pass, and all begin the step anew."""
+    settings = ACCUMULATED | {"per_device_train_batch_size": 2}
+    found = assert_learnt_alike(ranks, scenario, one_process("accumulated", **settings))
+    assert found["retries"] == (1 if scenario in SHORTAGES else 0)
