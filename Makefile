@@ -39,6 +39,11 @@ lock:
 		--output-file requirements-oldest.lock
 RESOLVE = $(VENV)/lock/bin/uv pip compile setup.cfg - --upgrade --quiet --no-annotate --custom-compile-command 'make lock'
 
+# README and docs as a reader meets them: the wheel in fresh environments, terminals of several kinds (tmux), and pipes.
+walk: $(VENV)/.test
+	$(BIN)/python tests/compat/walk.py --pythons $(WALK_PYTHONS) $(WALK_ARGS)
+WALK_PYTHONS ?= python3.11 python3.13
+
 # Containers that answer, train and serve; IMAGE_ARGS='--build-arg EXTRAS=train' and more: see the Dockerfile.
 DOCKER ?= docker
 image:

@@ -14,6 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from video_ma2mba.planning.plan_plot import token_axis
+
 RESULTS = Path(__file__).parent / "results"
 TOKENS_PER_FRAME = 144
 STYLES = {
@@ -47,12 +49,12 @@ def series() -> dict[tuple[str, str], list[tuple[int, float, float]]]:
 
 
 def draw(column: int, label: str, path: Path, log: bool) -> None:
-    figure, axes = plt.subplots(figsize=(9, 5.8), dpi=120)
+    figure, axes = plt.subplots(figsize=(10, 6.2), dpi=120)
     found = series()
     for key, (name, colour, style) in STYLES.items():
         if points := found.get(key):
             axes.plot([p[0] for p in points], [p[column] for p in points], style, color=colour, label=name, ms=5)
-    axes.set_xscale("log", base=2)
+    token_axis(axes)
     if log:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -63,8 +65,9 @@ def draw(column: int, label: str, path: Path, log: bool) -> None:
     axes.grid(alpha=0.25)
     above = axes.secondary_xaxis("top", functions=(lambda t: t / TOKENS_PER_FRAME, lambda f: f * TOKENS_PER_FRAME))
     above.set_xscale("log")
+    above.xaxis.set_major_formatter(lambda frames, _: f"{frames:,g}")
     above.set_xlabel("frames (= seconds at 1 FPS)")
-    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
+    axes.legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -10,9 +10,19 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from video_ma2mba.planning.plan_plot import token_axis
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"ours": "#1b7a4b", "mamba-ssm": "#c98a1b", "transformers": "#4a5fb5"}
+
+# A state is written back after every so many tokens.
+WAYS = {
+    "graphs, written 1": "graphs, state written every token",
+    "graphs, bf16 state, written 1": "graphs, bf16 state written every token",
+    "graphs, bf16 state, written 16": "graphs, bf16 state written every 16 tokens",
+}
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -24,10 +34,10 @@ def draw_decoding(path: Path) -> None:
     """One panel per batch size, one bar per implementation and way."""
     found = rows("decode_speed.csv")
     batches = sorted({int(row["batch"]) for row in found})
-    figure, panels = plt.subplots(1, len(batches), figsize=(5.2 * len(batches), 3.6), dpi=120, squeeze=False)
+    figure, panels = plt.subplots(1, len(batches), figsize=(6.0 * len(batches), 3.8), dpi=120, squeeze=False)
     for axes, batch in zip(panels[0], batches, strict=True):
         bars = sorted((row for row in found if int(row["batch"]) == batch), key=lambda row: float(row["tokens_per_s"]))
-        names = [f"{row['implementation']}: {row['way']}" for row in bars]
+        names = [f"{row['implementation']}: {WAYS.get(row['way'], row['way'])}" for row in bars]
         drawn = axes.barh(
             names,
             [float(row["tokens_per_s"]) for row in bars],
@@ -36,7 +46,9 @@ def draw_decoding(path: Path) -> None:
         axes.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=8)
         axes.set_title(f"batch {batch}: tokens per second, all rows", fontsize=10)
         axes.margins(x=0.15)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Decoding, Mamba-2 {found[0]['model']}, bf16, {found[0]['hardware']}", fontsize=11)
     figure.tight_layout()
@@ -55,7 +67,8 @@ def draw_reading(path: Path) -> None:
         for axes, column in zip(panels, ("tokens_per_s", "gb_above_weights"), strict=True):
             axes.plot([p[0] for p in points], [float(p[1][column]) for p in points], "o-", color=colour, label=name)
     for axes, label in zip(panels, ("tokens per second", "GB above the weights"), strict=True):
-        axes.set_xscale("log", base=2)
+        token_axis(axes)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.set_xlabel("tokens read")
         axes.set_title(label, fontsize=10)
         axes.set_ylim(bottom=0)

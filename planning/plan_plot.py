@@ -25,7 +25,6 @@ def draw_memory(config, path: Path, asked=None) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, NullLocator
 
     text = getattr(config, "text_config", config)
     ours, paper, measured = our_curves(config), paper_curves(text), printed_measurements(text)
@@ -44,10 +43,7 @@ def draw_memory(config, path: Path, asked=None) -> None:
     if asked is not None:
         mark(axes, asked)
     for ax in axes:
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_locator(FixedLocator([2**power for power in _LENGTHS if not power % 2]))
-        ax.xaxis.set_major_formatter(lambda tokens, _: token_count(tokens))
-        ax.xaxis.set_minor_locator(NullLocator())
+        token_axis(ax)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(lambda gb, _: f"{gb:g}")
         ax.set_ylim(0.2, 400)
@@ -68,7 +64,7 @@ def draw_memory(config, path: Path, asked=None) -> None:
 
 def mark(axes, asked) -> None:
     """Show in both halves where the length that was asked for lies, and in the right one what its plan takes."""
-    length = f"{token_count(asked.tokens)} tokens" + (f", {asked.frames:,} frames" if asked.frames else "")
+    length = f"{asked.tokens:,} tokens" + (f", {asked.frames:,} frames" if asked.frames else "")
     for ax in axes:
         ax.axvline(asked.tokens, color="#111827", linewidth=0.9, linestyle="--")
     axes[0].text(asked.tokens, 0.22, f" {length} ", fontsize=9, ha="right" if asked.tokens > 2**17 else "left")
@@ -78,6 +74,16 @@ def mark(axes, asked) -> None:
     axes[1].axhline(left, color="#111827", linewidth=0.9, linestyle="--")
     text = f"{left:.0f} GB left of your GPU's {asked.gpu_memory / 1e9:.0f}"
     axes[1].text(2**22, left * 1.04, text, fontsize=9, ha="right")
+
+
+def token_axis(axes) -> None:
+    """Make the horizontal axis one of tokens: logarithmic, with a label for every power of four (16k, 64k, ...)."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([4**power for power in range(16)]))
+    axes.xaxis.set_major_formatter(lambda tokens, _: token_count(tokens))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def token_count(tokens: float) -> str:
