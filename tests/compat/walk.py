@@ -41,6 +41,22 @@ def blocks(pages: list[Path]) -> list[tuple[str, int, str, str]]:
     return found
 
 
+def make_wheel(out: Path) -> Path:
+    """The wheel of what Git tracks; an older build in the tree has no say in it."""
+    source, target = out / "source", out / "wheel"
+    for folder in (source, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    make = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target, source]
+    subprocess.run(make, check=True)
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
 def install(python: str, folder: Path, wheel: Path) -> Path:
     """The interpreter of an environment with the wheel in it, made once."""
     inside = folder / "bin" / "python"
@@ -127,12 +143,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/walk"))
     options = parser.parse_args()
     out = options.out.resolve()
-    (out / "wheel").mkdir(parents=True, exist_ok=True)
-    for old in (out / "wheel").glob("*.whl"):
-        old.unlink()
-    make = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out / "wheel", ROOT]
-    subprocess.run(make, check=True)
-    (wheel,) = (out / "wheel").glob("*.whl")
+    out.mkdir(parents=True, exist_ok=True)
+    wheel = make_wheel(out)
     failed = 0
     with (out / "walk.csv").open("w", encoding="utf-8", newline="") as table:
         writer = csv.DictWriter(table, FIELDS)
