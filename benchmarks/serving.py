@@ -199,7 +199,8 @@ class Bench:
                     post(8499, "/health", b"")
                     break
                 if time.monotonic() > deadline or process.poll() is not None:
-                    raise RuntimeError((self.scratch / "peer.log").read_text(errors="replace")[-3000:])
+                    said = (self.scratch / "peer.log").read_text(encoding="utf-8", errors="replace")
+                    raise RuntimeError(said[-3000:])
                 time.sleep(0.3)
             yield
         finally:

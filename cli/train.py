@@ -1,7 +1,6 @@
 """`video-ma2mba train`: a recipe, with settings of your own on top."""
 
 import os
-import sys
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -38,13 +37,6 @@ def train(
     from video_ma2mba.trainer.train_run import run_recipe
 
     recipe, args = read_recipe(config, overrides or [], smoke)
-    if not sys.stderr.isatty():  # a log gets the lines of `logging_steps`, and no bars drawn over each other
-        import datasets
-        from transformers.utils import logging
-
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
-        args.disable_tqdm = True
     result = run_recipe(recipe, args, smoke)
     if args.process_index == 0:
         typer.echo(f"{result}")
