@@ -28,6 +28,8 @@ class MeasuredCosts:
         tower_launch_forward, tower_launch_backward: as for the layers of the language model.
         launch: seconds that the host of these measurements needed to launch one operation (`measure_launch`).
         page_lock: bytes per second that are page-locked when host memory is used for the first time.
+        The launch of an operation, those of the tower and page_lock are assumed, not measured yet: see
+        `benchmarks/host_speed.py`. The step of whole_model_step.csv (73.7 s) is predicted to take 49.7 s.
         slack: part of the predicted peak that PyTorch's allocator loses to fragments.
         context: bytes that the CUDA context and loaded kernels take from every GPU.
     """
