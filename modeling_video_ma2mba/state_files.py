@@ -77,10 +77,10 @@ def read_state(path: str | os.PathLike[str]) -> StateContents:
     header = parse_header(facts, name)
     if any(tensor.dtype not in _STORED for tensor in tensors.values()):
         raise ValueError(f"{name} is not a video state: it holds tensors of types that no state has")
-    if facts.get("checksum") != checksum(tensors, facts):
-        raise ValueError(f"{name} is damaged: its checksum does not match what it holds")
     known = {kind: KindInFiles(own.version, own._fields, own.wide) for kind, own in KINDS.items()}
     refuse_unknown(header, tensors, name, known)
+    if facts.get("checksum") != checksum(tensors, facts):
+        raise ValueError(f"{name} is damaged: its checksum does not match what it holds")
     stacks = {
         kind: KINDS[kind]._make(_as_computed(tensors[header.tensor_name(kind, field)], kind, field, name)
                                 for field in KINDS[kind]._fields)

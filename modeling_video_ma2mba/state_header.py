@@ -153,9 +153,9 @@ def summarise(path: str | os.PathLike[str]) -> StateSummary:
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise ValueError(f"{name} is not a readable state file: {error}") from error
     header = parse_header(facts, name)
+    refuse_unknown(header, tensors, name)
     if facts.get("checksum") != bytes_checksum(tensors, facts):
         raise ValueError(f"{name} is damaged: its checksum does not match what it holds")
-    refuse_unknown(header, tensors, name)
     kinds = {kind: KINDS_IN_FILES[kind] for kind in header.versions}
     wide = {header.tensor_name(kind, field) for kind, known in kinds.items() for field in known.wide}
     nbytes = sum(max(len(data), 4 * math.prod(shape) if key in wide else 0)
