@@ -220,6 +220,7 @@ def show(report) -> None:
 
     if report.shared is not None:
         console.print(sharing_text(report), soft_wrap=True)
+        console.print(f"      train … context_parallel_size={report.shared.sequence}", soft_wrap=True)
     if prediction.vision_chunk is not None:
         console.print(f"      model.config.vision_chunk_frames = {prediction.vision_chunk}", soft_wrap=True)
     console.print(f"GPU memory at the worst moment ({prediction.phase}):")
