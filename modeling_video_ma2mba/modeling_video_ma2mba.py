@@ -4,6 +4,7 @@ Shapes: B batch, S tokens, F frames of all videos of the batch, T tokens per fra
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -624,7 +625,8 @@ def _beside_config(source: str | os.PathLike[str], name: str, given: Mapping[str
     if os.path.isdir(source):
         path = os.path.join(source, given.get("subfolder") or "", name)
         return path if os.path.isfile(path) else None
-    from huggingface_hub import hf_hub_download
+    # Not `from … import`: transformers would look for the package before it loads this file from the Hub.
+    hf_hub_download = importlib.import_module("huggingface_hub").hf_hub_download
 
     options = {key: given[key] for key in ("revision", "subfolder", "cache_dir", "token") if given.get(key)}
     try:
