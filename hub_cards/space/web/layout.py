@@ -59,7 +59,7 @@ def build_page(
                 picked = gr.Radio([*by_label], label="Pick one", visible=bool(by_label))
                 video = gr.Video(label="or upload your own", sources=["upload"], include_audio=True, height=260)
                 fps = gr.Slider(0.1, 8, value=1, step=0.1, label="Frames read per second of video")
-                own_text = gr.Checkbox(label="Read the video's own subtitles, if it has any")
+                own_text = gr.Checkbox(label="With the video's own subtitles, if it has any")
                 told = gr.File(label="or a file of subtitles", file_types=[".srt", ".vtt", ".ass", ".json"], height=90)
                 with gr.Row():
                     read = gr.Button("Read the video", size="md", variant="primary", min_width=120)
