@@ -6,7 +6,10 @@ wanted frame, each only up to the last one wanted. Where packets do not tell wha
 `_Packets.differ`), the first pass decodes, too.
 """
 
+import functools
+import gc
 import math
+import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,6 +108,7 @@ def open_stream(
     import av
     import av.error
 
+    spare_forks()
     limits = {"max_pixels": str(MAX_FRAME_PIXELS)}
     if isinstance(target, Path) and target.suffix.lower() in (".m3u8", ".m3u"):  # the pieces may have any name
         options = {"allowed_extensions": "ALL", "extension_picky": "0", **(options or {})}
@@ -142,6 +146,14 @@ def open_stream(
             _fetch_only(container, stream)
         stream.thread_type = "SLICE"  # frame threads would delay frames, and skip_frame with them
         yield container, stream
+
+
+@functools.cache
+def spare_forks() -> None:
+    """Leave FFmpeg's objects of this process alone in processes forked from it, such as a DataLoader's workers: when
+    their garbage collection found some, FFmpeg would wait there for ever for threads that a fork does not copy."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 
 def choose_stream(container: Any, name: str) -> Any:

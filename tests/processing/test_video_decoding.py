@@ -1,6 +1,7 @@
 """Which frame comes back, exactly, for the ways in which videos are coded."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 import struct
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from video_ma2mba.processing import frame_decoding
+from video_ma2mba.processing.video_decoding import open_stream
 from video_ma2mba.processing.video_reader import open_video
 
 CODINGS = {
@@ -219,3 +221,31 @@ def test_pixels_are_those_of_pillow_bicubic(make_video):
         fitted = open_video(path, num_frames=3, size=(30, 20), resize_mode=mode).read().pixels
         as_pictures = open_video(full, size=(30, 20), resize_mode=mode).read().pixels
         np.testing.assert_array_equal(fitted, as_pictures)
+
+
+def _collect_garbage() -> None:
+    """What a forked process does sooner or later."""
+    gc.collect()
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
+def test_a_forked_process_ends_whatever_garbage_it_inherits(make_video):
+    """FFmpeg frees a scaler by waiting for its threads, which a fork does not copy."""
+    gc.disable()  # the cycle below must still be there when the process forks
+    try:
+        with open_stream(make_video("gop12.mp4", **CODINGS["gop12.mp4"]), "the video") as (container, stream):
+            frame = next(container.decode(stream))
+            frame.reformat(640, 480, "rgb24", threads=4)
+        cycle: list = [frame]
+        cycle.append(cycle)
+        del frame, cycle, container, stream
+        process = multiprocessing.get_context("fork").Process(target=_collect_garbage)
+        process.start()
+        process.join(20)
+        hangs = process.is_alive()
+        if hangs:
+            process.kill()
+        assert not hangs
+        assert process.exitcode == 0
+    finally:
+        gc.enable()
