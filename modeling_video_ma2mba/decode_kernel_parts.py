@@ -9,11 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-try:  # the other files of kernels take both from here; the guard keeps transformers from demanding them
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError as error:
-    raise ImportError("decode_kernels needs triton, which comes with PyTorch's CUDA builds") from error
+from .ops_triton_parts import tl, triton  # the other files of kernels take both from here
 
 
 @functools.cache

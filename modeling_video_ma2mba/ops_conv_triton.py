@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # the guard keeps transformers from demanding it
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError as error:
-    raise ImportError("these kernels need triton, which comes with PyTorch's CUDA builds") from error
-
+from .ops_triton_parts import tl, triton
 from .ops_triton_settings import settings_for
 
 AHEAD = 4

@@ -87,16 +87,14 @@ def _triton(forward: Any, backward: Any, **fields: Any) -> Backend:
 _ADD_TRITON = _triton(
     _triton_add_forward,
     _triton_add_backward,
-    needs=(2,),
-    kept_bytes=lambda itemsize, width: itemsize * width + 4,
+    needs=_ADD_MAMBA_SSM.needs,
+    kept_bytes=_ADD_MAMBA_SSM.kept_bytes,  # the same things
 )
 _ADD_TORCH = Backend("torch", add_rms_norm_torch, kept_bytes=lambda itemsize, width: 2 * itemsize * width)
 ADD_RMS_NORM = Operation("add_rms_norm", (_ADD_TRITON, _ADD_MAMBA_SSM, _ADD_TORCH))
 """Sizes: width; kept bytes are of the residual's type."""
 
-_GATED_TRITON = _triton(
-    _triton_gated_forward, _triton_gated_backward, kept_bytes=lambda itemsize, width, groups: 4 * groups
-)
+_GATED_TRITON = _triton(_triton_gated_forward, _triton_gated_backward, kept_bytes=_GATED_MAMBA_SSM.kept_bytes)
 _GATED_TORCH = Backend(
     "torch", gated_rms_norm_torch, kept_bytes=lambda itemsize, width, groups: 3 * itemsize * width
 )  # fmt: skip

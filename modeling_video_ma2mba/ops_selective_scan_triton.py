@@ -24,11 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # the guard keeps transformers from demanding it; the other file of Mamba-1 kernels takes both from here
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError as error:
-    raise ImportError("the selective scan's kernels need triton, which comes with PyTorch's CUDA builds") from error
+from .ops_triton_parts import LaunchTable, softplus, tl, triton
 
 
 @dataclass(frozen=True)
@@ -58,29 +54,9 @@ class ScanSettings:
         return min(self.backward_channels if backward else self.channels, width & -width)
 
 
-_TABLE = {(9, 0): ScanSettings()}  # measured on an H200, see benchmarks/selective_scan_kernels.py
-_forced: ScanSettings | None = None
-
-
-def settings_for(device: torch.device) -> ScanSettings:
-    """Settings of the table for this GPU; cards that were not measured take those of the nearest that was."""
-    if _forced is not None:
-        return _forced
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return _TABLE.get(capability, ScanSettings())
-
-
-def force_settings(settings: ScanSettings | None) -> None:
-    """Launch with these settings from now on; None goes back to the table. For tests and the tuning sweep."""
-    global _forced
-    _forced = settings
-
-
-@triton.jit
-def _softplus(x):
-    e = tl.exp(tl.minimum(x, 20.0))
-    small = e * (1.0 - e * (0.5 - e * 0.33333334))  # log(1 + e) loses the digits of a small e
-    return tl.where(x > 20.0, x, tl.where(x < -4.0, small, tl.log(1.0 + e)))
+_TABLE = LaunchTable({(9, 0): ScanSettings()}, ScanSettings())
+"""Measured on an H200, see benchmarks/selective_scan_kernels.py."""
+settings_for, force_settings = _TABLE.settings_for, _TABLE.force_settings
 
 
 @triton.jit
@@ -219,7 +195,7 @@ def scan_forward_kernel(
             ys = ()
             for i in tl.static_range(TOKENS):
                 row, inside, raw, u, b = given[i]
-                step = tl.where(inside, _softplus(raw), 0.0)
+                step = tl.where(inside, softplus(raw), 0.0)
                 s = _advance(s, step, step * u, b, a2, N)
                 if OUTPUT:
                     y = _inner(s, _numbers(bc_at + row * bc_width + N, N), N) + skip * u
@@ -303,7 +279,7 @@ def scan_gradient_ends_kernel(
                 given = given + ((inside, raw, dy, z, _numbers(bc_at + row * bc_width, N)),)
             for i in tl.static_range(TOKENS):
                 inside, raw, dy, z, c = given[i]
-                step = tl.where(inside, _softplus(raw), 0.0)
+                step = tl.where(inside, softplus(raw), 0.0)
                 if GATED:
                     dy = dy * z * _sigmoid(z)
                 new = ()
@@ -397,7 +373,7 @@ def scan_backward_kernel(
             given = _read(part * TOKENS, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
             for i in tl.static_range(TOKENS):
                 _, inside, raw, u, b = given[i]
-                step = tl.where(inside, _softplus(raw), 0.0)
+                step = tl.where(inside, softplus(raw), 0.0)
                 s = _advance(s, step, step * u, b, a2, N)
         for done in range(0, parts):
             at = (parts - 1 - done) * TOKENS
@@ -411,7 +387,7 @@ def scan_backward_kernel(
             states = (s,)
             steps = ()
             for i in tl.static_range(TOKENS):
-                steps = steps + (tl.where(given[i][1], _softplus(given[i][2]), 0.0),)
+                steps = steps + (tl.where(given[i][1], softplus(given[i][2]), 0.0),)
                 if i < TOKENS - 1:
                     s = _advance(s, steps[i], steps[i] * given[i][3], given[i][4], a2, N)
                     states = states + (s,)

@@ -263,17 +263,15 @@ def _triton_fits(call: Call) -> bool:
     )
 
 
-def _triton_kept(itemsize: int, heads: int, head_dim: int, state_size: int, chunk: int, **sizes: float) -> float:
-    """Step sizes and decays; chunk states."""
-    return 8 * heads + itemsize * heads * head_dim * state_size / chunk
-
-
 def _triton_forward_bytes(
     itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
 ) -> float:
     """What is kept, the C.B scores, and the larger of: chunk states in fp32; the output."""
     inner = heads * head_dim
-    kept = _triton_kept(itemsize, heads, head_dim, state_size, chunk) + 4 * chunk * groups
+    kept = _MAMBA_SSM.kept_bytes(
+        itemsize=itemsize, heads=heads, head_dim=head_dim, state_size=state_size, chunk=chunk
+    )  # the same things
+    kept += 4 * chunk * groups
     return kept + max(4 * inner * state_size / chunk, itemsize * inner)
 
 
@@ -290,8 +288,8 @@ _TRITON = Backend(
     "triton",
     _triton_forward,
     _triton_backward,
-    needs=(0, 1, 2, 3, 4, 5, 6, 8),
-    kept_bytes=_triton_kept,
+    needs=_MAMBA_SSM.needs,
+    kept_bytes=_MAMBA_SSM.kept_bytes,  # the same things
     forward_bytes=_triton_forward_bytes,
     backward_bytes=_triton_backward_bytes,
     device="cuda",

@@ -16,20 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # the guard keeps transformers from demanding it
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError as error:
-    raise ImportError("these kernels need triton, which comes with PyTorch's CUDA builds") from error
-
+from .ops_triton_parts import softplus, tl, triton
 from .ops_triton_settings import KernelSettings, settings_for
-
-
-@triton.jit
-def _softplus(x):
-    e = tl.exp(tl.minimum(x, 20.0))
-    small = e * (1.0 - e * (0.5 - e * 0.33333334))  # log(1 + e) loses the digits of a small e
-    return tl.where(x > 20.0, x, tl.where(x < -4.0, small, tl.log(1.0 + e)))
 
 
 @triton.jit
@@ -64,7 +52,7 @@ def steps_kernel(
     dt_ptr += batch * dt_batch + (chunk.to(tl.int64) * Q) * dt_row
     raw = tl.load(dt_ptr + token[:, None] * dt_row + head[None, :], mask=there, other=0.0).to(tl.float32)
     raw += tl.load(bias_ptr + head, mask=known, other=0.0).to(tl.float32)[None, :]
-    step = tl.minimum(tl.maximum(_softplus(raw), low), high)
+    step = tl.minimum(tl.maximum(softplus(raw), low), high)
     step = tl.where(there, step, 0.0)
     # exp(-104) is zero in fp32: a faster decay would only cost the sums behind it their last digits.
     decay = tl.maximum(step * tl.load(a_ptr + head, mask=known, other=0.0).to(tl.float32)[None, :], -104.0)
@@ -475,7 +463,7 @@ def steps_backward_kernel(
     ddt_ptr += batch * ddt_batch + (chunk.to(tl.int64) * Q) * ddt_row
     raw = tl.load(dt_ptr + token * dt_row + head, mask=there, other=0.0).to(tl.float32)
     raw += tl.load(bias_ptr + head).to(tl.float32)
-    soft = _softplus(raw)
+    soft = softplus(raw)
     gradient = tl.where(there & (soft >= low) & (soft <= high), gradient, 0.0) / (1.0 + tl.exp(-raw))
     tl.store(ddt_ptr + token * ddt_row + head, gradient.to(ddt_ptr.dtype.element_ty), mask=there)
     out = (batch * chunks + chunk) * heads + head

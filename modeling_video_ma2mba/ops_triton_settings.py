@@ -1,10 +1,8 @@
-"""How this package's Triton kernels of Mamba-2 are launched: fixed settings by GPU, so that nothing is tuned when a
-model runs. `benchmarks/ssd_kernels.py --sweep` times others; the table holds the fastest of what was measured.
-"""
+"""How this package's Triton kernels of Mamba-2 are launched. `benchmarks/ssd_kernels.py --sweep` times others."""
 
 from dataclasses import dataclass
 
-import torch
+from .ops_triton_parts import LaunchTable
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,5 @@ class KernelSettings:
     programs: int = 2048
 
 
-_TABLE = {(9, 0): KernelSettings()}
-_forced: KernelSettings | None = None
-
-
-def settings_for(device: torch.device) -> KernelSettings:
-    """Settings of the table for this GPU; cards that were not measured take those of the one that was."""
-    if _forced is not None:
-        return _forced
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return _TABLE.get(capability, KernelSettings())
-
-
-def force_settings(settings: KernelSettings | None) -> None:
-    """Launch with these settings from now on; None goes back to the table. For tests and the sweep."""
-    global _forced
-    _forced = settings
+_TABLE = LaunchTable({(9, 0): KernelSettings()}, KernelSettings())
+settings_for, force_settings = _TABLE.settings_for, _TABLE.force_settings
