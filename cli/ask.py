@@ -15,7 +15,7 @@ from video_ma2mba.loading import check_loading
 from video_ma2mba.processing.video_source_names import is_address, local_path, shown_name
 
 from .ask_words import STDIN, split_words, standard_input
-from .errors import is_expected, one_line
+from .errors import is_expected, one_line, tell_failed
 from .loading import load_pipeline
 from .options import (
     Device,
@@ -118,10 +118,7 @@ def ask(
                 if not several or not is_expected(error):
                     raise
                 failed += 1
-                told = one_line(error)
-                warn(f"error: {told if told.startswith(name) else f'{name}: {told}'}")
-                if as_json:
-                    echo_json({"video": name, "error": told})
+                tell_failed(name, error, as_json)
     if failed:
         note(f"{len(videos) - failed} of {len(videos)} videos answered, {failed} failed")
         raise typer.Exit(1)

@@ -7,10 +7,10 @@ import typer
 from video_ma2mba.loading import check_loading, load_classifier
 from video_ma2mba.processing.video_source_names import shown_name
 
-from .errors import is_expected, one_line
+from .errors import is_expected, tell_failed
 from .loading import while_loading
 from .options import Device, Dtype, TrustRemoteCode, check_video
-from .terminal import echo_json, note, warn
+from .terminal import echo_json, note
 
 
 def classify(
@@ -48,10 +48,7 @@ def classify(
             if not several or not is_expected(error):
                 raise
             failed += 1
-            told = one_line(error)
-            warn(f"error: {told if told.startswith(name) else f'{name}: {told}'}")
-            if as_json:
-                echo_json({"video": name, "error": told})
+            tell_failed(name, error, as_json)
             continue
         if as_json:
             echo_json({"video": name, "classes": found})

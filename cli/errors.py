@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from .defaults import name_source, prepare, warn_of_unknown_variables
-from .terminal import prepare_streams, warn
+from .terminal import echo_json, prepare_streams, warn
 
 # What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
 # of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
@@ -49,6 +49,14 @@ def one_line(error: Exception | Warning) -> str:
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - _TAIL - 3]} … {text[-_TAIL:]}"
     return text or type(error).__name__
+
+
+def tell_failed(name: str, error: Exception, as_json: bool) -> None:
+    """One of several videos failed: a line that names it, and with `--json` one for programs."""
+    told = one_line(error)
+    warn(f"error: {told if told.startswith(name) else f'{name}: {told}'}")
+    if as_json:
+        echo_json({"video": name, "error": told})
 
 
 def masked(text: str) -> str:

@@ -213,20 +213,15 @@ def _add_videos(app: FastAPI, service: Service) -> None:
             if bool(given.url) == given.live:
                 raise BadRequest("give either url, or live: true for a video whose frames come one by one", "url")
             return _created(await _from_json(service, owner, given))
-        with service.upload():
-            files, fields = await _received(service, request)
-            try:
-                if len(files) != 1:
-                    raise BadRequest(f"one file is a video, not {len(files)}: send it as the field file", "file")
-                wanted = await asyncio.to_thread(_fields, VideoRequest, fields)
-                sampling = sampling_of(fields, "")
-                ((path, name),) = files
-                return _created(
-                    await service.slow(_take_file, service, owner, path, wanted.name or name, sampling, wanted.pinned)
-                )
-            finally:
-                for path, _ in files:
-                    path.unlink(missing_ok=True)
+        async with _received(service, request) as (files, fields):
+            if len(files) != 1:
+                raise BadRequest(f"one file is a video, not {len(files)}: send it as the field file", "file")
+            wanted = await asyncio.to_thread(_fields, VideoRequest, fields)
+            sampling = sampling_of(fields, "")
+            ((path, name),) = files
+            return _created(
+                await service.slow(_take_file, service, owner, path, wanted.name or name, sampling, wanted.pinned)
+            )
 
     @app.get("/v1/videos")
     def listed(
@@ -276,26 +271,16 @@ def _add_videos(app: FastAPI, service: Service) -> None:
     @app.post("/v1/videos/{video_id}/state")
     async def upload_state(request: Request, video_id: str) -> dict[str, Any]:
         video = await service.quick(store.get, video_id, _owner(request))
-        with service.upload():
-            files, _ = await _received(service, request)
-            try:
-                if len(files) != 1:
-                    raise BadRequest(f"one file is a state, not {len(files)}", "file")
-                return (await service.slow(service.reader.take_state, video, files[0][0])).public()
-            finally:
-                for path, _ in files:
-                    path.unlink(missing_ok=True)
+        async with _received(service, request) as (files, _):
+            if len(files) != 1:
+                raise BadRequest(f"one file is a state, not {len(files)}", "file")
+            return (await service.slow(service.reader.take_state, video, files[0][0])).public()
 
     @app.post("/v1/videos/{video_id}/frames")
     async def append(request: Request, video_id: str) -> dict[str, Any]:
         video = await service.quick(store.get, video_id, _owner(request))
-        with service.upload():
-            files, fields = await _received(service, request)
-            try:
-                return (await service.slow(_append, service, video, files, fields)).public()
-            finally:
-                for path, _ in files:
-                    path.unlink(missing_ok=True)
+        async with _received(service, request) as (files, fields):
+            return (await service.slow(_append, service, video, files, fields)).public()
 
 
 def _created(video: Video) -> JSONResponse:
@@ -387,37 +372,40 @@ def _append(service: Service, video: Video, files: list[tuple[Path, str]], field
         reader.close()
 
 
-async def _received(service: Service, request: Request) -> tuple[list[tuple[Path, str]], dict[str, str]]:
-    """The files of a request, each with its name, in the store's folder, and its other fields.
+@asynccontextmanager
+async def _received(
+    service: Service, request: Request
+) -> AsyncIterator[tuple[list[tuple[Path, str]], dict[str, str]]]:
+    """The files of an upload, each with its name, in the store's folder until the end of the block, and its fields.
 
     A body that is no form is one file, its fields stand in the address.
     """
     files: list[tuple[Path, str]] = []
     fields = dict(request.query_params)
-    try:
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            async with request.form(max_files=_MOST_PICTURES, max_fields=64) as form:
-                for name, value in form.multi_items():
-                    if isinstance(value, UploadFile):
-                        files.append((service.store.incoming(), value.filename or "video"))
-                        await service.slow(_copied, value.file, files[-1][0])
-                    else:
-                        fields[name] = value
-            return files, fields
-        files.append((service.store.incoming(), fields.pop("name", "video")))
-        with files[0][0].open("wb") as file:
-            waiting = bytearray()
-            async for block in request.stream():
-                waiting += block
-                if len(waiting) >= 2**20:
+    with service.upload():
+        try:
+            if request.headers.get("content-type", "").startswith("multipart/form-data"):
+                async with request.form(max_files=_MOST_PICTURES, max_fields=64) as form:
+                    for name, value in form.multi_items():
+                        if isinstance(value, UploadFile):
+                            files.append((service.store.incoming(), value.filename or "video"))
+                            await service.slow(_copied, value.file, files[-1][0])
+                        else:
+                            fields[name] = value
+            else:
+                files.append((service.store.incoming(), fields.pop("name", "video")))
+                with files[0][0].open("wb") as file:
+                    waiting = bytearray()
+                    async for block in request.stream():
+                        waiting += block
+                        if len(waiting) >= 2**20:
+                            await service.quick(file.write, bytes(waiting))
+                            waiting.clear()
                     await service.quick(file.write, bytes(waiting))
-                    waiting.clear()
-            await service.quick(file.write, bytes(waiting))
-        return files, fields
-    except BaseException:
-        for path, _ in files:
-            path.unlink(missing_ok=True)
-        raise
+            yield files, fields
+        finally:
+            for path, _ in files:
+                path.unlink(missing_ok=True)
 
 
 def _copied(source: Any, path: Path) -> None:
