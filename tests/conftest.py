@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -139,6 +140,21 @@ def tiny_checkpoint(make_model, tmp_path_factory: pytest.TempPathFactory) -> Pat
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_timed_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """Makes of the tiny checkpoint one that reads a time stamp every so many seconds."""
+
+    def make(every: float) -> Path:
+        folder = tmp_path_factory.mktemp("timed") / "checkpoint"
+        shutil.copytree(tiny_checkpoint, folder)
+        for name in ("config.json", "processor_config.json"):
+            settings = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps(settings | {"frame_times": "text", "frame_times_every": every}))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

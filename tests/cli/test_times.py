@@ -23,14 +23,8 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def timed_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as one that reads a time stamp every two seconds."""
-    folder = tmp_path_factory.mktemp("timed") / "checkpoint"
-    shutil.copytree(tiny_checkpoint, folder)
-    for name in ("config.json", "processor_config.json"):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(settings | {"frame_times": "text", "frame_times_every": 2.0}))
-    return folder
+def timed_checkpoint(make_timed_checkpoint) -> Path:
+    return make_timed_checkpoint(2.0)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Spans and subtitles in lmms-eval: its real tasks on videos of our own, read by a model with time stamps."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,8 @@ from video_ma2mba.eval.media import Medium, subtitles_of
 
 
 @pytest.fixture(scope="module")
-def timed_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("timed") / "checkpoint"
-    shutil.copytree(tiny_checkpoint, folder)
-    for name in ("config.json", "processor_config.json"):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(settings | {"frame_times": "text", "frame_times_every": 1.0}))
-    return folder
+def timed_checkpoint(make_timed_checkpoint) -> Path:
+    return make_timed_checkpoint(1.0)
 
 
 def test_only_questions_for_a_span_are_asked_for_one():

@@ -2,10 +2,6 @@
 other, with adapters and accumulation, and when one of them runs out of memory."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,14 +22,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(run_ranks):
     """Folder with what rank 0 of each scenario saved, and the words of all."""
-    folder = tmp_path_factory.mktemp("shared")
-    script = Path(__file__).with_name("training_ranks.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), str(folder), *ALIKE, *SHORTAGES, "shared_accumulated", "shared_lora"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    return folder, done.stdout + done.stderr
+    return run_ranks(*ALIKE, *SHORTAGES, "shared_accumulated", "shared_lora")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,6 @@
 """Two gloo processes learn what one process learns from twice the batch, under DDP, FSDP2 and ZeRO-1."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,14 +21,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(run_ranks):
     """Folder with what rank 0 of each scenario saved, and the words of all."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("training_ranks.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), str(folder), *SCENARIOS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    return folder, done.stdout + done.stderr
+    return run_ranks(*SCENARIOS)
 
 
 @pytest.fixture(scope="module")
