@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -157,11 +157,20 @@ class Familiarity:
         save_file(kept, path, metadata={"familiarity": json.dumps(content, ensure_ascii=False)})
 
     def distance(self, means: Tensor) -> Tensor:
-        """Distances (F,) of frames from those of training, about 1 there; means: (F, C) of the rows of each frame."""
+        """Distances (F,) of frames from those of training, about 1 there.
+
+        Args:
+            means: (F, C) of the rows of each frame, where these numbers are (`to`).
+        """
         if self.mean is None or self.directions is None:
             raise ValueError("nothing is known about frames")
-        mean, directions = self.mean.to(means.device), self.directions.to(means.device)
-        return ((means.float() - mean) @ directions).square().mean(-1).sqrt()
+        return ((means.float() - self.mean) @ self.directions).square().mean(-1).sqrt()
+
+    def to(self, device: torch.device) -> "Familiarity":
+        """The same where frames are computed."""
+        if self.mean is None or self.directions is None or self.mean.device == device:
+            return self
+        return replace(self, mean=self.mean.to(device), directions=self.directions.to(device))
 
     def unfamiliar(self, metadata: Mapping[str, str], questions: Sequence[str]) -> "Unfamiliar":
         """What of a state and of the question asked of it is unlike training.
@@ -249,6 +258,7 @@ class StrangeFrames:
     def __call__(self, features: Tensor) -> None:
         """Take the tower's rows (F, T, C) of the next frames; no GPU is waited for."""
         if self._known is not None:
+            self._known = self._known.to(features.device)  # once: a copy to a GPU makes the host wait
             self._flags.append(self._known.distance(features.mean(1)) > self._known.threshold)
 
     def counts(self, groups: int) -> list[int] | None:
