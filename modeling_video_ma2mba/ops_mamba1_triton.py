@@ -95,13 +95,13 @@ def _scan_all_backward(
     dlow = torch.matmul(ddt, w.dt_weight)
     ddt_weight = torch.matmul(ddt.transpose(1, 2), given.bc[..., : w.rank].flatten(*rows))[..., :rank]
     dbc = torch.cat([dlow, found.dbc.flatten(*rows).to(dlow.dtype)], dim=-1)
-    du = torch.baddbmm(found.du.flatten(*rows), dbc, w.x_weight).view_as(given.u)
+    du = found.du.flatten(*rows).baddbmm_(dbc, w.x_weight).view_as(given.u)
     dx_weight = torch.matmul(dbc.transpose(1, 2), u)
     dx_weight = torch.cat([dx_weight[:, :rank], dx_weight[:, w.rank :]], dim=1)
     dxz = torch.empty_like(xz)
     dx, dz = dxz.chunk(2, dim=-1)
     assert found.dz is not None, "mixers have a gate"
-    torch.sum(found.dz, dim=0, out=dz)
+    torch.add(found.dz[0], found.dz[1], out=dz) if len(found.dz) == 2 else torch.sum(found.dz, dim=0, out=dz)
     dconv_weight, dconv_bias = conv_backward(xz.chunk(2, dim=-1)[0], w.conv_weight, w.conv_bias, du, reverse, dx)
     rates = -torch.exp(weights.A_log.float())
     gradients = ScanWeights(

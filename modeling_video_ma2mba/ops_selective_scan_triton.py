@@ -37,17 +37,19 @@ class ScanSettings:
         programs: as many fill the GPU; sequences are cut in segments until there are so many.
         tokens, backward_tokens: loaded together; backward holds their states in registers. They divide `chunk`.
         registers: of a thread in backward, at most; None: as many as the compiler likes.
+        stages: of backward's loading of states ahead; 1: none.
     """
 
     channels: int = 64
     warps: int = 1
     backward_channels: int = 32
     backward_warps: int = 1
-    chunk: int = 64
+    chunk: int = 96
     programs: int = 4224
     tokens: int = 2
     backward_tokens: int = 2
     registers: int | None = None
+    stages: int = 1
 
     def block(self, width: int, backward: bool = False) -> int:
         """Channels of a program where there are `width`."""
@@ -321,7 +323,7 @@ def scan_backward_kernel(
     y_ptr, du_ptr, ddt_ptr, dz_ptr, dbc_ptr, dA_ptr, dskip_ptr, dbias_ptr, dstart_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, dy_direction, segment_chunks, segments,
     N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr,
-    GATED: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr,
+    GATED: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one segment of one direction of one row, from its last chunk to its first."""
     block = tl.program_id(0)
@@ -375,7 +377,8 @@ def scan_backward_kernel(
                 _, inside, raw, u, b = given[i]
                 step = tl.where(inside, softplus(raw), 0.0)
                 s = _advance(s, step, step * u, b, a2, N)
-        for done in range(0, parts):
+        tl.debug_barrier()  # loading ahead is not ordered behind a thread's own stores
+        for done in tl.range(0, parts, num_stages=STAGES):
             at = (parts - 1 - done) * TOKENS
             s = _load_states(scratch_ptr + (parts - 1 - done) * N * CHANNELS, CHANNELS, own, N)
             given = _read(at, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
@@ -765,7 +768,7 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     scan_backward_kernel[grid](
         given.u, given.dt, given.bc, gate, dy, given.a2, given.skip, given.bias, kept, ends if has_ends else kept,
         scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes, ENDS=has_ends,
-        EXACT=given.u.dtype == torch.float32, maxnreg=settings.registers, **launch,
+        EXACT=given.u.dtype == torch.float32, STAGES=settings.stages, maxnreg=settings.registers, **launch,
     )  # fmt: skip
     return ScanGradients(
         y=out[0],
