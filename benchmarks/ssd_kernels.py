@@ -137,8 +137,8 @@ def measure(names: list[str], lengths: list[int], write) -> None:
 TILES = [(32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 2), (64, 8, 3), (128, 8, 1), (128, 8, 2)]
 CHANNELS = [(64, 1), (128, 1), (128, 2), (256, 2)]
 TRIED = {  # field of the settings -> operation, what to try
-    "add_norm": ("add_rms_norm", [(w, v, n) for w, v in ((2, 2), (4, 8), (8, 16)) for n in (1, 2, 4, 8)]),
-    "gated_norm": ("gated_rms_norm", [(w, v, n) for w, v in ((2, 4), (4, 8), (8, 16), (16, 32)) for n in (1, 2, 4)]),
+    "add_norm": ("add_rms_norm", [(4, v, n, s) for v in (1, 2, 4) for n in (4, 8) for s in (1, 2, 3)]),
+    "gated_norm": ("gated_rms_norm", [(4, v, n, s) for v in (8, 16) for n in (1, 2) for s in (1, 2, 3)]),
     "conv_forward": ("causal_conv", [(t, *c) for t in (16, 32, 64) for c in CHANNELS]),
     "conv_backward": ("causal_conv", [(t, *c) for t in (32, 64, 128) for c in CHANNELS]),
     "scores": ("ssd", TILES[1:]),

@@ -61,7 +61,7 @@ def add_norm_forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def add_norm_backward_kernel(
     total_ptr, weight_ptr, rstd_ptr, dnormed_ptr, dtotal_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, rows, width,
-    SUM: tl.constexpr, ADD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    SUM: tl.constexpr, ADD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of one program: gradients of residual and delta, the same numbers in their types; dweight of these rows."""
     program = tl.program_id(0).to(tl.int64)
@@ -72,7 +72,7 @@ def add_norm_backward_kernel(
         later = MAIN + tl.arange(0, REST)
         weight_rest = _load(weight_ptr, later, width)
         dweight_rest = tl.zeros([REST], tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
         start = row * width
         rstd = tl.load(rstd_ptr + row)
         x = _load(total_ptr + start, first, width) * rstd
@@ -139,7 +139,7 @@ def gated_norm_forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def gated_norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, rstd_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr, y_row, z_row, dout_row, dz_row, rows,
-    width, MAIN: tl.constexpr, REST: tl.constexpr,
+    width, MAIN: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of one program, one group of channels: gradients of y and z, and of the weight from these rows."""
     program, group, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -156,7 +156,7 @@ def gated_norm_backward_kernel(
         later = MAIN + tl.arange(0, REST)
         weight_rest = _load(weight_ptr, later, width)
         dweight_rest = tl.zeros([REST], tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
         rstd = tl.load(rstd_ptr + row * groups + group)
         y = _load(y_ptr + row * y_row, first, width)
         gate, slope = _gate(_load(z_ptr + row * z_row, first, width))
@@ -244,7 +244,7 @@ def add_norm_backward(
         dnormed = torch.zeros_like(total, dtype=dtype)
     dnormed = dnormed.reshape(-1, width).contiguous()
     dtotal = None if dtotal is None else dtotal.reshape(-1, width).contiguous()
-    _, warps, each = settings_for(total.device).add_norm
+    _, warps, each, stages = settings_for(total.device).add_norm
     programs = _programs(total.device, len(total), each)
     dresidual = torch.empty_like(total)
     ddelta = torch.empty(total.shape, dtype=like_delta[0].dtype, device=total.device) if like_delta else None
@@ -252,7 +252,7 @@ def add_norm_backward(
     if len(total):
         add_norm_backward_kernel[(programs,)](
             total, weight, rstd, dnormed, dtotal, dresidual, ddelta, dweight, len(total), width,
-            SUM=dtotal is not None, ADD=ddelta is not None, num_warps=warps, **_pieces(width),
+            SUM=dtotal is not None, ADD=ddelta is not None, num_warps=warps, STAGES=stages, **_pieces(width),
         )  # fmt: skip
     ddelta = None if ddelta is None else ddelta.view(shape)
     return dresidual.view(shape), ddelta, dweight.sum(dim=0).to(weight.dtype)
@@ -289,12 +289,12 @@ def gated_norm_backward(
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if into is None else into
     dgates = dz.view(-1, inner)
     dy = torch.empty_like(rows)
-    _, warps, each = settings_for(y.device).gated_norm
+    _, warps, each, stages = settings_for(y.device).gated_norm
     programs = _programs(y.device, len(rows), each)
     dweight = torch.zeros(programs, inner, dtype=torch.float32, device=y.device)
     if len(rows):
         gated_norm_backward_kernel[(programs, groups)](
             rows, gates, weight, kept[0], dout, dy, dgates, dweight, inner, gates.stride(0), dout.stride(0),
-            dgates.stride(0), len(rows), width, num_warps=warps, **_pieces(width),
+            dgates.stride(0), len(rows), width, num_warps=warps, STAGES=stages, **_pieces(width),
         )  # fmt: skip
     return dy.view(y.shape), dz, dweight.sum(dim=0).to(weight.dtype)

@@ -162,34 +162,49 @@ def state_passing_kernel(
 
 @triton.jit(do_not_specialize=["S", "chunks"])
 def state_passing_backward_kernel(
-    dstates_ptr, states_ptr, total_ptr, dend_ptr, ids_ptr, dcarry_ptr, dstart_ptr, S, chunks, heads, size,
-    END: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+    dstates_ptr, total_ptr, dend_ptr, ids_ptr, dstart_ptr, S, chunks, heads, size, END: tl.constexpr,
+    PACKED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In place: `dstates_ptr` holds what the outputs of a chunk say about the state that enters it, and gets the
-    gradient of the state that leaves it. Also this block's part of the gradient of the chunk's whole decay."""
+    gradient of the state that leaves it."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     inside = at < size
     total_ptr += (batch * heads + head) * chunks * Q
     ids_ptr += batch * S
-    here = ((batch * chunks + chunks - 1) * heads + head) * size
-    dstates_ptr += here
-    states_ptr += here
-    dcarry_ptr += (batch * heads + head) * chunks * tl.num_programs(0) + tl.program_id(0)
+    dstates_ptr += ((batch * chunks + chunks - 1) * heads + head) * size
     gradient = tl.zeros([BLOCK], tl.float32)
     if END:
         gradient += tl.load(dend_ptr + (batch * heads + head) * size + at, mask=inside, other=0.0).to(tl.float32)
+    seen = tl.load(dstates_ptr + at, mask=inside, other=0.0)
     for back in range(0, chunks):
         chunk = chunks - 1 - back
-        seen = tl.load(dstates_ptr + at, mask=inside, other=0.0)
-        state = tl.load(states_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        earlier_ptr = dstates_ptr - heads * size
+        earlier = tl.load(earlier_ptr + at, mask=inside & (chunk > 0), other=0.0)
         tl.store(dstates_ptr + at, gradient, mask=inside)
-        carry = _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q)
-        tl.store(dcarry_ptr + chunk * tl.num_programs(0), tl.sum(gradient * state) * carry)
-        gradient = gradient * carry + seen
-        dstates_ptr -= heads * size
-        states_ptr -= heads * size
+        gradient = gradient * _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q) + seen
+        seen = earlier
+        dstates_ptr = earlier_ptr
     tl.store(dstart_ptr + (batch * heads + head) * size + at, gradient, mask=inside)
+
+
+@triton.jit(do_not_specialize=["S"])
+def carry_backward_kernel(
+    dstates_ptr, states_ptr, total_ptr, ids_ptr, dcarry_ptr, S, heads, size, PACKED: tl.constexpr, Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one chunk's whole decay: what the leaving state's gradient says about the entering state."""
+    head, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    here = ((batch * chunks + chunk) * heads + head) * size
+    products = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        gradient = tl.load(dstates_ptr + here + start + at)
+        products += gradient * tl.load(states_ptr + here + start + at).to(tl.float32)
+    total_ptr += (batch * heads + head) * chunks * Q
+    carry = _carry(total_ptr, ids_ptr + batch * S, chunk, S, PACKED, Q)
+    tl.store(dcarry_ptr + (batch * heads + head) * chunks + chunk, tl.sum(products) * carry)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -431,8 +446,8 @@ def finish_kernel(
 @triton.jit(do_not_specialize=["S"])
 def steps_backward_kernel(
     dt_ptr, a_ptr, bias_ptr, steps_ptr, dsteps_ptr, dends_ptr, dstarts_ptr, later_ptr, earlier_ptr, dcarry_ptr,
-    ddt_ptr, da_ptr, dbias_ptr, S, dt_row, dt_batch, ddt_row, ddt_batch, low, high, heads, blocks, Q: tl.constexpr,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    ddt_ptr, da_ptr, dbias_ptr, S, dt_row, dt_batch, ddt_row, ddt_batch, low, high, heads, Q: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one head's steps before bias and softplus in one chunk, and this chunk's part of those of a and
     bias, from what was said about steps and decays.
@@ -453,9 +468,7 @@ def steps_backward_kernel(
         behind += tl.load(later_ptr + sums * TILES + m * Q + token, mask=tile >= m, other=0.0)
         behind -= tl.load(earlier_ptr + sums * TILES + m * Q + token, mask=tile <= m, other=0.0)
     ends = tl.load(dends_ptr + sums + token)
-    part = tl.arange(0, BLOCKS)
-    carry_at = ((batch * heads + head) * chunks + chunk) * blocks
-    whole = tl.sum(tl.load(dcarry_ptr + carry_at + part, mask=part < blocks, other=0.0))
+    whole = tl.load(dcarry_ptr + (batch * heads + head) * chunks + chunk)
     decay = tl.cumsum(behind, axis=0, reverse=True) + (tl.cumsum(ends, axis=0) - ends) + whole
     decay = tl.where(there, decay, 0.0)
     gradient = tl.load(dsteps_ptr + sums + token) + decay * a
@@ -573,13 +586,16 @@ def ssd_backward(
         N=size, **dims, **_options(use.chunk_state, chunk_size),
     )  # fmt: skip
     numbers, block = width * size, min(use.state_passing[0], width * size)
-    blocks = triton.cdiv(numbers, block)
-    dcarry = torch.empty(batch, heads, chunks, blocks, **fp32)
+    dcarry = torch.empty(batch, heads, chunks, **fp32)
     dstate = torch.empty(batch, heads, width, size, **fp32)
-    state_passing_backward_kernel[(blocks, heads, batch)](
-        dstates, states, total, dstate if dnew_state is None else dnew_state.contiguous(), ids, dcarry, dstate,
-        tokens, chunks, heads, numbers, END=dnew_state is not None, PACKED=packed, Q=chunk_size, BLOCK=block,
+    state_passing_backward_kernel[(triton.cdiv(numbers, block), heads, batch)](
+        dstates, total, dstate if dnew_state is None else dnew_state.contiguous(), ids, dstate, tokens, chunks, heads,
+        numbers, END=dnew_state is not None, PACKED=packed, Q=chunk_size, BLOCK=block,
         num_warps=use.state_passing[1],
+    )  # fmt: skip
+    carry_backward_kernel[(heads, chunks, batch)](
+        dstates, states, total, ids, dcarry, tokens, heads, numbers, PACKED=packed, Q=chunk_size,
+        BLOCK=min(2048, numbers),
     )  # fmt: skip
 
     scores = _scores(b, c, chunk_size, True, use)
@@ -614,8 +630,7 @@ def ssd_backward(
     da, dbias = torch.empty(2, batch * chunks, heads, **fp32).unbind(0)
     steps_backward_kernel[(heads, chunks, batch)](
         dt, a, dt_bias, steps, dsteps, dends, dstarts, later, earlier, dcarry, ddt, da, dbias, tokens, dt.stride(1),
-        dt.stride(0), ddt.stride(1), ddt.stride(0), *dt_limit, heads, blocks, Q=chunk_size, TILES=tiles,
-        BLOCKS=triton.next_power_of_2(blocks),
+        dt.stride(0), ddt.stride(1), ddt.stride(0), *dt_limit, heads, Q=chunk_size, TILES=tiles,
     )  # fmt: skip
     dD = dD.sum(dim=(0, 1, 3)).to(D.dtype)
     return dx, ddt, da.sum(dim=0).to(a.dtype), db, dc, dD, dbias.sum(dim=0).to(dt_bias.dtype), dstate, None
