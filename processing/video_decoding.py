@@ -105,7 +105,6 @@ def open_stream(
         ConnectionError: the server does not answer.
         ValueError: not a video, no video stream, no decoder, or frames too large.
     """
-    import av
     import av.error
 
     spare_forks()
@@ -118,13 +117,8 @@ def open_stream(
     file = BytesIO(target) if isinstance(target, bytes) else file
     failed: Exception | None = None
     try:
-        container = av.open(
-            file,
-            mode="r",
-            format=file_format,
-            options={**(options or {}), **limits},
-            metadata_errors="replace",
-            timeout=timeout if is_url else None,
+        container = open_container(
+            file, file_format, {**(options or {}), **limits}, timeout=timeout if is_url else None
         )
     except av.error.FFmpegError as error:
         failed = _opening_error(error, name, is_url)
@@ -146,6 +140,21 @@ def open_stream(
             _fetch_only(container, stream)
         stream.thread_type = "SLICE"  # frame threads would delay frames, and skip_frame with them
         yield container, stream
+
+
+def open_container(
+    file: Any, file_format: str | None = None, options: Mapping[str, str] | None = None, **given: Any
+) -> Any:
+    """PyAV's container for reading, whatever letters the titles in a file are written in.
+
+    Raises:
+        av.error.FFmpegError: it cannot be opened.
+    """
+    import av
+
+    if int(av.__version__.partition(".")[0]) < 19:  # later ones decode any titles, and take no such argument
+        given["metadata_errors"] = "replace"
+    return av.open(file, mode="r", format=file_format, options=dict(options or {}), **given)
 
 
 @functools.cache
@@ -264,12 +273,11 @@ def fetched(address: str, timeout: tuple[float, float] = NETWORK_TIMEOUT) -> Any
     Raises:
         OSError: it cannot be fetched, or not to its end.
     """
-    import av
     import av.error
 
     try:
         options = {"raw_packet_size": str(_FETCHED_BLOCK)}
-        with av.open(address, format="data", options=options, timeout=timeout) as container:
+        with open_container(address, "data", options, timeout=timeout) as container:
             for packet in container.demux():
                 if packet.size:
                     yield bytes(packet)

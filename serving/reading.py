@@ -22,6 +22,7 @@ from ..modeling_video_ma2mba.state_video import VideoState
 from ..processing.frame_fitting import fit_frame
 from ..processing.frame_times import TimedChunk
 from ..processing.picture_sources import file_pixels
+from ..processing.video_decoding import open_container
 from ..processing.video_reader import FrameChunk
 from ..processing.video_source_names import without_secrets
 from ..streaming.turns import Turns
@@ -369,11 +370,10 @@ def check_container(file: Path, name: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    import av
     import av.error
 
     try:
-        with av.open(f"file:{file}", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}):
+        with open_container(f"file:{file}", None, {"format_whitelist": FORMATS, "protocol_whitelist": "file"}):
             pass
     except av.error.FFmpegError:
         raise ValueError(

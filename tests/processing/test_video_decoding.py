@@ -164,6 +164,34 @@ def open_files() -> int:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux lists them")
+@pytest.mark.parametrize("release", [None, "19.0.2"])
+def test_titles_in_any_letters_in_any_pyav(make_video, tmp_path, read_numbers, monkeypatch, release):
+    """PyAV 19 decodes what it can by itself, and knows no argument that says so."""
+    import av
+
+    path = tmp_path / "latin1.mkv"
+    with av.open(str(make_video("gop12.mp4", gop=12))) as source, av.open(str(path), "w") as target:
+        (stream,) = source.streams.video
+        target.metadata["title"] = "a title in Latin-1: XYZ"
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    path.write_bytes(path.read_bytes().replace(b"XYZ", b"\xe9\xe8\xff"))
+    if release is not None:
+        opened = av.open
+
+        def as_later(*given, metadata_errors=None, **more):
+            if metadata_errors is not None:
+                raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+            return opened(*given, metadata_errors="surrogateescape", **more)
+
+        monkeypatch.setattr(av, "__version__", release)
+        monkeypatch.setattr(av, "open", as_later)
+    assert read_numbers(open_video(path, fps=1).read().pixels) == [0, 30, 60]
+
+
 def test_files_are_closed(make_video):
     path = make_video("gop12.mp4", **CODINGS["gop12.mp4"])
     before = open_files()
