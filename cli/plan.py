@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from video_ma2mba import BUNDLED_CHECKPOINT
 from video_ma2mba.loading import check_loading
 
 from .loading import while_loading
@@ -101,16 +102,14 @@ def plan(
         "launch_us": None if launch_us in (None, "here") else _microseconds(launch_us),
     }
     _check(model, preset, video, frames, tokens, options)
-    with while_loading():
-        config = resolve_config(model, preset)
+    from video_ma2mba import plan as make_plan
+    from video_ma2mba.planning.sequence_plan import plan_reading
 
-        from video_ma2mba import plan as make_plan
-
-        if video is not None:
-            frames = count_frames(video, fps)
-        from video_ma2mba.planning.sequence_plan import plan_reading
-
-        if launch_us == "here":
+    config = resolve_config(model, preset)
+    if video is not None:
+        frames = count_frames(video, fps)
+    if launch_us == "here":
+        with while_loading():
             options["launch_us"] = _measured_microseconds()
     if reading:
         found = plan_reading(config, frames=frames, tokens=tokens, gpus=gpus, dtype=options["dtype"])
@@ -173,18 +172,37 @@ def _measured_microseconds() -> float:
 
 def resolve_config(model: str | None, preset: str | None):
     """The configuration of a directory or Hub id, of a preset, or (neither) of the bundled checkpoint."""
-    if preset is None:
+    from video_ma2mba.modeling_video_ma2mba.configuration_sizes import VideoMa2mbaSizes, read_sizes
+
+    if preset is not None:
+        from video_ma2mba.conversion.presets import PRESETS
+
+        width, layers = PRESETS[preset]
+        return VideoMa2mbaSizes(text_config={"hidden_size": width, "num_hidden_layers": layers})
+    found = read_sizes(BUNDLED_CHECKPOINT if model is None else config_folder(model))
+    if found is not None:
+        return found
+    with while_loading():
         from transformers import AutoConfig
 
         from video_ma2mba.loading import resolve_model
 
         return AutoConfig.from_pretrained(resolve_model(model))
 
-    from video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
-    from video_ma2mba.conversion.presets import PRESETS
 
-    width, layers = PRESETS[preset]
-    return VideoMa2mbaConfig(text_config=Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers))
+def config_folder(model: str) -> Path:
+    """The directory that holds a model's config.json: itself, or that in the cache of a Hub id (after a download)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    with while_loading():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return Path(hf_hub_download(model, "config.json")).parent
+        except (OSError, HfHubHTTPError, HFValidationError):  # said in full by what loads it next
+            return path
 
 
 def count_frames(video: str, fps: float) -> int:
@@ -193,9 +211,10 @@ def count_frames(video: str, fps: float) -> int:
     Raises:
         ValueError: the container does not say how long the video is.
     """
-    from video_ma2mba import open_video
+    with while_loading():
+        from video_ma2mba import open_video
 
-    expected = open_video(video, fps=fps).expected_frames
+        expected = open_video(video, fps=fps).expected_frames
     if not expected:
         raise ValueError(f"--video {video} does not say how long it is: count its frames and pass --frames")
     return expected

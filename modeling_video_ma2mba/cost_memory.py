@@ -11,11 +11,8 @@ size, G groups, Q chunk length; Z = E + C + H is the output width of in_proj. Ev
 from dataclasses import dataclass, field
 from typing import Any
 
-from .mixer_mamba2 import CoreBackends, MixerShape
-from .ops_norm import ADD_RMS_NORM
-from .recompute_loss import LOGITS_PER_CHUNK
-from .recompute_plan import RecomputePlan
-from .recompute_store import COPIES_IN_FLIGHT
+from .ops_costs import ADD_NORM_COSTS, CoreCosts, MixerShape
+from .recompute_plan import COPIES_IN_FLIGHT, LOGITS_PER_CHUNK, RecomputePlan
 
 # What cuBLAS keeps for itself on Hopper (none on a CPU); allocated once through PyTorch's allocator.
 _MATMUL_WORKSPACE = 32 << 20
@@ -40,13 +37,13 @@ class StackShape:
     vocabulary: int
     compute: int = 2
     stream: int = 4
-    backends: CoreBackends = field(default_factory=CoreBackends.preferred)
+    backends: CoreCosts = field(default_factory=CoreCosts.preferred)
 
     @classmethod
-    def of(cls, config: Any, compute: int = 2, kernels: bool | CoreBackends = True) -> "StackShape":
-        """From a `Ma2mbaTextConfig`; `compute` is 2 for bf16 and fp16, 4 for fp32. `kernels`: the mixers' backends,
-        or whether they are the preferred ones or PyTorch."""
-        backends = kernels if isinstance(kernels, tuple) else CoreBackends.preferred() if kernels else None
+    def of(cls, config: Any, compute: int = 2, kernels: bool | CoreCosts = True) -> "StackShape":
+        """From a `Ma2mbaTextConfig`; `compute` is 2 for bf16 and fp16, 4 for fp32. `kernels`: what the mixers'
+        backends take, or whether they are the preferred ones or PyTorch."""
+        named = {True: CoreCosts.preferred, False: lambda: CoreCosts.named("torch")}
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
@@ -60,7 +57,7 @@ class StackShape:
             vocabulary=config.vocab_size,
             compute=compute,
             stream=max(compute, 4) if config.residual_in_fp32 else compute,
-            backends=backends or CoreBackends.named("torch"),
+            backends=named[kernels]() if isinstance(kernels, bool) else kernels,
         )
 
     @property
@@ -135,10 +132,10 @@ def saved_per_token(shape: StackShape, projections_train: bool = True) -> float:
     """What one layer keeps per token between its recomputation and its backward: the residual sum in front of the
     norm, the mixer's inside as its backends say, and what the two projections read."""
     inputs = shape.compute if projections_train else 0
-    norm = ADD_RMS_NORM.backends[0].kept_bytes(itemsize=shape.stream, width=shape.width)
+    norm = ADD_NORM_COSTS["triton"].kept_bytes(itemsize=shape.stream, width=shape.width)
     if not shape.kernels:  # fp32 at least, and whatever trains
         inputs = max(4, shape.compute)
-        norm = ADD_RMS_NORM.named("torch").kept_bytes(itemsize=inputs, width=shape.width)
+        norm = ADD_NORM_COSTS["torch"].kept_bytes(itemsize=inputs, width=shape.width)
     return norm + shape.backends.kept_bytes(shape.mixer, shape.compute) + inputs * (shape.width + shape.inner)
 
 

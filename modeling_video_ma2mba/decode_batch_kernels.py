@@ -8,7 +8,7 @@ runs the convolution and sums up what each head needs to know, `batch_scan_step`
 from torch import Tensor
 
 from .decode_kernel_parts import conv_inputs, convolve, launch_options, release, silu, softplus, tl, triton, wait
-from .mixer_mamba2 import MixerShape
+from .ops_costs import MixerShape
 
 SCAN_FEW = {"BLOCK_P": 16, "num_warps": 4}
 """Tile of one program, where there are few: all of the GPU should have work."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .decode_kernel_parts import conv_inputs, convolve, launch_options, release, tl, triton, wait
-from .mixer_mamba2 import MixerShape
+from .ops_costs import MixerShape
 
 PRODUCT = {"BLOCK_N": 4, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 4}
 """Rows and columns of a program's tile, and how many of its tiles are fetched before the first is used. BLOCK_N is at

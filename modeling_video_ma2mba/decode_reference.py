@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixer_mamba2 import MixerShape
+from .ops_costs import MixerShape
 
 LARGEST_PRODUCT = 64
 """Rows of the largest batch whose products are split into sums; PyTorch does larger ones."""

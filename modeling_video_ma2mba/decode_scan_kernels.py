@@ -6,7 +6,7 @@
 from torch import Tensor
 
 from .decode_kernel_parts import launch_options, release, silu, softplus, tl, triton, wait
-from .mixer_mamba2 import MixerShape
+from .ops_costs import MixerShape
 
 BLOCK = 16
 """Channels of a head for one program: few, so that all of the GPU has work."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decode_reference import partial_sums, scale_residual, square_parts
-from .mixer_mamba2 import MixerShape
+from .ops_costs import MixerShape
 from .stack_protocols import TextStack
 from .state_layers import Mamba2State, unstack
 from .state_video import VideoState

@@ -8,7 +8,6 @@ adds, normalises and casts. Legend: B batch, S tokens, D model width, E inner wi
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -16,44 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .ops_conv import CAUSAL_CONV, add_last_inputs_gradient, causal_conv_torch, last_inputs
+from .ops_costs import CoreCosts, MixerShape
 from .ops_norm import GATED_RMS_NORM, add_rms_norm, gated_rms_norm_torch
 from .ops_registry import Backend
-from .ops_ssd import SSD, mask_steps, ssd_sizes, ssd_torch
+from .ops_ssd import SSD, mask_steps, ssd_torch
 from .state_layers import LayerState, Mamba2State
-
-
-@dataclass(frozen=True)
-class MixerShape:
-    """The sizes of one mixer that its tensors do not tell by themselves."""
-
-    num_heads: int
-    head_dim: int
-    state_size: int
-    n_groups: int
-    conv_kernel: int
-    chunk_size: int
-    eps: float
-    time_step_limit: tuple[float, float]
-
-    @property
-    def inner(self) -> int:
-        """Channels between the projections: heads times their width, H * P."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C together, H * P + 2 * G * N."""
-        return self.inner + 2 * self.n_groups * self.state_size
-
-    @property
-    def projected(self) -> int:
-        """What in_proj writes per token: gate, convolution input, step sizes."""
-        return self.inner + self.conv_dim + self.num_heads
-
-    @property
-    def parts(self) -> list[int]:
-        """The widths of gate, convolution input and step sizes."""
-        return [self.inner, self.conv_dim, self.num_heads]
 
 
 class CoreWeights(NamedTuple):
@@ -88,10 +54,10 @@ class CoreBackends(NamedTuple):
         packed: bool = False,
     ) -> "CoreBackends":
         """For `tokens` tokens a row on `device`, computed in `dtype`."""
-        call, ssd = (device, dtype, tokens, padded, packed), ssd_sizes(*_ssd_arguments(shape))
+        call = (device, dtype, tokens, padded, packed)
         picked = cls(
             CAUSAL_CONV.pick(*call, channels=shape.conv_dim, offset=shape.inner, width=shape.conv_kernel),
-            SSD.pick(*call, **ssd),
+            SSD.pick(*call, **shape.scan),
             GATED_RMS_NORM.pick(*call, width=shape.inner, groups=shape.n_groups),
         )
         return picked if all(backend.backward for backend in picked) else cls.named("torch")
@@ -111,42 +77,10 @@ class CoreBackends(NamedTuple):
         """Whether kernels run, and one autograd function spans them."""
         return self.norm.backward is not None
 
-    # What a call takes, in bytes a token; `itemsize` is that of the inputs, from which PyTorch makes at least fp32.
-    def kept_bytes(self, shape: MixerShape, itemsize: int) -> float:
-        """Between forward and backward: the projection's output, the scan's, and what the operations keep. The
-        convolution's output is recomputed by kernels, and kept by PyTorch."""
-        ssd, norm = _ssd_arguments(shape), {"width": shape.inner, "groups": shape.n_groups}
-        itemsize = itemsize if self.fused else max(4, itemsize)
-        own = shape.projected + shape.inner + (0 if self.fused else shape.conv_dim)
-        kept = self.conv.kept_bytes(itemsize=itemsize, channels=shape.conv_dim)
-        kept += self.ssd.kept_bytes(itemsize=itemsize, **ssd_sizes(*ssd))
-        return itemsize * own + kept + self.norm.kept_bytes(itemsize=itemsize, **norm)
-
-    def forward_bytes(self, shape: MixerShape, itemsize: int) -> float:
-        """At the worst moment of a forward that keeps nothing: in the scan, or in the norm behind it."""
-        itemsize, sizes = itemsize if self.fused else max(4, itemsize), ssd_sizes(*_ssd_arguments(shape))
-        scan, norm = self.ssd.forward_bytes(itemsize=itemsize, **sizes), 2.0 * itemsize * shape.inner
-        if not self.fused:  # PyTorch frees nothing before the end that it would have kept
-            return self.kept_bytes(shape, itemsize) + scan + norm
-        norm += self.ssd.kept_bytes(itemsize=itemsize, **sizes)
-        return itemsize * (shape.projected + shape.conv_dim) + max(scan, norm)
-
-    def backward_bytes(self, shape: MixerShape, itemsize: int) -> float:
-        """At the worst moment of backward beside what was kept: the gradients of the projection's output, of the
-        convolution's (and it, computed again), of the gated norm's and of the scan's, and what the scan holds."""
-        itemsize = itemsize if self.fused else max(4, itemsize)
-        own = shape.projected + 2 * shape.conv_dim + 2 * shape.inner
-        own += 0 if self.fused else shape.projected + shape.conv_dim + 4 * shape.inner
-        return itemsize * own + self.ssd.backward_bytes(itemsize=itemsize, **ssd_sizes(*_ssd_arguments(shape)))
-
-    def longest_call(self, shape: MixerShape) -> int:
-        """Most tokens (times rows) that one call can address."""
-        return min(backend.longest_call(shape.projected) for backend in self)
-
-
-def _ssd_arguments(shape: MixerShape) -> tuple[Any, ...]:
-    sizes = (shape.num_heads, shape.head_dim, shape.state_size, shape.n_groups, shape.chunk_size)
-    return (*sizes, shape.time_step_limit)
+    @property
+    def costs(self) -> CoreCosts:
+        """What calls of them take."""
+        return CoreCosts(*self, self.fused)
 
 
 def mixer_core(

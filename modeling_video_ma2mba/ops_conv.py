@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops_costs import CONV_COSTS
 from .ops_mamba_ssm import CAUSAL_CONV as _MAMBA_SSM
 from .ops_registry import Backend, Operation, run, triton_available
 
@@ -126,9 +127,9 @@ _TRITON = Backend(
     dtypes=(torch.float16, torch.bfloat16),
     available=triton_available,
     fits=lambda call: call.tokens > 0 and call.sizes["width"] in (2, 3, 4),
+    **vars(CONV_COSTS["triton"]),
 )
-# Autograd keeps what the taps read and what SiLU reads; the output belongs to whoever uses it.
-_TORCH = Backend("torch", causal_conv_torch, kept_bytes=lambda itemsize, channels: 2 * itemsize * channels)
+_TORCH = Backend("torch", causal_conv_torch, **vars(CONV_COSTS["torch"]))
 CAUSAL_CONV = Operation("causal_conv", (_TRITON, _MAMBA_SSM, _TORCH))
 """Sizes: channels; offset, numbers in memory before the first channel; width, of the convolution. Kernels take (x,
 weight, bias, state, seq_idx) and return the convolution without the state; `into`: the gradient of x."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops_costs import ADD_NORM_COSTS, CONV_COSTS, GATED_NORM_COSTS, SSD_COSTS, CallCost
 from .ops_registry import Backend, Call
 
 TESTED = {"mamba-ssm": "2.3", "causal-conv1d": "1.7"}
@@ -63,18 +64,13 @@ def _kernels_of(module: str, *names: str) -> list[Any]:
     return [getattr(loaded, name) for name in names]
 
 
-def _longest_call(row: int) -> int:
-    """The kernels' offsets are 32-bit numbers: beyond them results are wrong without any error."""
-    return 2**31 // row
-
-
-def _backend(**fields: Any) -> Backend:
+def _backend(cost: CallCost, **fields: Any) -> Backend:
     return Backend(
         "mamba_ssm",
         device="cuda",
         dtypes=_SIXTEEN_BITS,
         available=kernels_available,
-        longest_call=_longest_call,
+        **vars(cost),
         **fields,
     )
 
@@ -145,7 +141,7 @@ def _conv_fits(call: Call) -> bool:
     return call.sizes["channels"] % 8 == 0 and call.sizes["offset"] % 8 == 0
 
 
-CAUSAL_CONV = _backend(forward=_conv_forward, backward=_conv_backward, fits=_conv_fits)
+CAUSAL_CONV = _backend(CONV_COSTS["mamba_ssm"], forward=_conv_forward, backward=_conv_backward, fits=_conv_fits)
 
 
 # -------------------------------------------------------------------------------------------------------- SSD scan
@@ -229,39 +225,13 @@ def _ssd_fits(call: Call) -> bool:
     return call.tokens > 1 and not (call.padded and call.sizes["dt_min"] > 0)
 
 
-def _ssd_kept(itemsize: int, heads: int, head_dim: int, state_size: int, chunk: int, **sizes: float) -> float:
-    """Step sizes and decays; chunk states."""
-    return 8 * heads + itemsize * heads * head_dim * state_size / chunk
-
-
-def _ssd_forward_bytes(
-    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
-) -> float:
-    """What is kept, and the larger of: chunk states in fp32; the output with the C.B scores."""
-    inner = heads * head_dim
-    kept = _ssd_kept(itemsize, heads, head_dim, state_size, chunk)
-    return kept + max(4 * inner * state_size / chunk, itemsize * inner + 4 * chunk * groups)
-
-
-def _ssd_backward_bytes(
-    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
-) -> float:
-    """C.B scores, and the larger of: two sets of fp32 gradients of chunk states (state passing); one set, with
-    gradients of decays, step sizes, B, C and the scores."""
-    states = 4 * heads * head_dim * state_size / chunk
-    products = 40 * heads + 8 * groups * state_size + 8 * chunk * groups
-    return 4 * chunk * groups + states + max(states, products)
-
-
 # Backward reads the states that entered the chunks, not the one that was given.
 SSD = _backend(
+    SSD_COSTS["mamba_ssm"],
     forward=_ssd_forward,
     backward=_ssd_backward,
     needs=(0, 1, 2, 3, 4, 5, 6, 8),
     fits=_ssd_fits,
-    kept_bytes=_ssd_kept,
-    forward_bytes=_ssd_forward_bytes,
-    backward_bytes=_ssd_backward_bytes,
 )
 
 
@@ -315,10 +285,10 @@ def _add_norm_backward(
 
 
 ADD_RMS_NORM = _backend(
+    ADD_NORM_COSTS["mamba_ssm"],
     forward=_add_norm_forward,
     backward=_add_norm_backward,
     needs=(2,),
-    kept_bytes=lambda itemsize, width: itemsize * width + 4,
 )
 
 
@@ -359,7 +329,7 @@ def _gated_norm_backward(
 
 
 GATED_RMS_NORM = _backend(
+    GATED_NORM_COSTS["mamba_ssm"],
     forward=_gated_norm_forward,
     backward=_gated_norm_backward,
-    kept_bytes=lambda itemsize, width, groups: 4 * groups,
 )

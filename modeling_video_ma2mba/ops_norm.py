@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops_costs import ADD_NORM_COSTS, GATED_NORM_COSTS
 from .ops_mamba_ssm import ADD_RMS_NORM as _ADD_MAMBA_SSM
 from .ops_mamba_ssm import GATED_RMS_NORM as _GATED_MAMBA_SSM
 from .ops_registry import Backend, Operation, run, triton_available
@@ -88,15 +89,13 @@ _ADD_TRITON = _triton(
     _triton_add_forward,
     _triton_add_backward,
     needs=_ADD_MAMBA_SSM.needs,
-    kept_bytes=_ADD_MAMBA_SSM.kept_bytes,  # the same things
+    **vars(ADD_NORM_COSTS["triton"]),
 )
-_ADD_TORCH = Backend("torch", add_rms_norm_torch, kept_bytes=lambda itemsize, width: 2 * itemsize * width)
+_ADD_TORCH = Backend("torch", add_rms_norm_torch, **vars(ADD_NORM_COSTS["torch"]))
 ADD_RMS_NORM = Operation("add_rms_norm", (_ADD_TRITON, _ADD_MAMBA_SSM, _ADD_TORCH))
 """Sizes: width; kept bytes are of the residual's type."""
 
-_GATED_TRITON = _triton(_triton_gated_forward, _triton_gated_backward, kept_bytes=_GATED_MAMBA_SSM.kept_bytes)
-_GATED_TORCH = Backend(
-    "torch", gated_rms_norm_torch, kept_bytes=lambda itemsize, width, groups: 3 * itemsize * width
-)  # fmt: skip
+_GATED_TRITON = _triton(_triton_gated_forward, _triton_gated_backward, **vars(GATED_NORM_COSTS["triton"]))
+_GATED_TORCH = Backend("torch", gated_rms_norm_torch, **vars(GATED_NORM_COSTS["torch"]))
 GATED_RMS_NORM = Operation("gated_rms_norm", (_GATED_TRITON, _GATED_MAMBA_SSM, _GATED_TORCH))
 """Sizes: width, groups. `into`: the gradient of z."""

@@ -2,7 +2,7 @@
 
 An operation is a function with a PyTorch version, which runs anywhere and is differentiated by autograd. A faster
 backend is a pair of functions, forward and backward, with a declaration of what it serves. To add one: a file
-`ops_…` that imports nothing of this package but this file, and one entry in the list of its operation.
+`ops_…` that imports nothing of this package but this file and `ops_costs`, and one entry in the list of its operation.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .ops_costs import CallCost
 
 _forced: str | None = None
 _names: set[str] = set()
@@ -34,13 +36,9 @@ class Call:
     packed: bool = False
 
 
-def _unlimited(row: int) -> int:
-    return 2**62
-
-
 @dataclass(frozen=True)
-class Backend:
-    """One implementation of one operation, and what it serves.
+class Backend(CallCost):
+    """One implementation of one operation, what it serves, and what its calls take (`ops_costs`).
 
     Attributes:
         name: "torch", or the name of what brings the kernels; what `force_backend` asks for.
@@ -49,12 +47,6 @@ class Backend:
         backward: `backward(tensors, kept, gradients, into=None, **options) -> gradients of tensors`. `gradients` has
             None where a result was not used; `into` are buffers for some of the gradients, as the operation says.
         needs: positions of the tensors that backward looks at, the others are None there; None is all of them.
-        kept_bytes, forward_bytes, backward_bytes: bytes a token, from the operation's sizes and `itemsize`, the bytes
-            of a number. What a call keeps for its backward beside inputs and results; what it holds at its worst
-            moment in forward (what it keeps and its results included) and in backward (beside what was kept, and the
-            gradients that go in and out). 0: nothing worth counting.
-        longest_call: most tokens (rows of a batch together) that one call can address, from how many numbers lie
-            between two tokens of the widest input.
         device, dtypes: None where any will do.
         available: whether it can run on this machine at all, packages and hardware.
         fits: whether it can run a call: sizes, alignment, borders of samples.
@@ -64,10 +56,6 @@ class Backend:
     forward: Callable[..., Any]
     backward: Callable[..., tuple[Tensor | None, ...]] | None = None
     needs: tuple[int, ...] | None = None
-    kept_bytes: Callable[..., float] = lambda **sizes: 0
-    forward_bytes: Callable[..., float] = lambda **sizes: 0
-    backward_bytes: Callable[..., float] = lambda **sizes: 0
-    longest_call: Callable[[int], int] = _unlimited
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     available: Callable[[], bool] = lambda: True

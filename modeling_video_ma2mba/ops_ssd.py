@@ -9,12 +9,13 @@ Legend: B batch, S tokens, H heads, P head width, N state size, G groups, Q chun
 Gu, arXiv 2405.21060, sections 6 and 7.
 """
 
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops_costs import SSD_COSTS, ssd_sizes
 from .ops_mamba_ssm import SSD as _MAMBA_SSM
 from .ops_registry import Backend, Call, Operation, run, triton_available
 
@@ -57,27 +58,6 @@ def ssd(
         return backend.forward(x, dt, a, b, c, D, dt_bias, state, chunk_size, dt_limit, lengths, seq_idx)
     dt = mask_steps(dt, lengths)
     return run(backend, x, dt, a, b, c, D, dt_bias, state, seq_idx, chunk_size=chunk_size, dt_limit=dt_limit)
-
-
-class SSDSizes(TypedDict):
-    """See `SSD`."""
-
-    heads: int
-    head_dim: int
-    state_size: int
-    groups: int
-    chunk: int
-    dt_min: float
-
-
-def ssd_sizes(
-    heads: int, head_dim: int, state_size: int, groups: int, chunk: int, dt_limit: tuple[float, float]
-) -> SSDSizes:
-    """The sizes by which backends of `SSD` are picked."""
-    return {
-        "heads": heads, "head_dim": head_dim, "state_size": state_size, "groups": groups, "chunk": chunk,
-        "dt_min": dt_limit[0],
-    }  # fmt: skip
 
 
 def mask_steps(dt: Tensor, lengths: Tensor | None) -> Tensor:
@@ -225,22 +205,6 @@ def chunk_scan(
     return y + outer.permute(0, 1, 4, 2, 3, 5).flatten(1, 2) * from_start.unsqueeze(-1)
 
 
-def _torch_kept(
-    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, dt_min: float = 0
-) -> float:
-    """Everything autograd records in `ssd_torch`, mostly the (Q, Q) decays of every head; counted in a test."""
-    inner = heads * head_dim
-    masks = 2 * heads * chunk + groups * chunk
-    states = 2 * inner * state_size / chunk
-    grouped = 0 if groups == 1 else inner  # heads of several groups are flattened into a copy
-    return itemsize * (4 * inner + grouped + masks + states + 5 * heads)
-
-
-def _torch_masks(itemsize: int, heads: int, chunk: int, **sizes: float) -> float:
-    """The (Q, Q) decays of every head, once."""
-    return itemsize * heads * chunk
-
-
 def _triton_forward(*tensors: Any, **options: Any) -> Any:
     from .ops_ssd_triton import ssd_forward
 
@@ -263,47 +227,18 @@ def _triton_fits(call: Call) -> bool:
     )
 
 
-def _triton_forward_bytes(
-    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
-) -> float:
-    """What is kept, the C.B scores, and the larger of: chunk states in fp32; the output."""
-    inner = heads * head_dim
-    kept = _MAMBA_SSM.kept_bytes(
-        itemsize=itemsize, heads=heads, head_dim=head_dim, state_size=state_size, chunk=chunk
-    )  # the same things
-    kept += 4 * chunk * groups
-    return kept + max(4 * inner * state_size / chunk, itemsize * inner)
-
-
-def _triton_backward_bytes(
-    itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
-) -> float:
-    """Gradients of the chunk states, of the C.B scores (and they themselves), of steps and decays in tiles of 64
-    tokens, and the parts of B's or C's. Short calls take more: heads are dealt to more programs there."""
-    states = 4 * heads * head_dim * state_size / chunk
-    return states + 8 * chunk * groups + 4 * heads * (5 + 2 * max(1, chunk // 64)) + 8 * groups * state_size
-
-
 _TRITON = Backend(
     "triton",
     _triton_forward,
     _triton_backward,
     needs=_MAMBA_SSM.needs,
-    kept_bytes=_MAMBA_SSM.kept_bytes,  # the same things
-    forward_bytes=_triton_forward_bytes,
-    backward_bytes=_triton_backward_bytes,
     device="cuda",
     dtypes=(torch.float16, torch.bfloat16),
     available=triton_available,
     fits=_triton_fits,
+    **vars(SSD_COSTS["triton"]),
 )
-_TORCH = Backend(
-    "torch",
-    ssd_torch,
-    kept_bytes=_torch_kept,
-    forward_bytes=_torch_masks,
-    backward_bytes=lambda **sizes: 3 * _torch_masks(**sizes),
-)
+_TORCH = Backend("torch", ssd_torch, **vars(SSD_COSTS["torch"]))
 SSD = Operation("ssd", (_TRITON, _MAMBA_SSM, _TORCH))
 """Sizes: `ssd_sizes`. Kernels take (x, dt, a, b, c, D, dt_bias, state, seq_idx) and are given steps that
 `mask_steps` has seen; `into`: the gradients of x, dt, b and c."""

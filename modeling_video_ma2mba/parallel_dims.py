@@ -13,6 +13,15 @@ _NAMES = {
     "sequence": ("sequence", "sp", "cp"),
 }
 
+FEWEST_BLOCKS = 8
+"""Blocks of layers at least: with K of them, W ranks wait (W - 1) / K of a segment's time in all."""
+
+
+def reading_blocks(layers: int, ranks: int) -> list[range]:
+    """The layers of each block: `FEWEST_BLOCKS`, or where more ranks take part, two for each rank."""
+    size = max(1, layers // max(FEWEST_BLOCKS, 2 * ranks))
+    return [range(first, min(first + size, layers)) for first in range(0, layers, size)]
+
 
 @dataclass(frozen=True)
 class ParallelDims:

@@ -21,6 +21,7 @@ from torch import Tensor, distributed
 
 from .answering_familiarity import StrangeFrames, add_strange
 from .mixer_mamba2 import run_blocks
+from .parallel_dims import reading_blocks
 from .parallel_sequence import Like, SequenceGroup
 from .parallel_shards import is_unit
 from .reading_prompt import WholeClips, among_texts, frames_of, take_texts
@@ -29,15 +30,7 @@ from .stack_weights import execution_device
 from .state_layers import LayerState, flatten, layer_kinds, regroup
 from .state_video import VideoState
 
-FEWEST_BLOCKS = 8
-"""Blocks of layers at least: with K of them, W ranks wait (W - 1) / K of a segment's time in all."""
 BEFORE_ERRORS = "another process could not read its part of the video: "
-
-
-def reading_blocks(layers: int, ranks: int) -> list[range]:
-    """The layers of each block: `FEWEST_BLOCKS`, or where more ranks take part, two for each rank."""
-    size = max(1, layers // max(FEWEST_BLOCKS, 2 * ranks))
-    return [range(first, min(first + size, layers)) for first in range(0, layers, size)]
 
 
 class _Told(NamedTuple):

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .recompute_chunks import ChunkedRows, ChunkJob, RowLayout, fill_rows
+from .recompute_plan import LOGITS_PER_CHUNK
 
 IGNORE_INDEX = -100
-# Logits of one chunk: 2**25 numbers, 128 MB in fp32.
-LOGITS_PER_CHUNK = 2**25
 
 
 def shift_labels_left(labels: Tensor) -> Tensor:

@@ -5,6 +5,10 @@ from dataclasses import dataclass, replace
 
 from .recompute_schedule import ORDERS
 
+# Logits of one chunk: 2**25 numbers, 128 MB in fp32.
+LOGITS_PER_CHUNK = 2**25
+# Copies to the host in flight before the computation waits for the oldest: bounds the device memory that they hold.
+COPIES_IN_FLIGHT = 3
 METHODS = ("multi_axis", "per_layer", "sqrt")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

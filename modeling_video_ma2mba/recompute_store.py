@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .recompute_plan import COPIES_IN_FLIGHT
+
 SLAB_BYTES = 1 << 30
 _ALIGNMENT = 512
-# Copies in flight before the computation waits for the oldest: bounds the device memory that copies hold.
-COPIES_IN_FLIGHT = 3
 
 
 class DeviceStore:

@@ -8,8 +8,9 @@ Legend: F frames, R rows a frame takes inside the tower, D the tower's width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -56,6 +57,20 @@ class TowerCost:
         return self.layers * r * (2 * (4 * d * d + 2 * d * m) + 4 * r * d)
 
 
+@dataclass(frozen=True)
+class TowerParameters:
+    """How many parameters a tower has.
+
+    Attributes:
+        total: all. used: those that features depend on. lora_sides: inputs and outputs, summed, of all linear layers
+            that adapters are put on; times their rank, it is the adapters' parameters.
+    """
+
+    total: int
+    used: int
+    lora_sides: int
+
+
 class Encoder(Protocol):
     """The layers of an `EncoderTower`."""
 
@@ -85,6 +100,7 @@ class TowerAdapter(Generic[Tower]):
         no_decay: names of parameters without weight decay, beside biases and norms.
         identity_fields: of the vision configuration, those that decide what the tower computes: states made with other
             values are refused.
+        defaults: of the fields of its configuration that decide its sizes, as in transformers.
     """
 
     model_type: str
@@ -99,12 +115,18 @@ class TowerAdapter(Generic[Tower]):
         *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"),
         *("patch_size", "hidden_act", "layer_norm_eps"),
     )
+    defaults: Mapping[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                                   "num_attention_heads": 12, "num_channels": 3, "image_size": 224}  # fmt: skip
 
     def make_config(self, **fields: Any) -> Any:
         """A vision configuration of this kind."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(self.model_type, **fields)
+
+    def make_sizes(self, **fields: Any) -> Any:
+        """What plans read of a vision configuration of this kind, without transformers."""
+        return SimpleNamespace(**{**self.defaults, **fields, "model_type": self.model_type})
 
     def make_tower(self, vision_config: Any) -> nn.Module:
         """A fresh tower."""
@@ -173,3 +195,21 @@ class TowerAdapter(Generic[Tower]):
             hidden_copies=3 if vision.hidden_act == "quick_gelu" else 2,
             heads=vision.num_attention_heads,
         )
+
+    def parameters(self, config: Any) -> TowerParameters:
+        """Of the tower of a `VideoMa2mbaConfig`, or of its sizes: counted, not built."""
+        vision = config.vision_config
+        width, hidden, layers = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
+        layer = 4 * (width * width + width) + 2 * width * hidden + hidden + width + 2 * 2 * width
+        below, above = self.around_layers(vision)
+        sides = 4 * 2 * width + 2 * (width + hidden)  # of a layer's attention and MLP
+        used = below + self.layer_count(config) * layer
+        return TowerParameters(below + layers * layer + above, used, layers * sides + self.head_sides(vision))
+
+    def around_layers(self, vision_config: Any) -> tuple[int, int]:
+        """Parameters below the layers (embeddings) and above them."""
+        raise NotImplementedError
+
+    def head_sides(self, vision_config: Any) -> int:
+        """As `TowerParameters.lora_sides`, of linear layers above the tower's own."""
+        return 0

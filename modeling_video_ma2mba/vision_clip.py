@@ -26,6 +26,7 @@ class ClipAdapter(TowerAdapter[ClipTower]):
     leading_rows = 1
     no_split_modules = ("CLIPVisionEmbeddings", "CLIPEncoderLayer")
     no_decay = ("class_embedding",)
+    defaults = {**TowerAdapter.defaults, "patch_size": 32, "hidden_act": "quick_gelu"}
 
     def used_modules(self, tower: ClipTower, config: Any) -> Iterator[nn.Module]:
         embeddings, *layers = super().used_modules(tower, config)
@@ -33,3 +34,8 @@ class ClipAdapter(TowerAdapter[ClipTower]):
 
     def embed(self, tower: ClipTower, pixels: Tensor) -> Tensor:
         return tower.pre_layrnorm(tower.embeddings(pixels))
+
+    def around_layers(self, vision_config: Any) -> tuple[int, int]:
+        width, pixels = vision_config.hidden_size, vision_config.num_channels * vision_config.patch_size**2
+        places = self.patches_per_side(vision_config) ** 2 + 1
+        return width * (1 + pixels + places + 2), 2 * width  # class, patches, places, a norm; a norm

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .configuration_videomamba import IMAGENET_MEAN, IMAGENET_STD, VideoMambaConfig
-from .vision_adapter import TowerAdapter, TowerCost
+from .configuration_videomamba_sizes import IMAGENET_MEAN, IMAGENET_STD, VideoMambaSizes
+from .vision_adapter import TowerAdapter, TowerCost, TowerParameters
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .configuration_videomamba import VideoMambaConfig
     from .modeling_videomamba import VideoMambaModel
 
 
@@ -56,9 +57,15 @@ class VideoMambaAdapter(TowerAdapter["VideoMambaModel"]):
         *("image_size", "patch_size", "num_frames", "tubelet_size", "scan_order", "share_scan_weights"),
         "layer_norm_eps",
     )
+    defaults: Mapping[str, Any] = {}  # its sizes check themselves
 
     def make_config(self, **fields: Any) -> VideoMambaConfig:
+        from .configuration_videomamba import VideoMambaConfig
+
         return VideoMambaConfig(**fields)
+
+    def make_sizes(self, **fields: Any) -> VideoMambaSizes:
+        return VideoMambaSizes(**fields)
 
     def make_tower(self, vision_config: Any) -> nn.Module:
         from .modeling_videomamba import VideoMambaModel
@@ -127,3 +134,14 @@ class VideoMambaAdapter(TowerAdapter["VideoMambaModel"]):
             hidden_copies=1,
             heads=vision.state_size,
         )
+
+    def parameters(self, config: Any) -> TowerParameters:
+        vision, layers = config.vision_config, config.vision_config.num_hidden_layers
+        width, inner, state, rank = vision.hidden_size, vision.inner_size, vision.state_size, vision.time_step_rank
+        frames, patches = vision.grid
+        scan = inner * (vision.conv_kernel + 1 + rank + 2 * state + rank + 1 + state + 1)
+        layer = width + 3 * width * inner + vision.scan_weight_sets * scan
+        pixels = vision.num_channels * vision.patch_size**2 * (vision.tubelet_size or 1)
+        around = width * (pixels + 1 + 1 + patches + 1 + (frames if vision.is_video else 0) + 1)
+        used = around + self.layer_count(config) * layer
+        return TowerParameters(around + layers * layer, used, layers * (width + 3 * inner + width))

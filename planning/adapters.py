@@ -4,8 +4,8 @@ An adapter of rank r on a linear layer of `a` inputs and `b` outputs has r (a + 
 whole, as a copy beside the frozen one. PEFT keeps adapters in fp32, TRL makes them bf16 where the model is quantised.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 # A weight in NF4 takes half a byte; with double quantisation its scale takes a byte for 64 weights and, again, four
 # bytes for 256 scales (Dettmers et al., arXiv 2305.14314, section 3).
@@ -30,22 +30,13 @@ class Adapters:
         """Bytes of one of their parameters."""
         return 2 if self.four_bit else 4
 
-    def in_language_model(self, stack: Any) -> int:
-        """Parameters of the adapters of one layer of a `Ma2mbaTextModel`."""
-        mixer = stack.layers[0].mixer
-        return sum(self._beside(layer) for layer in (mixer.in_proj, mixer.out_proj))
+    def beside(self, layers: Sequence[tuple[int, int]]) -> int:
+        """Parameters of the adapters beside linear layers of so many inputs and outputs."""
+        return self.rank * sum(inputs + outputs for inputs, outputs in layers)
 
-    def in_tower(self, tower: Any, names: tuple[str, ...]) -> int:
-        """Parameters of the adapters of all linear layers of these names; 0 where the tower gets none."""
-        found = (module for name, module in tower.named_modules() if name.rsplit(".", 1)[-1] in names)
-        return sum(self._beside(module) for module in found) if self.vision else 0
-
-    def saved_weights(self, stack: Any, weight_bytes: int) -> float:
-        """Bytes that 4 bits save, of a `Ma2mbaTextModel` whose weights take `weight_bytes` otherwise."""
+    def saved_weights(self, projections: Sequence[tuple[int, int]], layers: int, weight_bytes: int) -> float:
+        """Bytes that 4 bits save of the projections, inputs and outputs, of `layers` layers whose weights take
+        `weight_bytes` otherwise."""
         if not self.four_bit:
             return 0.0
-        numbers = sum(p.weight.numel() for layer in stack.layers for p in (layer.mixer.in_proj, layer.mixer.out_proj))
-        return numbers * (weight_bytes - NF4_BYTES)
-
-    def _beside(self, layer: Any) -> int:
-        return self.rank * (layer.in_features + layer.out_features)
+        return layers * sum(inputs * outputs for inputs, outputs in projections) * (weight_bytes - NF4_BYTES)

@@ -1,6 +1,6 @@
 """`plan(...)`: what training on a video of a given length will take, from a configuration alone.
 
-No weights are loaded and no GPU is asked: parameters are counted on the meta device, memory comes from
+No weights are loaded and no GPU is asked: parameters are counted by formula, memory comes from
 `cost_memory`, seconds from constants measured on the GPU named in the report (`cost_time`).
 """
 
@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
-from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, vision_seconds
-from ..modeling_video_ma2mba.planner import (
+from ..modeling_video_ma2mba.cost_search import (
     Limits,
     candidate_plans,
     leanest,
@@ -20,10 +18,12 @@ from ..modeling_video_ma2mba.planner import (
     vision_chunks,
     with_tokens,
 )
+from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
+from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, vision_seconds
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan
 from .adapters import Adapters
 from .plan_options import check_options, chosen_adapters, chosen_memory, gigabytes, require
-from .planned_step import describe_step, model_and_config
+from .planned_step import counts_and_config, describe_step
 from .sequence_plan import SharedPlan, longest_shared, ranks_of, shared_plan, shared_predictions
 from .sequence_simulation import Links
 
@@ -199,7 +199,7 @@ def plan(
     gpu_bytes, gpu, host_memory_bytes, host = chosen_memory(gpu_memory, host_memory)
     costs = costs if launch_us is None else costs.on_host(launch_us / 1e6)
     adapters = chosen_adapters(lora_rank, lora_vision, four_bit, train)
-    model, config = model_and_config(model_or_config, train if adapters is None else ("projector",))
+    counts, config = counts_and_config(model_or_config, train if adapters is None else ("projector",))
     per_frame = getattr(config, "tokens_per_frame", None)
     require((tokens is None) != (frames is None), "give either tokens or frames (of one sample)")
     if frames is not None:
@@ -209,7 +209,7 @@ def plan(
         frames = max(0, tokens - text_tokens) // per_frame
     require(tokens >= 1, f"tokens={tokens} is not valid: it must be at least 1")
 
-    job = describe_step(model, config, tokens, frames, batch, optimizer, dtype, labels, adapters)
+    job = describe_step(counts, config, tokens, frames, batch, optimizer, dtype, labels, adapters)
     fixed = job.weights + job.gradients + job.optimizer
     require(
         fixed + costs.context < gpu_bytes,
@@ -272,8 +272,8 @@ def memory_by_method(config: Any, tokens: int, dtype: str = "bfloat16") -> dict[
     Multi-axis plans ("multi_axis": activations kept on the GPU; "host") are the smallest among those that are at most
     5 % slower than the fastest one, whatever it takes.
     """
-    model, text = model_and_config(getattr(config, "text_config", config), ("lm",))
-    job = describe_step(model, text, tokens, None, 1, "none", dtype, 512)
+    counts, text = counts_and_config(getattr(config, "text_config", config), ("lm",))
+    job = describe_step(counts, text, tokens, None, 1, "none", dtype, 512)
     found = {
         "off": predict_job(job, None),
         "per_layer": predict_job(job, RecomputePlan(1, tokens)),

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..modeling_video_ma2mba.cost_memory import forward_temporaries_per_token
+from ..modeling_video_ma2mba.cost_search import Limits, candidate_plans, fastest, segment_lengths
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, cell_seconds, stack_seconds, vision_seconds
 from ..modeling_video_ma2mba.cost_vision import vision_phases
-from ..modeling_video_ma2mba.planner import Limits, candidate_plans, fastest, segment_lengths
-from ..modeling_video_ma2mba.reading_shared import reading_blocks
+from ..modeling_video_ma2mba.parallel_dims import reading_blocks
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan
 from .plan_options import DTYPES, require
-from .planned_step import describe_step, model_and_config
+from .planned_step import counts_and_config, describe_step
 from .sequence_simulation import Links, wave_seconds
 
 
@@ -199,7 +199,7 @@ def plan_reading(
     require(gpus >= 1, f"gpus={gpus} is not valid: it must be at least 1")
     require(dtype in DTYPES, f"dtype={dtype!r} is unknown: use one of {sorted(DTYPES)}")
     require((tokens is None) != (frames is None), "give either tokens or frames")
-    model, config = model_and_config(model_or_config, () if not hasattr(model_or_config, "parameters") else None)
+    counts, config = counts_and_config(model_or_config, () if not hasattr(model_or_config, "parameters") else None)
     per_frame = getattr(config, "tokens_per_frame", None)
     require(frames is None or per_frame is not None, "frames need a vision tower, and this is a language model alone")
     if frames is not None and per_frame is not None:
@@ -208,7 +208,7 @@ def plan_reading(
         frames = -(-(tokens or 0) // per_frame)
     require(bool(tokens and tokens >= 1), f"tokens={tokens} is not valid: it must be at least 1")
     assert tokens is not None
-    job = describe_step(model, config, tokens, frames, 1, "none", dtype, 1)
+    job = describe_step(counts, config, tokens, frames, 1, "none", dtype, 1)
     length = config.read_chunk_frames * per_frame if per_frame is not None else job.plain_segment
     segments, blocks = math.ceil(tokens / length), reading_blocks(job.shape.layers, gpus)
     plan = RecomputePlan(len(blocks[0]), length)

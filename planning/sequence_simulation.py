@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..modeling_video_ma2mba.cost_memory import StackShape, Workload, kept_bytes, saved_per_token
+from ..modeling_video_ma2mba.cost_search import block_sizes, segment_lengths
 from ..modeling_video_ma2mba.cost_step import layer_parameter_count
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, cell_seconds
-from ..modeling_video_ma2mba.planner import block_sizes, segment_lengths
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan
 from ..modeling_video_ma2mba.recompute_schedule import CellOrder, shared_order
 
@@ -223,7 +223,7 @@ def table(steps: Sequence[SimulatedStep]) -> str:
 def main() -> None:
     """Print the table of simulated steps."""
     from ..conversion.presets import PRESETS
-    from ..modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
+    from ..modeling_video_ma2mba.configuration_sizes import Ma2mbaTextSizes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="2.7b", choices=PRESETS)
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     arguments = parser.parse_args()
     width, layers = PRESETS[arguments.preset]
-    config = Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers)
+    config = Ma2mbaTextSizes(hidden_size=width, num_hidden_layers=layers)
     found = [fastest_step(config, tokens, n, arguments.host_gb) for tokens in arguments.tokens for n in arguments.gpus]
     steps = [step for step in found if step is not None]
     if arguments.json:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..modeling_video_ma2mba.recompute_chunks import ChunkedRows, ChunkJob, RowLayout, fill_rows
-from ..modeling_video_ma2mba.recompute_loss import IGNORE_INDEX, LOGITS_PER_CHUNK, shift_labels_left
+from ..modeling_video_ma2mba.recompute_loss import IGNORE_INDEX, shift_labels_left
+from ..modeling_video_ma2mba.recompute_plan import LOGITS_PER_CHUNK
 
 
 def score_answers(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..modeling_video_ma2mba.vision_towers import TOWERS
+from ..planning.plan_options import check_parts
 
 # Mamba-2's own recurrence parameters, norms, biases, and what towers name; by name as well as by shape, because
 # some sharded parameters do not show their shape.
@@ -46,3 +47,15 @@ def split_by_part(
             if members:
                 result.append({**group, "params": members, "lr": rates[part]})
     return result
+
+
+def set_trainable(model: nn.Module, parts: Sequence[str]) -> None:
+    """Let exactly these of `plan_options.PARTS` train; the head belongs to the language model, unused layers stay
+    frozen."""
+    check_parts(parts)
+    base = getattr(model, "model", model)
+    model.requires_grad_("lm" in parts)
+    if hasattr(base, "vision_tower"):
+        base.multi_modal_projector.requires_grad_("projector" in parts)
+        base.vision_tower.requires_grad_("vision" in parts)
+        base.freeze_unused_parameters()

@@ -15,20 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modeling_video_ma2mba.cost_search import Limits, vision_chunks
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200
 from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
 from ..modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from ..modeling_video_ma2mba.parallel_shards import is_unit
-from ..modeling_video_ma2mba.planner import (
-    Limits,
-    best_plan,
-    describe_batch,
-    shared_job,
-    shared_limits,
-    step_limits,
-    vision_chunks,
-)
+from ..modeling_video_ma2mba.planner import best_plan, describe_batch, shared_job, shared_limits, step_limits
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
 from ..modeling_video_ma2mba.vision_features import used_tower_modules
 

@@ -28,13 +28,12 @@ from trl import SFTTrainer
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from ..modeling_video_ma2mba.state_writing import write_whole
-from ..planning.planned_step import set_trainable
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import AnswerScores, EvaluationLosses, install_answer_scores
 from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
 from .data.collator import SEQUENCE_CUT, SEQUENCE_FAILED
 from .memory_retry import MemoryRetry
-from .parameter_groups import decays, split_by_part
+from .parameter_groups import decays, set_trainable, split_by_part
 from .throughput import Throughput, ThroughputBar
 from .training_card import write_training_card
 from .training_clock import ENDLESS, ClockCallback, TrainingClock

@@ -19,19 +19,21 @@ from video_ma2mba.modeling_video_ma2mba.cost_memory import (
     kept_bytes,
     saved_per_token,
 )
+from video_ma2mba.modeling_video_ma2mba.cost_search import (
+    Limits,
+    block_sizes,
+    candidate_plans,
+    fastest,
+    footprint,
+    longest_that_fits,
+    segment_lengths,
+)
 from video_ma2mba.modeling_video_ma2mba.cost_step import StepJob, layer_parameter_count, predict, predict_job
 from video_ma2mba.modeling_video_ma2mba.cost_vision import VisionLoad
 from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import CoreBackends, run_blocks
 from video_ma2mba.modeling_video_ma2mba.planner import (
-    Limits,
-    block_sizes,
-    candidate_plans,
     choose_plan,
-    fastest,
-    footprint,
-    longest_that_fits,
     out_of_memory_message,
-    segment_lengths,
 )
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan, RecomputeSettings
 from video_ma2mba.modeling_video_ma2mba.recompute_schedule import ORDERS
@@ -191,10 +193,10 @@ def test_backends_are_asked_what_they_keep_and_reach():
     shape = StackShape.of(PAPER)
     ssd = shape.backends.ssd
     other = replace(ssd, kept_bytes=lambda **sizes: ssd.kept_bytes(**sizes) + 100, longest_call=lambda row: 7)
-    changed = replace(shape, backends=shape.backends._replace(ssd=other))
+    changed = replace(shape, backends=replace(shape.backends, ssd=other))
     assert saved_per_token(changed) == saved_per_token(shape) + 100
     assert changed.longest_segment == 7
-    theirs = StackShape.of(PAPER, kernels=CoreBackends.named("mamba_ssm"))
+    theirs = StackShape.of(PAPER, kernels=CoreBackends.named("mamba_ssm").costs)
     assert theirs.longest_segment == 2**31 // shape.projected < shape.longest_segment  # ours count in 64 bits
 
 
@@ -342,7 +344,7 @@ def test_a_fixed_plan_is_held_against_a_budget_only_if_one_was_given(make_text_c
 def test_segments_beyond_the_kernels_offsets_are_refused(make_text_config, monkeypatch, fixed: dict):
     model = small_model(make_text_config, layers=1)
     job = paper_job(2**19)
-    theirs = StackShape.of(PAPER, kernels=CoreBackends.named("mamba_ssm"))
+    theirs = StackShape.of(PAPER, kernels=CoreBackends.named("mamba_ssm").costs)
     monkeypatch.setattr(planner, "describe_batch", lambda *_: replace(job, shape=theirs))
     with pytest.raises(ValueError, match="segment_length to at most 203052"):
         choose_plan(RecomputeSettings(**fixed), model, torch.empty(1, 2**19, 16, device="meta"), None)

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForVideoClassification
 
-from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import SCAN_ORDERS, VideoMambaConfig
+from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
+from video_ma2mba.modeling_video_ma2mba.configuration_videomamba_sizes import SCAN_ORDERS
 from video_ma2mba.modeling_video_ma2mba.mixer_mamba1 import VideoMambaMixer
 from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import (
     VideoMambaForVideoClassification,

@@ -37,7 +37,8 @@ def test_four_bits_save_what_the_projections_take(make_config):
     lora, qlora = (video_ma2mba.plan(make_config(), frames=5, lora_rank=4, four_bit=bits) for bits in (False, True))
     stack = VideoMa2mbaForConditionalGeneration(make_config()).model.language_model
     numbers = sum(m.weight.numel() for layer in stack.layers for m in (layer.mixer.in_proj, layer.mixer.out_proj))
-    adapters = Adapters(4).in_language_model(stack) * len(stack.layers)
+    sides = [(m.in_features, m.out_features) for m in (stack.layers[0].mixer.in_proj, stack.layers[0].mixer.out_proj)]
+    adapters = Adapters(4).beside(sides) * len(stack.layers)
     saved = lora.prediction.gpu["weights"] - qlora.prediction.gpu["weights"]
     assert saved == pytest.approx(numbers * (2 - NF4_BYTES) + 2 * adapters, abs=2)  # TRL's adapters are bf16 then
     assert qlora.prediction.gpu["gradients"] < lora.prediction.gpu["gradients"]

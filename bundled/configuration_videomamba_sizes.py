@@ -1,0 +1,1 @@
+../modeling_video_ma2mba/configuration_videomamba_sizes.py
