@@ -18,6 +18,8 @@ from .terminal import echo_json, prepare_streams, warn
 # What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
 # of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
 _EXPECTED = (ValueError, OSError)
+# Of safetensors and huggingface_hub: a damaged file; a value of a configuration that cannot be.
+_EXPECTED_NAMES = ("SafetensorError", "StrictDataclass")
 _EXPECTED_RUNTIME_TEXTS = ("out of memory", "size mismatch", "state_dict", "ignore_mismatched_sizes")
 _LONGEST = 600  # characters of a message: no more than a terminal's screen
 _TAIL = 200  # of these, how many of the end are kept: what is wrong often stands there
@@ -34,7 +36,7 @@ def is_expected(error: Exception) -> bool:
         return "JSON" in str(error)  # a file that is nested too deeply
     if isinstance(error, RuntimeError):
         return any(text in str(error) for text in _EXPECTED_RUNTIME_TEXTS)
-    return isinstance(error, _EXPECTED) or type(error).__name__ == "SafetensorError"
+    return isinstance(error, _EXPECTED) or type(error).__name__.startswith(_EXPECTED_NAMES)
 
 
 def one_line(error: Exception | Warning) -> str:

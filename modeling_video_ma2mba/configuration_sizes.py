@@ -301,8 +301,10 @@ def read_sizes(folder: str | Path) -> Ma2mbaTextSizes | VideoMa2mbaSizes | None:
         kind = fields.pop("model_type")
         if kind == "mamba2":
             return VideoMa2mbaSizes(text_config=fields, video_token_id=0).text_config
-        found = {each.model_type: each for each in (Ma2mbaTextSizes, VideoMa2mbaSizes)}[kind](**fields)
-        return found if kind == Ma2mbaTextSizes.model_type or _usual(found.vision_config) else None
+        if kind == Ma2mbaTextSizes.model_type:
+            return Ma2mbaTextSizes(**fields)
+        found = VideoMa2mbaSizes(**fields) if kind == VideoMa2mbaSizes.model_type else None
+        return found if found is not None and _usual(found.vision_config) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -60,6 +60,12 @@ WRONG = [
     ("train --config lora nothing", "is no override"),
     ("data check none.csv", "no such file or folder"),
 ]  # fmt: skip
+PLANS = [
+    "plan --frames 60",
+    "plan --preset 2.7b --frames 7200 --gpus 8 --json",
+    "plan --preset 370m --tokens 65536 --gpu-memory 24GB --qlora 16",
+    "plan --preset 370m --frames 900 --reading",
+]
 
 SCRIPT = """
 import json, sys
@@ -76,7 +82,7 @@ for arguments in json.load(sys.stdin):
 def told(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
     """Exit code, output, and heavy modules loaded after each command, all in one process that began without any."""
     names = {"video": VIDEO, "state": OLD_STATE, "folder": tmp_path_factory.mktemp("out")}
-    commands = [*(command for command, _ in WRONG), "state show {state}", "state show {state} --json"]
+    commands = [*(command for command, _ in WRONG), "state show {state}", "state show {state} --json", *PLANS]
     typed = json.dumps([shlex.split(command.format(**names)) for command in commands])
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=typed, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -95,6 +101,10 @@ def test_a_state_is_shown_without_loading_torch(told):
     assert (code, heavy) == (0, []) and "layers: 2 mamba2" in output
     facts = json.loads(told["state show {state} --json"][1])
     assert (int(facts["bytes"]), int(facts["tokens"])) == (VideoState.load(OLD_STATE).nbytes, 1033)
+
+
+def test_plans_are_made_without_loading_torch(told):
+    assert [told[command][::2] for command in PLANS] == [[0, []]] * len(PLANS)
 
 
 def test_a_summary_says_what_loading_says(tmp_path: Path):
