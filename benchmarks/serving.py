@@ -52,6 +52,9 @@ def running(words: list[str], ready: str, log: Path) -> Iterator[tuple[subproces
                 raise RuntimeError(log.read_text(encoding="utf-8", errors="replace"))
             time.sleep(0.1)
         yield process, found[1]
+    except Exception:
+        print(f"--- {log.name}", log.read_text(encoding="utf-8", errors="replace")[-3000:], sep="\n", flush=True)
+        raise
     finally:
         process.terminate()
         process.wait(60)

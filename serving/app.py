@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
@@ -25,13 +26,15 @@ from ..processing.picture_sources import is_image_bytes
 from . import metrics
 from .answer_rows import AnswerSettings, Piece
 from .conversations import STATE, conversation_of, sampling_of
-from .errors import BadRequest, Conflict, NotThere, ServingError
+from .errors import BadRequest, Conflict, NotThere, ServingError, error_of
+from .fetching import address_name
 from .guard import LOG, Guard
 from .reading import SAMPLING
 from .service import Service
 from .settings import ServerSettings
 from .store import Video
 
+_MEASURED = 2.0
 _ALIVE = 10.0  # seconds after which a client that waits is told that somebody is there
 _AT_ONCE = 1.0  # seconds for which a streamed answer is held back, so that errors have their own status
 _MOST_PICTURES = 1024
@@ -75,11 +78,11 @@ class VideoRequest(BaseModel):
     name: str | None = None
     live: bool = False
     pinned: bool = False
-    fps: float | None = None
-    num_frames: int | None = None
-    start: float | None = None
-    end: float | None = None
-    max_frames: int | None = None
+    fps: Any = None
+    num_frames: Any = None
+    start: Any = None
+    end: Any = None
+    max_frames: Any = None
 
 
 class VideoChange(BaseModel):
@@ -102,7 +105,9 @@ def build_app(settings: ServerSettings, load: Callable[[], Any], closing: Callab
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        measuring = asyncio.ensure_future(_measure_often(service))
         yield
+        measuring.cancel()
         await asyncio.get_running_loop().run_in_executor(None, service.close)
 
     app = FastAPI(title="video-ma2mba", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -115,6 +120,13 @@ def build_app(settings: ServerSettings, load: Callable[[], Any], closing: Callab
             CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"]
         )
     return Guard(app, settings, service.keys, closing)
+
+
+async def _measure_often(service: Service) -> None:
+    """Whichever process is asked for metrics tells those of all: each writes its own down."""
+    while metrics.shared():
+        await service.quick(service.measure)
+        await asyncio.sleep(_MEASURED)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -135,10 +147,14 @@ def _add_errors(app: FastAPI) -> None:
         made.status = error.status_code
         return answer(made)
 
+    @app.exception_handler(RequestValidationError)
+    async def of_the_address(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(_invalid(error.errors()[0]))
+
     @app.exception_handler(Exception)
     async def own(request: Request, error: Exception) -> JSONResponse:
         LOG.error("unexpected error", exc_info=error)
-        return answer(ServingError(f"the server made a mistake ({type(error).__name__}): its log says more"))
+        return answer(error_of(error))
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -184,6 +200,12 @@ def _check_model(service: Service, model_id: str) -> None:
         raise NotThere(f"there is no model {model_id[:80]!r} here, only {service.name!r}", "model")
 
 
+def _invalid(fault: Any) -> BadRequest:
+    """What pydantic finds wrong."""
+    param = ".".join(str(part) for part in fault["loc"] if part != "query")
+    return BadRequest(f"{param or 'the request'}: {fault['msg']}", param or None)
+
+
 async def _json(request: Request, kind: type[BaseModel]) -> Any:
     """A request's body as a model of pydantic. Raises BadRequest."""
     body = await request.body()
@@ -191,9 +213,7 @@ async def _json(request: Request, kind: type[BaseModel]) -> Any:
         value = await asyncio.to_thread(parse_json, body)
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(map(str, first["loc"]))
-        raise BadRequest(f"{param or 'the request'}: {first['msg']}", param or None) from None
+        raise _invalid(error.errors(include_url=False, include_input=False)[0]) from None
     except ValueError as error:
         raise BadRequest(f"the request is not JSON ({error})") from None
 
@@ -308,8 +328,9 @@ async def _from_json(service: Service, owner: str, given: VideoRequest) -> Video
         try:
             found = service.fetcher.fetch(url, path)
             service.store.remember_address(owner, url, found.etag, found.modified, found.digest, found.size)
-            name = given.name or url.partition("?")[0].rstrip("/")
-            return _take_file(service, owner, path, name, sampling, given.pinned, found.digest)
+            return _take_file(
+                service, owner, path, given.name or address_name(url), sampling, given.pinned, found.digest
+            )
         finally:
             path.unlink(missing_ok=True)
 
@@ -351,6 +372,8 @@ def _append(service: Service, video: Video, files: list[tuple[Path, str]], field
     if not files:
         raise BadRequest("there are no frames: send pictures (JPEG, PNG), or a chunk of video, as files", "frames")
     sampling = sampling_of(fields, "")
+    if "num_frames" in sampling:
+        raise BadRequest("frames that are added are chosen by fps: leave num_frames out", "num_frames")
     rate = sampling.get("fps") or video.fps or service.processor.video_processor.fps or 1.0
     heads = []
     for path, _ in files:
@@ -419,8 +442,7 @@ def _fields(kind: type[BaseModel], fields: dict[str, str]) -> Any:
     try:
         return kind.model_validate(known)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise BadRequest(f"{first['loc'][0]}: {first['msg']}", str(first["loc"][0])) from None
+        raise _invalid(error.errors(include_url=False, include_input=False)[0]) from None
 
 
 async def _progress(service: Service, video: Video) -> AsyncIterator[bytes]:
@@ -472,7 +494,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         usual = sampling_of(
             {
                 "fps": asked.fps,
-                **((asked.media_io_kwargs or {}).get("video") or {}),
+                **_of_videos(asked.media_io_kwargs),
                 **(asked.mm_processor_kwargs or {}),
             },
             "",
@@ -511,6 +533,14 @@ async def _unless_gone(request: Request, work: Any) -> Response:
                 await one
 
 
+def _of_videos(given: dict[str, Any] | None) -> dict[str, Any]:
+    """What vLLM's `media_io_kwargs` say of videos."""
+    found = (given or {}).get("video") or {}
+    if not isinstance(found, dict):
+        raise BadRequest(f"media_io_kwargs.video must hold settings, not {found!r:.60}", "media_io_kwargs.video")
+    return found
+
+
 def _answer_settings(service: Service, asked: ChatRequest) -> list[AnswerSettings]:
     """Settings of each of the answers wanted. Raises BadRequest."""
     if asked.tools:
@@ -523,7 +553,7 @@ def _answer_settings(service: Service, asked: ChatRequest) -> list[AnswerSetting
     vocabulary = service.model.config.text_config.vocab_size
     bias = []
     for token, value in (asked.logit_bias or {}).items():
-        if not token.isdecimal() or int(token) >= vocabulary or not -100 <= value <= 100:
+        if not token.isdecimal() or len(token) > 20 or int(token) >= vocabulary or not -100 <= value <= 100:
             raise BadRequest(
                 f"logit_bias: {token[:20]}: {value} is no token of this model with a bias up to 100", "logit_bias"
             )
@@ -637,7 +667,7 @@ class _Completion:
             yield _event(error.body())
         except Exception as error:
             LOG.error("unexpected error", exc_info=error)
-            yield _event(ServingError(f"the server made a mistake ({type(error).__name__}): its log says more").body())
+            yield _event(error_of(error).body())
         finally:
             preparing.cancel()
 

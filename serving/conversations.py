@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..modeling_video_ma2mba.answering_questions import video_prefix
+from ..processing.frame_sampling import Sampling, seconds_of
 from .errors import BadRequest
 from .reading import SAMPLING
 from .store import ID
@@ -65,10 +66,10 @@ def sampling_of(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value is None or value == "":
             continue
         try:
-            number = float(value)
+            number = (seconds_of(value, name) or 0.0) if name in ("start", "end") else float(value)
             if isinstance(value, bool) or not math.isfinite(number) or number < 0 or number != _WORDS[name](number):
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             kind = "a whole number" if _WORDS[name] is int else "a number"
             raise BadRequest(f"{where}{name} must be {kind} of at least 0, not {value!r:.40}", name) from None
         found[name] = _WORDS[name](number)
@@ -76,6 +77,10 @@ def sampling_of(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise BadRequest(f"{where}give either fps or num_frames, not both", "fps")
     if found.get("end") is not None and found["end"] <= found.get("start", 0.0):
         raise BadRequest(f"{where}end ({found['end']:g}) must lie behind start ({found.get('start', 0.0):g})", "end")
+    try:
+        Sampling(**found)
+    except ValueError as error:
+        raise BadRequest(f"{where}{error}", str(error).partition(" ")[0]) from None
     return found
 
 
@@ -160,7 +165,7 @@ def _as_plain(part: str | tuple[Any, ...]) -> dict[str, Any]:
 
 def _part(part: Any, where: str, usual: Mapping[str, Any]) -> str | tuple[str, str, dict[str, Any]]:
     """Text, or the kind, source and settings of a medium."""
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = str(part.get("type")) if isinstance(part, dict) else ""
     if kind in _TEXTS and isinstance(part.get(_TEXTS[kind]), str):
         return part[_TEXTS[kind]]
     if kind not in _MEDIA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -89,3 +90,18 @@ class StoreFull(ServingError):
     """There is no room for another state."""
 
     status, kind, code = 507, "server_error", "store_full"
+
+
+def error_of(error: Exception) -> ServingError:
+    """What to tell a client of any error."""
+    if isinstance(error, ServingError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull("the disk of the server is full: delete videos, or try again later")
+    return ServingError(f"the server made a mistake ({type(error).__name__}): its log says more")
+
+
+def error_with(code: str, message: str, param: str | None = None) -> ServingError:
+    """An error that was written down by its code and message."""
+    kinds = {kind.code: kind for kind in (ServingError, *ServingError.__subclasses__())}
+    return kinds.get(code, ServingError)(message, param)

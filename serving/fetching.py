@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from ..processing.video_source_names import shown_name
 from .errors import BadRequest, Forbidden, TooLarge
@@ -63,7 +63,7 @@ class Fetcher:
             raise BadRequest(f"{shown_name(address)[:200]!r} is no address: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
             raise BadRequest(f"{shown_name(address)[:200]!r} is no address of a video: use http:// or https://")
-        if any(ord(sign) <= 32 or ord(sign) == 127 for sign in address):
+        if any(ord(sign) <= 32 or ord(sign) == 127 or "\ud800" <= sign <= "\udfff" for sign in address):
             raise BadRequest("an address must not hold spaces or control characters: write them as %XX")
         if not self.allowed:
             raise Forbidden("this server fetches no addresses: upload the video, or start it with --allow-url")
@@ -88,7 +88,10 @@ class Fetcher:
             with self._asked(parts, {name: value for name, value in validators.items() if value}) as answer:
                 told = answer.headers
                 if answer.status in (301, 302, 303, 307, 308) and told.get("Location"):
-                    address = urljoin(address, told["Location"])
+                    try:
+                        address = urljoin(address, told["Location"].encode("latin-1").decode("utf-8", "replace"))
+                    except ValueError:
+                        raise BadRequest(f"{shown_name(address)}: its server leads to what is no address") from None
                     continue
                 if answer.status == 304 and known:
                     return Fetched(None, "", 0, known.get("etag") or "", known.get("modified") or "")
@@ -104,6 +107,7 @@ class Fetcher:
         host = parts.hostname or ""
         port = parts.port or (443 if secure else 80)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = quote(target, safe="".join(map(chr, range(33, 127))))  # letters that are not ASCII, as browsers do
         named = any(_matches(parts, entry) and _host_of(entry) == host for entry in self.allowed)
         try:
             with closing(_connected(host, port, secure, self.timeout, named and _is_number(host))) as connection:
@@ -112,18 +116,19 @@ class Fetcher:
                 )
                 with closing(connection.getresponse()) as answer:
                     yield answer
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: no name of a host
             raise BadRequest(
                 f"{shown_name(parts.geturl())}: it cannot be fetched ({error or type(error).__name__})"
             ) from None
 
     def _received(self, answer: http.client.HTTPResponse, path: Path, name: str, deadline: float) -> tuple[str, int]:
         limit = f"{name}: the file is larger than this server takes ({self.most_bytes / 1e6:.0f} MB)"
-        if int(answer.headers.get("Content-Length") or 0) > self.most_bytes:
+        promised = answer.length  # None: not told
+        if promised is not None and promised > self.most_bytes:
             raise TooLarge(limit)
         digest, size = hashlib.sha256(), 0
         with path.open("wb") as file:
-            while block := answer.read(_BLOCK):
+            while block := answer.read1(_BLOCK):
                 size += len(block)
                 if size > self.most_bytes:
                     raise TooLarge(limit)
@@ -131,7 +136,15 @@ class Fetcher:
                     raise BadRequest(f"{name}: fetching it took more than {self.longest:g} s")
                 digest.update(block)
                 file.write(block)
+        if promised is not None and size < promised:
+            raise BadRequest(f"{name}: its server sent {size:,} of {promised:,} bytes and no more: try again")
         return digest.hexdigest(), size
+
+
+def address_name(address: str) -> str:
+    """What a video of an address is called: the last part of its path, else its host."""
+    parts = urlsplit(address)
+    return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or ""
 
 
 def public_address(host: str, port: int, private_too: bool = False) -> str:
@@ -148,16 +161,17 @@ def public_address(host: str, port: int, private_too: bool = False) -> str:
 
 
 def _is_public(number: str) -> bool:
-    """Whether a number is one of the internet; one of IPv6 that stands for one of IPv4 is judged by that."""
+    """Whether a number is one of the internet; one of IPv6 that stands for one of IPv4 is judged by that, too."""
     parsed = ipaddress.ip_address(number.partition("%")[0])
     inner = [parsed]
     if isinstance(parsed, ipaddress.IPv6Address):
-        inner += [one for one in (parsed.ipv4_mapped, parsed.sixtofour) if one is not None]
-        inner += parsed.teredo or ()
-        if parsed in ipaddress.ip_network("64:ff9b:1::/48"):  # translated within a private network
-            return False
+        if parsed.ipv4_mapped is not None:
+            return _is_public(str(parsed.ipv4_mapped))
         if parsed in ipaddress.ip_network("64:ff9b::/96"):  # translated by the network
             inner.append(ipaddress.ip_address(int(parsed) & 0xFFFFFFFF))
+        elif parsed not in ipaddress.ip_network("2000::/3"):  # all that is given out to the world, so far
+            return False
+        inner += [one for one in (parsed.sixtofour, *(parsed.teredo or ())) if one is not None]
     return all(one.is_global and not one.is_multicast for one in inner)
 
 

@@ -8,13 +8,14 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from http.client import responses
 from typing import Any
 from urllib.parse import urlsplit
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import metrics
-from .errors import Forbidden, NoKey, ServingError, TooLarge, TooSlow, Unavailable
+from .errors import BadRequest, Forbidden, NoKey, ServingError, TooLarge, TooSlow, Unavailable
 from .settings import Keys, ServerSettings
 
 LOG = logging.getLogger("video_ma2mba.serving")
@@ -127,6 +128,7 @@ class _Talk:
         self.headers = {name.lower(): value for name, value in scope["headers"]}
         self.most = settings.most_json
         self.status = self.taken = self.sent = 0
+        self._replaced = False
         self._whole = not ({b"content-length", b"transfer-encoding"} & self.headers.keys())
         self._began = time.monotonic()
 
@@ -154,7 +156,16 @@ class _Talk:
 
     async def send(self, message: dict[str, Any]) -> None:
         """A part of the answer; one that nobody takes is given up."""
+        if self._replaced:
+            return
         if message["type"] == "http.response.start":
+            kind = dict(message.get("headers", ())).get(b"content-type", b"")
+            if message["status"] >= 400 and not kind.startswith(b"application/json"):  # a library's own text
+                error = BadRequest(responses.get(message["status"], "refused"))
+                error.status = message["status"]
+                await self.answer(error)
+                self._replaced = True
+                return
             if message["status"] >= 400 and not self._whole:
                 await self._drain()
             self.status = message["status"]

@@ -20,7 +20,7 @@ from .guard import LOOPBACK, PatientProtocol
 from .settings import Keys, ServerSettings
 from .store import VideoStore
 
-_SETTINGS, _READY = "VIDEO_MA2MBA_SERVER", "VIDEO_MA2MBA_SERVER_READY"
+_SETTINGS, _READY, _PARENT = "VIDEO_MA2MBA_SERVER", "VIDEO_MA2MBA_SERVER_READY", "VIDEO_MA2MBA_SERVER_PARENT"
 _CLOSING = threading.Event()
 
 
@@ -49,9 +49,19 @@ def application() -> Any:
 
     for sign in (signal.SIGINT, signal.SIGTERM):
         _also_close(sign)
+    if _PARENT in os.environ:
+        threading.Thread(target=_end_with, args=[int(os.environ[_PARENT])], daemon=True).start()
     app = build_app(settings, load, _CLOSING.is_set)
     threading.Thread(target=_say_when_ready, args=json.loads(os.environ[_READY]), daemon=True).start()
     return app
+
+
+def _end_with(parent: int) -> None:
+    """Stop when the process that watches over this one was killed: nobody else would, and the port stayed taken."""
+    while not _CLOSING.wait(0.25):
+        if os.name == "posix" and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _say_when_ready(host: str, port: int, text: str) -> None:
@@ -106,7 +116,7 @@ def run(settings: ServerSettings, host: str, port: int, workers: int = 1) -> Non
         signal.signal(sign, lambda *_: None)
     with tempfile.TemporaryDirectory(prefix="video-ma2mba-metrics-") as scratch:
         if workers > 1:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = scratch
+            os.environ |= {"PROMETHEUS_MULTIPROC_DIR": scratch, _PARENT: str(os.getpid())}
         uvicorn.run(
             f"{__name__}:application",
             factory=True,
@@ -120,5 +130,6 @@ def run(settings: ServerSettings, host: str, port: int, workers: int = 1) -> Non
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=15,
+            timeout_worker_healthcheck=60,  # a large model that is being loaded answers late
             timeout_graceful_shutdown=int(settings.stop_seconds),
         )

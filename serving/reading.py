@@ -27,7 +27,7 @@ from ..processing.video_reader import FrameChunk
 from ..processing.video_source_names import without_secrets
 from ..streaming.turns import Turns
 from .answering import StateCache
-from .errors import BadRequest, Conflict, NotThere, ServingError, TooLarge
+from .errors import BadRequest, Conflict, NotThere, TooLarge, error_of
 from .store import Video, VideoStore
 
 SAMPLING = ("fps", "num_frames", "start", "end", "max_frames")
@@ -135,6 +135,7 @@ class Reader:
             self.model.check_state(state, self.processor)
             if state.batch_size != 1:
                 raise ValueError(f"the state has {state.batch_size} rows: a video has one")
+            _check_facts(state.metadata)
         except ValueError as error:
             raise BadRequest(str(error).replace(repr(str(file)), "the uploaded file")) from None
         with self.store.lock(video, 30.0) as mine:
@@ -260,14 +261,14 @@ class Reader:
         except NotThere:  # deleted meanwhile
             pass
         except Exception as error:
-            text = without_secrets(str(error) or type(error).__name__).replace(str(self.store.folder), "…")
-            if not isinstance(error, ServingError | ValueError | OSError):
-                text = f"this server made a mistake ({type(error).__name__}): its log says more"
+            told = BadRequest(str(error)) if isinstance(error, ValueError) else error_of(error)
+            if told.status == 500:
                 import traceback
 
                 traceback.print_exception(error)
+            text = without_secrets(str(told)).replace(str(self.store.folder), "…")
             with suppress(NotThere):
-                self.store.update(video, status="failed", error=text[:600])
+                self.store.update(video, status="failed", error=text[:600], error_code=told.code)
                 for file in (self.store.source_file(video), self.store.partial_file(video)):
                     file.unlink(missing_ok=True)
 
@@ -360,6 +361,17 @@ class _InTurns:
         for chunk in self.owner._in_turns(self.reader.chunks(n, skip=skip), self.wanted):
             yield chunk
             self.owner._read(len(chunk))
+
+
+def _check_facts(metadata: dict[str, str]) -> None:
+    """See that what a state says of its video are numbers. Raises ValueError."""
+    for name in ("frames", "seconds", "fps", "frame_time"):
+        text = metadata.get(name, "None")
+        try:
+            if text != "None" and not 0 <= (int(text) if name == "frames" else float(text)) < 2**53:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"the state says {name} = {text!r:.40}, which is no number of at least 0") from None
 
 
 def check_container(file: Path, name: str) -> None:

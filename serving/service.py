@@ -15,8 +15,8 @@ from . import metrics
 from .answer_rows import AnswerSettings, Ended, Piece
 from .answering import Answerer, StateCache
 from .conversations import Conversation, Medium, data_of, zero_state
-from .errors import BadRequest, TooLarge, TooMany, Unavailable
-from .fetching import Fetcher
+from .errors import BadRequest, TooLarge, TooMany, Unavailable, error_with
+from .fetching import Fetcher, address_name
 from .reading import Limits, Reader
 from .settings import Keys, ServerSettings
 from .store import LEASE, Video, VideoStore
@@ -123,6 +123,7 @@ class Service:
         Returns:
             The file (None where a video of that key is there), the digest, and the key.
         """
+        self.fetcher.check(address)
         known = self.store.remembered_address(owner, address)
         asked = None
         if known is not None and (known["etag"] or known["modified"]):
@@ -160,13 +161,14 @@ class Service:
                 path.write_bytes(data)
         else:
             path, digest, key = self.address_to_file(owner, medium.source, sampled)
-            name = medium.source.partition("?")[0].rstrip("/")
+            name = address_name(medium.source)
         video = self.store.of_key(owner, key)
         if video is not None:
             if path is not None:
                 path.unlink(missing_ok=True)
             return video
-        assert path is not None
+        if path is None:  # it has made room for others meanwhile
+            return self._medium_to_video(owner, medium, base)
         try:
             self.check_waiting()
             self.store.check_room(self.zero.nbytes)
@@ -180,14 +182,15 @@ class Service:
         """The video when it has been read.
 
         Raises:
-            BadRequest: it could not be read. NotThere: it was deleted. Unavailable: the server stops.
+            ServingError: it could not be read, for a reason of any kind.
+            NotThere: it was deleted. Unavailable: the server stops.
         """
         pause = 0.01
         while True:
             if video.status == "completed":
                 return video
             if video.status == "failed":
-                raise BadRequest(video.error, "messages")
+                raise error_with(video.error_code, video.error, "messages")
             if self.closing():
                 raise Unavailable("the server is stopping: ask again in a moment, and the reading goes on")
             if video.lease is not None and video.lease - time.time() < LEASE / 2:

@@ -28,7 +28,8 @@ from .errors import NotThere, StoreFull
 ID = re.compile(r"video_[0-9a-f]{32}")
 LEASE = 15.0
 """Seconds for which a reading goes on that a conversation asked for, after the last sign of somebody waiting."""
-_STALE, _SWEPT = 3600.0, 60.0
+_STALE, _FORGOTTEN, _SWEPT = 3600.0, 86400.0, 60.0
+_SEEN = 2.0
 _NOTED = 5.0  # seconds between two notes of a video's use
 
 
@@ -43,6 +44,7 @@ class Video:
         created, used: seconds of the epoch. lease: until when it is worth reading; None: it is in any case.
         frames, expected, fps, seconds: read so far, expected, and of what sampling and length.
         version: counts up whenever the state is replaced. bytes: of its state.
+        error, error_code: why it could not be read, as `errors.error_of` knows it.
         settings: how it is read, see `reading`.
     """
 
@@ -63,6 +65,7 @@ class Video:
     version: int
     read_seconds: float
     error: str
+    error_code: str
     settings: dict[str, Any]
 
     def public(self) -> dict[str, Any]:
@@ -82,12 +85,12 @@ class Video:
             "bytes": self.bytes,
             "pinned": self.pinned,
             "read_seconds": round(self.read_seconds, 3),
-            "error": {"code": "video_not_read", "message": self.error} if self.error else None,
+            "error": {"code": self.error_code, "message": self.error} if self.error else None,
         }
 
 
 _COLUMNS = {
-    **{name: "TEXT NOT NULL DEFAULT ''" for name in ("owner", "key", "name", "status", "error")},
+    **{name: "TEXT NOT NULL DEFAULT ''" for name in ("owner", "key", "name", "status", "error", "error_code")},
     **{name: "REAL NOT NULL DEFAULT 0" for name in ("created", "used", "seconds", "read_seconds")},
     **{name: "INTEGER NOT NULL DEFAULT 0" for name in ("pinned", "frames", "bytes", "version")},
     **{"lease": "REAL", "expected": "INTEGER", "fps": "REAL", "settings": "TEXT NOT NULL DEFAULT '{}'"},
@@ -284,6 +287,7 @@ class VideoStore:
         Raises:
             NotThere: it was deleted meanwhile.
         """
+        facts |= {"name": clean_name(facts["name"])} if "name" in facts else {}
         stored = _as_stored(facts)
         with self._index() as index:
             assigned = ", ".join(f"{name} = ?" for name in stored)
@@ -316,7 +320,9 @@ class VideoStore:
         file = self.state_file(video)
         state.save(file)
         seen = state.metadata
-        facts = {"status": "completed", "error": "", "lease": None, "used": time.time(), **facts}
+        now = time.time()
+        lease = None if video.lease is None else now + _SEEN  # whoever waits for it sees it before it makes room
+        facts = {"status": "completed", "error": "", "lease": lease, "used": now, **facts}
         facts |= {"frames": int(seen.get("frames", 0)), "seconds": float(seen.get("seconds", 0))}
         facts |= {"bytes": file.stat().st_size, "version": video.version + 1}
         if seen.get("fps") not in (None, "None"):
@@ -334,12 +340,18 @@ class VideoStore:
         shutil.rmtree(self.folder / "videos" / video.id, ignore_errors=True)
 
     def forget_abandoned(self) -> None:
-        """Delete readings of conversations that failed, or that nobody has waited for in the last hour."""
+        """Delete readings of conversations that failed, or that nobody has waited for in the last hour; and, after a
+        day, failed uploads, videos without frames, and notes of addresses beyond the last ten thousand."""
         now = time.time()
         if now - self._swept > _SWEPT:
             self._swept = now
-            for video in self._select("status != 'completed' AND lease < ?", [now - _STALE]):
+            abandoned = "status != 'completed' AND lease < ?"
+            empty = "(status = 'failed' OR status = 'completed' AND bytes = 0) AND NOT pinned AND used < ?"
+            for video in self._select(f"{abandoned} OR {empty}", [now - _STALE, now - _FORGOTTEN]):
                 self.delete(video)
+            with self._index() as index:
+                newest = "SELECT rowid FROM addresses ORDER BY rowid DESC LIMIT 10000"
+                index.execute(f"DELETE FROM addresses WHERE rowid NOT IN ({newest})")
 
     def check_room(self, nbytes: int) -> None:
         """See that a state of so many bytes can be kept.
@@ -357,7 +369,9 @@ class VideoStore:
         """Delete what was not asked for the longest until the rest fits; the newest stays."""
         while self.most_bytes is not None and self.totals()[1] > self.most_bytes:
             found = self._select(
-                "status = 'completed' AND NOT pinned AND bytes > 0 AND id != ? ORDER BY used LIMIT 1", [newest.id]
+                "status = 'completed' AND NOT pinned AND bytes > 0 AND id != ? AND (lease IS NULL OR lease < ?) "
+                "ORDER BY used LIMIT 1",
+                [newest.id, time.time()],
             )
             if not found:
                 return

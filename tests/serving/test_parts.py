@@ -1,20 +1,29 @@
 """Parts of the server by themselves: rows of a batch, the store, fetching, keys, and patience with clients."""
 
 import asyncio
+import errno
 import hmac
+import http.server
 import itertools
+import os
 import queue
+import re
 import socket
+import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
 
 from video_ma2mba import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoState
+from video_ma2mba.loading import load_pipeline
 from video_ma2mba.modeling_video_ma2mba.decode_graph import force_decoding
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 
@@ -24,9 +33,10 @@ pytest.importorskip("prometheus_client")
 from video_ma2mba.serving.answer_rows import AnswerRow, AnswerSettings, Ended, Piece, RowScores
 from video_ma2mba.serving.answering import Answerer
 from video_ma2mba.serving.conversations import conversation_of, sampling_of
-from video_ma2mba.serving.errors import BadRequest, Forbidden, NotThere, StoreFull
-from video_ma2mba.serving.fetching import Fetcher, public_address
+from video_ma2mba.serving.errors import BadRequest, Forbidden, NotThere, ServingError, StoreFull, TooLarge
+from video_ma2mba.serving.fetching import Fetcher, address_name, public_address
 from video_ma2mba.serving.guard import Guard
+from video_ma2mba.serving.service import Service
 from video_ma2mba.serving.settings import Keys, ServerSettings
 from video_ma2mba.serving.store import VideoStore, clean_name
 from video_ma2mba.streaming.turns import Turns
@@ -199,6 +209,59 @@ def test_the_store_keeps_to_its_size(tmp_path: Path, make_text_config):
         store.finish(newest, state)
 
 
+def test_videos_that_somebody_waits_for_are_seen_before_they_make_room(tmp_path: Path, make_text_config):
+    store = VideoStore(tmp_path, 1)
+    state = small_state(make_text_config)
+    waited = store.finish(store.create("", "waited for", None, lease=time.time() + 9), state)
+    other = store.finish(store.create("", "other", None), state)
+    assert {video.id for video in store.listed("")} == {waited.id, other.id}
+    store.update(waited, lease=time.time() - 1)
+    last = store.finish(store.create("", "last", None), state)
+    assert [video.id for video in store.listed("")] == [last.id]
+
+
+def test_what_nobody_can_use_is_forgotten_after_a_day(tmp_path: Path, make_text_config):
+    store, now = VideoStore(tmp_path), time.time()
+    facts = {"failed": {"status": "failed"}, "empty": {"status": "completed"}, "queued": {}}
+    for name, given in facts.items():
+        for age in (10, 90_000):
+            store.create("", f"{name} {age}", None, used=now - age, **given)
+    store.create("", "kept", None, status="completed", pinned=True, used=now - 90_000)
+    store.finish(store.create("", "read", None), small_state(make_text_config), used=now - 90_000)
+    for number in range(3):
+        store.remember_address("", f"http://films.example/{number}", "", "", "", 0)
+    store.forget_abandoned()
+    left = {video.name for video in store.listed("", 100)}
+    assert left == {"failed 10", "empty 10", "queued 10", "queued 90000", "kept", "read"}
+    assert store.remembered_address("", "http://films.example/0") is not None
+
+
+def test_whose_fault_it_was_is_told(tmp_path: Path, tiny_checkpoint: Path, monkeypatch):
+    """A reading that fails by the server's own mistake is none of the client's."""
+    service = Service(load_pipeline(str(tiny_checkpoint), device="cpu"), ServerSettings(states=str(tmp_path)))
+    faults = {
+        TypeError("secret"): (500, "made a mistake (TypeError)"),
+        OSError(errno.ENOSPC, "secret"): (507, "disk"),
+        PermissionError(errno.EACCES, "secret"): (500, "PermissionError"),
+        ValueError("no video"): (400, "no video"),
+        TooLarge("too long"): (413, "too long"),
+    }
+    for fault, (status, words) in faults.items():
+
+        def fail(*_: Any, fault: Exception = fault, **__: Any) -> None:
+            raise fault
+
+        monkeypatch.setattr(service.reader, "film", fail)
+        (tmp_path / "film").write_bytes(b"film")
+        video = service.store.create("", "a.mp4", tmp_path / "film")
+        service.reader.wake()
+        with pytest.raises(ServingError, match=re.escape(words)) as told:
+            asyncio.run(service.until_read(video))
+        assert told.value.status == status and "secret" not in str(told.value)
+        assert service.store.get(video.id).public()["error"]["code"] == told.value.code
+    service.close()
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "C:\\films\\a.mp4", "", "a\nb\x00.mp4", "x" * 5000, "\ud800"])
 def test_names_are_for_people_alone(name: str):
     found = clean_name(name)
@@ -211,7 +274,8 @@ def test_names_are_for_people_alone(name: str):
 @pytest.mark.parametrize(
     "number",
     ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "::1",
-     "fe80::1%eth0", "fc00::1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b:1::1", "64:ff9b::10.0.0.1"],
+     "fe80::1%eth0", "fc00::1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b:1::1", "64:ff9b::10.0.0.1",
+     "::127.0.0.1", "::ffff:0:127.0.0.1", "2001:0:7f00:1::", "100::1", "5f00::1"],
 )  # fmt: skip
 def test_names_that_lead_into_private_networks_are_refused(number: str, monkeypatch: pytest.MonkeyPatch):
     def found(host: str, port: int, **_: Any) -> list[Any]:
@@ -236,6 +300,49 @@ def test_the_number_that_was_checked_is_the_one_connected_to(monkeypatch: pytest
     with pytest.raises(BadRequest, match="cannot be fetched"):
         Fetcher(["*"]).fetch("https://films.example/a.mp4", tmp_path / "a")
     assert connected == [("93.184.215.14", 443)]
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """A web server that keeps no promise; it tells what it was asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(302 if self.path == "/away" else 200)
+        for name, value in {
+            "/short": [("Content-Length", "100")],
+            "/away": [("Location", "http://[")],
+            "/odd": [("Content-Length", "many")],
+        }.get(self.path, ()):
+            self.send_header(name, value)
+        self.end_headers()
+        for _ in range(40 if self.path == "/drip" else 1):
+            self.wfile.write(b"film")
+            time.sleep(0.05 if self.path == "/drip" else 0)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_web_servers_that_keep_no_promise(tmp_path: Path):
+    """Half a film is none; one that trickles in is given up; addresses in any letters are asked for as browsers do."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{served.server_port}"
+        fetcher = Fetcher([here], longest=0.3)
+        for path, words in (("/short", "4 of 100 bytes"), ("/away", "no address"), ("/drip", "more than 0.3 s")):
+            with pytest.raises(BadRequest, match=words):
+                fetcher.fetch(here + path, tmp_path / "film")
+        for path in ("/odd", "/f\u00eflm \u2713.mp4?a=%20b".replace(" ", "%20")):
+            assert fetcher.fetch(here + path, tmp_path / "film").size == 4
+        served.shutdown()
+    assert Faulty.asked[-1] == "/f%C3%AFlm%20%E2%9C%93.mp4?a=%20b"
+    assert address_name(f"{here}/f%C3%AFlm.mp4?token=x") == "f\u00eflm.mp4"
+    assert address_name("https://user:word@films.example/") == "films.example"
+    for host in ("a" * 64 + ".com", "a..b", "."):
+        with pytest.raises(BadRequest, match="cannot be fetched"):
+            Fetcher(["*"]).fetch(f"http://{host}/a.mp4", tmp_path / "film")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +392,12 @@ def test_every_key_is_compared_whatever_is_given(tmp_path: Path, monkeypatch: py
     "given",
     [
         {"fps": "nan"},
+        {"fps": 0},
+        {"fps": 1001},
+        {"fps": 10**400},
+        {"num_frames": 0},
+        {"max_frames": 0},
+        {"start": "1:2:3:4"},
         {"fps": -1},
         {"fps": True},
         {"num_frames": 2.5},
@@ -296,6 +409,7 @@ def test_sampling_that_makes_no_sense_is_refused(given: dict[str, Any]):
     with pytest.raises(BadRequest):
         sampling_of(given, "")
     assert sampling_of({"fps": "2", "start": 0, "end": None, "num_frames": ""}, "") == {"fps": 2.0, "start": 0.0}
+    assert sampling_of({"start": "1:30", "end": "0:02:00.5"}, "") == {"start": 90.0, "end": 120.5}
 
 
 def talk(parts: list[bytes], pause: float, takes: bool = True, **settings: Any) -> list[dict[str, Any]]:
@@ -356,6 +470,29 @@ def test_a_server_that_stops_says_so():
         return heard[0]["status"]
 
     assert asyncio.run(run()) == 503
+
+
+@pytest.mark.skipif(os.name != "posix", reason="who a process's parent is, is told by POSIX alone")
+def test_a_worker_ends_with_its_parent():
+    """Killed, a parent ends nobody; a worker left behind would hold the port."""
+    worker = "import os, time; from video_ma2mba.serving.launch import _end_with; _end_with(os.getppid())"
+    parent = f"""
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", {worker!r}]).pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        number = int(process.stdout.readline())
+        time.sleep(1.0)
+        os.kill(number, 0)  # as long as there is a parent, it stays
+        process.kill()
+    deadline = time.monotonic() + 30
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(number, 0)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_settings_travel_to_other_processes():

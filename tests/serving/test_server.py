@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -17,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,10 @@ def test_states_go_out_and_in(client: Client, film: dict[str, Any], state: Video
     for bad in (reply.body[:-5], reply.body[:2000] + b"x" + reply.body[2001:]):
         refused = client("POST", f"/v1/videos/{live['id']}/state", bad, "application/octet-stream")
         assert refused.status == 400 and "uploaded file" in refused.json["error"]["message"], refused.body
+    for fact, said in (("frames", "many"), ("frames", "9" * 99), ("seconds", "nan"), ("fps", "-1")):
+        VideoState(found.layers, found.seen_tokens, {**found.metadata, fact: said}).save(tmp_path / "bad.state")
+        refused = client("POST", "/v1/videos", (tmp_path / "bad.state").read_bytes(), "application/octet-stream")
+        assert refused.status == 400 and fact in refused.json["error"]["message"], refused.body
     assert client("GET", f"/v1/videos/{live['id']}").json["frames"] == 12, "what was there stays"
 
 
@@ -399,6 +405,9 @@ def test_file_names_lead_nowhere_else(client: Client, tiny_video: Path, options:
     folder = Path(options[3])
     video = client.upload(tiny_video.read_bytes(), "../../../out\x07side.mp4")
     assert video["name"] == "outside.mp4"
+    for name, kept in (("a/../b\ud800\x07c", "bc"), ("", "video"), ("x" * 100_000, "x" * 200)):
+        assert client("POST", f"/v1/videos/{video['id']}", {"name": name}).json["name"] == kept
+    assert client("GET", f"/v1/videos/{video['id']}/state").status == 200
     assert {path.name for path in folder.iterdir()} - {"index.sqlite-wal", "index.sqlite-shm"} == {
         *("index.sqlite", "videos", "incoming")
     }
@@ -432,6 +441,15 @@ def bad_requests(film: str) -> dict[str, tuple[Any, int]]:
         "bad data": (with_video("data:video/mp4;base64,!!"), 400),
         "no video": (with_video("data:video/mp4;base64,AAAA"), 400),
         "fps": (with_video("data:video/mp4;base64,AAAA", fps="many"), 400),
+        "kind of a part": (
+            {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}]},
+            400,
+        ),
+        "no number of a host": (with_video("http://\ud800/a.mp4"), 400),
+        "endless number": (with_video("data:,x", fps=10**400), 400),
+        "no frames at all": (with_video("data:,x", fps=0), 400),
+        "settings of videos": ({"messages": good, "media_io_kwargs": {"video": "x"}}, 400),
+        "bias": ({"messages": good, "logit_bias": {"9" * 5000: 1}}, 400),
         "state second": ({"messages": [*messages("data:,x", "x", "y"), *good]}, 400),
     }
 
@@ -445,6 +463,11 @@ def test_errors_have_openais_form(client: Client, film: dict[str, Any]):
     for method, path in (("GET", "/v1/nothing"), ("PUT", "/v1/videos"), ("POST", "/health")):
         reply = client(method, path, b"x" if method != "GET" else None)
         assert reply.status in (404, 405) and "error" in reply.json
+    for path in ("/v1/videos?limit=many", "/v1/videos?order=new", "/v1/videos?limit=0"):
+        reply = client("GET", path)
+        assert reply.status == 400 and reply.json["error"]["param"] in ("limit", "order"), path
+    beyond = client("GET", f"/v1/videos/{film['id']}/state", Range="bytes=999999999-")
+    assert beyond.status == 416 and beyond.json["error"]["type"] == "invalid_request_error"  # a library's own answer
 
 
 def test_addresses_are_fetched_only_where_allowed(client: Client, films: str, server: Any):
@@ -663,7 +686,7 @@ def test_a_crash_loses_nothing(
     saved = int(VideoState.load(partial).metadata["reading_frames"])
     assert 0 < saved < 1200
 
-    second = start(*options).wait()
+    second = start(*options, "--workers", 2).wait()
     again = Client(second.url)
     assert again.ask(f"state:{film['id']}", "What?").json["choices"] == expected
     found = again.wait(sent["id"])
@@ -673,7 +696,27 @@ def test_a_crash_loses_nothing(
     (tmp_path / "found.state").write_bytes(again("GET", f"/v1/videos/{sent['id']}/state").body)
     whole = pipe.read(str(path), fps=25)
     assert VideoState.load(tmp_path / "found.state").fingerprint() == whole.fingerprint()
+    file = (tmp_path / "found.state").read_bytes()
+    workers = workers_of(second) if sys.platform == "linux" else []
+    for one, other in permutations(workers):  # each alone takes a state, and the other is asked about it
+        os.kill(other, signal.SIGSTOP)
+        taken = again("POST", "/v1/videos", file, "application/octet-stream").json["id"]
+        os.kill(other, signal.SIGCONT)
+        os.kill(one, signal.SIGSTOP)
+        asked = [again.ask(f"state:{video}", "What?").json["choices"] for video in (taken, sent["id"])]
+        assert asked[0] == asked[1] and again("DELETE", f"/v1/videos/{taken}").status == 200
+        os.kill(one, signal.SIGCONT)
+        assert again.ask(f"state:{taken}", "What?").status == 404
     with ThreadPoolExecutor(4) as pool:
         pool.submit(again.ask, f"state:{film['id']}", "What?", max_tokens=200)
         assert second.stop() == 0, "told to stop, it ends in peace"
     assert os.listdir(Path(options[3]) / "incoming") == []
+
+
+def workers_of(server: Any) -> list[int]:
+    """The processes that answer, of a server with several, as soon as both do."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    while server.log.read_bytes()[server.began :].count(b"serves at") < 2:
+        time.sleep(0.05)
+    found = map(int, children.read_bytes().split())
+    return [child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
