@@ -4,16 +4,18 @@
 
 Random weights in bf16: 370M language model, CLIP ViT-L/14-336 and projector trainable. A row is one part of a step:
 `language model` (forward and backward under a plan), `tower` (frames forward, forward again, backward, in chunks of
-`chunk` frames), `frozen tower` (forward), `whole` (one video, as in whole_model_step.py), `page-locking` (the first
-use of host memory for kept activations). Everything runs twice: as the host is, and `shared`, with all threads of this
-process on one core that another busy process uses as well; a launch takes about twice as long there. `launch_us` is
-what `planner.measure_launch` says in that state. Kernels are tuned before anything is timed.
+`chunk` frames), `frozen tower` (forward), `whole` (forward and backward of one video that is there already),
+`page-locking` (the first use of host memory for kept activations). `host` is `own` (as it is) or `slow`: all threads
+of this process on one core, beside a busy process on that core's other hyperthread (`sibling`), or, where there is
+none, on that core itself (`shared`). `launch_us` is the mean of `cost_time.measure_launch` before and after the row;
+seconds are the median of the runs after the first. Kernels are tuned before anything is timed.
 """
 
 import argparse
 import contextlib
 import datetime
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 from random_models import SIZES, TINY_TOWER, video_model
 from result_tables import hardware, row_writer
+from whole_model_step import batch
 
 from video_ma2mba.modeling_video_ma2mba.cost_time import measure_launch
 from video_ma2mba.modeling_video_ma2mba.vision_features import video_rows
@@ -32,19 +35,32 @@ FIELDS = ["hardware", "date", "model", "host", "launch_us", "part", "tokens", "f
 
 
 @contextlib.contextmanager
-def shared_core() -> Iterator[None]:
-    """Inside, all threads of this process run on one core, beside a busy process."""
-    before = os.sched_getaffinity(0)
+def slow_core() -> Iterator[str]:
+    """Inside, all threads of this process run on one core, beside a busy process; gives how that was done."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     core = max(before)
+    others = _siblings(core) & before - {core}
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    os.sched_setaffinity(busy.pid, {core})
+    os.sched_setaffinity(busy.pid, others or {core})
     _pin({core})
+    torch.set_num_threads(1)
     try:
-        yield
+        yield "slow (sibling)" if others else "slow (shared)"
     finally:
+        torch.set_num_threads(threads)
         _pin(before)
         busy.kill()
         busy.wait()
+
+
+def _siblings(core: int) -> set[int]:
+    """The hyperthreads of the core that one of them is."""
+    try:
+        text = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text(encoding="ascii")
+    except OSError:
+        return {core}
+    ends = [part.split("-") for part in text.strip().split(",")]
+    return {number for end in ends for number in range(int(end[0]), int(end[-1]) + 1)}
 
 
 def _pin(cores: set[int]) -> None:
@@ -57,16 +73,18 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(run, device: str, repeats: int = 2) -> list[float]:
-    """Seconds of each call; the caller takes the first or the fastest of the rest."""
-    seconds = []
-    for _ in range(repeats):
+def timed(run, device: str, repeats: int) -> dict[str, float]:
+    """Columns of a row: seconds of the first call, the median of the others, and what a launch took around them."""
+    seconds, launches = [], [measure_launch(device, 2000)]
+    for _ in range(repeats + 1):
         wait(device)
         start = time.perf_counter()
         run()
         wait(device)
         seconds.append(time.perf_counter() - start)
-    return seconds
+    launches.append(measure_launch(device, 2000))
+    return {"seconds": round(statistics.median(seconds[1:]), 4), "first_seconds": round(seconds[0], 4),
+            "launch_us": round(1e6 * statistics.mean(launches), 2)}  # fmt: skip
 
 
 class Parts:
@@ -98,10 +116,8 @@ class Parts:
             return
         video_rows(*parts, recompute=True).float().pow(2).sum().backward()
 
-    def whole(self, frames: int) -> None:
-        from whole_model_step import batch
-
-        self.model(**batch(self.model, frames, self.device), use_cache=False).loss.backward()
+    def whole(self, data: dict) -> None:
+        self.model(**data, use_cache=False).loss.backward()
 
 
 def checkpoint(model, layers: int, segment: int) -> None:
@@ -116,10 +132,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--segments", type=int, nargs="+", default=[32768, 16384, 8192, 4096])
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12])
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--chunks", type=int, nargs="+", default=[2, 8, 16, 64])
-    parser.add_argument("--frames", type=int, default=192)
+    parser.add_argument("--frames", type=int, default=192, help="at most so many, and 12 chunks")
     parser.add_argument("--video", type=int, default=512, help="frames of the whole step")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/host_speed.csv"))
     options = parser.parse_args()
     device = options.device
@@ -133,40 +150,38 @@ def main() -> None:
     write = row_writer(options.out, FIELDS, hardware=hardware(device), date=datetime.date.today().isoformat(),
                        model=options.model)  # fmt: skip
     started = time.perf_counter()
-    checkpoint(model, min(options.layers), max(options.segments))
     for segment in options.segments:  # tunes the kernels for every shape
-        checkpoint(model, min(options.layers), segment)
+        checkpoint(model, options.layers, segment)
         parts.language_model(segment)
     parts.tower(max(options.chunks), True)
     print(f"kernels tuned after {time.perf_counter() - started:.0f} s", flush=True)
-    for host in ("own", "shared"):
-        with shared_core() if host == "shared" else contextlib.nullcontext():
-            launch = 1e6 * measure_launch(device)
-            about = {"host": host, "launch_us": round(launch, 2)}
-            print(f"{host}: {launch:.2f} us a launch; again {1e6 * measure_launch(device):.2f}", flush=True)
-            for layers in options.layers:
-                for segment in options.segments:
-                    checkpoint(model, layers, segment)
-                    first, *rest = timed(lambda: parts.language_model(options.tokens), device)
-                    write(about | {"part": "language model", "tokens": options.tokens, "layers": layers,
-                                   "segment": segment, "place": "host", "seconds": round(min(rest), 4),
-                                   "first_seconds": round(first, 4)})  # fmt: skip
-                if host == "shared":
-                    break
-            for chunk in options.chunks:
-                for trains in (True, False):
-                    # A chunk that is differentiated is a quarter of the setting.
-                    model.config.vision_chunk_frames = chunk * (4 if trains else 1)
-                    first, *rest = timed(lambda t=trains: parts.tower(options.frames, t), device)
-                    write(about | {"part": "tower" if trains else "frozen tower", "frames": options.frames,
-                                   "chunk": chunk, "seconds": round(min(rest), 4),
-                                   "first_seconds": round(first, 4)})  # fmt: skip
-            model.config.vision_chunk_frames = 32
-            checkpoint(model, min(8, max(options.layers)), min(16384, max(options.segments)))
-            first, *rest = timed(lambda: parts.whole(options.video), device)
-            write(about | {"part": "whole", "frames": options.video, "chunk": 32, "layers": 8, "segment": 16384,
-                           "tokens": options.video * model.config.tokens_per_frame + 48, "place": "host",
-                           "seconds": round(min(rest), 3), "first_seconds": round(first, 3)})  # fmt: skip
+    data = batch(model, options.video, device)
+
+    def measure(host: str, segments: list[int], chunks: list[int], wholes: list[tuple[int, int, int]]) -> None:
+        for layers, segment, chunk in wholes:
+            model.config.vision_chunk_frames = chunk
+            checkpoint(model, layers, segment)
+            row = timed(lambda: parts.whole(data), device, options.repeats)
+            write(row | {"host": host, "part": "whole", "frames": options.video, "chunk": chunk, "layers": layers,
+                         "segment": segment, "tokens": data["input_ids"].shape[1], "place": "host"})  # fmt: skip
+        for segment in segments:
+            checkpoint(model, options.layers, segment)
+            row = timed(lambda: parts.language_model(options.tokens), device, options.repeats)
+            write(row | {"host": host, "part": "language model", "tokens": options.tokens, "segment": segment,
+                         "layers": options.layers, "place": "host"})  # fmt: skip
+        for chunk in chunks:
+            for trains in (True, False):
+                # A chunk that is differentiated is a quarter of the setting.
+                model.config.vision_chunk_frames = chunk * (4 if trains else 1)
+                frames = min(options.frames, 12 * chunk)
+                row = timed(lambda t=trains, f=frames: parts.tower(f, t), device, options.repeats)
+                write(row | {"host": host, "part": "tower" if trains else "frozen tower", "frames": frames,
+                             "chunk": chunk})  # fmt: skip
+
+    longest, usual = max(options.segments), min(16384, max(options.segments))
+    measure("own", options.segments, options.chunks, [(8, usual, 32), (16, longest, 128)])
+    with slow_core() as host:
+        measure(host, [longest, min(options.segments)], options.chunks[1::2], [(8, usual, 32)])
     if device == "cuda":
         started, size = time.perf_counter(), 4 << 30
         torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -4,6 +4,7 @@ Every plan computes nearly the same (forward, one recomputation, backward); plan
 GPU, in the work per cell, and in copies to the host that computation cannot hide. Legend as in `cost_memory`.
 """
 
+import statistics
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,11 +92,14 @@ H200 = MeasuredCosts(
 
 
 def measure_launch(device: Any = "cuda", launches: int = 10_000) -> float:
-    """Seconds that this host needs to launch one PyTorch operation, now: the fastest of some runs of tiny sums."""
+    """Seconds that this host needs to launch one PyTorch operation, now: the median of some runs of tiny sums.
+
+    Not the fastest: a host that others use as well is as slow as it is on average.
+    """
     import torch
 
-    x, fastest = torch.zeros(16, device=device), float("inf")
-    for _ in range(4):  # the first loads the kernel
+    x, seconds = torch.zeros(16, device=device), []
+    for _ in range(6):
         if x.is_cuda:
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -103,8 +107,8 @@ def measure_launch(device: Any = "cuda", launches: int = 10_000) -> float:
             x.add_(1)
         if x.is_cuda:
             torch.cuda.synchronize(device)
-        fastest = min(fastest, (time.perf_counter() - start) / launches)
-    return fastest
+        seconds.append((time.perf_counter() - start) / launches)
+    return statistics.median(seconds[1:])  # the first loads the kernel
 
 
 def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> float:
