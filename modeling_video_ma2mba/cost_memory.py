@@ -9,6 +9,7 @@ size, G groups, Q chunk length; Z = E + C + H is the output width of in_proj. Ev
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from .ops_costs import ADD_NORM_COSTS, CoreCosts, MixerShape
@@ -60,36 +61,43 @@ class StackShape:
             backends=named[kernels]() if isinstance(kernels, bool) else kernels,
         )
 
-    @property
+    @cached_property
     def kernels(self) -> bool:
         """Whether kernels run the mixers."""
         return self.backends.fused
 
-    @property
+    @cached_property
     def mixer(self) -> MixerShape:
         """The sizes of one mixer."""
         heads = (self.heads, self.inner // self.heads, self.state, self.groups)
         return MixerShape(*heads, self.conv_kernel, self.chunk, eps=0.0, time_step_limit=(0.0, float("inf")))
 
-    @property
+    @cached_property
     def projected(self) -> int:
         """Z, what in_proj writes per token: gate, convolution input, step sizes."""
         return self.inner + self.conv_dim + self.heads
 
-    @property
+    @cached_property
     def state_bytes(self) -> int:
         """State of one layer for one row: fp32 SSM state and the last W-1 inputs of the convolution."""
         return 4 * self.inner * self.state + self.compute * self.conv_dim * (self.conv_kernel - 1)
 
-    @property
+    @cached_property
     def workspace(self) -> int:
         """What matrix products take for themselves."""
         return _MATMUL_WORKSPACE if self.kernels else 0
 
-    @property
+    @cached_property
     def longest_segment(self) -> int:
         """Most tokens (times rows) that the mixers' backends address in one call."""
         return self.backends.longest_call(self.mixer)
+
+    @cached_property
+    def core_bytes(self) -> tuple[float, float, float]:
+        """What a mixer's inside keeps per token, and what it holds at its worst moment in forward and in backward."""
+        asked = (self.backends.kept_bytes, self.backends.forward_bytes, self.backends.backward_bytes)
+        kept, forward, backward = (ask(self.mixer, self.compute) for ask in asked)
+        return kept, forward, backward
 
 
 @dataclass(frozen=True)
@@ -136,19 +144,19 @@ def saved_per_token(shape: StackShape, projections_train: bool = True) -> float:
     if not shape.kernels:  # fp32 at least, and whatever trains
         inputs = max(4, shape.compute)
         norm = ADD_NORM_COSTS["torch"].kept_bytes(itemsize=inputs, width=shape.width)
-    return norm + shape.backends.kept_bytes(shape.mixer, shape.compute) + inputs * (shape.width + shape.inner)
+    return norm + shape.core_bytes[0] + inputs * (shape.width + shape.inner)
 
 
 def backward_temporaries_per_token(shape: StackShape) -> float:
     """What the backward of one mixer holds beside the saved tensors, at its worst moment."""
-    return shape.backends.backward_bytes(shape.mixer, shape.compute)
+    return shape.core_bytes[2]
 
 
 def forward_temporaries_per_token(shape: StackShape) -> float:
     """What one layer holds in forward without gradients, at its worst moment, beside its block's input."""
-    mixer = shape.backends.forward_bytes(shape.mixer, shape.compute)
+    kept, mixer, _ = shape.core_bytes
     if not shape.kernels:
-        return saved_per_token(shape) - shape.backends.kept_bytes(shape.mixer, shape.compute) + mixer
+        return saved_per_token(shape) - kept + mixer
     return 2 * (shape.stream + shape.compute) * shape.width + mixer
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .cost_memory import kept_bytes, saved_per_token
 from .cost_step import Prediction, StepJob, predict_job
 from .cost_time import H200, MeasuredCosts
 from .recompute_plan import RecomputePlan
@@ -99,6 +100,24 @@ class Limits:
         return needed <= self.gpu and prediction.host_peak <= self.host
 
 
+def some_plan_fits(job: StepJob, plans: Iterable[RecomputePlan], limits: Limits, costs: MeasuredCosts = H200) -> bool:
+    """Whether one of the plans stays within the limits. Most are told by what they keep, or by what one cell keeps
+    while it is differentiated; only the others are predicted."""
+    shape, work, room = job.shape, job.work, (limits.gpu + limits.allocated) / (1 + costs.slack) + 1  # rounded down
+    let_go = shape.compute * shape.inner if shape.kernels and work.projections_train else 0
+    per_row = saved_per_token(shape, work.projections_train) - let_go
+    for plan in plans:
+        kept = sum(kept_bytes(shape, work, plan))
+        rows = work.batch * min(plan.segment_length, work.tokens)
+        if kept > (limits.host if plan.offload else room):
+            continue
+        if min(plan.layers_per_block, shape.layers) * rows * per_row > room:
+            continue
+        if limits.allow(predict_job(job, plan, costs), costs.slack):
+            return True
+    return False
+
+
 def footprint(prediction: Prediction) -> float:
     """How much memory a plan takes, for choosing between equally fast ones: host memory counts a quarter."""
     return prediction.gpu_peak + prediction.host_peak / 4
@@ -133,9 +152,7 @@ def longest_that_fits(job: StepJob, limits: Limits, upper: int, costs: MeasuredC
 
     def fits(tokens: int) -> bool:
         shorter = with_tokens(job, tokens)
-        return any(
-            limits.allow(predict_job(shorter, p, costs), costs.slack) for p in candidate_plans(shorter, **fixed)
-        )
+        return some_plan_fits(shorter, candidate_plans(shorter, **fixed), limits, costs)
 
     low, high = 0, SEGMENT_STEP
     while high <= upper and fits(high):

@@ -4,7 +4,7 @@ Memory comes from `cost_memory` and `cost_vision`, seconds from `cost_time`.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cost_memory import StackShape, Workload, host_bytes, plain_phases, stack_phases
 from .cost_time import H200, MeasuredCosts, stack_seconds, vision_seconds
@@ -71,15 +71,35 @@ class Prediction:
         return sum(self.seconds.values())
 
 
-def predict_job(job: StepJob, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> Prediction:
-    """Memory and time of `job` under `plan`; `plan=None` is training without checkpointing."""
+class StackPart(NamedTuple):
+    """The language model's part of a prediction, the same whatever runs before it."""
+
+    work: Workload
+    phases: dict[str, dict[str, float]]
+    seconds: float
+
+
+def predict_stack(job: StepJob, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> StackPart:
+    """The language model's part of `job` under `plan`."""
     work = job.work
-    if job.input_follows_plan:
-        work = replace(work, input_on_gpu=plan is None or not plan.offload)
+    if job.input_follows_plan and work.input_on_gpu != (plan is None or not plan.offload):
+        work = replace(work, input_on_gpu=not work.input_on_gpu)
     phases = plain_phases(job.shape, work, job.plain_segment) if plan is None else stack_phases(job.shape, work, plan)
-    seconds = {"language model": stack_seconds(job.shape, work, plan, costs)}
+    return StackPart(work, phases, stack_seconds(job.shape, work, plan, costs))
+
+
+def predict_job(
+    job: StepJob, plan: RecomputePlan | None, costs: MeasuredCosts = H200, stack: StackPart | None = None
+) -> Prediction:
+    """Memory and time of `job` under `plan`; `plan=None` is training without checkpointing.
+
+    Args:
+        stack: from `predict_stack`, where it is known already.
+    """
+    work, phases, stack_time = predict_stack(job, plan, costs) if stack is None else stack
+    seconds = {"language model": stack_time}
     if job.vision is not None:
-        phases |= vision_phases(job.shape, work, job.vision)
+        phases = phases | vision_phases(job.shape, work, job.vision)
         seconds["vision"] = vision_seconds(job.vision, costs)
     fixed = {"weights": job.weights, "gradients": job.gradients, "optimizer": job.optimizer}
     base = sum(fixed.values())

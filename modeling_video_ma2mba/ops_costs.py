@@ -6,6 +6,7 @@ bytes a token. Legend: H heads, P head width, N state size, G groups, Q chunk le
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 
@@ -50,27 +51,27 @@ class MixerShape:
     eps: float
     time_step_limit: tuple[float, float]
 
-    @property
+    @cached_property
     def inner(self) -> int:
         """Channels between the projections: heads times their width, H * P."""
         return self.num_heads * self.head_dim
 
-    @property
+    @cached_property
     def conv_dim(self) -> int:
         """Channels of the convolution: x, B and C together, H * P + 2 * G * N."""
         return self.inner + 2 * self.n_groups * self.state_size
 
-    @property
+    @cached_property
     def projected(self) -> int:
         """What in_proj writes per token: gate, convolution input, step sizes."""
         return self.inner + self.conv_dim + self.num_heads
 
-    @property
+    @cached_property
     def parts(self) -> list[int]:
         """The widths of gate, convolution input and step sizes."""
         return [self.inner, self.conv_dim, self.num_heads]
 
-    @property
+    @cached_property
     def scan(self) -> "SSDSizes":
         """The sizes of its scan."""
         sizes = (self.num_heads, self.head_dim, self.state_size, self.n_groups, self.chunk_size)

@@ -18,7 +18,7 @@ from ..modeling_video_ma2mba.cost_search import (
     vision_chunks,
     with_tokens,
 )
-from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
+from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job, predict_stack
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, vision_seconds
 from ..modeling_video_ma2mba.recompute_plan import RecomputePlan
 from .adapters import Adapters
@@ -326,8 +326,9 @@ def _fastest_of(
 ) -> Prediction | None:
     """The fastest plan of all these jobs, which differ in the frames that run together and come the fastest first."""
     found: list[Prediction] = []
+    stacks = [predict_stack(jobs[0], plan, costs) for plan in plans]
     for job in jobs:
-        predictions = [predict_job(job, plan, costs) for plan in plans]
+        predictions = [predict_job(job, plan, costs, stack) for plan, stack in zip(plans, stacks, strict=True)]
         least = min(p.step_seconds for p in predictions)
         if found and least > 1.01 * min(p.step_seconds for p in found):
             break  # whatever fits with still slower towers is slower

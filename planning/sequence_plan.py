@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..modeling_video_ma2mba.cost_memory import forward_temporaries_per_token
-from ..modeling_video_ma2mba.cost_search import Limits, candidate_plans, fastest, segment_lengths
+from ..modeling_video_ma2mba.cost_search import Limits, candidate_plans, fastest, segment_lengths, some_plan_fits
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, cell_seconds, stack_seconds, vision_seconds
 from ..modeling_video_ma2mba.cost_vision import vision_phases
@@ -98,9 +98,8 @@ def longest_shared(job: StepJob, ranks: int, limits: Limits, upper: int, costs: 
     def fits(tokens: int) -> bool:
         shorter = resize(job, tokens)
         return any(
-            limits.allow(predict_job(own, p, costs), costs.slack)
+            some_plan_fits(own, candidate_plans(own, segment_length=own.work.segment), limits, costs)
             for own in shared_jobs(shorter, ranks)
-            for p in candidate_plans(own, segment_length=own.work.segment)
         )
 
     low, high = 0, 256 * ranks
