@@ -72,6 +72,8 @@ class WorldDataset:
     questions: at most this many per video.
     kinds: of question; with one of ``SPOKEN_KINDS`` the videos have subtitles.
     begins: second at which the videos may begin, as parts of longer ones: 0 for half, up to this for the others.
+    pace: seconds between what a video of one frame a second shows, in slow motion: 1 for half, up to this for the
+        others. So a short video spans minutes, and what minute it is depends on the frame.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class WorldDataset:
         fps: float = 1.0,
         settings: WorldSettings | None = None,
         begins: int = 0,
+        pace: int = 1,
     ):
         low, high = frames
         if not 1 <= low <= high:
@@ -96,11 +99,13 @@ class WorldDataset:
             raise ValueError(f"fps={fps}: frames per second must be more than 0.")
         if size < 1 or questions < 1:
             raise ValueError(f"size={size}, questions={questions}: both must be at least 1.")
+        if begins < 0 or pace < 1:
+            raise ValueError(f"begins={begins}, pace={pace}: must be begins >= 0 and pace >= 1 second.")
         video_seed(split, size - 1, seed)  # refuses a wrong split or seed
         self.split, self.size, self.frames, self.questions = split, size, (low, high), questions
         self.kinds, self.forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
         self.seed, self.resolution, self.fps = seed, resolution, fps
-        self.settings, self.begins = settings or WorldSettings(), begins
+        self.settings, self.begins, self.pace = settings or WorldSettings(), begins, pace
         self.speaks = any(kind in SPOKEN_KINDS for kind in self.kinds)
 
     def __len__(self) -> int:
@@ -117,10 +122,11 @@ class WorldDataset:
         frames = self.length(index) if frames is None else frames
         seconds = max(-int(-frames // self.fps), 1)
         world = build_world(video_seed(self.split, index, self.seed), seconds, self.settings)
-        if not self.begins:
+        if not self.begins and self.pace == 1:
             return world
         rng = random.Random(world.seed + (1 << 91))
-        return replace(world, begin=0 if rng.random() < 0.5 else whole(rng, 0, self.begins))
+        begin = 0 if rng.random() < 0.5 else whole(rng, 0, self.begins)
+        return replace(world, begin=begin, pace=1 if rng.random() < 0.5 else whole(rng, 1, self.pace))
 
     def cues(self, world: World) -> tuple[Cue, ...]:
         """What is said in a world of this data set."""

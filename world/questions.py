@@ -263,11 +263,10 @@ def _time(world: World, rng: random.Random) -> _Draft | None:
 
 def _visits(world: World) -> list[tuple[str, int, int]]:
     """Everything that comes and goes, with the seconds of the video at which it does."""
-    visits = [(thing.name, world.begin + thing.start, world.begin + thing.end) for thing in world.things]
+    own = [(thing.name, thing.start, thing.end) for thing in world.things]
     if world.card is not None:
-        start = world.begin + world.card.start
-        visits.append((f"card {world.card.symbol.lower()}", start, start + 1))
-    return visits
+        own.append((f"card {world.card.symbol.lower()}", world.card.start, world.card.start + 1))
+    return [(name, int(world.moment(start)), int(world.moment(end))) for name, start, end in own]
 
 
 def _span(world: World, rng: random.Random) -> _Draft | None:
@@ -299,11 +298,12 @@ def _between(world: World, rng: random.Random) -> _Draft | None:
     number = int(rng.random() * len(visits))
     name, start, _ = visits[number]
     earliest = visits[number - 1][1] + 1 if number else world.begin
-    latest = visits[number + 1][1] if number + 1 < len(visits) else world.begin + world.seconds
+    latest = visits[number + 1][1] if number + 1 < len(visits) else int(world.moment(world.seconds))
     if not earliest <= start < latest:  # two come at once
         return None
-    first = start - int(rng.random() * (min(start - earliest, 20) + 1))
-    last = start + 1 + int(rng.random() * min(latest - start, 20))
+    most = 20 * world.pace
+    first = start - int(rng.random() * (min(start - earliest, most) + 1))
+    last = start + 1 + int(rng.random() * min(latest - start, most))
     return _Draft(f"What comes between {clock(first)} and {clock(last)}?", name, (), ())
 
 

@@ -50,7 +50,7 @@ def speech_of(world: World) -> Speech:
 
 
 def _cue(rng: random.Random, world: World, text: str) -> Cue:
-    start = world.begin + whole(rng, 0, max(world.seconds - 2, 0)) + 0.5
+    start = float(world.moment(whole(rng, 0, max(world.seconds - 2, 0)) + 0.5))
     return Cue(start, start + CUE_SECONDS, text)
 
 
@@ -70,8 +70,8 @@ class TimedFrames:
     @classmethod
     def of_world(cls, pixels: np.ndarray, world: World, fps: float = 1.0) -> TimedFrames:
         """Frames of a world at `fps`, in a video that ends with it."""
-        times = world.begin + np.arange(len(pixels)) / fps
-        return cls(pixels, times, float(world.begin + world.seconds))
+        times = world.moment(np.arange(len(pixels)) / fps)
+        return cls(pixels, times, float(world.moment(world.seconds)))
 
     def __enter__(self) -> TimedFrames:
         return self

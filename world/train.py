@@ -74,6 +74,7 @@ class WorldTraining:
         None, "seconds between time stamps that the model reads; unset: as it does now"
     )
     begins: int = _option(0, "seconds at which videos may begin, as parts of longer ones, so that late times are seen")
+    pace: int = _option(1, "most seconds between two frames, so that short videos span minutes; half keep to 1")
     learning_rate: float = _option(1.5e-3, "highest learning rate")
     weight_decay: float = _option(0.05, "of matrices")
     warmup_steps: int = _option(200, "steps of warm-up")
@@ -131,6 +132,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
             kinds=training.kind_names,
             seed=training.seed,
             begins=training.begins,
+            pace=training.pace,
         ),
         processor,
         training.tokens_per_batch,
@@ -149,6 +151,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         kinds=training.kind_names,
         seed=training.seed,
         begins=training.begins,
+        pace=training.pace,
     )
     trainer = VideoMa2mbaTrainer(
         model=model,

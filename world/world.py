@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 SPLITS = ("train", "validation", "test")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
@@ -131,6 +131,12 @@ class World:
     clutter: bool
     begin: int = 0
     """Second of the video at which it begins: it may be the end of a longer one, of which only that is looked at."""
+    pace: int = 1
+    """Seconds of the video that each of its own takes: slow motion, looked at every `pace` seconds."""
+
+    def moment(self, second: Any) -> Any:
+        """Second of the video, of a number or an array of its own seconds."""
+        return self.begin + self.pace * second
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:

@@ -36,7 +36,8 @@ def listing(world):
         names = {f"{t.colour} {t.shape}" for t in world.things if t.start <= second < t.end}
         if world.card is not None and world.card.start == second:
             names.add(f"card {world.card.symbol.lower()}")
-        seen[world.begin + second] = names
+        for shown in range(world.pace):  # in slow motion each of its seconds is many of the video
+            seen[world.begin + second * world.pace + shown] = names
     return seen
 
 
@@ -58,7 +59,7 @@ def answer_span(text):
     return seconds(start), seconds(end)
 
 
-DATA = WorldDataset("train", 400, frames=(4, 90), kinds=ALL_KINDS, questions=40, begins=4000)
+DATA = WorldDataset("train", 400, frames=(4, 90), kinds=ALL_KINDS, questions=40, begins=4000, pace=9)
 
 
 def test_every_timed_answer_is_what_the_seconds_show():
@@ -91,6 +92,17 @@ def test_every_timed_answer_is_what_the_seconds_show():
                 fits = [n for n in came if said in n.split() or said in ("left", "right", "up", "down")]
                 assert answer_span(answer) in [span_of(seen, name) for name in fits]
     assert all(count > 100 for count in counts.values()), counts
+    paces = [DATA.world(index).pace for index in range(400)]
+    assert {1, 2, 9} <= set(paces) <= set(range(1, 10)) and 180 < paces.count(1) < 270
+
+
+def test_slow_motion_is_read_with_its_own_times():
+    sample = next(s for s in map(DATA.sample, range(40)) if s.world.pace == 9 and len(s.frames) > 8)
+    times = sample.timed_frames.timestamps
+    assert (times == [sample.world.begin + 9 * k for k in range(len(sample.frames))]).all()
+    assert sample.timed_frames.duration == times[-1] + 9
+    with pytest.raises(ValueError, match="pace=0"):
+        WorldDataset("train", 4, pace=0)
 
 
 def test_what_is_said_is_told_once_and_contradicts_the_picture_half_of_the_time():
@@ -99,7 +111,8 @@ def test_what_is_said_is_told_once_and_contradicts_the_picture_half_of_the_time(
         world, questions = DATA.asked(index)
         cues = DATA.cues(world)
         assert cues == tuple(sorted(cues, key=lambda cue: cue.start))
-        assert all(world.begin <= cue.start < world.begin + max(world.seconds - 1, 1) for cue in cues)
+        last = world.begin + max(world.seconds - 1, 1) * world.pace
+        assert all(world.begin <= cue.start < last for cue in cues)
         told = " ".join(cue.text for cue in cues)
         (sign,) = re.findall(r"sign (?:is )?(\w)\.", told)
         claims = dict(re.findall(r"The (\w+) is (\w+)\.", told.replace("The sign is", "")))
@@ -121,7 +134,7 @@ def test_what_is_shown_and_asked_is_the_same_with_and_without_times():
     plain = WorldDataset("train", 400, frames=(4, 90), questions=40)
     for index in range(30):
         world, questions = plain.asked(index)
-        assert replace(DATA.world(index), begin=0) == world
+        assert replace(DATA.world(index), begin=0, pace=1) == world
         assert ask(replace(world, begin=500), 40) == questions, "no question without times knows when a video begins"
         assert plain.cues(world) == ()
         listed = list_times(world).answer
