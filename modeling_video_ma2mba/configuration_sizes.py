@@ -158,8 +158,9 @@ class VideoMa2mbaSizes(Fields):
         vision_chunk_frames: frames that run through the tower together; bounds the memory of vision.
         prefill_segment_length: tokens that run through the language model together outside of training (on a CPU at
             most 512).
-        frame_times: how times of frames enter the prompt: "none", or "text", a time stamp such as `[1:20]` in front of
-            the first frame of every `frame_times_every` seconds.
+        frame_times: how times of frames enter the prompt: "none", or a time stamp in front of the first frame of every
+            `frame_times_every` seconds, as "text" (`[1:20]`), or as "learned" embeddings of tokens of their own (one
+            of the minute, one of the second). `set_frame_times` of a model changes it.
     """
 
     model_type = "video_ma2mba"
@@ -223,7 +224,8 @@ class VideoMa2mbaSizes(Fields):
             self.spatial_pool_mode,
             "it must be 'bilinear' (the paper) or 'average'",
         )
-        require(self.frame_times in ("none", "text"), "frame_times", self.frame_times, "it must be 'none' or 'text'")
+        modes = ("none", "text", "learned")
+        require(self.frame_times in modes, "frame_times", self.frame_times, f"it must be one of {', '.join(modes)}")
         require(self.frame_times_every > 0, "frame_times_every", self.frame_times_every, "it must be more than 0 s")
         for field in ("image_mean", "image_std"):
             require(len(getattr(self, field)) == 3, field, getattr(self, field), "it needs three numbers (R, G, B)")

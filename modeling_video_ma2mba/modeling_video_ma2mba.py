@@ -497,6 +497,29 @@ class VideoMa2mbaForConditionalGeneration(
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    @torch.no_grad()
+    def set_frame_times(self, processor: Any, mode: str, every: float | None = None) -> None:
+        """Read time stamps from now on as `mode` says, in place: in configuration and processor, and with new rows of
+        the embedding for learned stamps, each of which begins as the mean of the digits that it stands for.
+
+        Args:
+            processor: this model's, changed with it.
+            mode: "none", "text" or "learned", see `VideoMa2mbaConfig`.
+            every: seconds between two stamps; None: as until now.
+
+        Raises:
+            ValueError: an unknown mode, or no more than 0 seconds.
+        """
+        digits = processor.set_frame_times(mode, every)
+        rare = self.lm_head.weight.mean(0)  # no answer begins with them
+        if digits and max(digits) >= len(self.lm_head.weight):
+            self.resize_token_embeddings(max(digits) + 1, pad_to_multiple_of=16, mean_resizing=False)
+        words = self.model.language_model.embeddings.weight
+        for token, ids in digits.items():
+            self.lm_head.weight[token] = rare
+            words[token] = words[ids].mean(0)  # the last where both are one
+        self.config.frame_times, self.config.frame_times_every = mode, processor.frame_times_every
+
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Tensor:
         """See `VideoMa2mbaModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, **kwargs)

@@ -15,11 +15,17 @@ from typing import Any
 
 import numpy as np
 
-TIME_MODES = ("none", "text")
+TIME_MODES = ("none", "text", "learned")
 TIMES_EVERY = 4.0
 """Seconds between two time stamps, unless a checkpoint says otherwise."""
 SUBTITLE_TOKENS = 32768
 """Tokens of subtitles that are read of one video, unless a call says otherwise: two to three hours of speech."""
+
+_UNITS = (("h", 24), ("m", 60), ("s", 60))
+TIME_TOKENS = tuple(
+    [f"<|{number} {unit}|>" for unit, base in _UNITS for number in range(base)] + [f"<|.{n} s|>" for n in range(1, 10)]
+)
+"""Tokens of learned time stamps: hours (of a day or more, as digits of base 24), minutes, seconds, and tenths."""
 
 Texts = list[tuple[int, list[int]]]
 """Token ids, each with the number of the frame that it stands in front of; ascending."""
@@ -44,12 +50,33 @@ class Cue:
     text: str
 
 
+def check_frame_times(mode: str, every: float) -> None:
+    """ValueError unless `mode` is one of `TIME_MODES` and stamps are more than 0 seconds apart."""
+    if mode not in TIME_MODES or not every > 0:
+        raise ValueError(
+            f"frame_times={mode!r}, frame_times_every={every}: use one of {', '.join(TIME_MODES)}, and more than 0 "
+            "seconds"
+        )
+
+
 def clock(seconds: float) -> str:
     """`0:07`, `12:30`, `1:02:03`; with tenths where there are any: `0:07.5`."""
     whole, tenth = divmod(round(float(seconds) * 10), 10)
     hours, rest = divmod(whole, 3600)
     text = f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
     return f"{text}.{tenth}" if tenth else text
+
+
+def time_tokens(seconds: float) -> list[str]:
+    """What `clock` writes, of `TIME_TOKENS`: `<|1 h|><|2 m|><|3 s|>`; hours and tenths only where there are any."""
+    whole, tenth = divmod(round(float(seconds) * 10), 10)
+    hours, rest = divmod(whole, 3600)
+    digits: list[int] = []
+    while hours:
+        hours, digit = divmod(hours, 24)
+        digits.insert(0, digit)
+    named = [f"<|{digit} h|>" for digit in digits]
+    return [*named, f"<|{rest // 60} m|>", f"<|{rest % 60} s|>", *([f"<|.{tenth} s|>"] if tenth else [])]
 
 
 def span_text(start: float, end: float) -> str:
@@ -98,6 +125,7 @@ class FrameText:
         every: seconds between time stamps; None: there are none.
         cues: in the order of their starts.
         begin, end: seconds of the part of the video that is read; cues outside of it are not told.
+        stamp: token ids of a moment; None: those of `[clock]`.
     """
 
     encode: Callable[[str], list[int]]
@@ -105,6 +133,7 @@ class FrameText:
     cues: tuple[Cue, ...] = ()
     begin: float = 0.0
     end: float = math.inf
+    stamp: Callable[[float], list[int]] | None = None
 
     def texts(self, times: Sequence[float] | np.ndarray, previous: float | None = None) -> Texts:
         """What stands in front of frames shown at `times`.
@@ -116,7 +145,7 @@ class FrameText:
         for place, moment in enumerate(map(float, times)):
             ids = self._cues(previous, moment)
             if self.stamps_at(moment, previous):
-                ids += self.encode(f"[{clock(moment)}]")
+                ids += self.encode(f"[{clock(moment)}]") if self.stamp is None else self.stamp(moment)
             if ids:
                 found.append((place, ids))
             previous = moment
@@ -154,7 +183,8 @@ class FrameText:
             if cue.start > moment or cue.start >= self.end:
                 break
             if cue.start >= self.begin or (previous is None and cue.end > self.begin):
-                stamp = "" if self.every is None else f"[{clock(cue.start)}] "
+                ids += self.stamp(cue.start) if self.stamp is not None else []
+                stamp = "" if self.every is None or self.stamp is not None else f"[{clock(cue.start)}] "
                 ids += self.encode(f'{stamp}"{cue.text}"')
         return ids
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -28,14 +29,16 @@ from .chat_format import (
 )
 from .frame_times import (
     SUBTITLE_TOKENS,
-    TIME_MODES,
+    TIME_TOKENS,
     TIMES_EVERY,
     TIMES_REQUEST,
     FrameText,
     TimedReader,
     as_clocks,
+    check_frame_times,
     parse_span,
     spread_cues,
+    time_tokens,
     within,
 )
 from .text_batches import IGNORED_LABEL, pad_batch
@@ -82,7 +85,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         video_token: stands for a video in text; repeated for every frame's features in token ids.
         system_prompt: text of the system turn when messages have none; empty leaves that turn out.
         frame_separator: what stands between the frames and the question of a turn.
-        frame_times: "none", or "text": time stamps are read between frames; must be the model's `config.frame_times`.
+        frame_times: "none"; or time stamps are read between frames, as "text", or as "learned" tokens; must be the
+            model's `config.frame_times` (`set_frame_times` of a model changes both).
         frame_times_every: seconds between two of them.
 
     Raises:
@@ -103,11 +107,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         frame_times: str = "none",
         frame_times_every: float = TIMES_EVERY,
     ):
-        if frame_times not in TIME_MODES or not frame_times_every > 0:
-            raise ValueError(
-                f"frame_times={frame_times!r}, frame_times_every={frame_times_every}: "
-                f"use one of {', '.join(TIME_MODES)}, and more than 0 seconds"
-            )
+        check_frame_times(frame_times, frame_times_every)
         if tokens_per_frame != int(tokens_per_frame) or tokens_per_frame < 1:
             raise ValueError(f"tokens_per_frame must be a whole number of at least 1, not {tokens_per_frame}")
         # A pipeline loads everything with the same arguments, and a tokenizer keeps those it does not know: a data
@@ -127,6 +127,11 @@ class VideoMa2mbaProcessor(ProcessorMixin):
                 "add_video_tokens"
             )
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+        if frame_times == "learned" and not set(TIME_TOKENS) <= tokenizer.get_vocab().keys():
+            raise ValueError(
+                "frame_times='learned', but the tokenizer has no tokens for times: add them with "
+                "model.set_frame_times(processor, 'learned')"
+            )
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """Accept our video processor where transformers knows video processors only through torchvision."""
@@ -349,7 +354,30 @@ class VideoMa2mbaProcessor(ProcessorMixin):
 
     def frame_text(self) -> FrameText:
         """What makes this model's time stamps, without subtitles."""
-        return FrameText(self.words, self.frame_times_every if self.frame_times == "text" else None)
+        every = None if self.frame_times == "none" else self.frame_times_every
+        return FrameText(self.words, every, stamp=self._time_ids if self.frame_times == "learned" else None)
+
+    def set_frame_times(self, mode: str, every: float | None = None) -> dict[int, list[int]]:
+        """Tell times as `mode` says, every so many seconds (None: as until now). A model's `set_frame_times` calls it.
+
+        Returns:
+            The id of each token that is new, with the ids of the digits that it stands for.
+
+        Raises:
+            ValueError: an unknown mode, or no more than 0 seconds.
+        """
+        every = self.frame_times_every if every is None else every
+        check_frame_times(mode, every)
+        known, new = self.tokenizer.get_vocab(), {}
+        if mode == "learned":
+            self.tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in TIME_TOKENS], True)
+            digits = {name: self.words("".join(c for c in name if c.isdigit())) for name in TIME_TOKENS}
+            new = {self.tokenizer.convert_tokens_to_ids(k): ids for k, ids in digits.items() if k not in known}
+        self.frame_times, self.frame_times_every = mode, float(every)
+        return new
+
+    def _time_ids(self, moment: float) -> list[int]:
+        return list(self.tokenizer.convert_tokens_to_ids(time_tokens(moment)))
 
     def words(self, text: str) -> list[int]:
         """Token ids of somebody's words, in which nothing is a special token."""

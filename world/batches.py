@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..trainer.data import VideoChatCollator
 from . import Question, WorldDataset, chat, render
-from .questions import TIMED_KINDS, list_things, list_times, name_option
+from .questions import TIMED_KINDS, list_things, list_times, name_option, repeat_sign
 from .speech import TimedFrames
 from .world import COLOURS, SHAPES, whole
 
@@ -115,7 +115,7 @@ class WorldBatches(IterableDataset):
         self.collator = VideoChatCollator(processor, ends="first", on_broken="raise")
         self.progress, self.weights, self.first_batch = progress, weights, first_batch
         self.ramp, self.ramp_from, self.shorter = ramp, ramp_from, shorter
-        stamp = len(processor.words("[0:00]")) if processor.frame_times == "text" else 0
+        stamp = sum(len(ids) for _, ids in processor.frame_text().texts([0.0]))
         self.frame_tokens = processor.tokens_per_frame + stamp * min(
             1 / (dataset.fps * processor.frame_times_every), 1
         )
@@ -160,7 +160,10 @@ class WorldBatches(IterableDataset):
                 turns = choose_questions(rng, asked, self.questions_per_video(frames), weights)
                 spare = [question for question in asked if question.options and question not in turns]
                 turns += [name_option(question) for question in spare[:_NAMED_OPTIONS]]
-                turns += [listed] if mark < (_LIST_ALONE + _LIST_LAST) * lists else []
+                if mark < (_LIST_ALONE + _LIST_LAST) * lists:
+                    turns.append(listed)
+                elif self.dataset.speaks:  # behind everything about what the video's voice says
+                    turns += [repeat_sign(rng) for _ in range(_NAMED_OPTIONS)]
             video = render(world, self.dataset.fps, self.dataset.resolution)
             video = imitate_mp4(video, index % 2**32) if place < files * len(indices) else video
             shown = TimedFrames.of_world(video, world, self.dataset.fps)

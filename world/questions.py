@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..processing.frame_times import TIMES_REQUEST, clock, span_text
-from .speech import speech_of
+from .speech import SIGN_CUES, speech_of
 from .world import (
     CARD_SYMBOLS,
     COLOURS,
@@ -106,6 +106,17 @@ def list_times(world: World, speaks: bool = False) -> Question:
     told = [f"{name} {span_text(start, end)}" for start, end, name in sorted(visits)]
     told += [f"sign {speech_of(world).sign}"] if speaks else []
     return Question("times", "open", f"List everything in the video. {TIMES_REQUEST}", ", ".join(told) or "none")
+
+
+def repeat_sign(rng: random.Random) -> Question:
+    """Extra kind `repeat`, for training only: which sign is named in words that the question quotes.
+
+    It needs no video. A sign that is heard is read as one token and answered as another; how, is learnt within a few
+    steps from this, and hardly ever from one word in a long video.
+    """
+    sign = pick(rng, CARD_SYMBOLS).lower()
+    text = f'A voice says "{pick(rng, SIGN_CUES).format(sign)}" Which sign did it name?'
+    return Question("repeat", "open", text, sign)
 
 
 def name_option(question: Question) -> Question:

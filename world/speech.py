@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # it loads torch, which the settings of a world do without
     from ..processing.video_reader import FrameChunk
 
 CUE_SECONDS = 2
+SIGN_CUES = ("The sign is {}.", "Remember the sign {}.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def speech_of(world: World) -> Speech:
     """What is said in a world; times are those of its own video, which begins at `world.begin`."""
     rng = random.Random((world.seed << 20) + (1 << 101))
     sign = pick(rng, [s for s in CARD_SYMBOLS if world.card is None or s != world.card.symbol]).lower()
-    cues = [_cue(rng, world, pick(rng, ("The sign is {}.", "Remember the sign {}.")).format(sign))]
+    cues = [_cue(rng, world, pick(rng, SIGN_CUES).format(sign))]
     shapes = [thing.shape for thing in world.things]
     alone = [thing for thing in world.things if shapes.count(thing.shape) == 1]
     claim = None

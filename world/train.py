@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from ..modeling_video_ma2mba.vision_features import encode_frames
+from ..processing.frame_times import TIME_TOKENS
 from ..trainer.training_clock import ENDLESS, TrainingClock
 from ..trainer.training_config import VideoMa2mbaTrainingConfig
 from ..trainer.video_trainer import VideoMa2mbaTrainer
@@ -73,6 +74,7 @@ class WorldTraining:
     times_every: float | None = _option(
         None, "seconds between time stamps that the model reads; unset: as it does now"
     )
+    times: str = _option("text", "how they are read: text or learned")
     begins: int = _option(0, "seconds at which videos may begin, as parts of longer ones, so that late times are seen")
     pace: int = _option(1, "most seconds between two frames, so that short videos span minutes; half keep to 1")
     learning_rate: float = _option(1.5e-3, "highest learning rate")
@@ -111,13 +113,13 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     tokenizer = build_world_tokenizer()
     model = _model(training, tokenizer).to("cuda" if cuda else "cpu")
     config = model.config
-    if training.times_every is not None:
-        config.frame_times, config.frame_times_every = "text", training.times_every
     exported_chunk = config.vision_chunk_frames
     config.vision_chunk_frames = 2048  # the small tower takes many frames at once
     if not checkpoint and not training.start_from:
         pretrain_tower(model, training)
     processor = world_processor(config, tokenizer)
+    if training.times_every is not None:
+        model.set_frame_times(processor, training.times, training.times_every)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.tokens_per_frame} tokens per frame")
 
     arguments = _arguments(training, cuda)
@@ -164,6 +166,8 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     report = WorldReport(out, trainer.clock, processor, validation, weights, training.eval_seconds, cuda)
     trainer.add_callback(Curriculum(trainer.clock, progress))
     trainer.add_callback(report)
+    if training.start_from and not checkpoint:
+        report.measure(model, 0)  # what it cannot do yet comes more often from the first batch on
     trainer.train(resume_from_checkpoint=checkpoint)
     results = report.measure(model, trainer.state.global_step)
     config.vision_chunk_frames = exported_chunk
@@ -197,6 +201,8 @@ def _model(training: WorldTraining, tokenizer: Any) -> VideoMa2mbaForConditional
         start_for_recall_(model)
         return model
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(training.start_from, dtype=torch.float32)
+    if model.config.frame_times == "learned":
+        tokenizer.add_tokens(list(TIME_TOKENS), special_tokens=True)
     rows = model.get_input_embeddings().num_embeddings
     if not len(tokenizer) <= rows < len(tokenizer) + 16:
         raise ValueError(f"{training.start_from} has {rows} tokens, the rendered world has {len(tokenizer)}.")

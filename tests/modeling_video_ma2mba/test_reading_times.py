@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -222,6 +223,57 @@ def test_an_answer_with_times_is_parsed_strictly(model, processor, make_model, m
     seen = plain.read_video([np.zeros((16, 16, 3), np.uint8)] * 2, own)
     with pytest.raises(ValueError, match="never learnt times .*ask without them"):
         plain.answer(seen, "What?", own, times=True)
+
+
+def test_learned_stamps_are_tokens_of_their_own(
+    model, processor, make_model, make_processor, uneven_video, whole, tmp_path
+):
+    """The same places as text stamps, in any pieces, as a file or a stream, and through a checkpoint on disk."""
+    learned = make_model(dtype=torch.float64)
+    own = make_processor(learned.config)
+    before, rows = learned.get_input_embeddings().weight.detach().clone(), len(own.tokenizer)
+    learned.set_frame_times(own, "learned", 1.5)
+    after = learned.get_input_embeddings().weight
+    assert torch.equal(after[: len(before)][:rows], before[:rows]), "what the model knew stays"
+    assert len(own.tokenizer) == rows + 24 + 60 + 60 + 9 <= len(after) == learned.config.text_config.vocab_size
+    digits = own.tokenizer("59", add_special_tokens=False)["input_ids"]
+    token = own.tokenizer.convert_tokens_to_ids("<|59 m|>")
+    assert torch.allclose(after[token], after[digits].mean(0))
+    learned.set_frame_times(own, "learned", 1.5)
+    assert len(own.tokenizer) == rows + 153, "a second call adds nothing"
+
+    def places(processor):
+        reader = processor.timed(open_video(uneven_video, fps=FPS, size=(16, 16)), CUES)
+        return [(place, processor.tokenizer.decode(ids)) for place, ids in reader.text.texts(reader.frame_times)]
+
+    for (place, text), (other, told) in zip(places(processor), places(own), strict=True):
+        assert place == other
+        stamps = re.findall(r"\[0:0(\d)(?:\.(\d))?\]", text)
+        assert re.findall(r"<\|0 m\|><\|(\d) s\|>(?:<\|.(\d) s\|>)?", told) == stamps
+        assert re.findall('".*?"', told) == re.findall('".*?"', text)
+    days = own.frame_text().texts([2 * 86400 + 3600 * 5 + 61.0])
+    assert own.tokenizer.decode(days[0][1]) == "<|2 h|><|5 h|><|1 m|><|1 s|>"
+    assert not set(own.words("<|0 m|>")) & {own.tokenizer.convert_tokens_to_ids("<|0 m|>")}, "typed, it is only text"
+
+    at_once = learned.read_video(uneven_video, own, subtitles=CUES, fps=FPS)
+    first = learned.read_video(uneven_video, own, subtitles=CUES, fps=FPS, end=2.5)
+    same(learned.read_video(uneven_video, own, subtitles=CUES, fps=FPS, start=2.5, state=first), at_once)
+    with VideoSession(learned, own, fps=FPS, policy="queue", subtitles=CUES) as session:
+        session.attach(str(uneven_video))
+        assert session.wait(60)
+        same(session.seen.state, at_once)
+    learned.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    kept, told = type(learned).from_pretrained(tmp_path, dtype=torch.float64), type(own).from_pretrained(tmp_path)
+    same(kept.read_video(uneven_video, told, subtitles=CUES, fps=FPS), at_once)
+    at_once.save(tmp_path / "film.state")
+    asked = {"times": True, "max_new_tokens": 4}
+    loaded = VideoState.load(tmp_path / "film.state")
+    assert kept.answer(loaded, "What?", told, **asked) == learned.answer(at_once, "What?", own, **asked)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        model.answer(loaded, "What?", processor)
+    with pytest.raises(ValueError, match="no tokens for times: add them"):
+        type(own)(tokenizer=processor.tokenizer, video_processor=own.video_processor, frame_times="learned")
 
 
 def test_without_the_setting_nothing_is_told(make_model, make_processor, raw_video):

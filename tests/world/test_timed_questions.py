@@ -1,6 +1,7 @@
 """Questions about times and speech: every answer against a second, independent reading of the world."""
 
 import json
+import random
 import re
 from dataclasses import replace
 
@@ -15,10 +16,11 @@ from video_ma2mba.world.accuracy import span_overlap
 from video_ma2mba.world.batches import WorldBatches
 from video_ma2mba.world.hf_datasets import load_world
 from video_ma2mba.world.model import SIZES, world_config, world_processor
-from video_ma2mba.world.questions import ALL_KINDS, SPOKEN_KINDS, TIMED_KINDS, ask, list_times
+from video_ma2mba.world.questions import ALL_KINDS, SPOKEN_KINDS, TIMED_KINDS, ask, list_times, repeat_sign
 from video_ma2mba.world.scoring import read_videos
 from video_ma2mba.world.tokenizer import build_world_tokenizer
 from video_ma2mba.world.video_files import render_to_folder
+from video_ma2mba.world.world import CARD_SYMBOLS
 
 load_training_data = pytest.importorskip("video_ma2mba.trainer.data.loading").load_training_data
 CLOCK = r"(?:(\d+):)?(\d+):(\d\d)"
@@ -199,3 +201,10 @@ def test_files_of_a_world_that_speaks_are_training_rows(tmp_path):
     assert all(f'"{cue.text}"' in text for cue in data.cues(data.world(0)))
     with pytest.raises(ValueError, match="hold no subtitles"):
         load_world("train", 1, kinds=SPOKEN_KINDS)
+
+
+def test_what_training_alone_asks_about_speech_is_what_it_quotes():
+    rng = random.Random(0)
+    asked = [repeat_sign(rng) for _ in range(400)]
+    assert {re.search(r"sign (?:is )?(\w)\.", question.text)[1] for question in asked} == set(CARD_SYMBOLS.lower())
+    assert all(re.search(r"sign (?:is )?(\w)\.", question.text)[1] == question.answer for question in asked)
