@@ -12,7 +12,6 @@ from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .training_clock import ENDLESS
 
 LABELS = ("answers", "captions")
-_OTHER_DEFAULTS = {"packing": "pack by hand with seq_idx", "padding_free": "padding costs nothing here, leave it on"}
 
 _NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -33,7 +32,11 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
     """
 
     max_length: int | None = _option(
-        None, "Tokens of the longest sample; frames are dropped evenly to meet it, text is never cut."
+        None,
+        "Tokens of the longest sample, and of a pack; frames are dropped evenly to meet it, text is never cut.",
+    )
+    packing: bool = _option(
+        False, "Put several whole samples into one row of max_length tokens; the state restarts at each."
     )
     remove_unused_columns: bool = _option(False, "The collator reads every column.")
     train_parts: str | None = _option(
@@ -70,9 +73,10 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
             self.use_cpu = True  # or processes that torchrun started would not find together
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
-        for name, remedy in _OTHER_DEFAULTS.items():
-            if getattr(self, name):
-                raise ValueError(f"{name}=True does not work with video: {remedy}")
+        if self.padding_free:
+            raise ValueError("padding_free=True does not work with video: set packing=True, which needs no padding")
+        if self.packing:
+            self._check_packing()
         if self.labels not in LABELS:
             raise ValueError(f"labels={self.labels!r} is not valid: use one of {', '.join(LABELS)}")
         if self.assistant_only_loss and self.labels != "answers":
@@ -102,6 +106,20 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
             self.dataloader_pin_memory = False
         # Samples differ in length: batches are never cut up and sent around between processes.
         self.accelerator_config.dispatch_batches = False
+
+    def _check_packing(self) -> None:
+        if self.max_length is None:
+            raise ValueError("packing=True needs max_length: the tokens of a pack")
+        if self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r} cuts samples, and no video can be cut: leave it at bfd"
+            )
+        if self.eval_packing:
+            raise ValueError(
+                "eval_packing=True changes nothing: evaluation losses are means over tokens, leave it out"
+            )
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError("packs are all of one length: leave train_sampling_strategy out, or packing")
 
     def _accumulation(self) -> int:
         processes = self.dims.batches

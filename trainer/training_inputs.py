@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,28 @@ def sample_lengths(dataset: Any, processor: Any, args: VideoMa2mbaTrainingConfig
             max_length=args.max_length,
             cache=Path(args.output_dir, "video_lengths.jsonl"),
         )
+
+
+def packed_rows(data: Any, processor: Any, args: VideoMa2mbaTrainingConfig) -> Any:
+    """Rows that are read, some whole ones in each of `max_length` tokens (`packing=True`).
+
+    Raises:
+        ValueError: they are not rows of `datasets`.
+    """
+    from datasets import Dataset, IterableDataset
+
+    from .data.lengths import TimingCache, estimated_length
+    from .data.packing import PackedRows, PackedStream
+    from .data.sample_encoding import EncodingSettings
+
+    assert args.max_length is not None  # the arguments were checked
+    if isinstance(data, Dataset):
+        return PackedRows(data, sample_lengths(data, processor, args), args.max_length)
+    if not isinstance(data, IterableDataset):
+        raise ValueError(f"packing=True needs a data set of `datasets`, not {type(data).__name__}")
+    settings = EncodingSettings(args.labels, args.fps, None, args.max_frames, args.max_length)
+    length = partial(estimated_length, processor=processor, settings=settings, timings=TimingCache())
+    return PackedStream(data, length, args.max_length)
 
 
 def keep_on_host(loader: DataLoader) -> DataLoader:

@@ -47,6 +47,7 @@ from .training_inputs import (
     evaluation_collator,
     keep_on_host,
     load_for_training,
+    packed_rows,
     sample_lengths,
 )
 
@@ -107,6 +108,10 @@ class VideoMa2mbaTrainer(SFTTrainer):
             train_dataset, eval_dataset = checked_rows(train_dataset), checked_rows(eval_dataset)
             clip_frames = getattr(model.config, "clip_frames", 1)
             data_collator = default_collator(processing_class, args, train_dataset, clip_frames)
+            if args.packing:
+                train_dataset = packed_rows(train_dataset, processing_class, args)
+        elif args.packing:
+            raise ValueError("packing=True packs the rows of the trainer's own collator: leave data_collator out")
         self._eval_collator = evaluation_collator(data_collator, args)
         self._evaluation: EvaluationLosses | None = None
         callbacks = list(callbacks or [])
@@ -123,6 +128,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
         self._retry: MemoryRetry | None = None
         self._total_frames = 0
         self._labelled = self._unlabelled = 0  # micro-batches of a training run
+        packing, args.packing = args.packing, False  # TRL's own packs no videos
         super().__init__(
             model=model,
             args=args,
@@ -133,7 +139,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
             callbacks=callbacks,
             **other,
         )
-        self.train_dataset = train_dataset
+        args.packing, self.train_dataset = packing, train_dataset
         self.video_model.model.freeze_unused_parameters()  # adapters may have come into layers that never run
         install_answer_scores(self.video_model, self._note_scores)
         self.group: SequenceGroup | None = None

@@ -128,7 +128,7 @@ def test_evaluation_loss_is_that_of_the_model(tmp_path):
 
 def test_wrong_settings_are_refused(tmp_path):
     for options, message in (
-        ({"packing": True}, "packing=True does not work with video"),
+        ({"packing": True}, "packing=True needs max_length"),
         ({"labels": "everything"}, "labels='everything' is not valid"),
         ({"global_batch_size": 3}, "global_batch_size=3 is no multiple of 2 samples x 1 processes"),
         ({"early_stopping_patience": 1}, "needs evaluations"),

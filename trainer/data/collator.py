@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ...modeling_video_ma2mba.parallel_cut import clip_numbers, cut_sequence
 from ...processing.text_batches import IGNORED_LABEL
 from .broken_samples import BrokenSamples, TooManyBrokenError
+from .packing import PACK
 from .row_formats import UnknownFormError
-from .sample_encoding import EncodingSettings, Sample, encode_row, lay_out_row, read_own
+from .sample_encoding import EncodingSettings, Sample, encode_row, joined, lay_out_row, read_own
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,16 +99,21 @@ class VideoChatCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels` int64 `(B, S)`, padded on the right, labels -100 but where there is
             something to learn; and with videos `pixel_values_videos` uint8 `(sum F, 3, h, w)` and `num_frames` int64
-            `(videos,)`. B is smaller than the number of rows where some are broken. With `share`, the pixels are of
-            this process's frames only, `sequence_cut` says what is whose, and `sequence_failed` (bool) whether they
+            `(videos,)`. B is smaller than the number of rows where some are broken. Rows that hold others
+            (`packing.PACK`) become one each, and `seq_idx` int64 `(B, S)` numbers the samples in it; where they turn
+            out longer than `max_length` together, more than one. With `share`, the pixels are of this process's frames
+            only, `sequence_cut` says what is whose, and `sequence_failed` (bool) whether they
             could not be decoded and are black: then nobody should learn from the batch.
 
         Raises:
             TooManyBrokenError: see `BrokenSamples`. UnknownFormError: columns that are not understood. With
                 on_broken="raise": what is wrong with a sample.
         """
-        samples = [sample for row in rows if (sample := self._encode(row)) is not None]
-        samples = samples or [self._replacement(rows)]
+        samples: list[Sample] = []
+        for row in rows:
+            found = [sample for one in row.get(PACK, [row]) if (sample := self._encode(one)) is not None]
+            samples += self._packed(found) if PACK in row else found
+        samples = samples or [self._replacement([one for row in rows for one in row.get(PACK, [row])])]
         return self._batch(samples) if self.share is None else self._shared_batch(rows, samples, self.share)
 
     def for_evaluation(self, report: BrokenSamples) -> VideoChatCollator:
@@ -139,6 +145,18 @@ class VideoChatCollator:
             self.report.count("thinned")
         return sample
 
+    def _packed(self, samples: list[Sample]) -> list[Sample]:
+        """Samples joined, as many as `max_length` takes in each."""
+        packs: list[list[Sample]] = []
+        room, most = 0, self.settings.max_length or sum(len(sample.input_ids) for sample in samples)
+        for sample in samples:
+            if len(sample.input_ids) > room:
+                packs.append([])
+                room = most
+            packs[-1].append(sample)
+            room -= len(sample.input_ids)
+        return [joined(pack) for pack in packs]
+
     def _replacement(self, rows: Sequence[dict[str, Any]]) -> Sample:
         """A sample in place of a batch of which nothing is left; the same one whenever the same rows are broken."""
         seed = zlib.crc32("|".join(str(row.get("id")) for row in rows).encode())
@@ -160,6 +178,8 @@ class VideoChatCollator:
             "attention_mask": self._pad([torch.ones_like(sample.input_ids) for sample in samples], 0),
             "labels": self._pad([sample.labels for sample in samples], IGNORED_LABEL),
         }
+        if any(sample.documents for sample in samples):
+            batch["seq_idx"] = self._numbers(samples, batch["input_ids"].shape[1])
         pixels = [sample.pixels for sample in samples if sample.pixels is not None]
         if pixels:
             batch["pixel_values_videos"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
@@ -197,6 +217,14 @@ class VideoChatCollator:
         if len(frames):
             batch["pixel_values_videos"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
         return batch
+
+    def _numbers(self, samples: list[Sample], tokens: int) -> torch.Tensor:
+        """(B, S) which of its samples each token of a pack belongs to; padding belongs to the last."""
+        numbers = torch.zeros(len(samples), tokens, dtype=torch.int64)
+        for row, sample in zip(numbers, samples, strict=True):
+            for end in torch.tensor(sample.documents[:-1], dtype=torch.int64).cumsum(0).tolist():
+                row[end:] += 1
+        return numbers
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
         padded = pad_sequence(rows, batch_first=True, padding_value=value)

@@ -91,11 +91,13 @@ def estimated_lengths(
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
     timings = TimingCache(cache)
     return [
-        _length(processor, row, settings, timings) for row in counted(dataset, "lengths", "samples", shown=progress)
+        estimated_length(row, processor, settings, timings)
+        for row in counted(dataset, "lengths", "samples", shown=progress)
     ]
 
 
-def _length(processor: Any, row: dict[str, Any], settings: EncodingSettings, timings: TimingCache) -> int:
+def estimated_length(row: dict[str, Any], processor: Any, settings: EncodingSettings, timings: TimingCache) -> int:
+    """Tokens of one row's sample, about; 1 of a broken one."""
     try:
         messages = conversation_of(row)
         times = [_times(processor, part, settings, timings) for part in media_of(messages)]

@@ -85,7 +85,7 @@ class Sample:
 
     `input_ids`, `labels` int64 `(S,)`; `pixels` uint8 `(F, 3, h, w)` or None; `frames`: frames of each video.
     `wanted_frames`: what sampling asked for before `max_length`; `dropped_turns`: answers left out; `notes`: damage;
-    `readers`: of each video, where nothing has been read yet.
+    `readers`: of each video, where nothing has been read yet; `documents`: of a pack, the tokens of each sample in it.
     """
 
     input_ids: torch.Tensor
@@ -96,6 +96,24 @@ class Sample:
     dropped_turns: int = 0
     notes: list[str] = field(default_factory=list)
     readers: list[Any] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+
+
+def joined(samples: list[Sample]) -> Sample:
+    """Samples one after the other. No sample's first token is learnt: nothing of its own comes before it."""
+    labels = [sample.labels.clone() for sample in samples]
+    for own in labels:
+        own[0] = IGNORED_LABEL
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    return Sample(
+        input_ids=torch.cat([sample.input_ids for sample in samples]),
+        labels=torch.cat(labels),
+        pixels=torch.cat(pixels) if pixels else None,
+        frames=[count for sample in samples for count in sample.frames],
+        wanted_frames=sum(sample.wanted_frames for sample in samples),
+        readers=[reader for sample in samples for reader in sample.readers],
+        documents=[len(sample.input_ids) for sample in samples],
+    )
 
 
 @dataclass
