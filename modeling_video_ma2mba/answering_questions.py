@@ -20,7 +20,7 @@ from .answering_batches import answer_together
 from .answering_familiarity import Unfamiliar, asked_questions
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .reading_prompt import read_prompt
-from .reading_resumable import read_resumably, read_shared_resumably
+from .reading_resumable import UNFINISHED, read_resumably, read_shared_resumably
 from .reading_together import read_together
 from .stack_protocols import Processor, Reader, VideoModel
 from .stack_weights import execution_device
@@ -62,6 +62,7 @@ class VideoQuestionsMixin(GenerationMixin):
         partial: str | os.PathLike[str] | None = None,
         save_seconds: float = 30.0,
         group: Any = None,
+        stop: Callable[[], bool] | None = None,
         **video_settings: Any,
     ) -> VideoState:
         """Read a video into a state of constant size, to be asked, kept, copied and continued.
@@ -76,20 +77,26 @@ class VideoQuestionsMixin(GenerationMixin):
             group: a process group of `torch.distributed` (`torch.distributed.group.WORLD`: all processes) that shares
                 the video out. All its ranks make the same call and get the same state, which is the one that a single
                 process would reach; `partial` is the first rank's. See `read_shared`.
+            stop: asked between chunks of frames; true ends the reading there. The state holds what was read so far and
+                can be asked; the same call with `partial`, which it needs, goes on to the same bits.
             video_settings: `fps`, `num_frames`, `start`, `end`, `max_frames`; `subtitles` ("auto", a file, or cues)
                 and `subtitle_tokens`, see the processor's `timed`.
 
         Returns:
             The state. Its metadata hold what it belongs to ("model", "revision", "model_config", "weights",
             "processor", "dtype", "package_version") and what it has seen ("video", "fps", "frames", "seconds", and for
-            each video "sources").
+            each video "sources"); after a `stop`, "unfinished": the frames of the video that were read.
 
         Raises:
             ValueError: `state` or `partial` belongs to another model, processor or reading; what differs is named.
+                `stop` without `partial`, or with several processes.
         """
         unknown = video_settings.keys() - set(VIDEO_SETTINGS)
         if unknown:
             raise ValueError(f"unknown settings for reading a video: {sorted(unknown)}; use {list(VIDEO_SETTINGS)}")
+        shared = group is not None and torch.distributed.get_world_size(group) > 1
+        if stop is not None and (partial is None or shared):
+            raise ValueError("stop needs partial, the file to go on from, and is for one process: leave group out")
         chosen = {name: value for name, value in video_settings.items() if value is not None}
         messages = [{"role": "user", "content": [{"type": "video", "video": video}]}]
         prefix, _, (reader,) = processor.streaming_prompt(messages, add_generation_prompt=False, **chosen)
@@ -101,7 +108,6 @@ class VideoQuestionsMixin(GenerationMixin):
         source = source_facts(reader)
         if continues(before, source):
             reader.after = float(before["frame_time"])
-        shared = group is not None and torch.distributed.get_world_size(group) > 1
         if (
             shared and on_frames is None
         ):  # all ranks look at the file first: whoever cannot would keep the others waiting
@@ -118,11 +124,20 @@ class VideoQuestionsMixin(GenerationMixin):
             elif partial is None:
                 found = self.read(prefix, [reader.chunks(self.config.read_chunk_frames)], state, report)
             else:
-                found = read_resumably(self, prefix, reader, state, on_frames=report, **keeping)
+                found = read_resumably(self, prefix, reader, state, on_frames=report, stop=stop, **keeping)
         finally:
             reader.close()
         found.metadata |= identity
+        stopped = found.metadata.pop(UNFINISHED, None)
+        if stop is None:  # of the state that was continued
+            stopped = None
+        if stopped is not None:  # what was seen ends there
+            begin, end = source["start"] or 0.0, min(source["end"] or reader.duration, reader.duration)
+            share = min(int(stopped) / max(reader.expected_frames, 1), 1.0)
+            source |= {"end": round(begin + share * (end - begin), 6)}
         record_source(found.metadata, before, source, reader.duration)
+        if stopped is not None:
+            found.metadata[UNFINISHED] = stopped
         return found
 
     def check_state(self, state: VideoState, processor: Processor) -> None:

@@ -164,6 +164,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         partial: str | os.PathLike[str] | None = None,
         save_seconds: float = 30.0,
         group: Any = None,
+        stop: Callable[[], bool] | None = None,
         **video_settings: Any,
     ) -> VideoState:
         """Read a video into a state of constant size, to be asked, kept, copied and continued.
@@ -174,7 +175,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """
         kept = {k: v for k, v in self._preprocess_params.items() if k in (*VIDEO_SETTINGS, "on_frames")}
         given = {k: v for k, v in {**video_settings, "on_frames": on_frames}.items() if v is not None}
-        keeping = {"partial": partial, "save_seconds": save_seconds, "group": group}
+        keeping = {"partial": partial, "save_seconds": save_seconds, "group": group, "stop": stop}
         return self.model.read_video(video, self.processor, state=state, **keeping, **{**kept, **given})
 
     def append(self, state: VideoState, video: Any, **settings: Any) -> VideoState:

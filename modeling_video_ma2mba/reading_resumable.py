@@ -13,6 +13,9 @@ from .stack_protocols import Reader
 from .stack_weights import execution_device
 from .state_video import VideoState
 
+UNFINISHED = "unfinished"
+"""In a state's metadata where a reading was stopped: how many frames of its video were read."""
+
 
 def read_resumably(
     model: Any,
@@ -24,6 +27,7 @@ def read_resumably(
     request: Mapping[str, Any],
     save_seconds: float,
     on_frames: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> VideoState:
     """Read one video, saving the state reached to `partial` every `save_seconds`, and beginning there if it exists.
 
@@ -39,6 +43,10 @@ def read_resumably(
             result is safe.
         request: names and values that a reading must share to be continued; JSON.
         on_frames: called with the number of frames read, those before the interruption included.
+        stop: asked between chunks; true ends the reading there, and `partial` holds what goes on.
+
+    Returns:
+        The state; where `stop` ended the reading, with "unfinished" among its metadata.
 
     Raises:
         ValueError: the video has no frames, or `partial` is damaged or belongs to another reading; names what differs.
@@ -60,8 +68,9 @@ def read_resumably(
     while following is not None:
         report = None if on_frames is None else lambda read, before=done: on_frames(before + read)
         unread: list[Any] = []
-        go = _until(time.monotonic() + save_seconds, following, chunks, unread)
+        go = _until(time.monotonic() + save_seconds, following, chunks, unread, stop)
         state = model.read(prefix, [go], state, report)
+        state.metadata.pop(UNFINISHED, None)
         prefix = prefix[:, -1:]
         done = int(state.metadata["frames"]) - elsewhere
         (following,) = unread
@@ -69,6 +78,9 @@ def read_resumably(
             unfinished = state.fork()
             unfinished.metadata |= {"reading": json.dumps(request), "reading_frames": str(done)}
             unfinished.save(partial)
+            if stop is not None and stop():
+                state.metadata[UNFINISHED] = str(done)
+                break
     if state is None:
         raise ValueError(f"{reader.name}: not one frame could be read")
     return state
@@ -126,12 +138,14 @@ def read_shared_resumably(
     return read_shared(model.model, prefix, chunks, group, state, report, kept, save_seconds)
 
 
-def _until(deadline: float, chunk: Any, chunks: Iterator[Any], unread: list[Any]) -> Iterator[Any]:
-    """Yield chunks until the deadline, but at least `chunk`; leave the next one (None at the end) in `unread`."""
+def _until(
+    deadline: float, chunk: Any, chunks: Iterator[Any], unread: list[Any], stop: Callable[[], bool] | None
+) -> Iterator[Any]:
+    """Yield chunks until the deadline or `stop`, but at least `chunk`; leave the next one (None: end) in `unread`."""
     while chunk is not None:
         yield chunk
         chunk = next(chunks, None)
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or (stop is not None and stop()):
             break
     unread.append(chunk)
 

@@ -64,6 +64,7 @@ def build_page(
                 with gr.Row():
                     read = gr.Button("Read the video", size="md", variant="primary", min_width=120)
                     stop_reading = gr.Button("Stop", size="md", interactive=False, min_width=80)
+                    go_on = gr.Button("Go on reading", size="md", visible=False, min_width=120)
                 reading = gr.HTML(elem_classes="notes")
             with gr.Column(min_width=280):
                 gr.Markdown("## 2. Questions")
@@ -91,18 +92,28 @@ def build_page(
         def on_read(
             now: Session, path: str | None, per_second: float, with_text: bool = False, text: str | None = None
         ) -> Iterator[dict[Any, Any]]:
+            if not path:
+                yield {reading: markup.problem(ValueError("pick a video or upload one first"))}
+                return
+            yield from as_it_goes(now, now.read(pipe, path, per_second, text or ("auto" if with_text else None)), path)
+
+        def on_go_on(now: Session) -> Iterator[dict[Any, Any]]:
+            yield from as_it_goes(now, now.go_on(pipe), now.video)
+
+        def as_it_goes(
+            now: Session, reports: Iterator[tuple[int, int | None]], path: str | None
+        ) -> Iterator[dict[Any, Any]]:
             try:
-                if not path:
-                    raise ValueError("pick a video or upload one first")
-                yield {reading: markup.progress(0, None), stop_reading: gr.Button(interactive=True)}
-                reports = now.read(pipe, path, per_second, text or ("auto" if with_text else None))
+                begun = {stop_reading: gr.Button(interactive=True), go_on: gr.Button(visible=False)}
+                yield {reading: markup.progress(0, None), **begun}
                 for seen, expected in reports:
                     yield {reading: markup.progress(seen, expected)}
                 told = markup.note(markup.what_was_read(now)) + markup.warning(now.unfamiliar(pipe, asked=False))
                 yield {reading: told, chat: [], answering: "", shown: ""}
             except Exception as error:
                 yield {reading: _error_text(error, path)}
-            yield {stop_reading: gr.Button(interactive=False), session: now}
+            ended = {stop_reading: gr.Button(interactive=False), go_on: gr.Button(visible=now.unfinished)}
+            yield {session: now, **ended}
 
         def on_ask(now: Session, text: str) -> Iterator[dict[Any, Any]]:
             before = now.messages
@@ -141,18 +152,20 @@ def build_page(
             except Exception as error:
                 return {filed: _error_text(error, path)}
             told = markup.note(markup.what_was_read(now)) + markup.warning(now.unfamiliar(pipe, asked=False))
-            return {filed: told, chat: now.messages, shown: "", session: now}
+            return {filed: told, chat: now.messages, shown: "", session: now, go_on: gr.Button(visible=False)}
 
         def on_forget(now: Session) -> dict[Any, Any]:
             now.messages = []
             return {chat: [], answering: "", shown: "", session: now}
 
-        def on_stop(now: Session) -> None:
+        def on_stop(now: Session) -> str:
             now.stopped = True
+            return markup.note("Stopping …")  # the frames under way are read to their end
 
         picked.input(on_pick, picked, [video, tries, reading], api_name="pick")
-        reports = [reading, chat, answering, shown, stop_reading, session]
+        reports = [reading, chat, answering, shown, stop_reading, go_on, session]
         read.click(on_read, [session, video, fps, own_text, told], reports, api_name="read", **_ONE_AT_A_TIME)
+        go_on.click(on_go_on, session, reports, api_name="go_on", **_ONE_AT_A_TIME)
         asking = [chat, question, answering, shown, stop_answer, session]
         gr.on([ask.click, question.submit], on_ask, [session, question], asking, api_name="ask", **_ONE_AT_A_TIME)
         tries.click(lambda sample: sample[0], tries, question, api_name=False).then(
@@ -163,10 +176,10 @@ def build_page(
                 on_where, session, [shown, answering, stop_answer, session], api_name="where", **_ONE_AT_A_TIME
             )
         save.click(on_save, session, [filed, link], api_name="save").success(None, js=_DOWNLOAD)
-        opened.upload(on_open, [session, opened], [filed, chat, shown, session], api_name="open")
+        opened.upload(on_open, [session, opened], [filed, chat, shown, session, go_on], api_name="open")
         gr.on([forget.click, chat.clear], on_forget, session, [chat, answering, shown, session], api_name="forget")
-        for button in (stop_reading, stop_answer):
-            button.click(on_stop, session, queue=False, api_name=False)
+        for button, said in ((stop_reading, reading), (stop_answer, answering)):
+            button.click(on_stop, session, said, queue=False, api_name=False)
     return page
 
 

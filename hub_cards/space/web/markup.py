@@ -38,7 +38,8 @@ def what_was_read(session: Any) -> str:
     seen = session.state.metadata
     took = f" in {session.seconds:.1f} s" if session.video else ""
     of = f" of {float(seen['seconds']):g} s of video" if "seconds" in seen else ""
-    return f"{int(seen.get('frames', 0)):,} frames{of} read{took}; kept in {size(session.state.nbytes)}. Now ask."
+    now = "Stopped: ask about these, or go on." if session.unfinished else "Now ask."
+    return f"{int(seen.get('frames', 0)):,} frames{of} read{took}; kept in {size(session.state.nbytes)}. {now}"
 
 
 def filmstrip(frames: Sequence[Any], question: str, answer: str) -> str:

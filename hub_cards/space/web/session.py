@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import sys
 import tempfile
 import time
@@ -25,6 +27,8 @@ class Session:
         messages: questions and answers since then, as chat messages.
         video: path of the video on this machine while it is known (not after opening a state file).
         fps: frames read per second of it. seconds: that reading it took.
+        subtitles: that were read with it: "auto", a file, or None.
+        unfinished: whether its reading was stopped and can go on.
         strip: frames of the last filmstrip.
         stopped: set to end a reading or an answer that is under way.
     """
@@ -35,6 +39,9 @@ class Session:
         self.video: str | None = None
         self.fps = 1.0
         self.seconds = 0.0
+        self.subtitles: str | None = None
+        self.unfinished = False
+        self._kept: tempfile.TemporaryDirectory[str] | None = None  # what a stopped reading goes on from
         self.strip: list[Any] = []
         self.stopped = False
 
@@ -43,6 +50,8 @@ class Session:
     ) -> Iterator[tuple[int, int | None]]:
         """Read a video from its beginning; what was read and said before is forgotten once this has succeeded.
 
+        A reading that is stopped keeps its frames: they may be asked about, and `go_on` reads the rest.
+
         Args:
             subtitles: "auto", a file, or None: without.
 
@@ -50,19 +59,45 @@ class Session:
             Numbers of frames read and expected.
 
         Raises:
-            Whatever the pipeline raises; `Stopped`.
+            Whatever the pipeline raises; `Stopped` where one keeps nothing of what it read (a server, say).
         """
+        yield from self._read(pipe, video, fps, subtitles, tempfile.TemporaryDirectory(), 0.0)
+
+    def go_on(self, pipe: Any) -> Iterator[tuple[int, int | None]]:
+        """Read the rest of a video whose reading was stopped, to the same bits as without a stop. As `read`.
+
+        Raises:
+            ValueError: no reading was stopped.
+        """
+        if not self.unfinished or self._kept is None or self.video is None:
+            raise ValueError("there is no reading to go on with: read a video first")
+        yield from self._read(pipe, self.video, self.fps, self.subtitles, self._kept, self.seconds)
+
+    def _read(
+        self,
+        pipe: Any,
+        video: str,
+        fps: float,
+        subtitles: str | None,
+        kept: tempfile.TemporaryDirectory[str],
+        spent: float,
+    ) -> Iterator[tuple[int, int | None]]:
         self.stopped = False
-        told = {} if subtitles is None else {"subtitles": subtitles}
+        told: dict[str, Any] = {} if subtitles is None else {"subtitles": subtitles}
+        keeps = "stop" in inspect.signature(pipe.read).parameters
+        if keeps:
+            told |= {"partial": Path(kept.name) / "partial", "save_seconds": math.inf, "stop": lambda: self.stopped}
         began = time.perf_counter()
         state = yield from latest_reports(
             lambda report: pipe.read(
                 video, fps=fps, on_frames=lambda seen, expected=None: report((seen, expected)), **told
             ),
-            lambda: self.stopped,
+            lambda: self.stopped and not keeps,
         )
-        self.state, self.messages, self.video, self.fps = state, [], video, fps
-        self.seconds = time.perf_counter() - began
+        self.state, self.messages, self.video, self.fps, self.subtitles = state, [], video, fps, subtitles
+        self.seconds = spent + time.perf_counter() - began
+        self.unfinished = "unfinished" in state.metadata
+        self._kept = kept if self.unfinished else None
 
     def ask(self, pipe: Any, question: str) -> Iterator[str]:
         """Answer from the state, with the conversation so far in mind; nothing is read again.
@@ -152,6 +187,7 @@ class Session:
         pipe.check(state)
         messages = _messages(state.metadata.pop("chat", "[]"))
         self.state, self.messages, self.video = state.to(pipe.device), messages, None
+        self.unfinished, self._kept = False, None
 
 
 class _Reports(TextStreamer):

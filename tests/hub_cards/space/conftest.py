@@ -1,6 +1,8 @@
 """The page of the demo, served on this machine for the tests in this folder."""
 
+import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "videos"
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The page over the bundled checkpoint: `url`, and `readings`, which holds one entry for each video read."""
+    """The page over the bundled checkpoint: `url`, `readings`, which holds one entry for each video read, and `pace`,
+    seconds that each report of a reading takes longer."""
     pytest.importorskip("gradio")
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("uploads"))
     from video_ma2mba.hub_cards.relevance_strip import relevance_strip
@@ -23,14 +26,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     from video_ma2mba.loading import load_pipeline
 
     pipe = load_pipeline(device="cpu")
-    readings, read = [], pipe.read
+    found, read = SimpleNamespace(readings=[], pace=0.0), pipe.read
 
-    def counted(video, **settings):
-        readings.append(video)
-        return read(video, **settings)
+    @functools.wraps(read)
+    def counted(video, on_frames, **settings):
+        def slowly(*seen):
+            on_frames(*seen)
+            time.sleep(found.pace)
+
+        found.readings.append(video)
+        return read(video, on_frames=slowly, **settings)
 
     pipe.read = counted
     page = build_page(pipe, load_examples(EXAMPLES), "Ask a video", "Tested.", relevance_strip)
     serve(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield SimpleNamespace(url=page.local_url, readings=readings)
+    found.url = page.local_url
+    yield found
     page.close()

@@ -4,6 +4,7 @@ With SCREENSHOTS=DIR in the environment, what it looks like is kept there to be 
 """
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -107,6 +108,27 @@ def test_a_picture_of_the_strip_shows_its_second_in_the_video(page):
     page.wait_for_function(
         "second => Math.abs(document.querySelector('video').currentTime - second) < 0.6", arg=second
     )
+
+
+@pytest.mark.parametrize("page", ["phone"], indirect=True)
+def test_a_stopped_reading_keeps_its_frames_and_goes_on(page, served, monkeypatch):
+    monkeypatch.setattr(served, "pace", 3.0)
+    page.get_by_label("Video 2 (55 s)").check()
+    page.locator("video[src]").first.wait_for()
+    page.get_by_label("Frames read per second of video").first.fill("8")
+    page.get_by_role("button", name="Read the video").click()
+    page.get_by_text(re.compile(r"[1-9]\d* of 440 frames read")).wait_for()
+    page.get_by_role("button", name="Stop").first.click()
+    said = page.get_by_text("Stopped: ask about these, or go on.")
+    said.wait_for()
+    assert 0 < int(said.inner_text().split()[0]) < 440
+    page.get_by_label("Your question").fill("Which sign did the card show?")
+    page.get_by_role("button", name="Ask").click()
+    playwright.expect(page.locator(".message.bot")).to_have_count(1)
+    monkeypatch.setattr(served, "pace", 0.0)
+    page.get_by_role("button", name="Go on reading").click()
+    page.get_by_text("440 frames of 55 s of video read").wait_for()
+    playwright.expect(page.get_by_role("button", name="Go on reading")).to_be_hidden()
 
 
 def test_by_keyboard_alone(page):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from video_ma2mba import EXAMPLE_VIDEOS as EXAMPLES
 from video_ma2mba.hub_cards.space.web.background import Stopped, latest_reports
-from video_ma2mba.hub_cards.space.web.markup import note, problem, progress
+from video_ma2mba.hub_cards.space.web.markup import note, problem, progress, what_was_read
 from video_ma2mba.hub_cards.space.web.session import Session
 from video_ma2mba.loading import load_pipeline
 
@@ -87,6 +88,34 @@ def test_stopping_keeps_what_was_there_before(pipe, tiny_video: Path):
         next(reading)
     assert session.state is before
     assert session.video == str(tiny_video)
+
+
+def test_a_stopped_reading_can_be_asked_and_goes_on_to_the_same_bits(pipe, tmp_path: Path):
+    film, size = EXAMPLES / "000001.mp4", pipe.model.config.read_chunk_frames
+    whole = pipe.read(str(film), fps=8)
+    frames = int(whole.metadata["frames"])
+    assert frames > 2 * size, "more than two chunks, or nothing is left to read"
+
+    session = Session()
+    for seen, expected in session.read(pipe, str(film), fps=8):
+        session.stopped = session.stopped or seen > 0
+        assert expected == frames
+    stopped = int(session.state.metadata["frames"])
+    assert 0 < stopped < frames and session.unfinished
+    assert session.state.metadata["unfinished"] == str(stopped)
+    assert float(session.state.metadata["seconds"]) == pytest.approx(stopped / 8, abs=0.1)
+    assert "go on" in what_was_read(session)
+    list(session.ask(pipe, "What is shown?"))
+    assert session.messages[1]["content"] == pipe.ask(session.state, "What is shown?", max_new_tokens=128)
+
+    session.save(tmp_path)
+    counted = [seen for seen, _ in session.go_on(pipe)]
+    assert counted[0] > 0 and counted[-1] == frames
+    assert not session.unfinished and "unfinished" not in session.state.metadata
+    assert session.state.fingerprint() == whole.fingerprint()
+    assert session.state.metadata == {**whole.metadata}
+    with pytest.raises(ValueError, match="no reading to go on with"):
+        list(session.go_on(pipe))
 
 
 def test_the_answer_grows(pipe, tiny_video: Path):
