@@ -1,6 +1,7 @@
 """`video-ma2mba train`: a recipe, with settings of your own on top."""
 
 import os
+import sys
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -37,6 +38,12 @@ def train(
     from video_ma2mba.trainer.train_run import run_recipe
 
     recipe, args = read_recipe(config, overrides or [], smoke)
+    if not sys.stderr.isatty():  # short work of libraries, drawn over itself; training tells in lines how far it is
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
     result = run_recipe(recipe, args, smoke)
     if args.process_index == 0:
         typer.echo(f"{result}")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from ..files.progress import Tell, progress
 
 GB = 1e9
 
@@ -54,20 +61,97 @@ class Throughput:
         return {name: value for name, value in found.items() if value}
 
 
-class ThroughputBar(ProgressCallback):
-    """The Trainer's progress bar with speeds and memory at its end."""
+class TrainingProgress(TrainerCallback):
+    """Training and evaluation as bars of `files.progress` (lines where nobody looks), with speeds and memory at their
+    end; what is logged goes between them, to standard error.
 
-    def __init__(self, throughput: Throughput) -> None:
-        super().__init__()
-        self._throughput = throughput
+    Args:
+        throughput: of the trainer. share: how far training is at a step, 0..1; None: by the number of steps.
+    """
+
+    def __init__(self, throughput: Throughput, share: Callable[[int], float] | None = None) -> None:
+        self._throughput, self._share = throughput, share
+        self._shown = {kind: ExitStack() for kind in ("training", "evaluating")}
+        self._tell: dict[str, Tell] = {}
+        self._batches = 0
+
+    def close(self, *kinds: str) -> None:
+        """Take the bars away, all or those of these kinds."""
+        for kind in kinds or tuple(self._shown):
+            self._shown[kind].close()
+            self._tell.pop(kind, None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            total = state.max_steps if self._share is None else None
+            self._tell["training"] = self._shown["training"].enter_context(progress("training", "steps", total))
+            self._tell["training"](state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        if state.is_world_process_zero and self.training_bar is not None:
-            counted, peaks = self._throughput, self._throughput.peaks()
-            text = f"{counted.tokens / counted.seconds:,.0f} tok/s, {counted.frames / counted.seconds:.1f} frames/s"
-            if "gpu_peak_gb" in peaks:
-                text += f", GPU {peaks['gpu_peak_gb']:.1f} GB ({peaks.get('predicted_peak_gb', 0):.1f} predicted)"
-            self.training_bar.set_postfix_str(text, refresh=False)
+        if "training" not in self._tell:
+            return
+        counted, peaks, total = self._throughput, self._throughput.peaks(), None
+        if self._share is not None and (share := self._share(state.global_step)) > 0:
+            total = max(state.global_step, round(state.global_step / share))
+        text = f"{counted.tokens / counted.seconds:,.0f} tok/s, {counted.frames / counted.seconds:.1f} frames/s"
+        if "gpu_peak_gb" in peaks:
+            text += f", GPU {peaks['gpu_peak_gb']:.1f} GB ({peaks.get('predicted_peak_gb', 0):.1f} predicted)"
+        self._tell["training"](state.global_step, total, text)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """One more batch of an evaluation."""
+        if not state.is_world_process_zero:
+            return
+        if "evaluating" not in self._tell:
+            total = len(eval_dataloader) if has_length(eval_dataloader) else None
+            self._batches = 0
+            self._tell["evaluating"] = self._shown["evaluating"].enter_context(
+                progress("evaluating", "batches", total)
+            )
+        self._batches += 1
+        self._tell["evaluating"](self._batches)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation has ended."""
+        self.close("evaluating")
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *given: Any, **kwargs: Any
+    ) -> None:
+        """A prediction has ended."""
+        self.close("evaluating")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and not os.environ.get("TQDM_DISABLE"):
+            told = {
+                name: f"{value:.4g}" if isinstance(value, float) else value for name, value in (logs or {}).items()
+            }
+            told.pop("total_flos", None)
+            with tqdm.external_write_mode(file=sys.stderr):
+                print(told, file=sys.stderr, flush=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Training has ended."""
+        self.close("training")

@@ -34,7 +34,7 @@ from .checkpoint_files import last_complete_checkpoint, require_complete, what_i
 from .data.collator import SEQUENCE_CUT, SEQUENCE_FAILED
 from .memory_retry import MemoryRetry
 from .parameter_groups import decays, set_trainable, split_by_part
-from .throughput import Throughput, ThroughputBar
+from .throughput import Throughput, TrainingProgress
 from .training_card import write_training_card
 from .training_clock import ENDLESS, ClockCallback, TrainingClock
 from .training_config import VideoMa2mbaTrainingConfig
@@ -125,6 +125,7 @@ class VideoMa2mbaTrainer(SFTTrainer):
             callbacks.append(ClockCallback(self.clock, args.save_seconds, args.stop_after))
         self.throughput = Throughput()
         self.data_name = data_name
+        self._bars: TrainingProgress | None = None
         self._retry: MemoryRetry | None = None
         self._total_frames = 0
         self._labelled = self._unlabelled = 0  # micro-batches of a training run
@@ -148,7 +149,9 @@ class VideoMa2mbaTrainer(SFTTrainer):
             self.video_model.model.language_model.share_sequence(self.group)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
-            self.add_callback(ThroughputBar(self.throughput))
+            by_clock = self.clock if self.clock is not None and self.clock.seconds else None
+            self._bars = TrainingProgress(self.throughput, None if by_clock is None else by_clock.progress)
+            self.add_callback(self._bars)
 
     @property
     def video_model(self) -> VideoMa2mbaForConditionalGeneration:
@@ -346,7 +349,11 @@ class VideoMa2mbaTrainer(SFTTrainer):
         self._retry = None  # settings of checkpointing may have changed
         self.throughput.restart()
         self._labelled = self._unlabelled = 0
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._bars is not None:  # an error or Ctrl-C has a line of its own
+                self._bars.close()
         counts = torch.tensor([self._labelled, self._unlabelled], device=self.accelerator.device)
         labelled, unlabelled = self.accelerator.reduce(counts, "sum").tolist()
         if unlabelled and not labelled:

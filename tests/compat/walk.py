@@ -58,7 +58,7 @@ def make_wheel(out: Path) -> Path:
 
 
 def install(python: str, folder: Path, wheel: Path) -> Path:
-    """The interpreter of an environment with the wheel in it, made once."""
+    """The interpreter of an environment, made once, with this wheel in it."""
     inside = folder / "bin" / "python"
     if not (folder / "ready").exists():
         if python == sys.executable:
@@ -69,6 +69,9 @@ def install(python: str, folder: Path, wheel: Path) -> Path:
         subprocess.run([*pip, "torch"], check=True)
         subprocess.run([*pip, f"{wheel}[{EXTRAS}]"], check=True)
         (folder / "ready").touch()
+    else:
+        again = [inside, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel]
+        subprocess.run(again, check=True)
     return inside
 
 

@@ -1,5 +1,6 @@
 """Recipes: what the shipped ones say, how they are overridden, and that each of them runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,28 @@ def test_mistakes_are_said_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_recipe_runs_on_a_cpu(name, tiny_checkpoint, tmp_path):
+def test_every_recipe_runs_on_a_cpu(name, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("video_ma2mba.files.progress.LINE_SECONDS", 0.0)
     out = tmp_path / "run"
     steps = [] if name == "lora" else ["max_steps=2"]
     epochs = ["num_train_epochs=1"] if name == "lora" else []
     result = train(
-        "--config", name, "--smoke", f"output_dir={out}", f"model={tiny_checkpoint}", *SHORT, *steps, *epochs
+        "--config",
+        name,
+        "--smoke",
+        f"output_dir={out}",
+        f"model={tiny_checkpoint}",
+        *SHORT[:1],
+        *SHORT[2:],
+        *steps,
+        *epochs,
     )
     assert result.exit_code == 0, result.output + str(result.exception)
+    assert not set("\r\x1b") & set(result.output)  # no bar where nobody looks: lines
+    if steps:
+        lines = re.findall(r"^training: 50%, 1/2 steps, 0:\d\d left, [\d.]+/\w+, [\d,]+ tok/s", result.stderr, re.M)
+        assert lines, result.stderr
+    assert result.stdout.count("\n") == 1
     folder = Path(result.stdout.strip().splitlines()[-1])
     assert folder == (out / "merged" if name == "lora" else out)
     assert "| training | |" in (folder / "README.md").read_text()  # what `push` publishes with

@@ -112,7 +112,7 @@ def test_a_picture_of_the_strip_shows_its_second_in_the_video(page):
 
 @pytest.mark.parametrize("page", ["phone"], indirect=True)
 def test_a_stopped_reading_keeps_its_frames_and_goes_on(page, served, monkeypatch):
-    monkeypatch.setattr(served, "pace", 3.0)
+    monkeypatch.setattr(served, "pace", 1.5)
     page.get_by_label("Video 2 (55 s)").check()
     page.locator("video[src]").first.wait_for()
     page.get_by_label("Frames read per second of video").first.fill("8")
