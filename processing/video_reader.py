@@ -135,7 +135,8 @@ class FrameReader:
             return None
         begin = self._scan()[0].begin
         with open_stream(self._readable(), self.name) as (container, _):
-            track = choose_track(container)
+            track, remark = choose_track(container)
+            self._report([remark] if remark else [])
             return None if track is None else track_cues(container, track, begin)
 
     def _scan(self) -> tuple[VideoIndex, np.ndarray]:

@@ -1,10 +1,12 @@
 """Subtitles as cues: from files (SRT, WebVTT, ASS, the JSON of whisper and its kin), text tracks of videos, or lists.
 
-Texts are parsed by FFmpeg's own demuxers; what they leave out without a word is found and told.
+ASS and tracks are parsed by FFmpeg. SRT and WebVTT are not: its demuxers leave out what is damaged without a word, at
+worst with all that follows, and read a negative time as a positive one.
 """
 
 import codecs
 import hashlib
+import html
 import json
 import math
 import os
@@ -21,9 +23,19 @@ from .video_source_names import local_path, shown_name
 SUFFIXES = (".srt", ".vtt", ".ass", ".ssa")
 _LARGEST = 2**26
 """Bytes of a file of subtitles; a day of speech takes two million."""
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-_STYLES = re.compile(r"\{\\[^{}]*\}|</?(?:i|b|u|s|c|v|em|strong|font|ruby|rt|lang|span)\b[^<>]*>", re.I)
+_MARKS = (
+    *((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
+    *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
+)
+_ASIDE = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?=\{[^{}]*\\p0[^{}]*\}|$)|\{[^{}]*\}", re.S)
+"""What in ASS is not said: drawings, comments, styles."""
+_STYLES = re.compile(r"\{\\[^{}]*\}|</?(?:i|b|u|s|c|v|em|strong|font|ruby|rt|lang|span)\b[^<>]*>|<[\d:.]+>", re.I)
+_BREAKS = re.compile(r"\\[NnhH]|<br\b[^<>]*>|&nbsp;", re.I)
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 _PAUSE, _LINE_WORDS = 1.0, 12  # seconds and words that end a line of single words
+_EDGE = r"(-?)\s*(?:(\d+)\s*:)?\s*(-?\d{1,2})\s*:\s*(-?\d{1,2})(?:\s*[.,]\s*(\d+))?"
+_TIMES = re.compile(rf"\s*{_EDGE}\s*--?>\s*{_EDGE}(?:\s.*)?")
+_BROKEN_TIMES = re.compile(r"\s*-?\d+\s*:.*-->.*|.*-->\s*-?\d+\s*:.*|\s*(?:\d+:)?\d{1,2}:\d\d[.,]\d{3}\s*-{0,2}")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,9}))?")
 _TEXT_CODECS = frozenset({"subrip", "srt", "webvtt", "mov_text", "ass", "ssa", "text", "ttml", "eia_608"})
 
@@ -107,17 +119,20 @@ def read_subtitles(path: str | os.PathLike[str]) -> Subtitles:
     if file.stat().st_size > _LARGEST:
         raise ValueError(f"{name}: {file.stat().st_size / 1e6:.0f} MB are no subtitles")
     text = _decoded(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n").lstrip()
-    if text.startswith(("{", "[")) and not text.startswith("[Script Info]"):
+    if text[:13].lower() == "[script info]":
+        found = _of_ass(text)
+        broken = max(len(re.findall(r"^Dialogue:", text, re.M)) - len(found), 0)
+    elif text.startswith(("{", "[")) and not re.match(r"\{\d+\}\{|\[\d+:\d", text):  # MicroDVD, LRC
         found, broken = _of_json(text, name), 0
     else:
-        head = text[:16].lower()
-        kind = "webvtt" if head.startswith("webvtt") else "ass" if head.startswith("[script info]") else "srt"
-        found, broken = _of_text(text, kind), 0
-        if kind != "ass":
-            broken = max(text.count("-->") - len(found), 0)
+        found, broken = _of_lines(text.split("\n"), text[:6].lower() == "webvtt")
     cues, problems = _cleaned(found, name)
     if not cues:
-        raise ValueError(f"{name}: there are no subtitles in it (SRT, WebVTT, ASS and whisper's JSON are understood)")
+        damaged = f" but {broken} damaged cues" if broken else ""
+        raise ValueError(
+            f"{name}: there are no subtitles in it{damaged} (SRT, WebVTT, ASS and whisper's JSON are understood; "
+            "other kinds: ffmpeg -i FILE FILE.srt)"
+        )
     if broken:
         problems.append(f"{name}: {broken} of {broken + len(found)} cues are damaged and left out")
     return Subtitles(name, cues, problems)
@@ -125,13 +140,19 @@ def read_subtitles(path: str | os.PathLike[str]) -> Subtitles:
 
 def _decoded(data: bytes, name: str) -> str:
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
-    if encoding is None and len(data) >= 2 and (data[0] == 0) != (data[1] == 0):  # UTF-16 without its mark
-        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    empty = [bytes(data[side:200:2]).count(0) for side in (0, 1)]
+    if encoding is None and 2 * max(empty) > len(data[:200:2]) and not min(empty):  # UTF-16 without its mark
+        encoding = "utf-16-be" if empty[0] else "utf-16-le"
     if encoding is not None:
         return data.decode(encoding, "replace")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
+        if len(re.findall(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", data[:4096])) * 100 > len(data[:4096]):
+            raise ValueError(
+                f"{name}: this is no text (a video, a picture, packed?); subtitles are a .srt, .vtt or .ass file, or "
+                "whisper's .json"
+            ) from None
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{name}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8 (Latin-1 or Windows-1252, maybe): "
@@ -139,13 +160,55 @@ def _decoded(data: bytes, name: str) -> str:
         ) from None
 
 
-def _of_text(text: str, kind: str) -> list[Cue]:
-    """What FFmpeg finds in a text of a kind."""
+def _of_lines(lines: Sequence[str], webvtt: bool) -> tuple[list[Cue], int]:
+    """Cues of an SRT or WebVTT file, and how many more there are whose times cannot be read.
+
+    A cue lasts to the next line of times, of whose number it is relieved; in WebVTT to the next empty line.
+    """
+    cues: list[Cue] = []
+    words: list[str] = []
+    broken, inside, aside = 0, False, False
+
+    def close() -> None:
+        if inside:
+            if not webvtt and words and words[-1].strip().isdigit():
+                words.pop()
+            cues[-1] = Cue(cues[-1].start, cues[-1].end, "\n".join(words))
+        words.clear()
+
+    for line in lines:
+        aside = aside or (webvtt and not inside and re.match(r"(?:NOTE|STYLE|REGION)\b", line) is not None)
+        found = None if aside else _TIMES.fullmatch(line)
+        if found or (not aside and _BROKEN_TIMES.fullmatch(line)):
+            close()
+            inside = found is not None
+            if found:
+                cues.append(Cue(_edge(*found.groups()[:5]), _edge(*found.groups()[5:]), ""))
+            broken += found is None
+        elif webvtt and not line.strip():
+            close()
+            inside = aside = False
+        elif inside:
+            words.append(line)
+    close()
+    return cues, broken
+
+
+def _edge(sign: str, hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
+    """Seconds of a time; a minus anywhere makes it negative. Digits behind the comma are milliseconds, as for FFmpeg,
+    unless there are more than three."""
+    rest = 0.0 if fraction is None else int(fraction) / 1000 if len(fraction) <= 3 else float(f"0.{fraction}")
+    total = int(hours or 0) * 3600 + abs(int(minutes)) * 60 + abs(int(seconds)) + rest
+    return -total if sign or minutes.startswith("-") or seconds.startswith("-") else total
+
+
+def _of_ass(text: str) -> list[Cue]:
+    """What FFmpeg finds in an ASS file."""
     import av
     import av.error
 
     try:
-        with av.open(BytesIO(text.encode()), format=kind) as container:
+        with av.open(BytesIO(text.encode()), format="ass") as container:
             return track_cues(container, container.streams.subtitles[0])
     except (av.error.FFmpegError, IndexError):
         return []
@@ -166,17 +229,28 @@ def srt_time(seconds: float, point: str = ",") -> str:
     return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{thousandth:03}"
 
 
-def choose_track(container: Any) -> Any | None:
-    """The subtitle stream of a video that holds text: the one marked as default, else the first; or None."""
-    texts = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name in _TEXT_CODECS]
-    return max(texts, key=lambda s: int(getattr(s.disposition, "value", s.disposition)) & 1, default=None)
+def choose_track(container: Any) -> tuple[Any | None, str]:
+    """The subtitle stream of a video that holds text: the one marked as default, else the first; or None. And what is
+    to be said about the choice: empty where there was none to make."""
+    tracks = [stream for stream in container.streams.subtitles if stream.codec_context]
+    texts = [stream for stream in tracks if stream.codec_context.name in _TEXT_CODECS]
+    if tracks and not texts:
+        kinds = ", ".join(sorted({stream.codec_context.name for stream in tracks}))
+        return None, f"its subtitles are pictures or of an unknown kind ({kinds}): give a file of subtitles"
+    chosen = max(texts, key=lambda s: int(getattr(s.disposition, "value", s.disposition)) & 1, default=None)
+    if len(texts) < 2:
+        return chosen, ""
+    languages = [stream.language or "no language named" for stream in texts]
+    number = next(place for place, stream in enumerate(texts) if stream is chosen)
+    told = f"text track {number + 1} ({languages[number]}) of {len(texts)} ({', '.join(languages)}) is read"
+    return chosen, told
 
 
 def track_cues(container: Any, stream: Any, zero: float = 0.0) -> list[Cue]:
     """Cues of a subtitle stream, their times counted from the second `zero` of the container's clock."""
     import av.error
 
-    cues, tick = [], float(stream.time_base)
+    cues, tick, styled = [], float(stream.time_base), stream.codec_context.name in ("ass", "ssa")
     for packet in container.demux(stream):
         if packet.pts is None or not packet.size:
             continue
@@ -188,6 +262,7 @@ def track_cues(container: Any, stream: Any, zero: float = 0.0) -> list[Cue]:
         start = packet.pts * tick - zero
         length = (packet.duration or 0) * tick
         words = "\n".join(text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts)
+        words = _ASIDE.sub("", words) if styled else words
         cues.append(Cue(start, start + (length if 0 <= length < 86400 else -1.0), words))
     return cues
 
@@ -199,13 +274,14 @@ def _of_json(text: str, name: str) -> list[Cue]:
     except (ValueError, RecursionError) as error:
         try:  # one object a line
             return _lines_of_words(_listed([json.loads(line) for line in text.splitlines() if line.strip()], name))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise ValueError(f"{name}: this is not JSON ({error})") from None
     if isinstance(found, dict):
-        found = next((found[key] for key in ("segments", "chunks", "transcription", "cues") if key in found), None)
+        lists = ("segments", "chunks", "transcription", "cues", "words")
+        found = next((found[key] for key in lists if key in found), None)
     if not isinstance(found, list):
         raise ValueError(f"{name}: this JSON holds no list of segments with start, end and text, as whisper writes it")
-    return _listed(found, name)
+    return _lines_of_words(_listed(found, name))
 
 
 def _listed(items: Iterable[Any], name: str = "subtitles") -> list[Cue]:
@@ -214,7 +290,7 @@ def _listed(items: Iterable[Any], name: str = "subtitles") -> list[Cue]:
     for number, item in enumerate(items):
         try:
             if isinstance(item, dict):
-                text = next(item[key] for key in ("text", "line", "content") if key in item)
+                text = next(item[key] for key in ("text", "line", "content", "word") if key in item)
                 times = item.get("timestamp") or item.get("timestamps") or item
                 if "offsets" in item:  # whisper.cpp: milliseconds
                     times = [item["offsets"]["from"] / 1000, item["offsets"]["to"] / 1000]
@@ -224,7 +300,7 @@ def _listed(items: Iterable[Any], name: str = "subtitles") -> list[Cue]:
             else:
                 start, end, text = item
             start = _moment(start)
-            cues.append(Cue(start, start if end is None else _moment(end), str(text)))
+            cues.append(Cue(start, start if end is None else _moment(end), "" if text is None else str(text)))
         except (KeyError, TypeError, ValueError, StopIteration, AttributeError):
             raise ValueError(f"{name}: cue {number} is not (start, end, text) in seconds, but {item!r:.80}") from None
     return cues
@@ -261,11 +337,8 @@ def _cleaned(found: Sequence[Cue], name: str) -> tuple[list[Cue], list[str]]:
     """Cues in order, without marks of style and without empty ones; and what was wrong."""
     cues, backwards = [], 0
     for cue in found:
-        lines = [line.strip() for line in cue.text.replace("\\N", "\n").split("\n")]
-        swallowed = next((place for place, line in enumerate(lines) if "-->" in line), None)
-        if swallowed is not None:  # a cue whose times could not be read, with the number in front of it
-            lines = lines[: max(swallowed - 1, 0)]
-        text = " ".join(_STYLES.sub("", " ".join(lines)).split())
+        text = _STYLES.sub("", _BREAKS.sub(" ", cue.text))
+        text = " ".join(_UNSEEN.sub("", html.unescape(text).replace("\t", " ").replace("\n", " ")).split())
         if cue.end < cue.start:
             backwards += 1
         elif text:
@@ -274,6 +347,10 @@ def _cleaned(found: Sequence[Cue], name: str) -> tuple[list[Cue], list[str]]:
         [f"{name}: {backwards} of {len(found)} cues end before they start and are left out"] if backwards else []
     )
     return sorted(cues, key=lambda cue: cue.start), problems
+
+
+def _signed(seconds: float) -> str:
+    return clock(seconds) if seconds >= 0 else f"-{clock(-seconds)}"
 
 
 def _fit(subtitles: Subtitles, duration: float) -> None:
@@ -286,8 +363,8 @@ def _fit(subtitles: Subtitles, duration: float) -> None:
     outside = len(subtitles.cues) - len(inside)
     if not inside and subtitles.cues:
         raise ValueError(
-            f"{subtitles.name}: its cues lie between {clock(max(subtitles.cues[0].start, 0))} and "
-            f"{clock(max(subtitles.cues[-1].end, 0))}, but the video lasts {clock(duration)}: "
+            f"{subtitles.name}: its cues lie between {_signed(subtitles.cues[0].start)} and "
+            f"{_signed(max(cue.end for cue in subtitles.cues))}, but the video lasts {clock(duration)}: "
             "they are shifted, or belong to another video"
         )
     if outside:

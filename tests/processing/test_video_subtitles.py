@@ -1,6 +1,7 @@
 """Subtitles from files and tracks: what they say, when, against ffprobe; and what is told about bad ones."""
 
 import json
+import struct
 import subprocess
 import warnings
 
@@ -153,3 +154,113 @@ def test_what_is_wrong_with_subtitles_is_one_clear_line(tmp_path, tiny_video):
         read_subtitles(tmp_path / "none.srt")
     with pytest.raises(ValueError, match="this is no file"):
         read_subtitles(tmp_path)
+
+
+def srt(*cues):
+    return "".join(f"{n}\n{times}\n{text}\n\n" for n, (times, text) in enumerate(cues, 1))
+
+
+ONE = ("00:00:01,000 --> 00:00:02,000", "one")
+ASS_HEAD = ASS.partition("Dialogue")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (srt(("-00:00:01,000 --> 00:00:02,000", "before"), ONE), [(-1, "before"), (1, "one")]),
+        (srt(("00:00:-01,000 --> 00:00:02,000", "before")), [(-1, "before")]),
+        (srt(("00:00:01,000 --> 00:00:05,000", "long"), ("00:00:02,000 --> 00:00:03,000", "inside")),
+         [(1, "long"), (2, "inside")]),
+        (srt(("00:00:04,000 --> 00:00:05,000", "later"), ONE), [(1, "one"), (4, "later")]),
+        (srt(ONE, ("100:00:01,000 --> 100:00:02,000", "far")), [(1, "one"), (360001, "far")]),
+        (srt(("00:00:01 --> 00:00:02", "no milliseconds")), [(1, "no milliseconds")]),
+        (srt(("0:0:1.5 --> 0:0:2.25", "few digits")), [(1.005, "few digits")]),
+        (srt(("00:00:01,000 -> 00:00:02,000 X1:10 X2:20", "one dash")), [(1, "one dash")]),
+        (srt(("00:00:01,000 --> 00:00:02,000", "look --> here"), ("00:00:03,000 --> 00:00:04,000", "42")),
+         [(1, "look --> here"), (3, "42")]),
+        (ONE[0] + "\n\nafter a gap\n2\n00:00:03,000 --> 00:00:04,000\nno gap\n", [(1, "after a gap"), (3, "no gap")]),
+        ("WEBVTT\n00:01,000 --> 00:02,000\nwith a comma\n", [(1, "with a comma")]),
+        ("WEBVTT - x\nKind: captions\n\nSTYLE\n::cue { a: b }\n\nNOTE 00:01.000 --> 00:02.000\nnot said\n\nintro\n"
+         "00:01.000 --> 00:02.000 align:start\n<c.red>Hi</c> <00:01.500><b>you</b> &lt;x&gt;&nbsp;y\n\nid\n",
+         [(1, "Hi you <x> y")]),
+        (srt((ONE[0], "Tom &amp; &quot;J&#39;&quot; 3 < 4 <i>a</i><br>b {\\an8}\u202bc\u202c\x00")),
+         [(1, "Tom & \"J'\" 3 < 4 a b c")]),
+        (ASS_HEAD + "Dialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,,{\\pos(1,2)}Hi{\\k20} you\\Nand\\hme{note}\n"
+         "Comment: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,,not said\n"
+         "Dialogue: 0,0:00:03.00,0:00:04.00,Default,,0,0,0,,{\\p1}m 0 0 l 100 0{\\p0}\n", [(1, "Hi you and me")]),
+        (json.dumps({"words": [{"word": " Hello", "start": 1, "end": 2}, {"word": " world", "start": 2, "end": 3}]}),
+         [(1, "Hello world")]),
+        (json.dumps([{"start": "1.5", "end": "2.5", "text": "a string"}, {"start": 3, "end": 4, "text": None}]),
+         [(1.5, "a string")]),
+        (json.dumps({"chunks": [{"timestamp": [1, None], "text": "open end"}]}), [(1, "open end")]),
+    ],
+)  # fmt: skip
+def test_strange_files_say_what_they_mean(tmp_path, text, said):
+    (tmp_path / "film.srt").write_text(text, encoding="utf-8")
+    found = read_subtitles(tmp_path / "film.srt")
+    assert [(cue.start, cue.text) for cue in found.cues] == said
+    assert found.problems == []
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (srt(ONE, ("00:00:03,000 --> 00:00:xx,000", "lost")), "1 of 2 cues are damaged"),
+        (srt(ONE) + "2\n00:00:03,000", "1 of 2 cues are damaged"),
+        ("WEBVTT\n\n00:xx.000 --> 00:02.000\nlost\n\n00:01.000 --> 00:02.000\none\n", "1 of 2 cues are damaged"),
+        (ASS_HEAD + "Dialogue: 0,0:00:xx.00,0:00:02.00,Default,,0,0,0,,lost\n"
+         "Dialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,,one\n", "1 of 2 cues are damaged"),
+        (srt(ONE).encode("utf-32"), ""),
+        (srt(ONE).encode("utf-16-le"), ""),
+        (bytes(range(256)) * 9, "this is no text"),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", "this is no text"),
+        ("[" * 100_000, "this is not JSON"),
+        ("[00:01.00]a song\n", "no subtitles in it .*other kinds: ffmpeg"),
+        (srt(("00:00:0x,000 --> 00:00:02,000", "lost")), "no subtitles in it but 1 damaged"),
+    ],
+)  # fmt: skip
+def test_damage_of_every_kind_is_told(tmp_path, data, problem):
+    (tmp_path / "film.srt").write_bytes(data if isinstance(data, bytes) else data.encode())
+    if "this" in problem or "no subtitles" in problem:
+        with pytest.raises(ValueError, match=problem):
+            read_subtitles(tmp_path / "film.srt")
+        return
+    found = read_subtitles(tmp_path / "film.srt")
+    assert [(cue.start, cue.text) for cue in found.cues] == [(1, "one")]
+    assert [problem in told for told in found.problems] == [True] * bool(problem)
+
+
+def test_tracks_that_cannot_be_read_and_those_to_choose_from_are_told(tmp_path):
+    (tmp_path / "en.srt").write_text(srt(ONE))
+    (tmp_path / "de.srt").write_text(srt((ONE[0], "eins")))
+    parts = ((0x16, struct.pack(">HHBHBBBB", 32, 32, 16, 0, 128, 0, 0, 0)), (0x80, b""))  # PGS: what comes, its end
+    pictures = b"".join(b"PG" + struct.pack(">IIBH", 90000, 0, kind, len(data)) + data for kind, data in parts)
+    (tmp_path / "bluray.sup").write_bytes(pictures)
+    film = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=d=3:r=5:s=32x32"]
+    two = [
+        "-map",
+        "0",
+        "-map",
+        "1",
+        "-map",
+        "2",
+        "-c:s",
+        "srt",
+        "-disposition:s:0",
+        "0",
+        "-disposition:s:1",
+        "default",
+    ]
+    named = ["-metadata:s:s:0", "language=eng", "-metadata:s:s:1", "language=deu", "two.mkv"]
+    for command in (
+        [*film, "-i", "en.srt", "-i", "de.srt", *two, *named],
+        [*film, "-f", "sup", "-i", "bluray.sup", "-map", "0", "-map", "1", "-c:s", "copy", "pictures.mkv"],
+    ):
+        subprocess.run(command, check=True, cwd=tmp_path)
+    with pytest.warns(UserWarning, match=r"text track 2 \(deu\) of 2 \(eng, deu\) is read"):
+        assert find_subtitles("auto", open_video(tmp_path / "two.mkv")).cues == [Cue(1.0, 2.0, "eins")]
+    with pytest.warns(UserWarning, match=r"pictures.mkv: its subtitles are pictures .*pgssub.*give a file"):
+        assert find_subtitles("auto", open_video(tmp_path / "pictures.mkv")) is None
+    (tmp_path / "early.srt").write_text(srt(("-01:00:01,000 --> -01:00:00,000", "early")))
+    with pytest.raises(ValueError, match="lie between -1:00:01 and -1:00:00, but the video lasts 0:03: they are"):
+        find_subtitles(tmp_path / "early.srt", open_video(tmp_path / "two.mkv"))
