@@ -13,7 +13,19 @@ from typer.core import TyperCommand
 from .batch_queue import Item, Results, read_queue
 from .batch_work import Tell, Worker, batches, note_contents
 from .loading import load_pipeline
-from .options import Device, Dtype, End, Fps, MaxNewTokens, Model, NumFrames, Start, TrustRemoteCode, chosen_frames
+from .options import (
+    Device,
+    Dtype,
+    End,
+    Fps,
+    MaxNewTokens,
+    Model,
+    NumFrames,
+    Start,
+    TrustRemoteCode,
+    check_out_file,
+    chosen_frames,
+)
 from .terminal import note
 
 _ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+")
@@ -75,10 +87,14 @@ def batch(
     "answers", or with "error". Interrupted, the same command goes on where it stopped. An "id" is handed through.
     Ends with exit code 1 where OUT holds an error.
     """
+    from video_ma2mba.processing.video_source_names import is_address
+
     queue, out, states = _plain(queue), _plain(out), None if states is None else _plain(states)
     items = read_queue(queue, needs_question=states is None)
     if not items:
         raise ValueError(f"{queue} holds no questions")
+    if not is_address(out):
+        check_out_file("OUT", Path(out))
     if videos is not None and not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos}: there is no such folder")
     frames = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}

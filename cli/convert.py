@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .loading import while_loading
 from .options import check_path_or_id
 from .terminal import note, warn
 
@@ -56,13 +57,23 @@ def convert(
     if size is None or int(size[1]) == 0:
         raise ValueError(f"--max-shard-size {max_shard_size} is no size: write 500MB or 5GB")
 
+    if to not in ("ours", "official"):
+        raise ValueError(f"--to {to} is no layout: use ours or official")
     for source in sources:
-        if source.endswith(".pth"):  # owner/name/file.pth on the Hub, or a file: its own reader says what is wrong
-            continue
-        check_path_or_id(source, f"there is no directory {source} (and it is no Hub id such as owner/name)")
-    from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
-    from video_ma2mba.conversion.report import ConversionError
-    from video_ma2mba.conversion.videomamba_checkpoint import convert_videomamba, restore_videomamba
+        if not source.endswith(".pth"):
+            check_path_or_id(source, f"there is no directory {source} (and it is no Hub id such as owner/name)")
+        elif not Path(source).expanduser().is_file() and (source.startswith((".", "/")) or source.count("/") < 2):
+            raise FileNotFoundError(f"{source}: no such file (and no file of the Hub such as owner/name/file.pth)")
+    for source in (tokenizer, vision_config):
+        if source is not None:
+            check_path_or_id(source, f"there is no directory {source} (and it is no Hub id such as owner/name)")
+    single = out.suffix == ".pth" and to == "official"
+    if not dry_run and out.exists() and (single or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists{'' if single else ' and is not an empty directory'}: choose another")
+    with while_loading():
+        from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
+        from video_ma2mba.conversion.report import ConversionError
+        from video_ma2mba.conversion.videomamba_checkpoint import convert_videomamba, restore_videomamba
 
     if to == "official" and out.suffix == ".pth" and len(sources) == 1:
         note(f"{restore_videomamba(Path(sources[0]), out)} tensors")

@@ -10,6 +10,7 @@ import typer
 
 from video_ma2mba.loading import check_loading
 
+from .loading import while_loading
 from .options import Fps, Model, NumFrames, check_out_file, check_path_or_id
 from .terminal import echo_json, note
 
@@ -64,19 +65,21 @@ def check(
     check_out_file("--json-file", out)
     check_path_or_id(path, f"{path}: no such file or folder (and it is no data set id such as owner/name)")
     check_loading(model)
-    import datasets
-    from transformers import AutoConfig, AutoProcessor
+    from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
+
+    parse_bytes(gpu_memory, "--gpu-memory")
+    parts = _parts(train)
+    with while_loading():
+        import datasets
+        from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging
 
     from video_ma2mba.loading import resolve_model
-    from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
     from video_ma2mba.modeling_video_ma2mba.state_writing import write_whole
     from video_ma2mba.trainer.data import load_training_data
     from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
 
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
-    parse_bytes(gpu_memory, "--gpu-memory")
-    parts = _parts(train)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     source = resolve_model(model)

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from video_ma2mba.loading import check_loading
+
+from .loading import while_loading
 from .options import Device, Dtype, Fps, Model, NumFrames, TrustRemoteCode
 from .run_facts import command_line, require_matplotlib, run_facts
 from .terminal import note, verbosity
@@ -70,6 +73,8 @@ def evaluate(
     given |= {"--stop-repeat-ngram": None if stop_repeat_ngram == 5 else stop_repeat_ngram, "--out": out}
     given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
     _require_packages()
+    if replay is None:
+        check_loading(model, device, dtype)
     from video_ma2mba.eval.benchmarks import expand
     from video_ma2mba.eval.harness import prepare_environment, quiet_harness
     from video_ma2mba.eval.judge import Judge
@@ -95,14 +100,15 @@ def evaluate(
     source = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
     prepare_environment(data)
     quiet_harness(verbosity() > 0)
-    from video_ma2mba.eval.benchmark_run import (
-        ANSWERS,
-        Evaluation,
-        claim_folder,
-        collect_answers,
-        leave_ranks,
-        score_answers,
-    )
+    with while_loading():
+        from video_ma2mba.eval.benchmark_run import (
+            ANSWERS,
+            Evaluation,
+            claim_folder,
+            collect_answers,
+            leave_ranks,
+            score_answers,
+        )
     from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
 
     asked = None

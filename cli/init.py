@@ -1,11 +1,15 @@
 """`video-ma2mba init`: compose a fresh, untrained model from a language model and a vision tower."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from video_ma2mba.loading import check_loading
+
+from .loading import while_loading
+from .options import check_path_or_id
 
 
 def init(
@@ -37,9 +41,13 @@ def init(
 
     check_parts(language_model, vision_tower, preset)
     check_loading(None, dtype=dtype)
-    import torch
+    for source in (language_model, vision_tower, tokenizer):
+        if source is not None and not re.fullmatch(r"videomamba-\w+", source):
+            check_path_or_id(source, f"there is no directory {source} (and it is no Hub id such as owner/name)")
+    with while_loading():
+        import torch
 
-    from video_ma2mba.conversion.compose import compose
+        from video_ma2mba.conversion.compose import compose
     from video_ma2mba.loading import pick_dtype
 
     written = compose(

@@ -52,6 +52,10 @@ def push(
     """
     if out is not None and not dry_run:
         raise ValueError("--out is where --dry-run writes: add --dry-run, or leave --out away")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no directory: name the one that save_pretrained wrote")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{folder} holds neither config.json nor adapter_config.json: it is not a saved model")
     from huggingface_hub import HfApi
 
     from video_ma2mba.hub_cards.checkpoint_facts import read_facts

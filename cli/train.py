@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from video_ma2mba.loading import check_loading
+
+from .loading import while_loading
+from .options import check_path_or_id
 from .terminal import note
 
 
@@ -31,11 +35,23 @@ def train(
         )
     from video_ma2mba.trainer.recipe_files import recipe_content
 
-    recipe_content(config, overrides or [], smoke)  # what is wrong with it is told before torch and TRL load
+    content = recipe_content(config, overrides or [], smoke)  # what is wrong is told before torch and TRL load
+    from video_ma2mba.trainer.setting_names import BUNDLED, check_recipe
+
+    if (known := check_recipe(content, smoke)) is not None:
+        if known.model not in (None, BUNDLED):
+            check_loading(known.model)
+        for data in (known.train_data, known.eval_data):
+            for source in data if isinstance(data, list) else [data]:
+                if isinstance(source, str):
+                    check_path_or_id(
+                        source, f"{source}: no such file or folder (and it is no data set id such as owner/name)"
+                    )
     # Read when torch loads: threads that wait by spinning made a busy machine 40 times slower, sleeping ones do not.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from video_ma2mba.trainer.recipe import read_recipe
-    from video_ma2mba.trainer.train_run import run_recipe
+    with while_loading():
+        from video_ma2mba.trainer.recipe import read_recipe
+        from video_ma2mba.trainer.train_run import run_recipe
 
     recipe, args = read_recipe(config, overrides or [], smoke)
     if not sys.stderr.isatty():  # short work of libraries, drawn over itself; training tells in lines how far it is

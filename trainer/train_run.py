@@ -14,12 +14,10 @@ from ..modeling_video_ma2mba.state_writing import give_usual_permissions
 from ..modeling_video_ma2mba.vision_towers import TOWERS
 from .checkpoint_files import last_complete_checkpoint
 from .recipe import Recipe
+from .setting_names import BUNDLED, require_named
 from .smoke_data import write_smoke_data
 from .training_config import VideoMa2mbaTrainingConfig
 from .video_trainer import VideoMa2mbaTrainer
-
-BUNDLED = "bundled"
-"""As `model`: the checkpoint that comes with the package."""
 
 # Every projection of every Mamba-2 block; `lora_vision` adds the tower's linear layers.
 LORA_TARGETS = r".*language_model.*\.(in_proj|out_proj)"
@@ -81,8 +79,7 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         with args.main_process_first(desc="rendering"):
             data = str(write_smoke_data(folder, recipe.smoke_data or "questions"))
     for name, value in (("model", source), ("train_data", data)):
-        if value is None:
-            raise ValueError(f"the recipe names no {name}: add {name}=...")
+        require_named(name, value)
     if recipe.four_bit:
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": four_bit_config()}
     with args.main_process_first(desc="reading the data"):

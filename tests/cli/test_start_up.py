@@ -53,12 +53,39 @@ WRONG = [
     ("plan --frames 3 --train x", "train names 'x'"),
     ("plan --video none.mp4", "none.mp4: no such file"),
     ("convert none --out {folder}/c", "there is no directory none"),
+    ("convert {folder}/none.pth --out {folder}/c", "no such file (and no file of the Hub"),
+    ("convert {video_folder} --out {video}", "is not an empty directory"),
+    ("convert {video_folder} --out {folder}/c --to x", "--to x is no layout"),
+    ("convert {video_folder} --out {folder}/c --tokenizer none", "there is no directory none"),
     ("init --out {folder}/i --preset 9b", "there is no preset '9b'"),
+    ("init --out {folder}/i --language-model none --vision-tower none", "there is no directory none"),
     ("init --out {folder}/i", "name a language model and a vision tower"),
     ("classify none.mp4 --model none", "none does not exist"),
     ("train --config none.yaml", "there is no recipe none.yaml"),
     ("train --config lora nothing", "is no override"),
+    ("train --config lora lerning_rate=3", "do you mean 'learning_rate'?"),
+    ("train --config lora learning_rate=abc", "learning_rate=abc is not valid"),
+    ("train --config lora eval_share=3", "eval_share=3 is not valid"),
+    ("train --config lora", "names no model: add model=..."),
+    ("train --config lora model=bundled", "names no train_data"),
+    ("train --config lora model=none train_data=x", "none does not exist"),
+    ("train --config lora model=bundled train_data=none.csv", "none.csv: no such file or folder"),
     ("data check none.csv", "no such file or folder"),
+    ("data check {queue} --gpu-memory 80", "has no unit"),
+    ("data check {queue} --train x", "'x'"),
+    ("batch {queue} {folder}/none/out.jsonl", "there is no folder"),
+    ("batch {queue} {folder}/out.jsonl --model none", "none does not exist"),
+    ("batch {queue} {folder}/out.jsonl --fps 0", "fps must be more than 0"),
+    ("eval --tasks rendered_world --out {folder}/e --model none", "none does not exist"),
+    ("eval --tasks rendered_world --out {video}", "is a file"),
+    ("describe none.mp4", "none.mp4: no such file"),
+    ("describe {video} --out {folder}/x.html", "is not one of srt"),
+    ("push none me/x", "none is no directory"),
+    ("push {video_folder} me/x", "it is not a saved model"),
+    ("serve --model none", "none does not exist"),
+    ("serve --device tpu", "--device tpu is unknown"),
+    ("world render --out {folder}/w --count 2 --kinds x", "x"),
+    ("world render --out {folder}/w --count 2 --rename x", "write words=other words"),
 ]  # fmt: skip
 PLANS = [
     "plan --frames 60",
@@ -81,7 +108,10 @@ for arguments in json.load(sys.stdin):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
     """Exit code, output, and heavy modules loaded after each command, all in one process that began without any."""
-    names = {"video": VIDEO, "state": OLD_STATE, "folder": tmp_path_factory.mktemp("out")}
+    folder = tmp_path_factory.mktemp("out")
+    (folder / "queue.jsonl").write_text(f'{{"video": "{VIDEO}", "question": "Hm?"}}\n')
+    names = {"video": VIDEO, "video_folder": VIDEO.parent, "state": OLD_STATE, "folder": folder,
+             "queue": folder / "queue.jsonl"}  # fmt: skip
     commands = [*(command for command, _ in WRONG), "state show {state}", "state show {state} --json", *PLANS]
     typed = json.dumps([shlex.split(command.format(**names)) for command in commands])
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=typed, capture_output=True, text=True, timeout=120)

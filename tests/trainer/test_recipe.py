@@ -1,5 +1,6 @@
 """Recipes: what the shipped ones say, how they are overridden, and that each of them runs."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from typer.testing import CliRunner
 from video_ma2mba.cli.main import app
 from video_ma2mba.trainer.recipe import Recipe, build_recipe, read_recipe
 from video_ma2mba.trainer.recipe_files import FOLDER, shipped_recipes
+from video_ma2mba.trainer.setting_names import written_settings
 from video_ma2mba.trainer.smoke_data import write_smoke_data
+from video_ma2mba.trainer.training_config import VideoMa2mbaTrainingConfig
 
 SHORT = ["use_cpu=true", "disable_tqdm=true", "report_to=none"]
 
@@ -141,3 +144,13 @@ def test_without_anything_put_aside_nothing_is_evaluated():
     assert (recipe.eval_share, args.eval_strategy.value, args.early_stopping_patience) == (0, "no", None)
     _, args = read_recipe("lora", ["eval_share=0", "eval_data=others.csv"])
     assert args.eval_strategy.value == "epoch"
+
+
+def test_settings_are_known_without_importing_the_classes():
+    """Read in their sources, and the same as the classes have."""
+    kinds = (VideoMa2mbaTrainingConfig, Recipe)
+    fields = {field.name: field.type for kind in kinds for field in dataclasses.fields(kind) if field.init}
+    written = written_settings()
+    assert written is not None and written.keys() == fields.keys()
+    numbers = {key for key, kind in fields.items() if kind in (float, int, float | None, int | None)}
+    assert {key for key in numbers if written[key] not in ("float", "int", "float | None", "int | None")} == set()
