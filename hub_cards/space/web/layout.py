@@ -75,6 +75,8 @@ def build_page(
                     ask = gr.Button("Ask", size="md", variant="primary", min_width=80)
                     stop_answer = gr.Button("Stop", size="md", interactive=False, min_width=80)
                     forget = gr.Button("Start over", size="md", min_width=120)
+                tells_times = getattr(getattr(pipe, "processor", None), "frame_times", "none") != "none"
+                timed = gr.Checkbox(tells_times, label="With the seconds that show the answer", visible=tells_times)
                 where = gr.Button("Where in the video is that?", size="md", visible=strip is not None)
                 answering = gr.HTML(elem_classes="notes")
         shown = gr.HTML()
@@ -115,15 +117,16 @@ def build_page(
             ended = {stop_reading: gr.Button(interactive=False), go_on: gr.Button(visible=now.unfinished)}
             yield {session: now, **ended}
 
-        def on_ask(now: Session, text: str) -> Iterator[dict[Any, Any]]:
+        def on_ask(now: Session, text: str, times: bool = False) -> Iterator[dict[Any, Any]]:
             before = now.messages
             try:
                 begun = {question: "", answering: "", stop_answer: gr.Button(interactive=True)}
-                for answer in now.ask(pipe, text):
+                for answer in now.ask(pipe, text, times):
                     said = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
                     yield {chat: [*before, *said], **begun}
                     begun = {}  # from now on, the next question may be typed
-                told = markup.warning(now.unfamiliar(pipe, asked=True))
+                told = markup.span(now.span) if times else ""
+                told += markup.warning(now.unfamiliar(pipe, asked=True))
                 yield {chat: now.messages, answering: told, **begun}
             except Exception as error:
                 yield {chat: now.messages, answering: _error_text(error)}
@@ -167,9 +170,10 @@ def build_page(
         read.click(on_read, [session, video, fps, own_text, told], reports, api_name="read", **_ONE_AT_A_TIME)
         go_on.click(on_go_on, session, reports, api_name="go_on", **_ONE_AT_A_TIME)
         asking = [chat, question, answering, shown, stop_answer, session]
-        gr.on([ask.click, question.submit], on_ask, [session, question], asking, api_name="ask", **_ONE_AT_A_TIME)
+        asked = [session, question, timed]
+        gr.on([ask.click, question.submit], on_ask, asked, asking, api_name="ask", **_ONE_AT_A_TIME)
         tries.click(lambda sample: sample[0], tries, question, api_name=False).then(
-            on_ask, [session, question], asking, api_name=False, **_ONE_AT_A_TIME
+            on_ask, asked, asking, api_name=False, **_ONE_AT_A_TIME
         )
         if strip is not None:
             where.click(

@@ -77,6 +77,25 @@ _SEEK = (
 )
 
 
+def span(seconds: tuple[float, float] | None) -> str:
+    """A button that shows in the page's video what an answer rests on; a sentence where the answer named no times."""
+    if seconds is None:
+        return note("The answer names no times.")
+    start, end = seconds
+    return (
+        f'<p role="status" class="span">Shown from {clock(start)} to {clock(end)}. <button type="button" '
+        f'onclick="{_SEEK.format(second=start)}">Show in the video</button></p>'
+    )
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `1:02:03`; with tenths where there are any."""
+    whole, tenth = divmod(round(seconds * 10), 10)
+    hours, rest = divmod(whole, 3600)
+    text = f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+    return f"{text}.{tenth}" if tenth else text
+
+
 def size(nbytes: int) -> str:
     """Bytes for people."""
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"

@@ -30,6 +30,7 @@ class Session:
         subtitles: that were read with it: "auto", a file, or None.
         unfinished: whether its reading was stopped and can go on.
         strip: frames of the last filmstrip.
+        span: first and last second that show the last answer, where they were asked for and given.
         stopped: set to end a reading or an answer that is under way.
     """
 
@@ -43,6 +44,7 @@ class Session:
         self.unfinished = False
         self._kept: tempfile.TemporaryDirectory[str] | None = None  # what a stopped reading goes on from
         self.strip: list[Any] = []
+        self.span: tuple[float, float] | None = None
         self.stopped = False
 
     def read(
@@ -99,27 +101,34 @@ class Session:
         self.unfinished = "unfinished" in state.metadata
         self._kept = kept if self.unfinished else None
 
-    def ask(self, pipe: Any, question: str) -> Iterator[str]:
+    def ask(self, pipe: Any, question: str, times: bool = False) -> Iterator[str]:
         """Answer from the state, with the conversation so far in mind; nothing is read again.
+
+        Args:
+            times: put into `self.span` the seconds that show the answer.
 
         Yields:
             The answer so far.
 
         Raises:
-            ValueError: there is no state, or the question is empty.
+            ValueError: there is no state, the question is empty, or times are wanted of a model that reads none.
         """
         if self.state is None:
             raise ValueError("read a video first, or open a state file")
         if not question.strip():
             raise ValueError("the question is empty: write what you want to know about the video")
-        self.stopped = False
+        self.stopped, self.span = False, None
         asked = [*self.messages, {"role": "user", "content": question.strip()}]
+        wanted = {"times": True} if times else {}
 
-        def work(report: Any) -> str:
+        def work(report: Any) -> Any:
             streamer = _Reports(pipe.processor.tokenizer, report)
-            return pipe.ask(self.state, asked, streamer=streamer, max_new_tokens=NEW_TOKENS)
+            return pipe.ask(self.state, asked, streamer=streamer, max_new_tokens=NEW_TOKENS, **wanted)
 
         answer = yield from latest_reports(work, lambda: self.stopped)
+        if times:
+            self.span = None if answer["start"] is None else (answer["start"], answer["end"])
+            answer = answer["answer"]
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def unfamiliar(self, pipe: Any, asked: bool) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from video_ma2mba import EXAMPLE_VIDEOS as EXAMPLES
 from video_ma2mba.hub_cards.space.web.background import Stopped, latest_reports
-from video_ma2mba.hub_cards.space.web.markup import note, problem, progress, what_was_read
+from video_ma2mba.hub_cards.space.web.markup import note, problem, progress, span, what_was_read
 from video_ma2mba.hub_cards.space.web.session import Session
 from video_ma2mba.loading import load_pipeline
 
@@ -127,6 +127,33 @@ def test_the_answer_grows(pipe, tiny_video: Path):
     assert all(later.startswith(earlier) for earlier, later in pairwise(answers))
     assert session.messages[0] == {"role": "user", "content": "What is shown?"}
     assert session.messages[1]["content"] == pipe.ask(session.state, "What is shown?", max_new_tokens=128)
+
+
+def test_an_answer_with_times_names_its_seconds(pipe, make_timed_checkpoint, tiny_video: Path, monkeypatch):
+    timed = load_pipeline(str(make_timed_checkpoint(1.0)), device="cpu")
+    session = Session()
+    list(session.read(timed, str(tiny_video), fps=1))
+    said = {"text": "red [0:01-1:02:03.5]"}
+    monkeypatch.setattr(timed.processor.tokenizer, "batch_decode", lambda rows, **_: [said["text"]] * len(rows))
+    list(session.ask(timed, "What?", times=True))
+    assert (session.messages[-1]["content"], session.span) == ("red", (1.0, 3723.5))
+    shown = span(session.span)
+    assert "Shown from 0:01 to 1:02:03.5." in shown
+    assert "film.currentTime = 1.000;" in shown
+    said["text"] = "red"
+    list(session.ask(timed, "What else?", times=True))
+    assert session.span is None
+    assert "names no times" in span(session.span)
+    list(session.read(pipe, str(tiny_video), fps=1))
+    with pytest.raises(ValueError, match="never learnt times"):
+        list(session.ask(pipe, "What?", times=True))
+    pytest.importorskip("gradio")
+    from video_ma2mba.hub_cards.space.web.layout import build_page
+
+    for model in (timed, pipe):
+        parts = [part["props"] for part in build_page(model, [], "Ask", "").config["components"]]
+        (box,) = [part for part in parts if part.get("label") == "With the seconds that show the answer"]
+        assert box["visible"] is box["value"] is (model is timed), "only where the model tells times"
 
 
 @pytest.mark.parametrize("chat", ["{", "[1]", '[{"role": "user", "content": "x"}]', '[{"role": "user"}]'])
