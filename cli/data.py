@@ -11,6 +11,7 @@ import typer
 from video_ma2mba.loading import check_loading
 
 from .loading import while_loading
+from .make_long import make_long
 from .options import Fps, Model, NumFrames, check_out_file, check_path_or_id
 from .terminal import echo_json, note
 
@@ -20,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _LISTED = 20  # entries of a list that are printed; --json has all
+
+
+app.command("make-long")(make_long)
 
 
 @app.callback()

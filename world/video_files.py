@@ -21,7 +21,7 @@ from .render import WorldRenderer
 from .world import World
 
 QUESTIONS_FILE = "questions.jsonl"
-_SETTINGS_FILE = "world.json"
+SETTINGS_FILE = "world.json"
 _CRF = "10"  # x264's constant quality: glyphs and colours stay clean at 64 x 64 pixels
 
 
@@ -156,7 +156,7 @@ def _rows(data: WorldDataset, rename: Mapping[str, str]) -> Iterator[dict[str, A
 def _claim(folder: Path, options: dict[str, Any]) -> None:
     """Make the folder ours, or see that it was made with the same settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / _SETTINGS_FILE
+    settings = folder / SETTINGS_FILE
     if settings.exists():
         if json.loads(settings.read_text(encoding="utf-8")) != options:
             raise ValueError(f"{folder} holds a world rendered with other settings: choose another folder.")

@@ -610,6 +610,23 @@ def test_our_own_page_asks_a_server(server: Any, tiny_video: Path, pipe: Any, tm
         ServerPipeline("http://127.0.0.1:9")
 
 
+def test_long_video_data_is_made_with_a_server(server: Any, tiny_video: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server as captioner and writer of `data make-long`: frames go as pictures, questions come as JSON."""
+    from video_ma2mba.processing.frame_times import Cue
+    from video_ma2mba.trainer.data import long_models
+
+    properties = {name: {"type": "string", "maxLength": 8} for name in ("question", "answer")}
+    monkeypatch.setattr(long_models, "_SCHEMA", {**long_models._SCHEMA, "properties": properties})
+    monkeypatch.setattr(long_models, "_TOKENS", {"caption": 12, "writing": 100})
+    model = long_models.Endpoint(f"{server.url}/v1", KEYS[0])
+    assert model.model == "checkpoint"
+    assert model.caption(tiny_video, 0.0, 2.0) == model.caption(tiny_video, 0.0, 2.0) != ""
+    question, answer = model.write(tiny_video, [Cue(0.0, 2.0, "It gets brighter.")], "attribute")
+    assert 0 < len(question) <= 8 and len(answer) <= 8
+    with pytest.raises(ConnectionError, match="names no model"):
+        long_models.Endpoint(f"{server.url}/v1", "wrong-key-9999")
+
+
 def test_the_log_tells_no_secrets(server: Any, client: Client):
     client("GET", "/v1/videos?token=secret-in-the-query&limit=1")
     text = server.log.read_text()
