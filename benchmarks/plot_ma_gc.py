@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from video_ma2mba.planning.plan_plot import token_axis
+from video_ma2mba.planning.plan_plot import token_axis, token_count
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS_PER_FRAME = 144
@@ -57,7 +57,7 @@ def draw(column: int, label: str, path: Path, log: bool) -> None:
     token_axis(axes)
     if log:
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: token_count(value))
     else:
         axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of one sample (144 tokens a frame)")

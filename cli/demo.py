@@ -108,7 +108,20 @@ def demo(
 def serve_page(
     folder: Path, pipe: VideoQuestionAnsweringPipeline, port: int | None = None, server: str | None = None
 ) -> None:
-    """Serve the page of the Space on this machine alone, until interrupted.
+    """Serve the page of the Space on this machine alone, until interrupted. The arguments are those of `demo_page`.
+
+    Raises:
+        ImportError: gradio is not installed. OSError: the port is taken.
+    """
+    page = demo_page(folder, pipe, server)
+    from video_ma2mba.hub_cards.space.web.examples import load_examples
+    from video_ma2mba.hub_cards.space.web.layout import serve
+
+    serve(page, load_examples(folder), server_name="127.0.0.1", server_port=port)
+
+
+def demo_page(folder: Path, pipe: VideoQuestionAnsweringPipeline, server: str | None = None) -> Any:
+    """The page of the Space, about this machine.
 
     Args:
         folder: example videos with `questions.jsonl`.
@@ -116,10 +129,10 @@ def serve_page(
             come from.
 
     Raises:
-        ImportError: gradio is not installed. OSError: the port is taken.
+        ImportError: gradio is not installed.
     """
     try:
-        from video_ma2mba.hub_cards.space.web.layout import about_model, build_page, serve
+        from video_ma2mba.hub_cards.space.web.layout import about_model, build_page
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -133,5 +146,4 @@ def serve_page(
         where = f"Videos and questions go to the server {shown_name(server)}."
     about = f"{about_model(Path(pipe.model.name_or_path))} {where}"
     strip = relevance_strip if server is None else None
-    page = build_page(pipe, load_examples(folder), "Ask a video", about, strip)
-    serve(page, server_name="127.0.0.1", server_port=port)
+    return build_page(pipe, load_examples(folder), "Ask a video", about, strip)

@@ -73,7 +73,8 @@ def mark(axes, asked) -> None:
     left = (asked.gpu_memory - room) / 1e9
     axes[1].axhline(left, color="#111827", linewidth=0.9, linestyle="--")
     text = f"{left:.0f} GB left of your GPU's {asked.gpu_memory / 1e9:.0f}"
-    axes[1].text(2**22, left * 1.04, text, fontsize=9, ha="right")
+    behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
+    axes[1].text(2**12, left * 1.06, text, fontsize=9, bbox=behind)  # beside the names of the other lines
 
 
 def token_axis(axes) -> None:

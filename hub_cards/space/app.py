@@ -19,8 +19,12 @@ def main() -> None:
     model = os.environ.get("MODEL_ID") or str(HERE / "checkpoint")
     revision = os.environ.get("MODEL_REVISION")
     pipe = pipeline("video-question-answering", model=model, revision=revision, trust_remote_code=True)
-    page = build_page(pipe, load_examples(HERE / "examples"), "Ask a video", f"{about_model(Path(model))} {ABOUT}")
-    serve(page, max_file_size="500mb")
+    examples = load_examples(HERE / "examples")
+    serve(
+        build_page(pipe, examples, "Ask a video", f"{about_model(Path(model))} {ABOUT}"),
+        examples,
+        max_file_size="500mb",
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def build_page(
                 video = gr.Video(label="or upload your own", sources=["upload"], include_audio=True, height=260)
                 fps = gr.Slider(0.1, 8, value=1, step=0.1, label="Frames read per second of video")
                 own_text = gr.Checkbox(label="With the video's own subtitles, if it has any")
-                told = gr.File(label="or a file of subtitles", file_types=[".srt", ".vtt", ".ass", ".json"], height=90)
+                told = gr.File(
+                    label="or a file of subtitles", file_types=[".srt", ".vtt", ".ass", ".json"], height=140
+                )
                 with gr.Row():
                     read = gr.Button("Read the video", size="md", variant="primary", min_width=120)
                     stop_reading = gr.Button("Stop", size="md", interactive=False, min_width=80)
@@ -199,18 +201,31 @@ def _error_text(error: Exception, path: str | None = None) -> str:
     return markup.problem(RuntimeError(f"this page made a mistake ({type(error).__name__}): its log says more"))
 
 
-def serve(page: gr.Blocks, **settings: Any) -> None:
-    """Serve the page until interrupted; the same look everywhere.
+def serve(page: gr.Blocks, examples: list[Example], *, wait: bool = True, **settings: Any) -> None:
+    """Serve the page until interrupted; the same look everywhere. Says where it is, and nothing of the framework.
 
     Args:
+        examples: whose videos the page may show, wherever they lie.
+        wait: until interrupted; else the page is served in the background.
         settings: of `launch`, such as `server_port` and `max_file_size`.
     """
     with suppress(AttributeError):
         sys.stdout.reconfigure(line_buffering=True)  # the address is seen at once in a log file or a pipe, too
     page.queue(max_size=20)
     page.launch(
-        css=STYLE, theme=THEME, footer_links=["gradio"], run_history=False, state_session_capacity=200, **settings
+        css=STYLE,
+        theme=THEME,
+        footer_links=["gradio"],
+        run_history=False,
+        state_session_capacity=200,
+        allowed_paths=[example.video for example in examples],
+        quiet=True,
+        prevent_thread_lock=True,
+        **settings,
     )
+    if wait:
+        print(f"Running on {page.local_url} (Ctrl-C ends it)")
+        page.block_thread()
 
 
 HOW = "A video is read once, into a state of constant size, and every question is answered from that state."

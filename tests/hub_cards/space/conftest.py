@@ -38,8 +38,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         return read(video, on_frames=slowly, **settings)
 
     pipe.read = counted
-    page = build_page(pipe, load_examples(EXAMPLES), "Ask a video", "Tested.", relevance_strip)
-    serve(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    examples = load_examples(EXAMPLES)
+    page = build_page(pipe, examples, "Ask a video", "Tested.", relevance_strip)
+    serve(page, examples, wait=False, server_name="127.0.0.1")
     found.url = page.local_url
     yield found
     page.close()

@@ -95,6 +95,12 @@ def test_errors_are_sentences(client, tmp_path: Path):
     assert "the question is empty" in alert(ask(client, "  ")[1]).lower()
 
 
+def test_an_example_is_shown_wherever_the_command_was_started(client, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the page may show files below it without being told
+    shown, *_ = client.predict("Video 1 (40 s)", api_name="/pick")
+    assert Path(shown).stat().st_size == VIDEO.stat().st_size
+
+
 def test_a_failed_reading_keeps_what_was_read_before(client, tmp_path: Path):
     read(client)
     (question, answer), *_ = QUESTIONS.items()
