@@ -37,11 +37,15 @@ def test_every_question_is_answered_and_judged(tiny_checkpoint: Path, folder: Pa
 def test_the_web_page_is_served_on_this_machine_alone(tiny_checkpoint: Path, folder: Path, monkeypatch):
     layout = pytest.importorskip("video_ma2mba.hub_cards.space.web.layout")
     served = {}
-    monkeypatch.setattr(layout, "serve", lambda page, **settings: served.update(settings, title=page.title))
+
+    def serve(page, examples, **settings):
+        served.update(settings, title=page.title, videos=[Path(example.video).name for example in examples])
+
+    monkeypatch.setattr(layout, "serve", serve)
     words = ["demo", str(folder), "--model", str(tiny_checkpoint), "--device", "cpu", "--web", "--port", "7999"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert served == {"title": "Ask a video", "server_name": "127.0.0.1", "server_port": 7999}
+    assert served == {"title": "Ask a video", "videos": ["a.mp4"], "server_name": "127.0.0.1", "server_port": 7999}
     assert "answers right" not in result.stdout
 
 
