@@ -22,7 +22,10 @@ from .options import (
     Model,
     NumFrames,
     Start,
+    Subtitles,
+    Times,
     TrustRemoteCode,
+    check_frames,
     check_out_file,
     chosen_frames,
 )
@@ -36,8 +39,8 @@ def batch(
     queue: Annotated[
         str,
         typer.Argument(
-            help='JSONL: {"video": ..., "question": ... or "questions": [...]} a line, with "id", "start", "end" if '
-            "you like; or a CSV table with such columns.",
+            help='JSONL: {"video": ..., "question": ... or "questions": [...]} a line, with "id", "start", "end", '
+            '"subtitles" if you like; or a CSV table with such columns.',
             show_default=False,
         ),
     ],
@@ -61,6 +64,8 @@ def batch(
     num_frames: NumFrames = None,
     start: Start = None,
     end: End = None,
+    subtitles: Subtitles = "off",
+    times: Times = False,
     max_new_tokens: MaxNewTokens = 64,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try again where OUT holds an error.")] = False,
     ray: Annotated[
@@ -98,12 +103,10 @@ def batch(
     if videos is not None and not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos}: there is no such folder")
     frames = {"fps": fps, "num_frames": num_frames, "start": start, "end": end}
-    from video_ma2mba.processing.frame_sampling import Sampling
-
-    if given := chosen_frames(**frames):
-        Sampling(**given)
+    check_frames(chosen_frames(**frames, subtitles=subtitles))
     folder = None if videos is None else str(videos)
     work = {"frames": frames, "folder": folder, "size": batch_size, "max_new_tokens": max_new_tokens, "states": states}
+    work |= {"subtitles": subtitles, "times": times}
     loading = {"model": model, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     began = time.perf_counter()
     with ExitStack() as stack:

@@ -15,9 +15,9 @@ from video_ma2mba.files.append_log import AppendLog, read_log
 from video_ma2mba.files.remote_files import RemoteLog, exists, is_remote, local_copy, read_bytes, write_bytes
 from video_ma2mba.files.text_files import check_text, open_text, parse_json, read_json, text_lines
 
-_FIELDS = ("video", "question", "questions", "id", "start", "end")
+_FIELDS = ("video", "question", "questions", "id", "start", "end", "subtitles")
 _TABLES = {".csv": ",;\t", ".tsv": "\t"}
-Source = tuple[str, float | None, float | None]
+Source = tuple[str, float | None, float | None, str | None]
 
 
 @dataclass
@@ -33,13 +33,14 @@ class Item:
     id: Any = None
     start: float | None = None
     end: float | None = None
+    subtitles: str | None = None
     error: str | None = None
     shown: str | None = None
 
     @property
     def source(self) -> Source:
         """What is read: items that share it are asked of one reading."""
-        return self.video, self.start, self.end
+        return self.video, self.start, self.end, self.subtitles
 
     def result(self, **found: Any) -> dict[str, Any]:
         """The line of results for this item; what was asked is repeated, so that it can be read by itself."""
@@ -52,7 +53,8 @@ class Item:
             from video_ma2mba.processing.video_source_names import shown_name
 
             facts |= {"video": shown_name(self.video)}
-            facts |= {name: value for name in ("start", "end") if (value := getattr(self, name)) is not None}
+            own = ("start", "end", "subtitles")
+            facts |= {name: value for name in own if (value := getattr(self, name)) is not None}
             if self.questions:
                 facts |= {"questions": self.questions} if self.several else {"question": self.questions[0]}
         return facts | found
@@ -128,6 +130,8 @@ def _item(number: int, line: str, given: Any, needs_question: bool) -> Item:
         item.error = "give either 'question' or 'questions'"
     elif not isinstance(given.get("video"), str) or not given["video"]:
         item.error = "'video' must name a video"
+    elif not isinstance(given.get("subtitles", "off"), str) or not given.get("subtitles", "off"):
+        item.error = "'subtitles' must be auto, off or the name of a file"
     elif not all(isinstance(text, str) and text.strip() for text in questions) or (needs_question and not questions):
         item.error = "'question' must be a text, 'questions' a list of texts, none of them empty"
     else:
@@ -137,7 +141,7 @@ def _item(number: int, line: str, given: Any, needs_question: bool) -> Item:
         except ValueError as error:
             item.error = str(error)
             return item
-        item.video, item.start, item.end = given["video"], start, end
+        item.video, item.start, item.end, item.subtitles = given["video"], start, end, given.get("subtitles")
         item.questions = [text.strip() for text in questions]
     return item
 

@@ -66,6 +66,8 @@ class Worker:
         folder: where relative paths of videos start.
         size: questions that are answered together.
         max_new_tokens: longest answer.
+        subtitles: of all videos, "auto", "off" or a file; an item's own come first.
+        times: answers come with the span of the video that shows them.
         states: folder, or address that fsspec knows, in which the states of videos are kept, and found again.
     """
 
@@ -75,13 +77,19 @@ class Worker:
     size: int = 8
     max_new_tokens: int = 64
     states: str | None = None
+    subtitles: str = "off"
+    times: bool = False
     _copies: ExitStack = field(default_factory=ExitStack, init=False)
 
     def settings(self) -> dict[str, Any]:
-        """What all results of a file share. ValueError: frames that make no sense, once and not for every video."""
+        """What all results of a file share. ValueError: frames that make no sense, or times that the model never
+        learnt, once and not for every video."""
         self.pipe.processor.video_processor.sampling(**self.frames)
+        self.pipe.processor.times_question("", self.times)
         identity = self.pipe.identity()
-        return {name: identity[name] for name in _IDENTITY} | self.frames | {"max_new_tokens": self.max_new_tokens}
+        shared = {name: identity[name] for name in _IDENTITY} | self.frames | {"max_new_tokens": self.max_new_tokens}
+        told = {"subtitles": self.subtitles} if self.subtitles != "off" else {}
+        return shared | told | ({"times": True} if self.times else {})
 
     def answered(self, group: list[Item], tell: Tell | None = None) -> Iterator[dict[str, Any]]:
         """The results of some items, whatever goes wrong with them.
@@ -113,9 +121,22 @@ class Worker:
                 if wrong is not None:
                     found = {"error": error_text(wrong)}
                 else:
-                    found = {"answers": given} if item.several else {"answer": given[0]}
+                    answers_and_spans = [self._found(answer) for answer in given]
+                    found = {
+                        f"{name}s" if item.several else name: values if item.several else values[0]
+                        for name in answers_and_spans[0]
+                        for values in [[each[name] for each in answers_and_spans]]
+                    }
                     found |= self._unfamiliar(states[item.source], item)
                 yield item.result(**found, **facts[item.source])
+
+    def _found(self, answer: str) -> dict[str, Any]:
+        """What a result says of an answer: with times also its span, None where it ends in none."""
+        if not self.times:
+            return {"answer": answer}
+        found = self.pipe.processor.timed_answer(answer)
+        span = None if found["start"] is None else [found["start"], found["end"]]
+        return {"answer": found["answer"], "span": span}
 
     def _unfamiliar(self, state: Any, item: Item) -> dict[str, Any]:
         """The field that says what of video and questions is unlike training; none where that is unknown."""
@@ -138,12 +159,12 @@ class Worker:
         for item in sorted(items, key=lambda item: str(item.source)):
             if item.source in states or item.source in readers:
                 continue
-            if self.states is not None:
-                places[item.source] = self._state_place(item)
-                if (kept := self._kept_state(places[item.source])) is not None:
-                    states[item.source] = kept
-                    continue
             try:
+                if self.states is not None:
+                    places[item.source] = self._state_place(item)
+                    if (kept := self._kept_state(places[item.source])) is not None:
+                        states[item.source] = kept
+                        continue
                 readers[item.source] = self._open(item)
             except Exception as error:
                 states[item.source] = error
@@ -182,16 +203,25 @@ class Worker:
 
         path = path_of(item.video, self.folder)
         if not is_remote(path):
-            return self.pipe.processor.video_processor.open(path, **self._chosen(item))
-        copy = self._copies.enter_context(local_copy(path))
-        reader = self.pipe.processor.video_processor.open(str(copy), **self._chosen(item))
-        reader.name = shown_name(path)
-        return reader
+            reader = self.pipe.processor.video_processor.open(path, **self._chosen(item))
+        else:
+            copy = self._copies.enter_context(local_copy(path))
+            reader = self.pipe.processor.video_processor.open(str(copy), **self._chosen(item))
+            reader.name = shown_name(path)
+        return self.pipe.processor.timed(reader, self._subtitles(item))
+
+    def _subtitles(self, item: Item) -> str:
+        told = item.subtitles or self.subtitles
+        return path_of(told, self.folder) if item.subtitles and told not in ("auto", "off") else told
 
     def _state_place(self, item: Item) -> str:
-        """Where the state of a video is kept: by its content, the frames chosen and what reads it."""
+        """Where the state of a video is kept: by its content, the frames chosen, its subtitles and what reads it."""
+        from video_ma2mba.processing.video_subtitles import read_subtitles
+
         identity = self.pipe.identity()
         facts = [item.shown or item.video, self._chosen(item), [identity[name] for name in _IDENTITY]]
+        if (told := self._subtitles(item)) != "off":  # states of before there were any stay where they are
+            facts.append(told if told == "auto" else read_subtitles(told).digest)
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
         return f"{self.states.rstrip('/')}/{name}.state"
 
@@ -240,7 +270,7 @@ class Worker:
         pipe = self.pipe
 
         def together(rows: list[tuple[Item, str]]) -> list[str]:
-            ids = [question_ids(pipe.processor, question) for _, question in rows]
+            ids = [question_ids(pipe.processor, question, self.times) for _, question in rows]
             with pipe.device_placement(), torch.no_grad():
                 found = answer_together(
                     pipe.model,

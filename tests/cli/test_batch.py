@@ -361,3 +361,38 @@ def test_killed_and_started_again(tiny_checkpoint, tiny_video, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [result["line"] for result in results(out)] == list(range(1, 41))
     assert f"{40 - killed_at} answered, 0 errors" in done.stderr
+
+
+def test_subtitles_and_times(tmp_path, tiny_video, make_timed_checkpoint, monkeypatch):
+    """A checkpoint that tells times reads its stamps here, too; subtitles come by line or for all."""
+    pipe = load_pipeline(str(make_timed_checkpoint(1.0)), device="cpu")
+    monkeypatch.setattr(verb, "load_pipeline", lambda *_, **__: pipe)
+
+    def call(out, *options):
+        command = ["batch", str(tmp_path / "in.jsonl"), str(tmp_path / out), "--max-new-tokens", "3", *options]
+        found = CliRunner().invoke(app, [*command, "--videos", str(tmp_path), "--states", str(tmp_path / out) + "s"])
+        return sorted(results(tmp_path / out), key=lambda result: result["line"]), found
+
+    (tmp_path / "film.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello\n")
+    items = [{"question": "What?"}, {"questions": ["What?", "When at 2 s?"], "subtitles": "film.srt"}]
+    items += [{"question": "What?", "subtitles": name} for name in ("absent.srt", "off", 3)]
+    write(tmp_path / "in.jsonl", [{"video": str(tiny_video)} | item for item in items])
+    (plain, told, absent, off, wrong), _ = call("out.jsonl")
+    read = {name: pipe.read(str(tiny_video), subtitles=name and str(tmp_path / name)) for name in (None, "film.srt")}
+    assert plain["answer"] == off["answer"] == pipe.ask(read[None], "What?", max_new_tokens=3)
+    assert told["answers"] == pipe.ask(read["film.srt"], ["What?", "When at 0:02?"], max_new_tokens=3)
+    assert told["subtitles"] == "film.srt"
+    assert "no such file of subtitles" in absent["error"] and "'subtitles' must be" in wrong["error"]
+    for result, name in ((plain, None), (told, "film.srt")):
+        assert VideoState.load(result["state"]).seen_tokens == read[name].seen_tokens
+    said = iter(["red [0:01-0:02.5]", "green", "blue [0:00-0:01]"])
+    monkeypatch.setattr(pipe.processor.tokenizer, "batch_decode", lambda rows, **_: [next(said) for _ in rows])
+    write(tmp_path / "in.jsonl", [{"video": str(tiny_video)} | item for item in items[:2]])
+    (one, two), _ = call("spans.jsonl", "--times", "--subtitles", str(tmp_path / "film.srt"))
+    assert (one["answer"], one["span"]) == ("red", [1.0, 2.5])
+    assert (two["answers"], two["spans"]) == (["green", "blue"], [None, [0.0, 1.0]])
+    assert VideoState.load(one["state"]).seen_tokens == read["film.srt"].seen_tokens, "an option for all videos"
+    monkeypatch.setattr(pipe.processor, "frame_times", "none")
+    monkeypatch.setattr(pipe.model.config, "frame_times", "none")
+    monkeypatch.setattr(verb, "load_pipeline", lambda *_, **__: pipe)
+    assert "never learnt times" in call("spans.jsonl", "--times")[1].output
