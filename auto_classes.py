@@ -7,12 +7,14 @@ as soon as somebody imports it, or a file of this package that needs it. After `
 `pipeline("video-question-answering")` know Video-Ma2mba without `trust_remote_code`.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 
 PIPELINE_TASK = "video-question-answering"
+_LOOKS_THROUGH_MODELS = "transformers.utils.import_utils"
 _HUB_FOLDERS = ("modeling_video_ma2mba", "processing")
 WITHOUT_TORCH = {
     "modeling_video_ma2mba.configuration_fields",
@@ -104,6 +106,14 @@ def register_with_transformers() -> None:
         sys.meta_path.insert(0, _TransformersFinder())
 
 
+def remember_folders(import_utils) -> None:
+    """Let transformers remember all folders of models that it has looked through, of which it keeps too few: it looks
+    through some 500 twice while it is imported, a quarter of a second each time."""
+    looks = getattr(import_utils, "create_import_structure_from_path", None)
+    if hasattr(looks, "__wrapped__"):
+        import_utils.create_import_structure_from_path = functools.cache(looks.__wrapped__)
+
+
 class _TransformersFinder(importlib.abc.MetaPathFinder):
     """Finds transformers as the other finders would, and registers when its module has run. Others may only look
     whether transformers is there (accelerate does): it stays in place until then.
@@ -116,7 +126,7 @@ class _TransformersFinder(importlib.abc.MetaPathFinder):
         package, _, inside = fullname.partition(".")
         if package == __package__ and "." in inside and inside.split(".")[0] in _HUB_FOLDERS:
             return None if inside in WITHOUT_TORCH else self._after_transformers(fullname)
-        if fullname != "transformers":
+        if fullname not in ("transformers", _LOOKS_THROUGH_MODELS):
             return None
         sys.meta_path.remove(self)  # or it would find itself
         try:
@@ -128,12 +138,19 @@ class _TransformersFinder(importlib.abc.MetaPathFinder):
         run_module = spec.loader.exec_module
 
         def run_module_and_register(module) -> None:
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            run_module(module)
+            try:
+                run_module(module)
+            finally:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
             register()
 
-        spec.loader.exec_module = run_module_and_register
+        def run_module_and_remember(module) -> None:
+            run_module(module)
+            remember_folders(module)
+
+        is_top = fullname == "transformers"
+        spec.loader.exec_module = run_module_and_register if is_top else run_module_and_remember
         return spec
 
     def _after_transformers(self, fullname: str) -> importlib.machinery.ModuleSpec | None:

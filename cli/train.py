@@ -1,6 +1,5 @@
 """`video-ma2mba train`: a recipe, with settings of your own on top."""
 
-import os
 import sys
 from importlib.util import find_spec
 from typing import Annotated
@@ -47,8 +46,6 @@ def train(
                     check_path_or_id(
                         source, f"{source}: no such file or folder (and it is no data set id such as owner/name)"
                     )
-    # Read when torch loads: threads that wait by spinning made a busy machine 40 times slower, sleeping ones do not.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with while_loading():
         from video_ma2mba.trainer.recipe import read_recipe
         from video_ma2mba.trainer.train_run import run_recipe

@@ -1,6 +1,7 @@
 """What a command imports before it knows that its arguments make sense, and what it says while it imports the rest."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -169,13 +170,41 @@ def test_any_file_of_the_hub_folders_may_be_imported_first():
     script = (
         f"import sys, {name} as first\nfrom transformers import AutoConfig\nimport inspect\n"
         "config = AutoConfig.for_model('video_ma2mba')\n"
-        f"print(sys.modules['{name}'] is first, first.__spec__.loader.__class__.__name__, type(config).__module__)"
+        f"print(sys.modules['{name}'] is first, first.__spec__.loader.__class__.__name__, type(config).__module__)\n"
+        "from transformers.utils.import_utils import create_import_structure_from_path as looks\n"
+        "print(looks.cache_info().hits > 100)"  # folders of models are looked through once
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
-        "True", "SourceFileLoader", "video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba",
+        "True", "SourceFileLoader", "video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba", "True",
     ]  # fmt: skip
+
+
+ENDING = """
+import atexit, sys, types
+from video_ma2mba.cli import main
+def app():
+    atexit.register(print, "cleaned up")
+    print("said")
+    raise SystemExit({code})
+main.app, sys.modules["torch"] = app, types.ModuleType("torch")
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("code", "expected"), [("0", 0), ("3", 3), ("None", 0), ("'a text'", 1)])
+def test_a_command_ends_at_once_with_its_exit_code(code: str, expected: int):
+    done = subprocess.run([sys.executable, "-c", ENDING.format(code=code)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (expected, "said\ncleaned up\n")
+
+
+def test_a_command_that_nobody_listens_to_ends_as_any_program():
+    quiet = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", ENDING.format(code="0")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=quiet) as process:
+        process.stdout.close()
+    assert process.returncode == 120
 
 
 def test_loading_is_told_at_once_on_a_terminal(tiny_checkpoint: Path, monkeypatch, capsys):
