@@ -28,6 +28,10 @@ def evaluate(
         str,
         typer.Option(help="auto reads those of the videos between their frames; off does not.", metavar="auto|off"),
     ] = "off",
+    frames_sweep: Annotated[
+        str | None,
+        typer.Option(help="Once with each of these numbers of frames, such as 8,32,128,max, and a curve of them."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
     judge: Annotated[
         str | None, typer.Option(help="Address of the judge of open answers, such as http://localhost:8000/v1.")
@@ -60,8 +64,12 @@ def evaluate(
     Data and judge are looked at first. Every answer is written as it comes; interrupted, the same command continues.
     With -v, lmms-eval's own log is shown.
     Several processes (torchrun -m video_ma2mba eval …) share the videos, and each long film. Writes report.md,
-    report.json, chart.png and model_index.yaml, for a model card, to --out.
+    report.json, chart.png and model_index.yaml, for a model card, to --out; with --frames-sweep into a folder for each
+    number of frames, and sweep.md, sweep.json and sweep.png beside them.
     """
+    if frames_sweep is not None:
+        _sweep(frames_sweep, {name: value for name, value in locals().items() if name != "frames_sweep"})
+        return
     given = {"--tasks": tasks, "--model": model, "--fps": fps, "--num-frames": num_frames, "--max-frames": max_frames}
     given |= {
         "--subtitles": None if subtitles == "off" else subtitles,
@@ -164,6 +172,27 @@ def evaluate(
     finally:  # a judge that fails does not take the other scores along
         _report(evaluation, answers, about)
     typer.echo(f"{out / 'report.md'}")
+
+
+def _sweep(text: str, options: dict) -> None:
+    """Evaluate with each number of frames, and put the scores side by side."""
+    from video_ma2mba.eval.frames_sweep import frame_counts, write_sweep
+    from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
+
+    counts = frame_counts(text)
+    for name in ("fps", "num_frames", "max_frames", "replay"):
+        if options[name] is not None:
+            raise ValueError(f"--frames-sweep chooses the frames: leave --{name.replace('_', '-')} out")
+    if ParallelDims.of_run().world > 1:
+        raise ValueError("--frames-sweep runs in one process: give several processes one --num-frames after another")
+    out = options["out"]
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    folders = {count: out / f"frames_{count}" for count in counts}
+    for count, folder in folders.items():
+        note(f"{count} frames")
+        evaluate(**options | {"num_frames": None if count == "max" else count, "out": folder})
+    typer.echo(f"{write_sweep(out, folders)}")
 
 
 def _require_packages() -> None:

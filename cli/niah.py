@@ -30,6 +30,9 @@ def niah(
     haystack: Annotated[str, typer.Option(help="`synthetic`, or a video, folder of images or URL.")] = "synthetic",
     fps: Annotated[float, typer.Option(help="Frames per second taken from a haystack video.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Another seed gives other needles and rendered haystacks.")] = 0,
+    distractors: Annotated[
+        int, typer.Option(help="So many of a video's frames look like needles, without a sign.", min=0)
+    ] = 0,
     share_frames: Annotated[
         int, typer.Option(help="Several processes read videos of so many frames together; 0: none.", min=0)
     ] = 2000,
@@ -52,7 +55,7 @@ def niah(
     require_matplotlib("the heat map")
     from video_ma2mba.eval.needle_grid import NeedleGrid, check_haystack
 
-    grid = NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed)
+    grid = NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed, distractors)
     check_haystack(haystack)
     check_loading(model, device, dtype)
     from video_ma2mba.eval.needle_haystack import open_haystack
@@ -72,13 +75,16 @@ def niah(
         return
     given = {"--model": model, "--haystack": haystack, "--frames": frames, "--depths": depths, "--needles": needles}
     given |= {"--forms": forms, "--seed": seed, "--out": out}
+    if distractors:
+        given["--distractors"] = distractors
     if haystack != "synthetic":
         given["--fps"] = fps
     given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
     about = {
         "command": command_line("niah", given),
         "model": model or "bundled checkpoint",
-        "haystack": "rendered world" if haystack == "synthetic" else masked(haystack),
+        "haystack": ("rendered world" if haystack == "synthetic" else masked(haystack))
+        + (f" with {distractors} distractors" if distractors else ""),
         "needles": needles,
         **run_facts(pipe.model),
     }

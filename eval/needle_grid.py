@@ -16,13 +16,15 @@ SYNTHETIC = "synthetic"
 @dataclass(frozen=True)
 class NeedleGrid:
     """What is measured: lengths in haystack frames (a video has one more, the needle), depths 0 (needle before all
-    frames) to 1 (behind all), so many needles a cell, and the forms of question, `open` or `choice`, asked of each."""
+    frames) to 1 (behind all), so many needles a cell, and the forms of question, `open` or `choice`, asked of each.
+    So many of the haystack's frames are `distractors`, which look like needles but show no sign."""
 
     frames: Sequence[int]
     depths: Sequence[float]
     needles: int = 5
     forms: Sequence[str] = field(default=("open",))
     seed: int = 0
+    distractors: int = 0
 
     def __post_init__(self) -> None:
         if self.needles < 1:
@@ -31,6 +33,11 @@ class NeedleGrid:
             raise ValueError(f"--needles {self.needles}: at most {len(CARD_SYMBOLS)}, each shows a sign of its own")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be at least 0")
+        if not 0 <= 2 * self.distractors <= min(self.frames):
+            raise ValueError(
+                f"--distractors {self.distractors}: at most half of a video may be distractors, and --frames asks for "
+                f"{min(self.frames)}"
+            )
         check_kinds(self.forms, FORMS, "form")
 
 

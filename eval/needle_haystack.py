@@ -19,6 +19,7 @@ from .needle_grid import SYNTHETIC, check_haystack
 
 _SMALLEST = 32  # pixels: the rendered world draws no smaller; smaller models get its frames scaled down
 CHUNK = 64  # frames
+_TILES = 8  # on each side of a card that is cut up
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,60 @@ class VideoHaystack:
         """A world that holds up `card`, and the second at which to look at it."""
         plain = Backdrop(0, 1, "plain", (70, 70, 70), 0)
         return World(0, 1, (), replace(card, start=0), (plain,), sun=False, clutter=False), 0
+
+
+class Distracted:
+    """A haystack some of whose frames are distractors: cards like the needle's, whose sign is cut up and mixed.
+
+    Colours, brightness and place are a needle's, but there is nothing to be read: what is asked has one right answer.
+
+    Args:
+        count: of frames, at places that a haystack's length and `seed` decide.
+    """
+
+    def __init__(self, haystack: Any, count: int, seed: int):
+        self.haystack, self.count, self.seed = haystack, count, seed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.haystack, name)
+
+    def places(self, frames: int) -> list[int]:
+        """Numbers of the frames that are distractors."""
+        return sorted(random.Random((self.seed << 24) + frames + (1 << 90)).sample(range(frames), self.count))
+
+    def chunks(self, frames: int, turn: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
+        """As the haystack's own."""
+        places = self.places(frames)
+        for number, chunk in enumerate(self.haystack.chunks(frames, turn)):
+            first = (turn[0] + number * turn[1]) * CHUNK
+            own = [place for place in places if first <= place < first + len(chunk)]
+            if own:
+                chunk = chunk.copy()
+                for place in own:
+                    chunk[place - first] = self._picture(frames, place)
+            yield chunk
+
+    def _picture(self, frames: int, place: int) -> np.ndarray:
+        rng = random.Random(((self.seed << 24) + frames << 24) + place + (1 << 91))
+        card = build_world(int(rng.random() * 2**40), 4).card
+        assert card is not None  # of the usual settings
+        world, second = self.haystack.scene(card, frames, place)
+        side = max(*self.haystack.size, _SMALLEST)
+        picture = WorldRenderer(world, side).frames([second])[0]
+        bare = WorldRenderer(replace(world, card=None), side).frames([second])[0]
+        return fit_frame(_mixed(picture, bare, rng), self.haystack.size, self.haystack.resize_mode)
+
+
+def _mixed(picture: np.ndarray, bare: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A picture (h, w, 3) whose part that differs from a `bare` one is cut into tiles, which change places."""
+    rows, columns = np.nonzero((picture != bare).any(-1))
+    top, left = rows.min(), columns.min()
+    high, wide = (int(span) // _TILES for span in (rows.max() + 1 - top, columns.max() + 1 - left))
+    mixed = picture.copy()
+    tiles = [(top + y * high, left + x * wide) for y in range(_TILES) for x in range(_TILES)]
+    for (y, x), (from_y, from_x) in zip(tiles, rng.sample(tiles, len(tiles)), strict=True):
+        mixed[y : y + high, x : x + wide] = picture[from_y : from_y + high, from_x : from_x + wide]
+    return mixed
 
 
 def open_haystack(source: str, processor: Any, *, fps: float = 1.0, seed: int = 0) -> Any:

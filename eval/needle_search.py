@@ -19,7 +19,7 @@ from torch import distributed
 
 from ..modeling_video_ma2mba.state_writing import write_whole
 from .needle_grid import NeedleGrid
-from .needle_haystack import Needle, make_needles
+from .needle_haystack import Distracted, Needle, make_needles
 from .needle_scoring import NeedleReader, normalised
 from .ranks import SHARE_FRAMES, everyone
 from .time_estimate import needle_estimate
@@ -55,6 +55,8 @@ def measure(
     Raises:
         ValueError: the haystack is too short, or `out` holds cells of other settings, which are named.
     """
+    if grid.distractors:
+        haystack = Distracted(haystack, grid.distractors, grid.seed)
     for frames in grid.frames:
         haystack.check(frames)
     folder = out / "cells"
@@ -159,6 +161,8 @@ def _settings(pipe: Any, haystack: Any, grid: NeedleGrid) -> dict[str, Any]:
     if hasattr(haystack, "reader"):
         settings["fps"] = haystack.reader.sampling.fps
     chosen = {name: value for name, value in asdict(grid).items() if name not in ("frames", "depths")}
+    if not grid.distractors:  # which earlier versions did not know
+        del chosen["distractors"]
     return settings | chosen | {"forms": list(grid.forms)}
 
 

@@ -111,6 +111,31 @@ def test_another_way_of_reading_needs_another_folder(in_bench: Path, tiny_checkp
     assert "Frames: 2 frames." in page and "**Only the first 2 documents of each task.**" in page
 
 
+def test_frames_at_inference(in_bench: Path, tiny_checkpoint: Path, tmp_path: Path):
+    """A report for each number of frames, and all of them in one table; the same command finds everything done."""
+    given = ["--tasks", "videomme", "--model", tiny_checkpoint, "--data", in_bench, "--out", tmp_path, "--limit", 2]
+    result = run(*given, "--frames-sweep", "max,3,2")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert found["frames"] == ["2", "3", "max"]
+    for count in found["frames"]:
+        report = json.loads((tmp_path / f"frames_{count}" / "report.json").read_text())
+        assert report["frames"] == ("1 fps" if count == "max" else f"{count} frames"), report["frames"]
+        scores = report["benchmarks"]["videomme"]
+        (row,) = [row for row in scores["rows"] if row["category"] == scores["headline"]]
+        assert found["benchmarks"]["videomme"][count] == {"value": row["value"], "questions": 2}
+    page = (tmp_path / "sweep.md").read_text()
+    assert "| benchmark | 2 | 3 | max |" in page and "![Scores by frames](sweep.png)" in page
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    for words, message in (
+        (["--frames-sweep", "8,few"], "write numbers of frames"),
+        (["--frames-sweep", "0"], "write numbers of frames"),
+        (["--frames-sweep", "2", "--fps", "1"], "leave --fps out"),
+    ):
+        refused = run(*given, *words)
+        assert refused.exit_code == 2 and message in refused.stderr
+
+
 def start(arguments: list, **more) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(

@@ -1,6 +1,7 @@
 """Needles: shared states equal reading each video whole, scores mean what they say, a grid is finished later."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from video_ma2mba.eval.needle_haystack import make_needles, open_haystack
+from video_ma2mba.eval.needle_haystack import Distracted, _mixed, make_needles, open_haystack
 from video_ma2mba.eval.needle_scoring import NeedleReader, normalised
 from video_ma2mba.eval.needle_search import NeedleGrid, measure
 from video_ma2mba.loading import load_pipeline
-from video_ma2mba.world.world import CARD_SYMBOLS
+from video_ma2mba.world.render import WorldRenderer
+from video_ma2mba.world.world import CARD_SYMBOLS, build_world
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,36 @@ def test_a_video_as_haystack(pipe, tiny_video: Path):
     assert needle.frame.shape == straw.shape[1:]
     with pytest.raises(ValueError, match="has 12 frames at 2 a second, but --frames asks for 13"):
         haystack.check(13)
+
+
+def test_distractors_look_like_needles(pipe, tiny_video: Path, tmp_path: Path):
+    """A card's colours in a card's place, without its sign; the same frames whoever reads which of them."""
+    plain = open_haystack("synthetic", pipe.processor, seed=3)
+    haystack = Distracted(plain, 20, seed=3)
+    straw, other = (np.concatenate(list(source.chunks(150))) for source in (plain, haystack))
+    places = haystack.places(150)
+    assert len(set(places)) == 20
+    assert [n for n in range(150) if not np.array_equal(straw[n], other[n])] == places
+    turns = [list(haystack.chunks(150, (turn, 2))) for turn in range(2)]
+    assert np.array_equal(np.concatenate([turns[0][0], turns[1][0], turns[0][1]]), other)
+    world = build_world(1, 4)
+    picture, bare = (
+        WorldRenderer(one, 64).frames([world.card.start])[0] for one in (world, replace(world, card=None))
+    )
+    mixed = _mixed(picture, bare, random.Random(0))
+    assert not np.array_equal(mixed, picture)
+    assert np.array_equal(np.sort(mixed.reshape(-1, 3), 0), np.sort(picture.reshape(-1, 3), 0)), "nothing is added"
+    outside = ~(picture != bare).any(-1)
+    assert np.array_equal(mixed[outside], picture[outside])
+    film = Distracted(open_haystack(str(tiny_video), pipe.processor, fps=2), 3, seed=0)
+    assert len(np.concatenate(list(film.chunks(7)))) == 7
+    grid = NeedleGrid([8], [0.5], needles=2, distractors=4)
+    (cell,) = measure(pipe, plain, grid, tmp_path)
+    assert cell["questions"] == 2
+    with pytest.raises(ValueError, match="its distractors is 4, now it is None"):
+        measure(pipe, plain, replace(grid, distractors=0), tmp_path)
+    with pytest.raises(ValueError, match="at most half"):
+        replace(grid, distractors=5)
 
 
 def test_a_grid_is_resumed_and_extended(pipe, tmp_path: Path):
