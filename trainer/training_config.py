@@ -57,6 +57,10 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
     labels: str = _option("answers", "What is learned: answers (of the assistant) or captions (all text).")
     fps: float = _option(1.0, "Frames read per second of video.")
     max_frames: int | None = _option(None, "Longer videos are read with this many frames, evenly spread.")
+    frame_times: str | None = _option(
+        None, "How times of frames are read from now on: none, text or learned; unset: as the model does."
+    )
+    frame_times_every: float | None = _option(None, "Seconds between two of them; unset: as the model does.")
     early_stopping_patience: int | None = _option(
         None, "Stop after this many evaluations without improvement (needs eval_strategy)."
     )
@@ -93,6 +97,8 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
                 raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch")
             self.load_best_model_at_end = True
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        if self.frame_times is None and self.frame_times_every is not None:
+            raise ValueError("frame_times_every needs frame_times: text or learned")
         for name in ("max_seconds", "stop_after", "save_seconds"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name}={value} must not be negative")

@@ -100,9 +100,15 @@ class VideoMa2mbaTrainer(SFTTrainer):
             args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
         if processing_class is None:
             processing_class = VideoMa2mbaProcessor.from_pretrained(model.config.name_or_path)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if args.frame_times is not None:
+            if args.frame_times == "learned" and (base is not model or other.get("peft_config") is not None):
+                raise ValueError(
+                    "frame_times=learned adds embeddings, which adapters do not train: use frame_times=text"
+                )
+            base.set_frame_times(processing_class, args.frame_times, args.frame_times_every)
         if args.parts is not None:
             set_trainable(model, args.parts)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.model.familiarity = None  # what a model is familiar with is another thing after training
         if data_collator is None:
             train_dataset, eval_dataset = checked_rows(train_dataset), checked_rows(eval_dataset)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from tensor_chats import TensorChats, collate, losses, make_trainer, settings, tiny_model, tiny_processor
+from tensor_chats import TensorChats, adapters, collate, losses, make_trainer, settings, tiny_model, tiny_processor
 
 from video_ma2mba.hub_cards.model_card import OWN_WORDS_BEGIN, read_metadata
 from video_ma2mba.trainer.training_config import VideoMa2mbaTrainingConfig
@@ -242,3 +242,27 @@ def test_chats_with_videos_through_the_default_collator(tmp_path, tiny_video, ca
     assert len(losses(trainer)) == 3
     assert trainer.state.log_history[-2]["broken_samples"] >= 1
     assert "broken.mp4" in (tmp_path / "run" / "broken_samples.jsonl").read_text()
+
+
+def test_how_times_are_read_is_a_setting(tmp_path, tiny_video):
+    rows = Dataset.from_list([{"video": str(tiny_video), "question": "When?", "answer": "red [0:01-0:03]"}] * 2)
+    given = {"frame_times": "learned", "frame_times_every": 2.0, "fps": 1.0, "max_steps": 1, "warmup_steps": 0}
+    processor, model = tiny_processor(), tiny_model()
+    trainer = VideoMa2mbaTrainer(model, settings(tmp_path, **given), train_dataset=rows, processing_class=processor)
+    (row,) = trainer.data_collator([rows[0]])["input_ids"].tolist()
+    ids = processor.tokenizer.convert_tokens_to_ids(["<|0 m|>", "<|0 s|>", "<|2 s|>", "<|4 s|>", "<|1 s|>"])
+    assert [row.count(token) for token in ids] == [3, 1, 1, 1, 0]
+    before = model.get_input_embeddings().weight[ids].clone()
+    trainer.train()
+    moved = (model.get_input_embeddings().weight[ids] != before).any(dim=1)
+    assert moved[:4].all(), "they are learnt"
+    trainer.save_model(str(tmp_path / "kept"))
+    kept = type(processor).from_pretrained(tmp_path / "kept")
+    assert (kept.frame_times, kept.frame_times_every) == ("learned", 2.0)
+    assert type(model).from_pretrained(tmp_path / "kept").config.frame_times == "learned"
+    with pytest.raises(ValueError, match="which adapters do not train: use frame_times=text"):
+        make_trainer(tmp_path, frame_times="learned", peft_config=adapters())
+    with pytest.raises(ValueError, match="use one of none, text, learned"):
+        make_trainer(tmp_path, frame_times="words")
+    with pytest.raises(ValueError, match="frame_times_every needs frame_times"):
+        settings(tmp_path, frame_times_every=2.0)
