@@ -99,9 +99,20 @@ def _videos_of(place: str) -> list[str]:
         raise FileNotFoundError(f"{place}: no such file{_alike(place)}")
     if not path.is_dir():
         return [place]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+    files = sorted(file for file in _files_below(path) if not _hidden(file.relative_to(path)))
     found = [str(file) for file in files if file.suffix.lower() in VIDEO_SUFFIXES or is_state_file(file)]
     return found or [place]  # a folder of pictures is one video
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """All files of a folder, also those of folders that links lead to, each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        yield from (file for name in names if (file := Path(folder, name)).is_file())
 
 
 def _hidden(path: Path) -> bool:

@@ -78,7 +78,7 @@ class QuestionForms:
 
 
 def _plain(text: str, ends: bool = True) -> str:
-    text = re.sub(r"\s+", " ", text.casefold())
+    text = re.sub(r"\s+", " ", re.sub("[\u200b\u2060\ufeff]", "", text).casefold())
     return text.strip().rstrip("?!. ") if ends else text
 
 

@@ -26,6 +26,7 @@ from .picture_sources import split_videos
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 DEFAULT_FRAME_SEPARATOR = "\n"
+_NO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
 IMAGE_MARK = "<image>"
 """How an image is written in rendered text. In token ids it is a video of one frame."""
 
@@ -121,6 +122,13 @@ def is_conversation(messages: Any) -> bool:
     return hasattr(messages, "messages") or (
         isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], dict)
     )
+
+
+def plain_spaces(question: str) -> str:
+    """A question without spaces around it and without characters of no width; one line also with single, usual spaces
+    between its words. So may it have been copied from a page or a table, and means the same."""
+    question = _NO_WIDTH.sub("", question).strip()
+    return question if "\n" in question else " ".join(question.split())
 
 
 def render_chat(

@@ -22,6 +22,7 @@ from .chat_format import (
     assign_media,
     fill_placeholders,
     is_conversation,
+    plain_spaces,
     render_chat,
     require_sources,
     restored,
@@ -389,31 +390,38 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         return list(self.tokenizer(_HALF_CHARACTERS.sub("\ufffd", text), add_special_tokens=False)["input_ids"])
 
     def times_question(self, question: Any, wants_times: bool = True) -> Any:
-        """A question (or a conversation whose last message is one) for a model that reads time stamps: moments in it
-        are written as the stamps are, and with `wants_times` it asks for the span that shows the answer.
+        """A question (or a conversation whose last message is one) as the model is asked it: with plain spaces
+        (`plain_spaces`); for a model that reads time stamps, moments in it are written as the stamps are, and with
+        `wants_times` it asks for the span that shows the answer.
 
         Raises:
             ValueError: times are wanted of a model that reads none.
         """
-        if self.frame_times == "none":
-            if wants_times:
-                raise ValueError(
-                    "this checkpoint never learnt times (its frame_times is 'none'): ask without them, or ask `where` "
-                    "for the seconds that speak for an answer"
-                )
-            return question
+        knows_times = self.frame_times != "none"
+        if wants_times and not knows_times:
+            raise ValueError(
+                "this checkpoint never learnt times (its frame_times is 'none'): ask without them, or ask `where` "
+                "for the seconds that speak for an answer"
+            )
+
+        def asked(text: str, last: bool = True) -> str:
+            text = as_clocks(text) if knows_times else text
+            return f"{text.strip()} {TIMES_REQUEST}" if wants_times and last else text
+
         if isinstance(question, str):
-            return f"{as_clocks(question.strip())} {TIMES_REQUEST}" if wants_times else as_clocks(question)
-        *before, last = question
-        content = last["content"]
+            return asked(plain_spaces(question))
+        *before, message = question
+        if not isinstance(message, dict) or not message.get("content"):
+            return question  # what is wrong with it is told where it is rendered
+        content = message["content"]
         if isinstance(content, str):
-            return [*before, {**last, "content": self.times_question(content, wants_times)}]
+            return [*before, {**message, "content": asked(plain_spaces(content))}]
         content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        texts = [place for place, part in enumerate(content) if isinstance(part.get("text"), str)]
+        texts = [i for i, part in enumerate(content) if isinstance(part, dict) and isinstance(part.get("text"), str)]
         for place in texts:
-            text = self.times_question(content[place]["text"], wants_times and place == texts[-1])
-            content[place] = {**content[place], "text": text}
-        return [*before, {**last, "content": content}]
+            text = content[place]["text"] if len(texts) > 1 else plain_spaces(content[place]["text"])
+            content[place] = {**content[place], "text": asked(text, place == texts[-1])}
+        return [*before, {**message, "content": content}]
 
     def timed_answer(self, answer: str) -> dict[str, Any]:
         """What a model answered to `times_question`: `{"answer", "start", "end"}`, in seconds of the video. An answer

@@ -164,3 +164,10 @@ def test_a_video_from_standard_input(run, here, tiny_pipe, monkeypatch):
     with pytest.raises(ValueError, match="standard input is a terminal"), ask_words.standard_input():
         pass
     assert not [name for name in os.listdir(here) if "standard" in name]
+
+
+def test_links_to_folders_are_followed_once(here):
+    (here / "shelf").mkdir()
+    (here / "shelf" / "films").symlink_to(here / "films")
+    (here / "films" / "sub" / "round").symlink_to(here / "films")
+    assert split_words(["shelf", "What?"], None)[0] == ["shelf/films/2.webm", "shelf/films/sub/1.mkv"]

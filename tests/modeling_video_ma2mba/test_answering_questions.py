@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from video_ma2mba import VideoQuestionAnsweringPipeline, VideoState
+from video_ma2mba.modeling_video_ma2mba.answering_questions import question_ids
 
 ASKED = "What is shown?"
 
@@ -84,3 +85,16 @@ def test_a_copy_of_a_model_is_looked_at_again(both, tiny_video):
     with pytest.raises(ValueError, match="another model"):
         twin.check_state(state, processor)
     model.check_state(state, processor)
+
+
+@pytest.mark.parametrize(
+    "typed", ["What  is\u00a0shown? \n", "\u200b What is\tshown?", "\ufeffWhat is\u2003shown?\u3000"]
+)
+def test_spaces_of_any_kind_make_no_other_question(both, typed: str):
+    processor, said = both[1], "What is shown?"
+    usual = question_ids(processor, said)
+    parts = [{"role": "user", "content": [{"type": "text", "text": typed}]}]
+    for asked in (typed, [{"role": "user", "content": typed}], parts):
+        assert question_ids(processor, asked).equal(usual)
+    lines = [{"role": "user", "content": "Look:\n  (A)  one"}]
+    assert not question_ids(processor, lines).equal(question_ids(processor, "Look: (A) one"))

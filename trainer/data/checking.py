@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,8 @@ def content_key(path: str) -> str:
 def remedy(error: Exception) -> str:
     """What to do about a broken sample."""
     text = str(error)
+    if re.match(r"the (question|answer|caption|text)\b", text):  # "… is empty" is said of files, too
+        return "correct the row"
     if isinstance(error, FileNotFoundError) or "No such file" in text:
         return "put the video there, or name the folder of the videos with --base-dir"
     if isinstance(error, ConnectionError):

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 
 from ...files.text_files import check_text, open_text, parse_json, read_json, text_lines
 from ...processing.video_source_names import local_path, shown_name
-from .canonical import broken_row, canonical_row, features, merge_neighbours
+from .canonical import MEDIA_COLUMNS, broken_row, canonical_row, features, merge_neighbours
 from .dataset_rows import from_dataset, merge_groups
 from .row_formats import COLUMNS, Row, detect_format
 
@@ -198,7 +198,9 @@ def _table(text: TextIO, path: str, label: str) -> Iterator[tuple[str, dict[str,
 def _named(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose columns have the names that are known: `Video` is `video`."""
     known = {column.lower(): column for column in COLUMNS}
-    return {key if key in COLUMNS else known.get(key.lower(), key): value for key, value in row.items()}
+    row = {key if key in COLUMNS else known.get(key.lower(), key): value for key, value in row.items()}
+    media = {key: row[key].strip() or None for key in MEDIA_COLUMNS if isinstance(row.get(key), str)}
+    return row | media  # `a.mp4 , What?`: no name of a file has spaces around it
 
 
 def _parse(line: str) -> dict[str, Any] | str:

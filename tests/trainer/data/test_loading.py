@@ -359,6 +359,7 @@ TABLE = "video,question,answer\na.mp4,Größe?,drei\nb.mp4,Wie\u2028viele?,zwei\
         ("t.csv", TABLE.replace(",", "\t"), "utf-16"),
         ("t.tsv", TABLE.replace(",", "\t"), "utf-8"),
         ("t.csv", TABLE.replace("video,question,answer", "Video, Question ,ANSWER"), "utf-8"),
+        ("t.csv", TABLE.replace(",", " , ").replace("b.mp4", "  b.mp4"), "utf-8"),
         ("t.csv", TABLE.replace("Größe?", '"Größe?"').replace("video,", '"video",'), "utf-8"),
     ],
 )
@@ -368,6 +369,7 @@ def test_tables_of_every_kind(name: str, text: str, encoding: str, tmp_path: Pat
     assert rows["problem"] == [None, None]
     said = [[part["text"] for m in row["messages"] for part in m["content"] if part["text"]] for row in rows]
     assert said == [["Größe?", "drei"], ["Wie\u2028viele?", "zwei"]]
+    assert [Path(row["messages"][0]["content"][0]["video"]).name for row in rows] == ["a.mp4", "b.mp4"]
 
 
 def test_a_table_in_another_encoding_is_refused_with_its_line(tmp_path: Path):
