@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,9 @@ def check(
         Path | None, typer.Option(help="Folder where the videos' paths begin.", show_default="the file's")
     ] = None,
     split: Annotated[str, typer.Option(help="Of a folder or data set that has several.")] = "train",
-    labels: Annotated[str, typer.Option(help="What is learnt: answers or captions.")] = "answers",
+    labels: Annotated[
+        str, typer.Option(help="What is learnt: answers, captions; for VideoMamba: classes or values.")
+    ] = "answers",
     merge_by_video: Annotated[
         bool, typer.Option("--merge-by-video", help="Questions about one video as one sample, as in stage 2.")
     ] = False,
@@ -68,6 +71,9 @@ def check(
     """
     check_out_file("--json-file", out)
     check_path_or_id(path, f"{path}: no such file or folder (and it is no data set id such as owner/name)")
+    if labels in ("classes", "values"):
+        check_clip_list(path, base_dir, split, labels == "values", num_frames or 8, workers, as_json, out)
+        return
     check_loading(model)
     from video_ma2mba.modeling_video_ma2mba.recompute_plan import parse_bytes
 
@@ -81,6 +87,7 @@ def check(
     from video_ma2mba.loading import resolve_model
     from video_ma2mba.modeling_video_ma2mba.state_writing import write_whole
     from video_ma2mba.trainer.data import load_training_data
+    from video_ma2mba.trainer.data.checking import check_rows
     from video_ma2mba.trainer.data.sample_encoding import EncodingSettings
 
     settings = EncodingSettings(labels, fps, num_frames, max_frames, max_length)
@@ -96,7 +103,9 @@ def check(
             raise ValueError(f"--show {show}: there are {len(rows)} samples, counted from 0")
         show_sample(processor, rows[show], settings)
         return
-    report = run_check(rows, processor, settings, workers, out)
+    report = run_check(
+        lambda partial: check_rows(rows, processor, settings, workers=workers, partial=partial), len(rows), out
+    )
     plans = memory_plans(report, config, gpu_memory, parts)
     whole = {**report.to_dict(), "plans": plans}
     if as_json:
@@ -116,17 +125,55 @@ def partial_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def run_check(rows: Any, processor: Any, settings: Any, workers: int, out: Path | None) -> Any:
-    """Check all rows with a progress bar."""
+def check_clip_list(
+    path: str,
+    base_dir: Path | None,
+    split: str,
+    values: bool,
+    num_frames: int,
+    workers: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Check a list of labelled clips, as VideoMamba is trained on: broken videos, classes, duplicates."""
+    from video_ma2mba.modeling_video_ma2mba.state_writing import write_whole
+    from video_ma2mba.trainer.videomamba.clip_checking import check_clips, label_counts
+    from video_ma2mba.trainer.videomamba.clip_rows import load_clip_rows
+
+    rows = load_clip_rows(path, base_dir=base_dir, split=split, regression=values)
+    counts = label_counts(rows)
+
+    def checks(partial: Path | None) -> Any:
+        return check_clips(rows, num_frames, workers=workers, partial=partial)
+
+    report = run_check(checks, len(rows), out)
+    whole = {**report.to_dict(), "classes": counts}
+    if as_json:
+        echo_json(whole)
+    else:
+        if counts:
+            least, most = min(counts.values()), max(counts.values())
+            typer.echo(f"{len(counts)} classes with {least} to {most} rows each")
+        print_report(report, {}, "")
+    if out is not None:
+        write_whole(out, json.dumps(whole, indent=1) + "\n")
+        partial_file(out).unlink(missing_ok=True)
+        note(f"{out}")
+    if report.broken:
+        raise typer.Exit(1)
+
+
+def run_check(check: Callable[[Path | None], Any], count: int, out: Path | None) -> Any:
+    """Check `count` rows with a progress bar; `check` is given the file in which an interrupted check goes on."""
     from video_ma2mba.files.progress import progress
-    from video_ma2mba.trainer.data.checking import CheckReport, check_rows
+    from video_ma2mba.trainer.data.checking import CheckReport
 
     found: dict[int, Any] = {}
     partial = None if out is None else partial_file(out)
     try:
-        with progress("checking", "samples", len(rows)) as tell:
+        with progress("checking", "samples", count) as tell:
             broken = 0
-            for place, sample in check_rows(rows, processor, settings, workers=workers, partial=partial):
+            for place, sample in check(partial):
                 found[place] = sample
                 broken += sample.error is not None
                 tell(len(found), remark=f"{broken} broken" if broken else "")
@@ -186,6 +233,8 @@ def print_report(report: Any, plans: dict[str, dict[str, Any]], gpu_memory: str)
     console.print(f"[bold]{len(report.samples)} samples[/bold]: {usable} can be used, {broken} are broken")
     table = Table("per sample", *(label for label in report.distribution("tokens")))
     for name, attribute in (("tokens", "tokens"), ("of these learnt", "learnt"), ("frames", "frames")):
+        if attribute != "frames" and not any(report.distribution("tokens").values()):
+            continue  # of clips with a label
         table.add_row(name, *(f"{value:,}" for value in report.distribution(attribute).values()))
     if usable:
         console.print(table)

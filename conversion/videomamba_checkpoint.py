@@ -86,7 +86,7 @@ def convert_videomamba(
                 del tensors[own], names[name]
                 beside[name] = stored[name]
         config.num_labels = 0
-    config = _resize(config, tensors, num_frames, image_size, tubelet_size, inflate)
+    config = resize_clips(config, tensors, num_frames, image_size, tubelet_size, inflate)
     has_head = "head.weight" in tensors
     if labels is not None:
         _name_classes(config, labels, tensors.get("head.weight"), source)
@@ -227,15 +227,20 @@ def _config(source: str, tensors: dict[str, Tensor]) -> VideoMambaConfig:
     )
 
 
-def _resize(
+def resize_clips(
     config: VideoMambaConfig,
     tensors: dict[str, Tensor],
     num_frames: int | None,
     image_size: int | None,
-    tubelet_size: int,
-    inflate: str,
+    tubelet_size: int = 1,
+    inflate: str = "center",
 ) -> VideoMambaConfig:
-    """Change `tensors` in place to clips of another size; returns their configuration."""
+    """Change `tensors` (an encoder's, without prefix) in place to clips of another size: spatial positions bicubic,
+    temporal ones linear, an image model's patch embedding inflated where `num_frames` is given ("center" or "mean").
+
+    Returns:
+        Their configuration.
+    """
     fields = config.to_dict()
     if image_size is not None and image_size != config.image_size:
         fields["image_size"] = image_size

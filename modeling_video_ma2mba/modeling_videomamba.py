@@ -139,6 +139,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("video",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a batch's mean: transformers' Trainer divides by the batches of a step
     _no_split_modules = ["VideoMambaBlock"]
     _supports_sdpa = True  # there is no attention: as a tower it takes whatever a model asks of all its parts
     _supports_flash_attn = True

@@ -1,5 +1,6 @@
 """VideoMamba's frame processor: sparse sampling of clips (TSN), and several views of a video for testing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ class VideoMambaVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-ar
     num_segments: int | None
     num_crops: int | None
     seed: int | None
+    start: float | None
+    end: float | None
 
 
 def sparse_frames(frames: int, count: int, segments: int = 1, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -63,8 +66,46 @@ class _TheseFrames(Sampling):
     clips: list[np.ndarray] = field(default_factory=list)
 
     def choose(self, times: np.ndarray, duration: float, name: str) -> np.ndarray:
-        self.clips[:] = [sparse_frames(len(times), self.count, self.segments, self.rng)]
+        shown = times - times[0]
+        first, last = np.searchsorted(shown, [self.start or 0.0, np.inf if self.end is None else self.end])
+        if first == last:
+            raise ValueError(f"{name}: there is no frame from {self.start} to {self.end} s")
+        self.clips[:] = [first + sparse_frames(int(last - first), self.count, self.segments, self.rng)]
         return np.unique(self.clips[0])
+
+
+def read_clips(
+    source: Any,
+    num_frames: int,
+    num_segments: int = 1,
+    *,
+    fit: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Frames of the clips of a video (see `sparse_frames`), each decoded once.
+
+    Args:
+        source: whatever `open_video` takes.
+        fit: what is kept of a decoded frame, uint8 (height, width, 3).
+        rng: sample at random, as in training.
+        start, end: part of the video in seconds.
+
+    Returns:
+        What `fit` gave of every frame that is needed, and which of them make up the clips: int64 (segments, frames).
+
+    Raises:
+        ValueError: there is no frame in that part; and what `open_video` raises.
+    """
+    clips: list[np.ndarray] = []
+    with open_video(source) as reader:
+        reader.sampling = _TheseFrames(
+            start=start, end=end, count=num_frames, segments=num_segments, rng=rng, clips=clips
+        )
+        frames = [fit(chunk.pixels[0]) for chunk in reader.chunks(1)]
+    # A damaged video may end before its last frame: what came last stands for it.
+    return frames, np.searchsorted(np.unique(clips[0]), clips[0]).clip(max=len(frames) - 1)
 
 
 class VideoMambaVideoProcessor(BaseVideoProcessor):
@@ -116,7 +157,8 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
 
         Args:
             videos: one video or a list of them: whatever `open_video` takes.
-            kwargs: `num_frames`, `num_segments`, `num_crops` for this call; `seed`: sample at random as in training.
+            kwargs: `num_frames`, `num_segments`, `num_crops` for this call; `seed`: sample at random as in training;
+                `start`, `end`: the part of the videos to look at, in seconds.
 
         Returns:
             `pixel_values` uint8 (videos, frames, 3, size, size), with several views (videos, views, frames, 3, size,
@@ -128,6 +170,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         kwargs.pop("do_sample_frames", None)  # transformers' pipeline says that it wants what always happens
         seed = kwargs.pop("seed", None)
+        part = {"start": kwargs.pop("start", None), "end": kwargs.pop("end", None)}
         chosen = {
             name: _whole(name, kwargs.pop(name, getattr(self, name)))
             for name in ("num_frames", "num_segments", "num_crops")
@@ -138,7 +181,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         if not sources:
             raise ValueError("there are no videos to process")
         rng = None if seed is None else np.random.default_rng(seed)
-        views = torch.stack([self._views(source, rng, **chosen) for source in sources])
+        views = torch.stack([self._views(source, rng, **chosen, **part) for source in sources])
         if views.shape[1] == 1:
             views = views[:, 0]
         if return_tensors not in ("pt", "np", None):
@@ -146,24 +189,28 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         return BatchFeature({"pixel_values": views.numpy() if return_tensors == "np" else views})
 
     def _views(
-        self, source: Any, rng: np.random.Generator | None, num_frames: int, num_segments: int, num_crops: int
+        self,
+        source: Any,
+        rng: np.random.Generator | None,
+        num_frames: int,
+        num_segments: int,
+        num_crops: int,
+        start: float | None,
+        end: float | None,
     ) -> torch.Tensor:
         """uint8 (views, frames, 3, size, size) of one video, which is decoded once."""
         side = self.size["height"]
-        clips: list[np.ndarray] = []
-        with open_video(source) as reader:
-            reader.sampling = _TheseFrames(count=num_frames, segments=num_segments, rng=rng, clips=clips)
-            cropped = []
-            for chunk in reader.chunks(1):
-                height, width = chunk.pixels.shape[1:3]
-                scale = side / min(height, width)
-                size = (max(side, round(height * scale)), max(side, round(width * scale)))
-                picture = fit_frame(chunk.pixels[0], size)
-                boxes = crop_boxes(*size, side, num_crops)
-                cropped.append(np.stack([picture[top : top + side, left : left + side] for top, left in boxes]))
+
+        def crops(frame: np.ndarray) -> np.ndarray:
+            height, width = frame.shape[:2]
+            scale = side / min(height, width)
+            size = (max(side, round(height * scale)), max(side, round(width * scale)))
+            picture = fit_frame(frame, size)
+            boxes = crop_boxes(*size, side, num_crops)
+            return np.stack([picture[top : top + side, left : left + side] for top, left in boxes])
+
+        cropped, places = read_clips(source, num_frames, num_segments, fit=crops, rng=rng, start=start, end=end)
         pictures = torch.from_numpy(np.stack(cropped))  # (read, crops, side, side, 3)
-        # A damaged video may end before its last frame: what came last stands for it.
-        places = np.searchsorted(np.unique(clips[0]), clips[0]).clip(max=len(pictures) - 1)
         views = pictures[torch.from_numpy(places)].permute(0, 2, 1, 5, 3, 4)  # (segments, crops, frames, 3, h, w)
         return views.flatten(0, 1).contiguous()
 

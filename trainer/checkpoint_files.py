@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..modeling_video_ma2mba.state_writing import give_usual_permissions, write_whole
 
@@ -72,3 +76,45 @@ def require_complete(checkpoint: str | os.PathLike[str]) -> None:
     reason = what_is_missing(checkpoint)
     if reason is not None:
         raise ValueError(f"checkpoint {checkpoint} cannot be resumed from: {reason}; choose an earlier one")
+
+
+class WholeCheckpoints(Trainer):
+    """A Trainer that lists the files of its checkpoints and resumes from complete ones only."""
+
+    def write_beside(self, folder: Path) -> None:
+        """What else belongs into a checkpoint, before its files are listed."""
+
+    def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """The folder to resume from: `True` is the newest complete checkpoint.
+
+        Raises:
+            ValueError: the checkpoint named is not complete, or there is none.
+        """
+        if asked is True:
+            asked = last_complete_checkpoint(self.args.output_dir)
+            if asked is None:
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from")
+        if asked:
+            require_complete(asked)
+        return asked or None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, then its list of files, and only then delete older ones and upload."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists() and what_is_missing(folder):
+            shutil.rmtree(folder)  # of an interrupted save: nothing of it may mix with what comes now
+        self.accelerator.wait_for_everyone()
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        self.args.save_total_limit, self.args.push_to_hub = None, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.write_beside(folder)
+            write_manifest(folder)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if push:
+            self._push_from_checkpoint(str(folder))

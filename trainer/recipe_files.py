@@ -11,15 +11,19 @@ import yaml
 
 FOLDER = Path(__file__).with_name("recipes")
 SMOKE = "smoke"  # the section of a recipe that makes it a run of a minute on a CPU
+CHOICES = "choices"  # the section with settings that go together, of which a key chooses: `size=ti`
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Names of the recipes that come with the package; those of a family begin with its folder, `videomamba/k400`."""
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
 def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = (), smoke: bool = False) -> dict:
     """The settings of a recipe file, or of the shipped one of that name, with overrides laid over them.
+
+    A section `choices: {size: {ti: {...}, s: {...}}}` holds settings that go together: the key `size`, given beside it
+    or as an override, says which of them are laid over the file's. Later keys lie over earlier ones.
 
     Args:
         overrides: `key=value` texts; the value is read as YAML.
@@ -27,27 +31,35 @@ def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = ()
 
     Raises:
         FileNotFoundError: no such file or recipe.
-        ValueError: no YAML, an override that is none, or no smoke section.
+        ValueError: no YAML, an override that is none, something that cannot be chosen, or no smoke section.
     """
     content = _read_yaml(source)
-    short = content.pop(SMOKE, None)
-    if smoke:
-        if not isinstance(short, dict):
-            raise ValueError(f"{source} has no section {SMOKE!r}: leave --smoke away")
-        content |= short
+    short, choices = content.pop(SMOKE, None), content.pop(CHOICES, None) or {}
+    if smoke and not isinstance(short, dict):
+        raise ValueError(f"{source} has no section {SMOKE!r}: leave --smoke away")
+    own: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"{text!r} is no override: write key=value, such as learning_rate=1e-5")
-        content[key.strip()] = yaml.safe_load(value)
-    return content
+        own[key.strip()] = yaml.safe_load(value)
+    layers = [content, own] if not smoke else [content, short, own]
+    chosen: dict[str, Any] = {}
+    for key, ways in choices.items():
+        asked = next((layer[key] for layer in reversed(layers) if key in layer), None)
+        found = {str(name): settings for name, settings in ways.items()}
+        if str(asked) not in found:
+            raise ValueError(f"{key}={asked} is not valid: this recipe knows {', '.join(found)}")
+        chosen |= found[str(asked)] or {}
+    whole = content | chosen | (short if smoke else {}) | own
+    return {key: value for key, value in whole.items() if key not in choices}
 
 
 def _read_yaml(source: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
-        shipped = FOLDER / f"{path.name}.yaml"
-        if str(source) != path.name or not shipped.is_file():
+        shipped = FOLDER / f"{source}.yaml"
+        if str(source) not in shipped_recipes():
             raise FileNotFoundError(
                 f"there is no recipe {source}: name a YAML file or one of {', '.join(shipped_recipes())}"
             )

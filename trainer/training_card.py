@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import trl
 from torch import nn
 
 from ..hub_cards.checkpoint_facts import CheckpointFacts
@@ -74,15 +75,15 @@ def facts_of(model: nn.Module, adapter: Mapping[str, Any] | None) -> CheckpointF
     )
 
 
-def run_table(args: Any, state: Any, data: str | None, processes: int) -> str:
-    """How the model was trained, as a Markdown table of settings and results."""
+def run_table(args: Any, state: Any, data: str | None, processes: int, settings: Sequence[str] = _SETTINGS) -> str:
+    """How the model was trained, as a Markdown table of settings (of these names) and results."""
     rows = [] if data is None else [("data", data)]
     step = f"{state.global_step} of {state.max_steps}" if state.max_steps else str(state.global_step)
     rows += [("optimizer steps", step), ("epochs", f"{state.epoch or 0:.2f}")]
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     rows.append(("samples a step", f"{samples} on {processes} process{'es' if processes > 1 else ''}"))
-    for name in _SETTINGS:
-        value = getattr(args, name)
+    for name in settings:
+        value = getattr(args, name, None)
         if value not in (None, -1):
             rows.append((name, getattr(value, "value", value)))
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
@@ -92,7 +93,8 @@ def run_table(args: Any, state: Any, data: str | None, processes: int) -> str:
         if found:
             rows.append((text, f"{found[-1][name]:.4f} (step {found[-1]['step']})"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "CPU"
-    versions = f"transformers {transformers.__version__}, TRL {trl.__version__}, PyTorch {torch.__version__}"
+    trl = f"TRL {version('trl')}, " if "trl" in sys.modules else ""
+    versions = f"transformers {transformers.__version__}, {trl}PyTorch {torch.__version__}"
     rows += [("hardware", device), ("software", versions), ("date", datetime.date.today().isoformat())]
     return "| training | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
+from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
@@ -30,7 +29,7 @@ from ..modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from ..modeling_video_ma2mba.state_writing import write_whole
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import AnswerScores, EvaluationLosses, install_answer_scores
-from .checkpoint_files import last_complete_checkpoint, require_complete, what_is_missing, write_manifest
+from .checkpoint_files import WholeCheckpoints
 from .data.collator import SEQUENCE_CUT, SEQUENCE_FAILED
 from .memory_retry import MemoryRetry
 from .parameter_groups import decays, set_trainable, split_by_part
@@ -56,7 +55,7 @@ _PIXELS = "pixel_values_videos"
 _TOTALS = "video_totals.json"
 
 
-class VideoMa2mbaTrainer(SFTTrainer):
+class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
     """Trains a Video-Ma2mba model with Multi-Axis Gradient Checkpointing.
 
     Args:
@@ -342,12 +341,8 @@ class VideoMa2mbaTrainer(SFTTrainer):
         Raises:
             ValueError: the checkpoint named is not complete, or there is none; or not one batch had anything to learn.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from")
+        resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if resume_from_checkpoint:
-            require_complete(resume_from_checkpoint)
             totals = Path(resume_from_checkpoint, _TOTALS)
             if totals.is_file():
                 found = json.loads(totals.read_text(encoding="utf-8"))
@@ -369,27 +364,10 @@ class VideoMa2mbaTrainer(SFTTrainer):
             )
         return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, then its list of files, and only then delete older ones and upload."""
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and folder.exists() and what_is_missing(folder):
-            shutil.rmtree(folder)  # of an interrupted save: nothing of it may mix with what comes now
-        self.accelerator.wait_for_everyone()
-        limit, push = self.args.save_total_limit, self.args.push_to_hub
-        self.args.save_total_limit, self.args.push_to_hub = None, False
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit, self.args.push_to_hub = limit, push
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            totals = {"num_tokens": self._total_train_tokens, "num_frames": self._total_frames}
-            write_whole(folder / _TOTALS, json.dumps(totals) + "\n")
-            write_manifest(folder)
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
-        if push:
-            self._push_from_checkpoint(str(folder))
+    def write_beside(self, folder: Path) -> None:
+        """Tokens and frames so far."""
+        totals = {"num_tokens": self._total_train_tokens, "num_frames": self._total_frames}
+        write_whole(folder / _TOTALS, json.dumps(totals) + "\n")
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

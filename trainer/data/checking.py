@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,15 @@ def remedy(error: Exception) -> str:
 class _Checks(TorchDataset):
     """Item i is the check of the i-th of `places`; for a data loader's workers."""
 
-    def __init__(self, rows: Any, places: list[int], processor: Any, settings: EncodingSettings):
-        self.rows, self.places, self.processor, self.settings = rows, places, processor, settings
+    def __init__(self, rows: Any, places: list[int], check: Callable[[Any], CheckedSample]):
+        self.rows, self.places, self.check = rows, places, check
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, number: int) -> tuple[int, dict[str, Any]]:
         place = self.places[number]
-        return place, asdict(check_row(self.processor, self.rows[place], self.settings))
+        return place, asdict(self.check(self.rows[place]))
 
 
 def check_rows(
@@ -126,11 +127,23 @@ def check_rows(
         partial: file in which what was found is kept while the check runs, and from which it continues. One that was
             begun with other rows or settings is begun anew.
     """
-    done = _done_before(partial, _key(rows, processor, settings)) if partial is not None else {}
+    check = functools.partial(_check_with, processor, settings)
+    yield from run_checks(rows, check, _key(rows, processor, settings), workers=workers, partial=partial)
+
+
+def _check_with(processor: Any, settings: EncodingSettings, row: dict[str, Any]) -> CheckedSample:
+    return check_row(processor, row, settings)
+
+
+def run_checks(
+    rows: Any, check: Callable[[Any], CheckedSample], key: str, *, workers: int = 0, partial: Path | None = None
+) -> Iterator[tuple[int, CheckedSample]]:
+    """As `check_rows`, of any rows. key: by what rows and settings of an interrupted check are known again."""
+    done = _done_before(partial, key) if partial is not None else {}
     yield from done.items()
     log = None if partial is None else AppendLog(partial)
     places = [place for place in range(len(rows)) if place not in done]
-    checks = _Checks(rows, places, processor, settings)
+    checks = _Checks(rows, places, check)
     for place, found in DataLoader(checks, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
         if log is not None:
             log.add([place, found])

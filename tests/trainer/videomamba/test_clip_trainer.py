@@ -1,0 +1,195 @@
+"""The trainer of clips: its order, rates and losses beside a loop written by hand, and runs that were interrupted."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
+from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification
+from video_ma2mba.trainer.videomamba.augmentation import Augmentation
+from video_ma2mba.trainer.videomamba.clip_data import EpochSampler, TestClips, TrainingClips, collate_training
+from video_ma2mba.trainer.videomamba.clip_rows import ClipRow, ClipRows
+from video_ma2mba.trainer.videomamba.clip_trainer import (
+    Classification,
+    VideoMambaTrainer,
+    accuracy,
+    clip_processor,
+    squared_error,
+)
+from video_ma2mba.trainer.videomamba.smoke_clips import DIRECTIONS, moving_square
+from video_ma2mba.trainer.videomamba.starting_model import layer_of, rate_groups
+from video_ma2mba.trainer.videomamba.training_settings import VideoMambaTrainingConfig
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "image_size": 16, "patch_size": 8, "num_frames": 4}
+
+
+def tiny_model(**fields) -> VideoMambaForVideoClassification:
+    torch.manual_seed(0)
+    return VideoMambaForVideoClassification(VideoMambaConfig(**TINY, num_labels=4, **fields))
+
+
+def squares(count: int = 8) -> ClipRows:
+    rng = np.random.default_rng(0)
+    clips = [moving_square(DIRECTIONS[n % 4], "white", 6, 16, rng) for n in range(count)]
+    return ClipRows([ClipRow(clip, n % 4) for n, clip in enumerate(clips)], DIRECTIONS)
+
+
+def settings(folder, **changes) -> VideoMambaTrainingConfig:
+    given = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    given |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "weight_decay": 0.1}
+    return VideoMambaTrainingConfig(str(folder), **(given | changes))
+
+
+def trainer_of(args, model=None, rows=None, **other) -> VideoMambaTrainer:
+    model, rows = model or tiny_model(), rows or squares()
+    clips = TrainingClips(rows, 4, Augmentation(16, "none", flip=False), repeats=args.repeated_augmentation, seed=0)
+    return VideoMambaTrainer(model, args, Classification(args, model.config), clips, **other)
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_loss_curve_is_that_of_a_loop_by_hand(tmp_path):
+    """Two micro-batches a step, warm-up and cosine, decay of matrices only, clipping: in fp32, to 1e-5."""
+    args = settings(
+        *(tmp_path,), gradient_accumulation_steps=2, num_train_epochs=4, warmup_epochs=1, min_learning_rate=1e-3,
+        max_grad_norm=1.0, label_smoothing=0.1, per_device_train_batch_size=2, max_steps=6, layer_decay=0.5,
+    )  # fmt: skip
+    trainer = trainer_of(args)
+    trainer.train()
+
+    model, rows, expected = tiny_model(), squares(), []
+    groups = []
+    for name, parameter in model.named_parameters():
+        free = parameter.ndim == 1 or name.endswith(("bias", "pos_embed", "cls_token", "temporal_pos_embedding"))
+        share = 0.5 ** (3 - layer_of(name, 2))
+        groups.append({"params": [parameter], "weight_decay": 0.0 if free else 0.1, "share": share})
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+    clips = TrainingClips(rows, 4, Augmentation(16, "none", flip=False), seed=0)
+    sampler, draws = EpochSampler(8, args.seed), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        draws += list(sampler)
+    warm, total = 2, 6  # a quarter of six steps, rounded up
+    for step in range(6):
+        if step < warm:
+            rate = 1e-2 * step / (warm - 1)
+        else:
+            rate = 1e-3 + (1e-2 - 1e-3) * 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (total - warm)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        whole = 0.0
+        for half in range(2):
+            at = 4 * step + 2 * half
+            batch = collate_training([clips[draw] for draw in draws[at : at + 2]])
+            logits = model(batch["pixel_values"]).logits
+            loss = F.cross_entropy(logits, batch["labels"], label_smoothing=0.1) / 2
+            loss.backward()
+            whole += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(whole)
+    np.testing.assert_allclose(losses(trainer), expected, rtol=0, atol=1e-5)
+    for (name, own), other in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path):
+    """The order, the augmentation, mixup and drop path are drawn again, whatever the moment."""
+    options = {"mixup": 0.8, "cutmix": 1.0, "max_steps": 5, "repeated_augmentation": 2}
+    model = {"drop_path_rate": 0.3}
+    straight = trainer_of(settings(tmp_path / "a", **options), tiny_model(**model))
+    straight.train()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    first = trainer_of(settings(tmp_path / "b", **options, **saving), tiny_model(**model))
+    first.train()
+    (tmp_path / "b" / "checkpoint-5" / "optimizer.pt").unlink()  # what a kill in the middle of saving leaves
+    second = trainer_of(settings(tmp_path / "b", **options, **saving), tiny_model(**model))
+    second.train(resume_from_checkpoint=True)
+    np.testing.assert_allclose(losses(second)[-2:], losses(straight)[-2:], atol=1e-6)
+    for own, other in zip(second.model.parameters(), straight.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
+    entry = next(entry for entry in straight.state.log_history if "loss" in entry)
+    assert entry["clips_per_second"] > 0 and 0 <= entry["data_wait_share"] < 1
+
+
+def test_a_recipe_tells_what_moves_from_what_rests(tmp_path):
+    """The whole way: a moving square's direction, which no single frame shows, is learnt in seconds."""
+    rng = np.random.default_rng(1)
+    clips = [ClipRow(moving_square(DIRECTIONS[n % 4], "white", 4, 16, rng), n % 4) for n in range(16)]
+    model = tiny_model()
+    args = settings(tmp_path, learning_rate=1e-2, max_steps=60, per_device_train_batch_size=16, logging_steps=60)
+    rows = ClipRows(clips, DIRECTIONS)
+    trainer = trainer_of(
+        *(args, model, rows),
+        eval_dataset=TestClips(rows, clip_processor(model.config, args)),
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_top1"] > 0.9, found
+
+
+def test_groups_have_the_rates_of_their_layers():
+    model = tiny_model()
+    names = dict(model.named_parameters())
+    assert layer_of("videomamba.pos_embed", 2) == layer_of("videomamba.patch_embed.proj.weight", 2) == 0
+    assert layer_of("videomamba.layers.1.mixer.A_log", 2) == 2 and layer_of("head.weight", 2) == 3
+    assert layer_of("base_model.model.videomamba.layers.0.mixer.in_proj.lora_A.default.weight", 2) == 1
+    for of in ("layers", "embeddings"):
+        groups = rate_groups(names.items(), rate=1.0, weight_decay=0.05, layers=2, layer_decay=0.75, of=of)
+        found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        assert len(found) == len(names)
+        middle = 0.75**2 if of == "layers" else 1.0
+        assert found[id(names["videomamba.layers.0.mixer.A_log"])] == (middle, 0.05)
+        assert found[id(names["videomamba.layers.0.mixer.D"])] == (middle, 0.0)
+        assert found[id(names["videomamba.pos_embed"])] == (0.75**3, 0.0)
+        assert found[id(names["head.weight"])] == (1.0, 0.05)
+        assert groups[0]["lr"] == 1.0
+
+
+def test_an_epoch_draws_every_row_and_repeats_them_where_asked():
+    plain = EpochSampler(10, seed=3)
+    first = list(plain)
+    plain.set_epoch(1)
+    second = list(plain)
+    assert sorted(first) == list(range(10)) and sorted(draw % 10 for draw in second) == list(range(10))
+    assert [draw // 10 for draw in second] == [1] * 10 and [draw % 10 for draw in second] != first
+    repeated = list(EpochSampler(10, seed=3, repeats=3))
+    assert len(repeated) == len(set(repeated)) == 10, "copies of a row are augmented apart"
+    assert [draw % 10 for draw in repeated] == [row for row in first[:4] for _ in range(3)][:10]
+
+
+def test_repeats_are_different_clips_of_one_video_and_broken_rows_are_left_out(tmp_path):
+    rows = ClipRows([squares(1).rows[0], ClipRow(str(tmp_path / "gone.mp4"), 2)], DIRECTIONS)
+    clips = TrainingClips(rows, 4, Augmentation(16), repeats=2, seed=0)
+    item = clips[0]
+    assert item["pixel_values"].shape == (2, 4, 3, 16, 16) and item["labels"] == 0
+    assert (item["pixel_values"][0] != item["pixel_values"][1]).any()
+    torch.testing.assert_close(item["pixel_values"], clips[0]["pixel_values"], msg="the same draw is the same clip")
+    assert (clips[2]["pixel_values"] != item["pixel_values"]).any(), "another epoch is another clip"
+    with pytest.warns(UserWarning, match="left out"):
+        assert clips[1]["labels"] == 0
+    assert clips.report.broken == 1
+    batch = collate_training([clips[0], clips[2]])
+    assert batch["pixel_values"].shape == (4, 4, 3, 16, 16) and batch["labels"].tolist() == [0] * 4
+    with pytest.raises(ValueError, match="cannot be read"), pytest.warns(UserWarning, match="left out"):
+        TrainingClips(ClipRows([rows.rows[1]], DIRECTIONS), 4, Augmentation(16))[0]
+
+
+def test_scores_are_counted():
+    class Evaluated:
+        predictions = np.array([[5.0, 1, 0, 0, 0, 0], [9, 8, 7, 6, 5, 4], [0, 1, 2, 3, 4, 5]])
+        label_ids = np.array([0, 4, 0])
+
+    assert accuracy(Evaluated) == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
+
+    class Values:
+        predictions, label_ids = np.array([[1.0], [2.0]]), np.array([0.0, 4.0])
+
+    assert squared_error(Values) == {"mse": pytest.approx(2.5)}
