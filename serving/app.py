@@ -163,7 +163,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
     def described(model_id: str, **more: Any) -> dict[str, Any]:
         return {"id": model_id, "object": "model", "created": began, "owned_by": "video-ma2mba", **more}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # load balancers ask for the head
     async def health() -> JSONResponse:
         stops = service.closing()
         return JSONResponse({"status": "stopping" if stops else "ok", "model": service.name}, 503 if stops else 200)

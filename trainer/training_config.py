@@ -125,7 +125,7 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
                 "eval_packing=True changes nothing: evaluation losses are means over tokens, leave it out"
             )
         if self.train_sampling_strategy == "group_by_length":
-            raise ValueError("packs are all of one length: leave train_sampling_strategy out, or packing")
+            self.train_sampling_strategy = "random"  # packs are of one length
 
     def _accumulation(self) -> int:
         processes = self.dims.batches

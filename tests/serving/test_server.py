@@ -386,6 +386,7 @@ def test_keys_and_other_peoples_videos(server: Any, client: Client, film: dict[s
     assert [model["id"] for model in other("GET", "/v1/models").json["data"]] == ["checkpoint"]
     assert client("GET", path).json["id"] == film["id"]
     assert Client(server.url, None)("GET", "/health").json == {"status": "ok", "model": "checkpoint"}
+    assert Client(server.url, None)("HEAD", "/health").status == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong-key-9999", max_retries=0).models.list()
 
