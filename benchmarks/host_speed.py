@@ -9,10 +9,15 @@ Random weights in bf16: 370M language model, CLIP ViT-L/14-336 and projector tra
 of this process on one core, beside a busy process on that core's other hyperthread (`sibling`), or, where there is
 none, on that core itself (`shared`). `launch_us` is the mean of `cost_time.measure_launch` before and after the row;
 seconds are the median of the runs after the first. Kernels are tuned before anything is timed.
+
+    python benchmarks/host_speed.py --compare
+
+writes what the planner predicts beside every row of --out, to host_accuracy.md there and into docs/ma_gc.md.
 """
 
 import argparse
 import contextlib
+import csv
 import datetime
 import os
 import statistics
@@ -20,15 +25,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from planner_accuracy import RESULTS, update_page
 from random_models import SIZES, TINY_TOWER, video_model
 from result_tables import hardware, row_writer
 from whole_model_step import batch
 
-from video_ma2mba.modeling_video_ma2mba.cost_time import measure_launch
+from video_ma2mba.modeling_video_ma2mba.configuration_sizes import VideoMa2mbaSizes
+from video_ma2mba.modeling_video_ma2mba.cost_step import predict_job
+from video_ma2mba.modeling_video_ma2mba.cost_time import H200, measure_launch, vision_seconds
+from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
 from video_ma2mba.modeling_video_ma2mba.vision_features import video_rows
+from video_ma2mba.planning.planned_step import counts_and_config, describe_step
 
 FIELDS = ["hardware", "date", "model", "host", "launch_us", "part", "tokens", "frames", "chunk", "layers",
           "segment", "place", "seconds", "first_seconds"]  # fmt: skip
@@ -126,6 +137,56 @@ def checkpoint(model, layers: int, segment: int) -> None:
     )
 
 
+def predicted(row: dict[str, str]) -> float:
+    """Seconds that the planner predicts for a row, on a host that needs its `launch_us`."""
+    width, layers = SIZES[row["model"]]
+    config = VideoMa2mbaSizes(text_config={"hidden_size": width, "num_hidden_layers": layers})
+    frames, tokens = int(row["frames"] or 0) or None, int(row["tokens"] or 1)
+    if row["part"] == "language model":
+        frames = None
+    counts, _ = counts_and_config(config, None)
+    job = describe_step(counts, config, tokens, frames, 1, "none", "bfloat16", 32)
+    costs = H200.on_host(float(row["launch_us"]) / 1e6)
+    if row["part"] in ("tower", "frozen tower"):
+        assert job.vision is not None
+        trains = row["part"] == "tower"
+        chunk = int(row["chunk"]) * (4 if trains else 1)
+        return vision_seconds(replace(job.vision, chunk=chunk, tower_trains=trains, projector_trains=trains), costs)
+    if job.vision is not None:
+        job = replace(job, vision=replace(job.vision, chunk=int(row["chunk"])))
+    return predict_job(job, RecomputePlan(int(row["layers"]), int(row["segment"]), True), costs).step_seconds
+
+
+def comparison(rows: list[dict[str, str]]) -> str:
+    """Measured and predicted seconds as a Markdown table."""
+    lines = [
+        "| host | µs a launch | part | what | measured s | predicted s | error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if row["part"] == "page-locking":
+            continue
+        seconds, found = float(row["seconds"]), predicted(row)
+        what = [f"{int(row['tokens']):,} tokens" if row["tokens"] else f"{row['frames']} frames"]
+        what += [f"{row['layers']} layers x {int(row['segment']):,} a cell"] if row["segment"] else []
+        what += [f"chunks of {row['chunk']}"] if row["chunk"] else []
+        lines.append(
+            f"| {row['host']} | {row['launch_us']} | {row['part']} | {', '.join(what)} | {seconds:.2f} | {found:.2f} | "
+            f"{found / seconds - 1:+.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def compare(measured: Path) -> None:
+    """Write the table beside the measurements, and where they are the published ones, into the page."""
+    with measured.open(newline="") as file:
+        table = comparison(list(csv.DictReader(file)))
+    measured.with_name("host_accuracy.md").write_text(table, encoding="utf-8")
+    if measured.resolve().parent == RESULTS:
+        update_page(table)
+    print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="370m", choices=[*SIZES, "tiny"])
@@ -138,7 +199,11 @@ def main() -> None:
     parser.add_argument("--video", type=int, default=512, help="frames of the whole step")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/host_speed.csv"))
+    parser.add_argument("--compare", action="store_true", help="measure nothing, predict the rows of --out")
     options = parser.parse_args()
+    if options.compare:
+        compare(options.out)
+        return
     device = options.device
     if options.model == "tiny":
         text = {"hidden_size": 64, "num_hidden_layers": 2}

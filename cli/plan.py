@@ -1,6 +1,7 @@
 """`video-ma2mba plan`: what training on a video will take, before anything is downloaded or allocated."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -99,7 +100,7 @@ def plan(
         "optimizer": optimizer,
         "dtype": names.get(dtype, dtype),
         "fps": fps,
-        "launch_us": None if launch_us in (None, "here") else _microseconds(launch_us),
+        "launch_us": launch_us if launch_us in (None, "here") else _microseconds(launch_us),
     }
     _check(model, preset, video, frames, tokens, options)
     from video_ma2mba import plan as make_plan
@@ -108,9 +109,6 @@ def plan(
     config = resolve_config(model, preset)
     if video is not None:
         frames = count_frames(video, fps)
-    if launch_us == "here":
-        with while_loading():
-            options["launch_us"] = _measured_microseconds()
     if reading:
         found = plan_reading(config, frames=frames, tokens=tokens, gpus=gpus, dtype=options["dtype"])
         if as_json:
@@ -118,7 +116,8 @@ def plan(
         else:
             show_reading(found)
         return
-    report = make_plan(config, frames=frames, tokens=tokens, **options)
+    with while_loading() if launch_us == "here" else nullcontext():
+        report = make_plan(config, frames=frames, tokens=tokens, **options)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:
@@ -158,16 +157,6 @@ def _microseconds(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"--launch-us {text}: give a number of microseconds, or `here`") from None
-
-
-def _measured_microseconds() -> float:
-    import torch
-
-    from video_ma2mba.modeling_video_ma2mba.cost_time import measure_launch
-
-    if not torch.cuda.is_available():
-        raise ValueError("--launch-us here: this machine has no CUDA GPU to measure with; give a number")
-    return 1e6 * measure_launch()
 
 
 def resolve_config(model: str | None, preset: str | None):
@@ -259,8 +248,12 @@ def show(report) -> None:
     console.print(f"host memory: {prediction.host_peak / 1e9:.1f} GB pinned{per_node}")
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in prediction.seconds.items())
     console.print(f"forward and backward: {prediction.step_seconds:.1f} s ({parts})")
-    pace = f"constants of {report.hardware}; {report.launch_us:.1f} µs a launch"
-    console.print(f"  with {pace}; the first step takes longer: kernels are tuned, host memory is pinned")
+    said = {"as asked": "as asked", "assumed": "assumed: --launch-us", "measured here": "measured here"}
+    pace = f"constants of {report.hardware}; {report.launch_us:.1f} µs a launch ({said[report.launch_from]})"
+    locking = f", and host memory is page-locked, about {report.page_lock_seconds:.0f} s"
+    locking = locking if report.page_lock_seconds >= 0.5 else ""
+    console.print(f"  with {pace}", soft_wrap=True)
+    console.print(f"  the first step takes longer: kernels are tuned{locking}", soft_wrap=True)
     if report.shared is not None:
         alone = report.shared.one_gpu_seconds
         console.print("the same on one GPU: " + ("fits no plan" if alone is None else f"{alone:.1f} s"))

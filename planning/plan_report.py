@@ -26,6 +26,7 @@ from .plan_options import check_options, chosen_adapters, chosen_memory, gigabyt
 from .planned_step import counts_and_config, describe_step
 from .sequence_plan import SharedPlan, longest_shared, ranks_of, shared_plan, shared_predictions
 from .sequence_simulation import Links
+from .this_machine import launch_here
 
 _LONGEST = 1 << 26
 # Of the host's memory, for kept activations and inputs; the rest is for frames, data loading and everybody else.
@@ -68,7 +69,9 @@ class PlanReport:
         considered: all methods, fitting or not. gpu_memory, host_memory: the budgets in bytes.
         gpu, host: where these come from: "as asked", this machine, or "assumed".
         hardware: the GPU on which the constants behind the seconds were measured. launch_us: microseconds that the
-            host is taken to need for launching one operation. adapters: what trains beside a frozen model.
+            host is taken to need for launching one operation; launch_from: "as asked", "measured here", or "assumed".
+        page_lock_seconds: that the first step takes longer, for host memory that is used for the first time.
+        adapters: what trains beside a frozen model.
         shared: how several GPUs share the step; None for one. `prediction` is then that of the GPU with the most.
     """
 
@@ -87,6 +90,8 @@ class PlanReport:
     host: str
     hardware: str
     launch_us: float
+    launch_from: str
+    page_lock_seconds: float
     adapters: Adapters | None = None
     shared: SharedPlan | None = None
 
@@ -143,6 +148,8 @@ class PlanReport:
             "host_memory_bytes": self.host_memory,
             "host_memory_from": self.host,
             "launch_us": round(self.launch_us, 2),
+            "launch_from": self.launch_from,
+            "page_lock_seconds": round(self.page_lock_seconds, 1),
             "seconds_measured_on": self.hardware,
             "shared": self.shared and self.shared.to_dict(),
         }
@@ -167,7 +174,7 @@ def plan(
     fps: float = 1.0,
     gpus: int = 1,
     gpus_per_node: int = 8,
-    launch_us: float | None = None,
+    launch_us: float | str | None = None,
     costs: MeasuredCosts = H200,
 ) -> PlanReport:
     """The fastest way to train on one video (or `batch` of them) within the memory of a GPU and its host.
@@ -182,7 +189,8 @@ def plan(
         lora_rank: adapters of this rank train, and the projector, beside a frozen model; leave `train` away then.
             lora_vision: in the tower, too. four_bit: QLoRA, the language model's projections in NF4.
         launch_us: microseconds that the host needs to launch an operation (`cost_time.measure_launch`), which sets
-            the pace of small cells; None: those of the machine that `costs` were measured on.
+            the pace of small cells; "here": measured now, on this machine's GPU; None: those of the machine that
+            `costs` were measured on.
         train: parts that train, of "lm", "projector" and "vision". None: all for a configuration, what requires
             gradients for a model.
         optimizer: one of `OPTIMIZERS`. dtype: "bfloat16", "float16", "mixed" (fp32 weights, bf16 autocast), "float32".
@@ -197,7 +205,13 @@ def plan(
     require(gpus >= 1, f"gpus={gpus} is not valid: it must be at least 1")
     require(gpus_per_node >= 1, f"gpus_per_node={gpus_per_node} is not valid: it must be at least 1")
     gpu_bytes, gpu, host_memory_bytes, host = chosen_memory(gpu_memory, host_memory)
-    costs = costs if launch_us is None else costs.on_host(launch_us / 1e6)
+    launch_from = "as asked"
+    if launch_us is None:
+        launch_us, launch_from = 1e6 * costs.launch, "assumed"
+    elif isinstance(launch_us, str):
+        require(launch_us == "here", f"launch_us={launch_us!r} is not valid: give microseconds, or 'here'")
+        launch_us, launch_from = 1e6 * launch_here(), "measured here"
+    costs = costs.on_host(launch_us / 1e6)
     adapters = chosen_adapters(lora_rank, lora_vision, four_bit, train)
     counts, config = counts_and_config(model_or_config, train if adapters is None else ("projector",))
     per_frame = getattr(config, "tokens_per_frame", None)
@@ -261,7 +275,9 @@ def plan(
         host=host,
         hardware=f"{costs.hardware}, {costs.date}",
         shared=shared,
-        launch_us=1e6 * costs.launch,
+        launch_us=launch_us,
+        launch_from=launch_from,
+        page_lock_seconds=best.prediction.host_peak / costs.page_lock,
         adapters=adapters,
     )
 

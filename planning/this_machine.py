@@ -1,4 +1,4 @@
-"""What the machine has that `plan` runs on; needs no torch."""
+"""What the machine has that `plan` runs on; needs no torch but to measure."""
 
 import os
 import shutil
@@ -30,3 +30,18 @@ def host_memory_here() -> int | None:
         return int(psutil.virtual_memory().total)
     except ImportError:
         return None
+
+
+def launch_here() -> float:
+    """Seconds that this machine needs to launch an operation on its GPU, measured.
+
+    Raises:
+        ValueError: it has no CUDA GPU.
+    """
+    import torch
+
+    from ..modeling_video_ma2mba.cost_time import measure_launch
+
+    if not torch.cuda.is_available():
+        raise ValueError("launch_us=here: this machine has no CUDA GPU to measure with; give a number of microseconds")
+    return measure_launch()
