@@ -159,10 +159,8 @@ def predicted(row: dict[str, str]) -> float:
 
 def comparison(rows: list[dict[str, str]]) -> str:
     """Measured and predicted seconds as a Markdown table."""
-    lines = [
-        "| host | µs a launch | part | what | measured s | predicted s | error |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    names = ("host", "µs a launch", "part", "what", "measured s", "predicted s", "error")
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in rows:
         if row["part"] == "page-locking":
             continue
@@ -170,16 +168,14 @@ def comparison(rows: list[dict[str, str]]) -> str:
         what = [f"{int(row['tokens']):,} tokens" if row["tokens"] else f"{row['frames']} frames"]
         what += [f"{row['layers']} layers x {int(row['segment']):,} a cell"] if row["segment"] else []
         what += [f"chunks of {row['chunk']}"] if row["chunk"] else []
-        lines.append(
-            f"| {row['host']} | {row['launch_us']} | {row['part']} | {', '.join(what)} | {seconds:.2f} | {found:.2f} | "
-            f"{found / seconds - 1:+.0%} |"
-        )
+        about = (row["host"], row["launch_us"], row["part"], ", ".join(what))
+        lines.append(f"| {' | '.join(about)} | {seconds:.2f} | {found:.2f} | {found / seconds - 1:+.0%} |")
     return "\n".join(lines) + "\n"
 
 
 def compare(measured: Path) -> None:
     """Write the table beside the measurements, and where they are the published ones, into the page."""
-    with measured.open(newline="") as file:
+    with measured.open(encoding="utf-8", newline="") as file:
         table = comparison(list(csv.DictReader(file)))
     measured.with_name("host_accuracy.md").write_text(table, encoding="utf-8")
     if measured.resolve().parent == RESULTS:

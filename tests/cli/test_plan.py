@@ -78,13 +78,15 @@ def test_plot_is_a_picture(tmp_path: Path):
 def test_people_read_what_was_assumed_and_what_trains():
     said = run("--preset", "2.7b", "--frames", "600", "--qlora", "16", "--host-memory", "64GB").output
     assert "adapters of rank 16 (QLoRA, 4-bit weights) and the projector" in said
-    assert "vision_chunk_frames = " in said and "µs a launch" in said
+    assert "vision_chunk_frames = " in said and "µs a launch (assumed; --launch-us here measures it)" in said
     assert ("80.0 GB (assumed: no GPU here; --gpu-memory)" in said) or ("this machine's" in said)
     slow, fast = (
         json.loads(run("--preset", "370m", "--frames", "600", "--launch-us", us, "--json").stdout)["step_seconds"]
         for us in ("40", "2")
     )
     assert slow > fast
+    said = run("--preset", "2.7b", "--frames", "7200", "--launch-us", "9", "--host-memory", "500GB").output
+    assert "9.0 µs a launch (as asked)" in said and "host memory is page-locked, about " in said
 
 
 @pytest.mark.parametrize(
