@@ -248,8 +248,8 @@ def show(report) -> None:
     console.print(f"host memory: {prediction.host_peak / 1e9:.1f} GB pinned{per_node}")
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in prediction.seconds.items())
     console.print(f"forward and backward: {prediction.step_seconds:.1f} s ({parts})")
-    said = {"as asked": "as asked", "assumed": "assumed; --launch-us here measures it", "measured here": "measured here"}
-    pace = f"constants of {report.hardware}; {report.launch_us:.1f} µs a launch ({said[report.launch_from]})"
+    known = report.launch_from + ("; --launch-us here measures it" if report.launch_from == "assumed" else "")
+    pace = f"constants of {report.hardware}; {report.launch_us:.1f} µs a launch ({known})"
     locking = f", and host memory is page-locked, about {report.page_lock_seconds:.0f} s"
     locking = locking if report.page_lock_seconds >= 0.5 else ""
     console.print(f"  with {pace}", soft_wrap=True)
