@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,33 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def check_loading(model: str | None, device: str = "auto", dtype: str = "auto") -> None:
+def check_loading(model: str | None, device: str = "auto", dtype: str = "auto", times: bool = False) -> None:
     """Refuse what cannot be loaded before torch and transformers are imported, which takes seconds.
 
+    Args:
+        times: the model will be asked for times.
+
     Raises:
-        FileNotFoundError: there is no such model. ValueError: a name of a model, device or type that means nothing.
+        FileNotFoundError: there is no such model. ValueError: a name of a model, device or type that means nothing;
+            times of a directory's model that never learnt them.
     """
-    _named_folder(model)
+    folder = _named_folder(model)
+    if times:
+        _check_times(Path(folder, "processor_config.json"))
     _check_device(device)
     _dtype_name(dtype)
+
+
+def _check_times(file: Path) -> None:
+    """ValueError where a processor's file says that it reads no times; files that are not there say nothing."""
+    try:
+        knows = json.loads(file.read_text(encoding="utf-8")).get("frame_times", "none")
+    except (OSError, ValueError, AttributeError):
+        return
+    if knows == "none":
+        from video_ma2mba.processing.frame_times import NO_TIMES
+
+        raise ValueError(NO_TIMES)
 
 
 def _check_device(device: str) -> None:

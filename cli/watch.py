@@ -74,7 +74,7 @@ def watch(
 
     from video_ma2mba.streaming.live_sources import find_source
 
-    check_loading(model, device, dtype)
+    check_loading(model, device, dtype, times)
     found = find_source(source, follow)
     if state is not None:
         from video_ma2mba.modeling_video_ma2mba.state_header import summarise

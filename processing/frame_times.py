@@ -21,6 +21,10 @@ TIMES_EVERY = 4.0
 SUBTITLE_TOKENS = 32768
 """Tokens of subtitles that are read of one video, unless a call says otherwise: two to three hours of speech."""
 
+NO_TIMES = (
+    "this checkpoint never learnt times (its frame_times is 'none'): ask without them, or ask `where` for the seconds "
+    "that speak for an answer"
+)
 _UNITS = (("h", 24), ("m", 60), ("s", 60))
 TIME_TOKENS = tuple(
     [f"<|{number} {unit}|>" for unit, base in _UNITS for number in range(base)] + [f"<|.{n} s|>" for n in range(1, 10)]

@@ -29,6 +29,7 @@ from .chat_format import (
     stand_ins,
 )
 from .frame_times import (
+    NO_TIMES,
     SUBTITLE_TOKENS,
     TIME_TOKENS,
     TIMES_EVERY,
@@ -399,10 +400,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         """
         knows_times = self.frame_times != "none"
         if wants_times and not knows_times:
-            raise ValueError(
-                "this checkpoint never learnt times (its frame_times is 'none'): ask without them, or ask `where` "
-                "for the seconds that speak for an answer"
-            )
+            raise ValueError(NO_TIMES)
 
         def asked(text: str, last: bool = True) -> str:
             text = as_clocks(text) if knows_times else text

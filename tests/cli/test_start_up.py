@@ -24,6 +24,7 @@ WRONG = [
     ("ask none.mp4 Hm?", "none.mp4: no such file"),
     ("ask {video} ''", "a question is empty"),
     ("ask {video} Hm? --model none", "none does not exist"),
+    ("ask {video} Hm? --times", "never learnt times"),
     ("ask {video} Hm? --device tpu", "--device tpu is unknown"),
     ("ask {video} Hm? --dtype int3", "--dtype int3 is unknown"),
     ("ask {video} Hm? --start 5 --end 2", "must come before end"),
