@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from .defaults import name_source, prepare, warn_of_unknown_variables
-from .terminal import echo_json, prepare_streams, warn
+from .terminal import echo_json, prepare_streams, verbosity, warn
 
 # What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
 # of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
@@ -117,6 +117,8 @@ class OneLineErrors(TyperGroup):
 
 
 def _show_warning(message: Warning, *_, **__) -> None:
+    if isinstance(message, FutureWarning | DeprecationWarning) and verbosity() < 1:
+        return  # from one library to the next: nothing that who gives a command could do
     line = f"warning: {one_line(message)}"
     if said_first(line):
         warn(line)

@@ -31,7 +31,8 @@ def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = ()
 
     Raises:
         FileNotFoundError: no such file or recipe.
-        ValueError: no YAML, an override that is none, something that cannot be chosen, or no smoke section.
+        ValueError: no YAML, an override that is none or has no value, something that cannot be chosen, or no smoke
+            section.
     """
     content = _read_yaml(source)
     short, choices = content.pop(SMOKE, None), content.pop(CHOICES, None) or {}
@@ -42,7 +43,12 @@ def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = ()
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"{text!r} is no override: write key=value, such as learning_rate=1e-5")
-        own[key.strip()] = yaml.safe_load(value)
+        if not value.strip():
+            raise ValueError(f"{text!r} has no value: write {key.strip()}=null where none is meant")
+        try:
+            own[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{text!r} has a value that is not valid YAML: put quotes around it") from None
     layers = [content, own] if not smoke else [content, short, own]
     chosen: dict[str, Any] = {}
     for key, ways in choices.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,7 +17,23 @@ from typing import Any
 
 BUNDLED = "bundled"
 """As `model`: the checkpoint that comes with the package."""
-_NUMBERS = ("float", "int", "float | None", "int | None", float, int, float | None, int | None)
+_LEAST = {  # what other packages say late, in words of their own, or not at all
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "global_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "lora_rank": 1,
+    "lora_dropout": 0,
+    "max_frames": 1,
+    "max_length": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "vision_learning_rate": 0,
+    "projector_learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 # Each class with the file of which package; one after the other inherits from the next.
 _CLASSES = (
@@ -77,23 +94,43 @@ def check_settings(content: Mapping[str, Any], known: Mapping[str, Any]) -> dict
         known: the type of every setting, as in `dataclasses.fields`.
 
     Raises:
-        ValueError: an unknown key; a text where a number is meant.
+        ValueError: an unknown key; a value of another type than the setting's, or below what makes sense.
     """
     for key in content:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
-    content = {key: _meant(key, value) for key, value in content.items()}
-    for key in known:
-        if isinstance(content.get(key), str) and known[key] in _NUMBERS:
-            raise ValueError(f"{key}={content[key]} is not valid: it must be a number")
-    return content
+    return {key: _meant(key, value, _type_names(known[key])) for key, value in content.items()}
 
 
-def _meant(key: str, value: Any) -> Any:
+def _type_names(kind: Any) -> set[str]:
+    """The alternatives of a type, by name."""
+    text = kind if isinstance(kind, str) else kind.__name__ if type(kind) is type else str(kind)
+    text = re.sub(r"(?:typing\.)?Optional\[(.*)\]", r"\1 | None", text)
+    return {part.strip() for part in re.sub(r"\[.*\]", "", text).split("|")}
+
+
+def _meant(key: str, value: Any, types: set[str]) -> Any:
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)
-    return "no" if value is False and key.endswith("_strategy") else value
+        value = float(value)
+    if value is False and key.endswith("_strategy"):
+        return "no"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None and types <= {"int", "float", "bool"}:
+        raise ValueError(f"{key}=null is not valid: it needs a value")
+    if value is not None and types <= {"bool", "None"} and not isinstance(value, bool):
+        raise ValueError(f"{key}={value} is not valid: it must be true or false")
+    if value is not None and types <= {"int", "float", "None"}:
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"{key}={value} is not valid: it must be a number")
+        if "float" not in types and value != int(value):
+            raise ValueError(f"{key}={value} is not valid: it must be a whole number")
+        value = value if "float" in types else int(value)
+    if is_number and key in _LEAST and value < _LEAST[key]:
+        raise ValueError(f"{key}={value} is not valid: it must be at least {_LEAST[key]}")
+    if types <= {"str", "None"} and value is not None and not isinstance(value, str | bool):
+        return str(value)  # a folder called 2026
+    return value
 
 
 def check_recipe(content: Mapping[str, Any], smoke: bool = False) -> Recipe | None:

@@ -82,6 +82,7 @@ def test_no_kind_of_error_warning_or_usage_tells_a_password(kind: type[Exception
     @own.command()
     def first() -> None:
         warnings.warn("http://me:sesame@host/ is slow", stacklevel=1)
+        warnings.warn("this_name is deprecated", FutureWarning, stacklevel=1)
         try:
             raise OSError(5, "I/O error", "rtsp://me:sesame@cam/s")
         except OSError as error:
@@ -96,6 +97,7 @@ def test_no_kind_of_error_warning_or_usage_tells_a_password(kind: type[Exception
         assert result.exit_code == (1 if arguments == ["first"] and kind is not ValueError else 2)
         assert "sesame" not in result.output + str(result.exception)
         assert result.output
+        assert "deprecated" not in result.output
 
 
 def test_json_that_is_nested_too_deeply_is_bad_input():

@@ -50,6 +50,8 @@ def test_overrides_lie_over_the_recipe(tmp_path):
     assert args.save_strategy == "no"
     assert (args.learning_rate, args.max_frames, args.max_steps) == (1e-6, 12, 3)
     assert (recipe.model, recipe.train_data) == ("here", ["a.csv", "b.csv"])
+    recipe, args = read_recipe(own, ["output_dir=2026", "max_steps=4.0", "max_seconds=1:30", "model=7"])
+    assert (args.output_dir, args.max_steps, args.max_seconds, recipe.model) == ("2026", 4, 90, "7")
 
 
 def test_no_more_workers_than_processors(monkeypatch):
@@ -65,6 +67,18 @@ def test_mistakes_are_said_in_one_sentence(tmp_path):
         (["fps"], "'fps' is no override: write key=value"),
         (["eval_share=2"], "eval_share=2 is not valid"),
         (["global_batch_size=9"], "global_batch_size=9 is no multiple of 8 samples"),
+        (["learning_rate=abc"], "learning_rate=abc is not valid: it must be a number"),
+        (["learning_rate=.inf"], "learning_rate=inf is not valid: it must be a number"),
+        (["learning_rate=true"], "learning_rate=True is not valid: it must be a number"),
+        (["learning_rate=null"], "learning_rate=null is not valid: it needs a value"),
+        (["learning_rate="], "'learning_rate=' has no value"),
+        (["learning_rate=-1e-5"], "learning_rate=-1e-05 is not valid: it must be at least 0"),
+        (["learning_rate=[1"], "has a value that is not valid YAML"),
+        (["max_steps=1.5"], "max_steps=1.5 is not valid: it must be a whole number"),
+        (["lora_rank=0"], "lora_rank=0 is not valid: it must be at least 1"),
+        (["per_device_train_batch_size=0"], "per_device_train_batch_size=0 is not valid: it must be at least 1"),
+        (["bf16=maybe"], "bf16=maybe is not valid: it must be true or false"),
+        (["resume=1"], "resume=1 is not valid: it must be true or false"),
     ):
         with pytest.raises(ValueError, match=message):
             read_recipe("stage1", overrides)
