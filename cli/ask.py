@@ -321,7 +321,4 @@ def _lines() -> Iterator[str]:
             line = input("? ")
         except EOFError:
             return
-        except KeyboardInterrupt:
-            typer.echo()  # the prompt stands in the line
-            raise
         yield given_text(line)

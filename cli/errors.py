@@ -6,6 +6,7 @@ that is printed here tells a password or a token.
 
 import os
 import re
+import sys
 import traceback
 import warnings
 
@@ -99,6 +100,10 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                typer.echo(err=True)  # the shell's prompt begins a line of its own, not the one that ^C stands in
             raise
         except Exception as error:
             if not ctx.params.get("debug") and not said_first("error"):

@@ -20,6 +20,13 @@ def time_option(text: str | float) -> float:
     raise typer.BadParameter(f"{text!r} is no time: write seconds, m:ss or h:mm:ss")
 
 
+def _pause_option(text: str | float) -> float:
+    """A time of at least 0 seconds."""
+    if not (found := time_option(text)) >= 0:
+        raise typer.BadParameter(f"{text!r} is no time of at least 0 seconds")
+    return found
+
+
 TIME: dict[str, Any] = {"parser": time_option, "metavar": "TIME"}
 
 Model = Annotated[str | None, typer.Option(help="Model directory or Hub id.", show_default="the bundled checkpoint")]
@@ -38,7 +45,9 @@ Subtitles = Annotated[
 Times = Annotated[bool, typer.Option("--times", help="Answer with the seconds of the video that show it.")]
 End = Annotated[float | None, typer.Option(help="Stop here: seconds, m:ss or h:mm:ss.", show_default=False, **TIME)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-SaveEvery = Annotated[float, typer.Option(help="Time between saves of the unfinished state.", **TIME)]
+SaveEvery = Annotated[
+    float, typer.Option(help="Time between saves of the unfinished state.", parser=_pause_option, metavar="TIME")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32, fp16 or bf16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the checkpoint.")]

@@ -126,3 +126,27 @@ def test_closed_streams_and_names_of_bytes(closed: str, tmp_path: Path):
 def test_a_question_of_spaces_is_empty():
     result = CliRunner().invoke(app, ["ask", "x.mp4", " \u2003 "])
     assert (result.exit_code, result.output) == (2, "error: a question is empty: ask something about the video\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_ctrl_c_leaves_a_line_of_its_own_to_the_prompt():
+    import pty
+
+    code = "from video_ma2mba.cli.main import app\nimport video_ma2mba.cli.main as m\n"
+    code += (
+        "@app.command()\ndef wait():\n    print('ready', flush=True)\n    import time\n    time.sleep(60)\nm.main()"
+    )
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-c", code, "wait"])
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    while True:
+        try:
+            seen += os.read(terminal, 1000)
+        except OSError:  # closed by its end
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert seen.endswith(b"^C\r\n")
