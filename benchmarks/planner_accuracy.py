@@ -11,6 +11,7 @@ import argparse
 import csv
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,10 +89,15 @@ def fit(rows: list[dict[str, str]], start: MeasuredCosts = H200) -> MeasuredCost
             for job, plan, speed in measured
         )
 
+    return descend(start, FITTED, error)
+
+
+def descend(start: MeasuredCosts, names: Sequence[str], error: Callable[[MeasuredCosts], float]) -> MeasuredCosts:
+    """The constants of these names with which `error` is least, one constant changed at a time."""
     best, lowest, factor = start, error(start), 1.3
     while factor > 1.005:
         improved = False
-        for name in FITTED:
+        for name in names:
             for change in (factor, 1 / factor):
                 tried = replace(best, **{name: getattr(best, name) * change})
                 if (value := error(tried)) < lowest:

@@ -16,7 +16,8 @@ from .recompute_plan import RecomputePlan
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Constants measured on one kind of GPU; `benchmarks/planner_accuracy.py --fit` renews them.
+    """Constants measured on one kind of GPU: those of the language model by `benchmarks/planner_accuracy.py --fit`,
+    those of the tower and of the host by `benchmarks/host_speed.py --compare --fit`.
 
     Attributes:
         matmul: multiply-adds count two; operations per second in matrix products (16 bits).
@@ -27,10 +28,9 @@ class MeasuredCosts:
         device_memory, host_copy: bytes per second of GPU memory, and to pinned host memory in one direction.
         tower, tower_backward: operations per second that a vision tower reaches, forward and in backward.
         tower_launch_forward, tower_launch_backward: as for the layers of the language model.
-        launch: seconds that the host of these measurements needed to launch one operation (`measure_launch`).
+        launch: seconds that the host on which the language model was measured needed to launch one operation. It was
+            not measured then, but fitted: with it the constants hold on a host whose launches were (host_speed.csv).
         page_lock: bytes per second that are page-locked when host memory is used for the first time.
-        The launch of an operation, those of the tower and page_lock are assumed, not measured yet: see
-        `benchmarks/host_speed.py`. The step of whole_model_step.csv (73.7 s) is predicted to take 49.7 s.
         slack: part of the predicted peak that PyTorch's allocator loses to fragments.
         context: bytes that the CUDA context and loaded kernels take from every GPU.
     """
@@ -80,12 +80,12 @@ H200 = MeasuredCosts(
     cell=2e-4,
     device_memory=3.5e12,
     host_copy=45e9,
-    tower=350e12,
+    tower=374e12,
     tower_backward=350e12,
-    tower_launch_forward=4e-4,
-    tower_launch_backward=9e-4,
-    launch=5e-6,
-    page_lock=3e9,
+    tower_launch_forward=3.75e-4,
+    tower_launch_backward=1.5e-3,
+    launch=6.66e-6,
+    page_lock=2.03e9,
     slack=0.04,
     context=600 << 20,
 )
