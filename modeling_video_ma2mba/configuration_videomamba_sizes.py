@@ -42,6 +42,10 @@ class VideoMambaSizes(Fields):
         hidden_dropout_prob: after the spatial positions. classifier_dropout: before the head.
         drop_path_rate: rate at the last block; it grows linearly from 0 (stochastic depth).
         residual_in_fp32: keep the residual stream in fp32 in a 16-bit model.
+        time_step_range: smallest and largest step sizes of fresh weights, log-uniform between them: a channel remembers
+            about 1 / step tokens. None starts as the released models do, at 0.69: they forget a token within a few
+            others, so that what is trained from nothing on long clips does not learn (Mamba starts with 0.001, 0.1).
+        initializer_range: standard deviation of fresh linear layers and positions.
         image_mean, image_std: of the normalisation of pixels scaled to 0..1.
     """
 
@@ -68,6 +72,7 @@ class VideoMambaSizes(Fields):
         residual_in_fp32: bool = True,
         layer_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
+        time_step_range: Sequence[float] | None = None,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
         **kwargs: Any,
@@ -91,6 +96,7 @@ class VideoMambaSizes(Fields):
         self.residual_in_fp32 = residual_in_fp32
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
+        self.time_step_range = None if time_step_range is None else list(time_step_range)
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         super().__init__(**kwargs)
@@ -110,6 +116,9 @@ class VideoMambaSizes(Fields):
         require(self.scan_order in SCAN_ORDERS, "scan_order", self.scan_order, f"use one of {', '.join(SCAN_ORDERS)}")
         for name in ("hidden_dropout_prob", "classifier_dropout", "drop_path_rate"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "it must be at least 0 and less than 1")
+        if (steps := self.time_step_range) is not None:
+            fits = len(steps) == 2 and 0 < steps[0] <= steps[1]
+            require(fits, "time_step_range", steps, "it needs the smallest and the largest step, both more than 0")
         for name in ("image_mean", "image_std"):
             fits = len(getattr(self, name)) == self.num_channels
             require(fits, name, getattr(self, name), f"it needs one number for each of {self.num_channels} channels")

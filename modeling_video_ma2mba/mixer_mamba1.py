@@ -161,7 +161,8 @@ def add_norm_mix(
 @torch.no_grad()
 def init_mixer_(mixer: VideoMambaMixer, config: Any, init: Any) -> None:
     """The released models' initialisation of everything but the linear layers, which came before: like every linear
-    layer of a ViT they have normal weights and biases of zero, the step's included (its Mamba values are lost so).
+    layer of a ViT they have normal weights and biases of zero, the step's included (its Mamba values are lost so), but
+    where `config.time_step_range` asks for others.
 
     `init` is `transformers.initialization`, whose functions leave already loaded tensors alone.
     """
@@ -174,6 +175,11 @@ def init_mixer_(mixer: VideoMambaMixer, config: Any, init: Any) -> None:
         conv = getattr(mixer, f"conv1d{suffix}")
         init.uniform_(conv.weight, -bound, bound)
         init.uniform_(conv.bias, -bound, bound)
+        if config.time_step_range is not None:
+            bias = getattr(mixer, f"dt_proj{suffix}").bias
+            low, high = (math.log(step) for step in config.time_step_range)
+            steps = torch.exp(low + (high - low) * torch.rand_like(bias, dtype=torch.float32))
+            init.copy_(bias, (steps + torch.log(-torch.expm1(-steps))).to(bias.dtype))  # softplus of it is the step
     # kaiming_uniform(a=sqrt 5) over sqrt(depth): one mixer per layer adds to the residual stream.
     bound = 1 / math.sqrt(config.inner_size * config.num_hidden_layers)
     init.uniform_(mixer.out_proj.weight, -bound, bound)

@@ -41,8 +41,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "shape": tuple(f"a {shape} moves" for shape in SHAPES),
 }
 SIZES = {
-    "small": {"hidden_size": 128, "num_hidden_layers": 8},
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "small": {"hidden_size": 128, "num_hidden_layers": 8, "patch_size": 8},
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "patch_size": 16},
 }
 FRAME, SECONDS = 64, 8  # pixels of a side; a clip has a frame of every second
 _SETTINGS = WorldSettings(min_objects=2, max_objects=2, card=False)
@@ -146,8 +146,10 @@ def train(training: ClassifierTraining) -> dict[str, float]:
     config = VideoMambaConfig(
         **SIZES[training.size],
         image_size=FRAME,
-        patch_size=8,
         num_frames=SECONDS,
+        # The class token stands before the first frame: at the released start it would not see the second one.
+        time_step_range=(0.001, 0.1),
+        initializer_range=SIZES[training.size]["hidden_size"] ** -0.5,
         image_mean=PIXEL_MEAN,
         image_std=PIXEL_STD,
         problem_type="multi_label_classification",

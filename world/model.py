@@ -51,7 +51,8 @@ def _vision_config(size: WorldModelSize, tower: str) -> dict[str, Any]:
     sizes = {"hidden_size": size.vision_hidden, "image_size": size.frame, "patch_size": size.patch}
     if tower == "videomamba":
         layers = {"num_hidden_layers": size.videomamba_layers, "num_frames": size.clip}
-        return {"model_type": "videomamba", **sizes, **layers}
+        start = {"time_step_range": (0.001, 0.1), "initializer_range": size.vision_hidden**-0.5}  # from nothing
+        return {"model_type": "videomamba", **sizes, **layers, **start}
     return {
         "model_type": "clip_vision_model",
         **sizes,
