@@ -43,8 +43,8 @@ class VideoMambaSizes(Fields):
         drop_path_rate: rate at the last block; it grows linearly from 0 (stochastic depth).
         residual_in_fp32: keep the residual stream in fp32 in a 16-bit model.
         time_step_range: smallest and largest step sizes of fresh weights, log-uniform between them: a channel
-            remembers about 1 / step tokens. None starts as the released models do, at 0.69: they forget a token within a few
-            others, so that what is trained from nothing on long clips does not learn (Mamba starts with 0.001, 0.1).
+            remembers about 1 / step tokens. None starts as the released models do, at 0.69: they forget a token
+            within a few others, and trained from nothing on clips do not learn (Mamba starts with 0.001, 0.1).
         initializer_range: standard deviation of fresh linear layers and positions.
         image_mean, image_std: of the normalisation of pixels scaled to 0..1.
     """
