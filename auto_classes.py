@@ -49,7 +49,8 @@ def register() -> None:
     """Register every class. Safe to call again (later calls replace earlier entries)."""
     import transformers
 
-    # transformers.AutoVideoProcessor, the top-level name, is a placeholder where torchvision is missing.
+    # The top-level names of these two are placeholders where torchvision is missing.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
     from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -66,7 +67,7 @@ def register() -> None:
     from .modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
     from .processing.processing_video_ma2mba import VideoMa2mbaProcessor
     from .processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
-    from .processing.video_processing_videomamba import VideoMambaVideoProcessor
+    from .processing.video_processing_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
 
     transformers.AutoConfig.register("video_ma2mba", VideoMa2mbaConfig, exist_ok=True)
     transformers.AutoConfig.register("video_ma2mba_text", Ma2mbaTextConfig, exist_ok=True)
@@ -87,6 +88,10 @@ def register() -> None:
     transformers.AutoConfig.register("videomamba", VideoMambaConfig, exist_ok=True)
     transformers.AutoModel.register(VideoMambaConfig, VideoMambaModel, exist_ok=True)
     AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor, exist_ok=True)
+    pictures = VideoMambaImageProcessor  # of either backend: pictures are fitted by NumPy
+    AutoImageProcessor.register(
+        VideoMambaConfig, image_processor_classes={"pil": pictures, "torchvision": pictures}, exist_ok=True
+    )
     for auto_class in (transformers.AutoModelForVideoClassification, transformers.AutoModelForImageClassification):
         auto_class.register(VideoMambaConfig, VideoMambaForVideoClassification, exist_ok=True)
 

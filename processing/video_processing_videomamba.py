@@ -1,12 +1,15 @@
 """VideoMamba's frame processor: sparse sampling of clips (TSN), and several views of a video for testing."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -152,6 +155,18 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         kept = {name: everything[name] for name in own if everything.get(name) is not None}
         return {**kept, "video_processor_type": type(self).__name__}
 
+    def to_json_file(self, json_file_path: Any) -> None:
+        """Write the settings, and beside them those of `VideoMambaImageProcessor`."""
+        super().to_json_file(json_file_path)
+        kind = VideoMambaImageProcessor
+        pictures = {
+            "image_processor_type": kind.__name__,
+            "auto_map": {"AutoImageProcessor": f"video_processing_videomamba.{kind.__name__}"},
+            "size": self.size,
+            "num_frames": self.num_frames,
+        }
+        Path(json_file_path).with_name("preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
+
     def preprocess(self, videos: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Read clips of videos.
 
@@ -213,6 +228,31 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         pictures = torch.from_numpy(np.stack(cropped))  # (read, crops, side, side, 3)
         views = pictures[torch.from_numpy(places)].permute(0, 2, 1, 5, 3, 4)  # (segments, crops, frames, 3, h, w)
         return views.flatten(0, 1).contiguous()
+
+
+class VideoMambaImageProcessor(BaseImageProcessor):
+    """Clips of frames that somebody else has read: what `pipeline("video-classification")` asks for in transformers
+    before 5.23, which knows no video processors there and takes the first frames of a video.
+
+    Args:
+        size: side of the square frames that the model takes, in pixels. num_frames: frames of a clip.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, size: int | dict[str, int] = 224, num_frames: int = 8, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.size, self.num_frames = size, num_frames
+
+    def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """`pixel_values` uint8 (1, frames, 3, size, size) of one clip: uint8 frames (height, width, 3), sampled as the
+        frames of a video are, so that too few are given again.
+
+        Raises:
+            TypeError: an unknown setting.
+        """
+        clips = VideoMambaVideoProcessor(size=self.size, num_frames=self.num_frames)
+        return clips.preprocess(np.stack([np.asarray(image) for image in images]), return_tensors, **kwargs)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -178,16 +178,42 @@ def check_save() -> None:
     assert sorted(os.listdir(folder)) == sorted(os.listdir(again))
 
 
+def write_classifier(folder: str | Path) -> None:
+    """A small VideoMamba with two classes, "no" and "yes"."""
+    from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
+    from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification
+    from video_ma2mba.processing.video_processing_videomamba import VideoMambaVideoProcessor
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 32, "num_frames": 2}
+    VideoMambaForVideoClassification(VideoMambaConfig(**sizes, id2label={0: "no", 1: "yes"})).save_pretrained(folder)
+    VideoMambaVideoProcessor(size=32, num_frames=2).save_pretrained(folder)
+
+
+def check_video_classification() -> None:
+    folder = tempfile.mkdtemp(dir=HOME)
+    write_classifier(folder)
+    classes = transformers.pipeline("video-classification", model=folder)(
+        str(video_ma2mba.EXAMPLE_VIDEOS / "000000.mp4")
+    )
+    assert sorted(each["label"] for each in classes) == ["no", "yes"]
+
+
 def check_remote_code() -> None:
     folder = Path(tempfile.mkdtemp(dir=HOME), "remote")
     sys.path.insert(0, str(HERE))
     from remote_checkpoint import write_checkpoint
 
     write_checkpoint(folder, small_model())
+    write_classifier(folder / "classifier")
+    (folder / "classifier" / "clip.mp4").write_bytes((video_ma2mba.EXAMPLE_VIDEOS / "000000.mp4").read_bytes())
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     script = str(HERE / "load_without_package.py")
     done = subprocess.run(
-        [sys.executable, script, str(folder)], capture_output=True, text=True, env=environment, cwd=HOME
+        [sys.executable, script, str(folder), str(folder / "classifier")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=HOME,
     )
     if "the package must not be importable here" in done.stderr:
         raise Skipped("the package is installed here: no process is a stranger to it")
@@ -248,6 +274,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "generate, from a state": check_state_in_generate,
     "save and load": check_save,
     "remote code": check_remote_code,
+    "pipeline, VideoMamba": check_video_classification,
     "stock Trainer": check_stock_trainer,
     "own Trainer": check_own_trainer,
 }

@@ -1,7 +1,8 @@
 """Loads checkpoints by their own code, in an interpreter of its own, and compares with what the package computed.
 
 Run as `python load_without_package.py FOLDER...`; every folder holds a checkpoint and `expected.pt`, written by
-`test_remote_code.py`. Works with any transformers from 5.10 on; prints "all as expected" at the end.
+`test_remote_code.py`, or a VideoMamba and `clip.mp4`. Works with any transformers from 5.10 on; prints "all as
+expected" at the end.
 """
 
 # ruff: noqa: E402 (the search path is cleaned before anything is imported)
@@ -71,8 +72,17 @@ def check(folder: Path) -> None:
     assert pipe.ask(state, expected["text"]["text"], max_new_tokens=5) == expected["answer"][0]["answer"]
 
 
+def check_classifier(folder: Path) -> None:
+    pipe = pipeline("video-classification", model=str(folder), **REMOTE)
+    assert type(pipe.model).__module__.startswith("transformers_modules."), "not the checkpoint's code"
+    assert sorted(each["label"] for each in pipe(str(folder / "clip.mp4"))) == ["no", "yes"]
+
+
 def main(folders: list[Path]) -> None:
     for folder in folders:
+        if (folder / "clip.mp4").exists():
+            check_classifier(folder)
+            continue
         check(folder)
         # what was loaded by remote code must be complete when it is saved again
         again = folder.with_name(folder.name + "-again")

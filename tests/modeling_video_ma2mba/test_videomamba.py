@@ -375,6 +375,30 @@ def test_wrong_classes_and_settings_are_refused_in_one_line():
         VideoMambaConfig.preset("xl")
 
 
+def test_only_steps_of_mamba_let_a_fresh_class_token_see_the_whole_clip():
+    """It stands before the first frame. The released start, a step of 0.69, forgets within a few tokens."""
+    clip = torch.randn(1, 8, 3, 64, 64)
+    for steps, sees in ((None, False), ((0.001, 0.1), True)):
+        torch.manual_seed(0)
+        config = VideoMambaConfig(
+            hidden_size=32, num_hidden_layers=2, image_size=64, patch_size=8, time_step_range=steps
+        )
+        model = VideoMambaModel(config)
+        if steps:
+            mixer = model.layers[1].mixer
+            for bias in (mixer.dt_proj.bias, mixer.dt_proj_b.bias):
+                found = torch.nn.functional.softplus(bias.detach()).sort().values
+                even = torch.logspace(-3, -1, len(found))  # log-uniform
+                assert 0.00099 < found[0] and found[-1] < 0.101
+                assert (found.log() - even.log()).abs().max() < 1.2
+        given = clip.clone().requires_grad_()
+        model(given).pooler_output.square().sum().backward()
+        by_frame = given.grad.square().sum(dim=(0, 2, 3, 4)).sqrt()
+        assert bool(by_frame[-1] > 1e-9 * by_frame[0]) == sees
+    with pytest.raises(ValueError, match="time_step_range"):
+        VideoMambaConfig(time_step_range=(0.1, 0.001))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["ti", "s", "m"])
 def test_full_size_clips_run_on_a_cpu(size):

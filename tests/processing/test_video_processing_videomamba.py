@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from video_ma2mba.cli.main import app
 from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification
 from video_ma2mba.processing.video_processing_videomamba import (
+    VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
     crop_boxes,
     sparse_frames,
@@ -118,6 +120,17 @@ def test_transformers_own_pipeline_answers_with_labels(classifier, video_file):
     expected = expected_classes(classifier, video_file)
     assert [a["label"] for a in answers] == sorted(expected, key=expected.get, reverse=True)[:3]
     assert [a["score"] for a in answers] == pytest.approx([expected[a["label"]] for a in answers], rel=1e-4)
+
+
+def test_pipelines_that_read_frames_themselves_find_a_processor_of_pictures(classifier):
+    """As those of transformers before 5.23 do (`tests/compat/core_checks.py` runs them)."""
+    frames = list(np.random.default_rng(0).integers(0, 256, (6, 40, 60, 3), dtype=np.uint8))
+    found = AutoImageProcessor.from_pretrained(str(classifier))
+    assert type(found) is VideoMambaImageProcessor
+    for given in (frames, frames[:3]):  # fewer than a clip: some again
+        pixels = found(given, return_tensors="pt")["pixel_values"]
+        video = AutoVideoProcessor.from_pretrained(str(classifier))(np.stack(given), return_tensors="pt")
+        assert pixels.shape == (1, 4, 3, 32, 32) and torch.equal(pixels, video["pixel_values"])
 
 
 def test_the_command_names_classes(classifier, video_file):
