@@ -97,7 +97,11 @@ def _turn(tensor: Tensor, reverse: Sequence[bool]) -> Tensor:
 
 
 def _scan_group(u: Tensor, step: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One group of tokens from `state`; returns y (K, B, S, E) without D, and the state after it."""
+    """One group of tokens from `state`; returns y (K, B, S, E) without D, and the state after it.
+
+    All chunks are walked at the same time, twice: from zero for what a chunk adds to the state, then from the state
+    that enters it. So only one token's states of every chunk are held, which stay in a CPU's cache.
+    """
     tokens = u.shape[2]
     chunk = min(CHUNK, tokens)
     missing = -tokens % chunk
@@ -106,18 +110,26 @@ def _scan_group(u: Tensor, step: Tensor, B: Tensor, C: Tensor, A: Tensor, state:
     u, step, B, C = (t.unflatten(2, (-1, chunk)) for t in (u, step, B, C))  # (K, B, chunks, Q, E or N)
     rates = A[:, None, None]  # (K, 1, 1, E, N)
     added = u * step
-    local: list[Tensor] = []
-    for i in range(chunk):  # all chunks at once, each from a state of zero
+
+    def after(states: Tensor | None, i: int) -> Tensor:
+        """States (K, B, chunks, E, N) after token i of every chunk."""
         new = added[:, :, :, i, :, None] * B[:, :, :, i, None, :]
-        local.append(torch.exp(step[:, :, :, i, :, None] * rates) * local[-1] + new if local else new)
-    passed = torch.exp(step.cumsum(3)[..., None] * rates.unsqueeze(3))  # decay since the chunk's start
+        return new if states is None else torch.addcmul(new, torch.exp(step[:, :, :, i, :, None] * rates), states)
+
+    states = None
+    for i in range(chunk):
+        states = after(states, i)
+    assert states is not None, "a group has tokens"
+    passed = torch.exp(step.sum(3)[..., None] * rates)  # decay over a chunk
     entering = []
     for i in range(u.shape[2]):
         entering.append(state)
-        state = passed[:, :, i, -1] * state + local[-1][:, :, i]
-    states = torch.stack(local, dim=3) + passed * torch.stack(entering, dim=2).unsqueeze(3)
-    y = (states @ C.unsqueeze(-1)).squeeze(-1)
-    return y.flatten(2, 3)[:, :, :tokens], state
+        state = torch.addcmul(states[:, :, i], passed[:, :, i], state)
+    states, y = torch.stack(entering, dim=2), []
+    for i in range(chunk):
+        states = after(states, i)
+        y.append((states @ C[:, :, :, i, :, None]).squeeze(-1))
+    return torch.stack(y, dim=3).flatten(2, 3)[:, :, :tokens], state
 
 
 def mamba1_core(
