@@ -166,6 +166,28 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
             if module.temporal_pos_embedding is not None:
                 init.zeros_(module.temporal_pos_embedding)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: the weights have other sizes than the configuration says.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+        again = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        _, info = super().from_pretrained(pretrained_model_name_or_path, *args, **again)
+        name, saved, wanted = min(info["mismatched_keys"])
+        if all(each[0].startswith("head.") for each in info["mismatched_keys"]):
+            said = f"its head has {saved[0]} classes, not {wanted[0]}: ignore_mismatched_sizes=True makes a fresh one"
+        else:
+            sizes = f"{name} is {tuple(saved)}, not {tuple(wanted)}"
+            said = f"its weights are of another size than its configuration: {sizes}"
+        raise ValueError(f"{pretrained_model_name_or_path}: {said}")
+
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As in transformers; `config.json` also says which class of the travelling code serves which auto class."""
         head = "AutoModelForVideoClassification" if self.config.is_video else "AutoModelForImageClassification"

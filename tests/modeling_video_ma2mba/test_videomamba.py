@@ -375,6 +375,19 @@ def test_wrong_classes_and_settings_are_refused_in_one_line():
         VideoMambaConfig.preset("xl")
 
 
+def test_a_checkpoint_of_another_size_or_with_other_classes_is_refused_in_a_line(tmp_path):
+    sizes = {"num_hidden_layers": 1, "image_size": 32, "num_frames": 2}
+    VideoMambaForVideoClassification(VideoMambaConfig(hidden_size=16, num_labels=3, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its head has 3 classes, not 5: ignore_mismatched_sizes=True"):
+        AutoModelForVideoClassification.from_pretrained(tmp_path, num_labels=5)
+    fresh = AutoModelForVideoClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert fresh.head.weight.shape == (5, 16)
+    VideoMambaConfig(hidden_size=32, num_labels=3, **sizes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"of another size than its configuration: .* is .*16.*, not .*32") as error:
+        AutoModelForVideoClassification.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_only_steps_of_mamba_let_a_fresh_class_token_see_the_whole_clip():
     """It stands before the first frame. The released start, a step of 0.69, forgets within a few tokens."""
     clip = torch.randn(1, 8, 3, 64, 64)
