@@ -118,7 +118,16 @@ def read_subtitles(path: str | os.PathLike[str]) -> Subtitles:
         raise ValueError(f"{name}: this is no file; subtitles are a .srt, .vtt or .ass file, or whisper's .json")
     if file.stat().st_size > _LARGEST:
         raise ValueError(f"{name}: {file.stat().st_size / 1e6:.0f} MB are no subtitles")
-    text = _decoded(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n").lstrip()
+    return parse_subtitles(file.read_bytes(), name)
+
+
+def parse_subtitles(data: bytes, name: str) -> Subtitles:
+    """What a file of subtitles called `name` holds; its kind is told by that.
+
+    Raises:
+        ValueError: as of `read_subtitles`.
+    """
+    text = decoded_text(data, name).replace("\r\n", "\n").replace("\r", "\n").lstrip()
     if text[:13].lower() == "[script info]":
         found = _of_ass(text)
         broken = max(len(re.findall(r"^Dialogue:", text, re.M)) - len(found), 0)
@@ -138,7 +147,8 @@ def read_subtitles(path: str | os.PathLike[str]) -> Subtitles:
     return Subtitles(name, cues, problems)
 
 
-def _decoded(data: bytes, name: str) -> str:
+def decoded_text(data: bytes, name: str) -> str:
+    """The text of a file called `name`. ValueError: it is not UTF-8, UTF-16 or UTF-32."""
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
     empty = [bytes(data[side:200:2]).count(0) for side in (0, 1)]
     if encoding is None and 2 * max(empty) > len(data[:200:2]) and not min(empty):  # UTF-16 without its mark

@@ -23,9 +23,10 @@ from starlette.middleware.cors import CORSMiddleware
 from ..files.text_files import parse_json
 from ..modeling_video_ma2mba.state_header import is_state_file
 from ..processing.picture_sources import is_image_bytes
+from ..processing.video_subtitles import decoded_text
 from . import metrics
 from .answer_rows import AnswerSettings, Piece
-from .conversations import STATE, conversation_of, sampling_of
+from .conversations import STATE, conversation_of, sampling_of, subtitles_of
 from .errors import BadRequest, Conflict, NotThere, ServingError, error_of
 from .fetching import address_name
 from .guard import LOG, Guard
@@ -39,6 +40,7 @@ _ALIVE = 10.0  # seconds after which a client that waits is told that somebody i
 _AT_ONCE = 1.0  # seconds for which a streamed answer is held back, so that errors have their own status
 _MOST_PICTURES = 1024
 _HEAD = 4096
+_LARGEST_TEXT = 2**24
 
 
 class ChatRequest(BaseModel):
@@ -64,6 +66,7 @@ class ChatRequest(BaseModel):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
+    times: bool = False
     fps: float | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
@@ -83,6 +86,7 @@ class VideoRequest(BaseModel):
     start: Any = None
     end: Any = None
     max_frames: Any = None
+    subtitles: str | None = None
 
 
 class VideoChange(BaseModel):
@@ -237,10 +241,10 @@ def _add_videos(app: FastAPI, service: Service) -> None:
             if len(files) != 1:
                 raise BadRequest(f"one file is a video, not {len(files)}: send it as the field file", "file")
             wanted = await asyncio.to_thread(_fields, VideoRequest, fields)
-            sampling = sampling_of(fields, "")
+            reading = await asyncio.to_thread(_reading_of, fields)
             ((path, name),) = files
             return _created(
-                await service.slow(_take_file, service, owner, path, wanted.name or name, sampling, wanted.pinned)
+                await service.slow(_take_file, service, owner, path, wanted.name or name, reading, wanted.pinned)
             )
 
     @app.get("/v1/videos")
@@ -307,14 +311,20 @@ def _created(video: Video) -> JSONResponse:
     return JSONResponse(video.public(), headers={"Location": f"/v1/videos/{video.id}"})
 
 
+def _reading_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """How a video is to be read: its frames, and the subtitles between them."""
+    told = subtitles_of(fields.get("subtitles"))
+    return sampling_of(fields, "") | ({} if told is None else {"subtitles": told})
+
+
 async def _from_json(service: Service, owner: str, given: VideoRequest) -> Video:
     """A new video from an address, or without frames."""
-    sampling = sampling_of(given.model_dump(), "")
+    reading = await asyncio.to_thread(_reading_of, given.model_dump())
     if given.live:
-        if sampling.keys() - {"fps"}:
+        if reading.keys() - {"fps"}:
             raise BadRequest("a live video takes fps alone: its frames are chosen by whoever sends them", "live")
         service.store.check_room(service.zero.nbytes)
-        rate = sampling.get("fps") or service.processor.video_processor.fps or 1.0
+        rate = reading.get("fps") or service.processor.video_processor.fps or 1.0
         return await service.quick(
             lambda: service.store.create(
                 owner, given.name or "live", None, status="completed", fps=rate, pinned=given.pinned
@@ -329,7 +339,7 @@ async def _from_json(service: Service, owner: str, given: VideoRequest) -> Video
             found = service.fetcher.fetch(url, path)
             service.store.remember_address(owner, url, found.etag, found.modified, found.digest, found.size)
             return _take_file(
-                service, owner, path, given.name or address_name(url), sampling, given.pinned, found.digest
+                service, owner, path, given.name or address_name(url), reading, given.pinned, found.digest
             )
         finally:
             path.unlink(missing_ok=True)
@@ -339,12 +349,12 @@ async def _from_json(service: Service, owner: str, given: VideoRequest) -> Video
 
 
 def _take_file(
-    service: Service, owner: str, path: Path, name: str, sampling: dict[str, Any], pinned: bool, digest: str = ""
+    service: Service, owner: str, path: Path, name: str, reading: dict[str, Any], pinned: bool, digest: str = ""
 ) -> Video:
     """A new video from a file that is here: a state, or a film that is queued to be read."""
     if is_state_file(path):
-        if sampling:
-            raise BadRequest(f"the file is a state, whose frames are read already: leave {', '.join(sampling)} out")
+        if reading:
+            raise BadRequest(f"the file is a state, whose frames are read already: leave {', '.join(reading)} out")
         video = service.store.create(owner, name, None, status="completed", pinned=pinned)
         try:
             return service.reader.take_state(video, path)
@@ -361,8 +371,8 @@ def _take_file(
             while block := file.read(2**20):
                 whole.update(block)
         digest = whole.hexdigest()
-    key = service.reader.key("", service.reader.prefix[0].tolist(), "video", digest, sampling)
-    video = service.store.create(owner, name, path, key=key, settings=sampling, pinned=pinned)
+    key = service.reader.key("", service.reader.prefix[0].tolist(), "video", digest, reading)
+    video = service.store.create(owner, name, path, key=key, settings=reading, pinned=pinned)
     service.reader.wake()
     return video
 
@@ -410,7 +420,9 @@ async def _received(
             if request.headers.get("content-type", "").startswith("multipart/form-data"):
                 async with request.form(max_files=_MOST_PICTURES, max_fields=64) as form:
                     for name, value in form.multi_items():
-                        if isinstance(value, UploadFile):
+                        if name == "subtitles" and isinstance(value, UploadFile):
+                            fields[name] = await service.quick(_text_of, value)
+                        elif isinstance(value, UploadFile):
                             files.append((service.store.incoming(), value.filename or "video"))
                             await service.slow(_copied, value.file, files[-1][0])
                         else:
@@ -429,6 +441,15 @@ async def _received(
         finally:
             for path, _ in files:
                 path.unlink(missing_ok=True)
+
+
+def _text_of(uploaded: UploadFile) -> str:
+    if (uploaded.size or 0) > _LARGEST_TEXT:
+        raise BadRequest(f"{uploaded.filename}: {uploaded.size} bytes are no subtitles", "subtitles")
+    try:
+        return decoded_text(uploaded.file.read(), uploaded.filename or "subtitles")
+    except ValueError as error:
+        raise BadRequest(str(error), "subtitles") from None
 
 
 def _copied(source: Any, path: Path) -> None:
@@ -499,7 +520,8 @@ def _add_chat(app: FastAPI, service: Service) -> None:
             },
             "",
         )
-        conversation = await service.quick(conversation_of, service.processor, asked.messages, usual, video_id)
+        own = (asked.messages, usual, video_id, asked.times)
+        conversation = await service.quick(conversation_of, service.processor, *own)
         run = _Completion(service, asked, began)
         preparing = asyncio.ensure_future(service.prepare(_owner(request), conversation))
         answering = run.stream(preparing, conversation.question, settings)
@@ -630,7 +652,7 @@ class _Completion:
         choices = [
             {
                 "index": number,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": {"role": "assistant", **self._said(text), "refusal": None},
                 "logprobs": self._logprobs(logs[number]) if self.asked.logprobs else None,
                 "finish_reason": reasons[number],
             }
@@ -638,6 +660,13 @@ class _Completion:
         ]
         usage = self._usage(state, video, question, counts)
         return JSONResponse(self._object("chat.completion", choices, usage=usage, video=video))
+
+    def _said(self, text: str) -> dict[str, Any]:
+        """What a message says; with times also from which second to which, and why not where it does not."""
+        if not self.asked.times:
+            return {"content": text}
+        found = self.service.processor.timed_answer(text)
+        return {"content": found.pop("answer"), **found}
 
     async def stream(
         self, preparing: Any, question: list[int], settings: list[AnswerSettings]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..modeling_video_ma2mba.answering_questions import video_prefix
 from ..processing.frame_sampling import Sampling, seconds_of
+from ..processing.video_subtitles import parse_subtitles
 from .errors import BadRequest
 from .reading import SAMPLING
 from .store import ID
@@ -84,8 +85,29 @@ def sampling_of(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
+def subtitles_of(given: str | None) -> Any:
+    """Subtitles that a request gives: None, "auto", or cues `[start, end, text]` of the content of a file.
+
+    Raises:
+        BadRequest: what is wrong with them.
+    """
+    if given is None or given.strip() in ("", "off"):
+        return None
+    if given.strip() == "auto":
+        return "auto"
+    try:
+        found = parse_subtitles(given.encode(errors="replace"), "subtitles")
+    except ValueError as error:
+        raise BadRequest(f"{error}: send auto, or what such a file holds", "subtitles") from None
+    return [[cue.start, cue.end, cue.text] for cue in found.cues]
+
+
 def conversation_of(
-    processor: Any, messages: list[dict[str, Any]], usual: Mapping[str, Any], video_id: str | None = None
+    processor: Any,
+    messages: list[dict[str, Any]],
+    usual: Mapping[str, Any],
+    video_id: str | None = None,
+    times: bool = False,
 ) -> Conversation:
     """Take messages apart.
 
@@ -96,6 +118,7 @@ def conversation_of(
         messages: OpenAI's, with parts of the types text, video_url and image_url.
         usual: sampling settings of videos that name none.
         video_id: of a video that the conversation is about where its messages hold none.
+        times: the answer is to end in the span that shows it.
 
     Raises:
         BadRequest: what is wrong with them.
@@ -134,7 +157,7 @@ def conversation_of(
         place = next((i for i, part in enumerate(first["content"]) if part["type"] == "text"), len(first["content"]))
         first["content"].insert(place, {"type": "text", "text": f"{told}\n\n"})
     try:
-        prefix, question, readers = processor.streaming_prompt(processor.times_question(plain, False))
+        prefix, question, readers = processor.streaming_prompt(processor.times_question(plain, times))
     except ValueError as error:
         raise BadRequest(str(error), "messages") from None
     for reader in readers:

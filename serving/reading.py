@@ -97,6 +97,8 @@ class Reader:
         if kind == "video" and chosen[0] is None and chosen[1] is None:
             defaults = self.processor.video_processor
             chosen[:2] = [None, defaults.num_frames] if defaults.num_frames else [defaults.fps, None]
+        if told := sampling.get("subtitles"):
+            chosen.append(told)
         return hashlib.sha256(json.dumps([own, base, list(prefix), kind, digest, chosen]).encode()).hexdigest()
 
     def state_of(self, video: Video) -> VideoState:
@@ -205,11 +207,11 @@ class Reader:
     def _resize_mode(self) -> str:
         return self.processor.video_processor.resize_mode
 
-    def film(self, file: Path, name: str, sampling: dict[str, Any], timed: bool = True) -> Any:
+    def film(self, file: Path, name: str, sampling: dict[str, Any], timed: bool = True, subtitles: Any = None) -> Any:
         """A reader of a video file that keeps to the limits.
 
         Args:
-            timed: give time stamps between the frames to a model that reads them.
+            timed: give time stamps between the frames to a model that reads them, and `subtitles` ("auto" or cues).
 
         Raises:
             BadRequest: it is no video, or of a kind that names other files. TooLarge: it is too long.
@@ -218,7 +220,7 @@ class Reader:
             check_container(file, name)
             reader = self.processor.video_processor.open(str(file), **sampling)
             reader.name = name
-            reader = self.processor.timed(reader) if timed else reader
+            reader = self.processor.timed(reader, subtitles) if timed else reader
             seconds, frames = reader.duration, reader.expected_frames
         except (OSError, ValueError) as error:
             raise BadRequest(str(error).replace(str(file), name)) from None
@@ -290,7 +292,8 @@ class Reader:
             reader = self.processor.video_processor.open(pixels, num_frames=1)
             reader.name = video.name
         else:
-            reader = self.film(file, video.name, {n: v for n, v in settings.items() if n in SAMPLING})
+            sampling = {n: v for n, v in settings.items() if n in SAMPLING}
+            reader = self.film(file, video.name, sampling, subtitles=settings.get("subtitles"))
         earlier = int(metadata.get("frames", 0))
         video = self.store.update(
             video, status="in_progress", expected=earlier + reader.expected_frames, fps=reader.sampling.fps

@@ -173,6 +173,18 @@ def test_conversations_are_taken_apart_by_many_threads_at_once():
         sys.setswitchinterval(interval)
 
 
+def test_a_question_asks_for_times_where_they_are_wanted():
+    processor = VideoMa2mbaProcessor(
+        TOKENIZER, VideoMa2mbaVideoProcessor(size={"height": 16, "width": 16}), tokens_per_frame=4, frame_times="text"
+    )
+    messages = [{"role": "user", "content": "What comes at 80 s?"}]
+    asked = [
+        TOKENIZER.decode(conversation_of(processor, messages, {}, None, times).question) for times in (False, True)
+    ]
+    assert "What comes at 1:20?" in asked[0] and "Give" not in asked[0]
+    assert "What comes at 1:20? Give the times." in asked[1]
+
+
 # the store
 
 

@@ -254,6 +254,30 @@ def test_sampling_settings(client: Client, film: dict[str, Any]):
     assert other[:1] != greedy[0]
 
 
+def test_subtitles_are_read_and_times_asked_for(client: Client, film: dict[str, Any], tiny_video: Path, pipe: Any):
+    told = "1\n00:00:01,000 --> 00:00:02,000\nGrüß\n"
+    alone = pipe.read(str(tiny_video), fps=2, subtitles=[(1.0, 2.0, "Grüß")])
+    data, files = tiny_video.read_bytes(), [("subtitles", "film.srt", told.encode("utf-16"))]
+    sent = client.form("/v1/videos", [("file", "film.mp4", data), *files], fps=2)
+    for video in (client.wait(sent.json["id"]), client.upload(data, fps=2, subtitles=told)):
+        reply = client.ask(f"state:{video['id']}", QUESTIONS[0])
+        assert reply.json["choices"][0]["message"]["content"] == pipe.ask(alone, QUESTIONS[0], max_new_tokens=24)
+        assert (
+            reply.json["usage"]["prompt_tokens"]
+            > client.ask(f"state:{film['id']}", QUESTIONS[0]).json["usage"]["prompt_tokens"]
+        )
+    silent = client.upload(data, fps=2, subtitles="auto")  # it has no track
+    answers = [client.ask(f"state:{video['id']}", "What?").json["choices"] for video in (silent, film)]
+    assert answers[0] == answers[1]
+    for wrong, said in (("nothing", "there are no subtitles in it"), (told.replace("00:00:0", "05:00:0"), "")):
+        refused = client.form("/v1/videos", [("file", "film.mp4", data)], subtitles=wrong)
+        assert refused.status == (400 if said else 200) and said in refused.body.decode()
+    late = client("GET", f"/v1/videos/{refused.json['id']}/events").body.decode()
+    assert "the video lasts 0:06: they are shifted" in late
+    refused = client.ask(f"state:{film['id']}", "What?", times=True)
+    assert refused.status == 400 and "never learnt times" in refused.body.decode()
+
+
 def test_log_probabilities(ai: Any, film: dict[str, Any]):
     settings = {"model": "", "messages": messages(film, "What?"), "max_tokens": 5, "logprobs": True, "top_logprobs": 2}
     content = ai.chat.completions.create(**settings, temperature=0).choices[0].logprobs.content
