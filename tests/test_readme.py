@@ -56,6 +56,21 @@ def test_block_runs(language: str, code: str, tmp_path: Path, monkeypatch: pytes
     assert "error:" not in done.stderr
 
 
+def test_no_two_pages_write_into_one_folder():
+    """What one page made would be in the way of another's; needles excepted, whose grid grows."""
+    folder = re.compile(r"(?:--out |output_dir=|Config\(\")(runs/[\w/.-]+)")
+    written: dict[str, set[str]] = {}
+    for page in PAGES:
+        for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            for name in folder.findall(match["code"]) if not match["reason"] else ():
+                written.setdefault(name, set()).add(page.stem)
+    assert len(written) > 5
+    assert {name: pages for name, pages in written.items() if len(pages) > 1} in (
+        {},
+        {"runs/needles": {"README", "needle"}},
+    )
+
+
 def test_readme_is_short():
     assert len(README.splitlines()) <= 230
 

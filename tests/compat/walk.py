@@ -67,7 +67,7 @@ def install(python: str, folder: Path, wheel: Path) -> Path:
             subprocess.run([python, "-m", "venv", folder], check=True)
         pip = [inside, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "requirements.lock"]
         subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, f"{wheel}[{EXTRAS}]"], check=True)
+        subprocess.run([*pip, f"{wheel}[{EXTRAS}]", "openai"], check=True)  # the server's example asks with it
         (folder / "ready").touch()
     else:
         again = [inside, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel]
@@ -117,7 +117,7 @@ def run_in_tmux(
     return code, raw.read_text(encoding="utf-8", errors="replace") if raw.exists() else ""
 
 
-def verdict(code: int, text: str, mode: str) -> str:
+def verdict(code: int, text: str, mode: str, language: str) -> str:
     """ "passed", or what is wrong; "needs …" where a block wants an extra that is not installed here, and says so."""
     if code == 2 and (extra := re.search(r"pip install 'video-ma2mba\[(\w+)\]'", text)) and extra[1] not in EXTRAS:
         return f"needs [{extra[1]}], as it says"
@@ -125,7 +125,7 @@ def verdict(code: int, text: str, mode: str) -> str:
         return f"exit code {code}"
     if "Traceback (most recent call last)" in text:
         return "a traceback"
-    if mode == "piped" and "\x1b[" in text:
+    if mode == "piped" and language == "bash" and "\x1b[" in text:  # bars in Python are those of its libraries
         return "escape sequences in a pipe"
     if mode == "plain" and COLOUR.search(text):
         return "colours in spite of NO_COLOR"
@@ -170,7 +170,7 @@ def main() -> None:
                         plain = {"NO_COLOR": "1"} if mode == "plain" else {}
                         columns = 80 if mode == "plain" else int(mode)
                         rc, text = run_in_tmux(command, folder, environment | plain, options.limit, columns)
-                    seconds, result = time.monotonic() - started, verdict(rc, text, mode)
+                    seconds, result = time.monotonic() - started, verdict(rc, text, mode, language)
                     (out / f"{folder.name}.txt").write_text(text, encoding="utf-8")
                     shutil.rmtree(folder, ignore_errors=True)
                     row = {"python": name, "mode": mode, "page": page, "line": line, "seconds": f"{seconds:.1f}"}
