@@ -261,7 +261,7 @@ def relevance_progress(name: str):
     """Bars for both halves of `explain.relevance`, as a context; gives what it calls, by name."""
     from video_ma2mba.files.progress import progress
 
-    with progress(f"reading {name}") as on_frames, progress("weighing frames", "%", at_once=False) as on_share:
+    with progress(f"reading {name}") as on_frames, progress("weighing frames", "parts", at_once=False) as on_share:
         yield {"on_frames": on_frames, "on_share": lambda share: on_share(round(100 * share), 100)}
 
 

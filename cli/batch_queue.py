@@ -113,7 +113,7 @@ def _item(number: int, line: str, given: Any, needs_question: bool) -> Item:
         check_text(line)
         given = parse_json(line, strict=True) if given is None else given
     except ValueError as error:
-        item.error = f"this line is not JSON: {error}"[:300]
+        item.error = f"this line {'is not JSON' if given is None else 'cannot be read'}: {error}"[:300]
         return item
     if not isinstance(given, dict):
         item.error = "this line is not a JSON object"

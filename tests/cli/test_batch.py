@@ -189,6 +189,9 @@ def test_a_table_is_a_queue(tmp_path, name, text):
     with (tmp_path / name).open("a") as file:
         file.write("\nf.mp4,;\ta,;\tb,;\tc,;\td,;\te,;\tf")
     assert "unknown fields" in batch_queue.read_queue(tmp_path / name)[3].error
+    (tmp_path / "latin.csv").write_bytes("video,question\nf.mp4,Größe?\nf.mp4,What?\n".encode("latin-1"))
+    broken, usable = batch_queue.read_queue(tmp_path / "latin.csv")
+    assert broken.error.startswith("this line cannot be read: the byte 0xf6 is not UTF-8") and usable.error is None
 
 
 @pytest.mark.parametrize(
