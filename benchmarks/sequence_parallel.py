@@ -143,6 +143,7 @@ SMOKE = """
 train smoke 2^8 x1 l1,s64,gpu round_robin 1+1
 train smoke 2^8 x2 l1,s64,gpu round_robin 1+1
 train smoke 2^8 x2 l1,s64,gpu stretches 0+1
+train smoke 2^8 x2 l1,s64,gpu heads 0+1
 read smoke 2^8 x1 l1,s64,gpu round_robin 0+1
 read smoke 2^8 x2 l1,s64,gpu round_robin 0+1
 film smoke 12 x1 l1,s16,gpu round_robin 0+1

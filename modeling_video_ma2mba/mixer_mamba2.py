@@ -290,6 +290,8 @@ class Ma2mbaConvolution(nn.Conv1d):
 class Ma2mbaMixer(nn.Module):
     """Projections around `mixer_core`. Both are called as modules, so adapters on them always take part."""
 
+    core: Callable[..., tuple[Tensor, Mamba2State]] = staticmethod(mixer_core)  # another one while ranks share heads
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.shape = MixerShape(
@@ -326,7 +328,7 @@ class Ma2mbaMixer(nn.Module):
         """
         conv_weight, conv_bias = self.conv1d()
         weights = CoreWeights(conv_weight, conv_bias, self.dt_bias, self.A_log, self.D, self.norm())
-        y, state = mixer_core(self.in_proj(u), weights, state, self.shape, lengths, seq_idx)
+        y, state = self.core(self.in_proj(u), weights, state, self.shape, lengths, seq_idx)
         if unread and _is_plain_linear(self.out_proj):
             return _UnreadLinear.apply(y, self.out_proj.weight.to(y.dtype)), state
         return self.out_proj(y), state

@@ -32,7 +32,8 @@ class SequenceCut:
         borders: first column of each segment, and the number of columns at the end.
         ranks: size of the group. With fewer segments than ranks the last ranks have nothing to do.
         schedule: one of `recompute_schedule.SCHEDULES`.
-        cell: most columns of a cell: longer segments are run in several equal parts. None: each in one.
+        cell: most columns of a cell: longer segments are run in several equal parts. None: each in one. By heads the
+            cells are one segment of every rank together, whatever this says.
 
     Raises:
         ValueError: borders that do not rise, or an unknown schedule.
@@ -65,6 +66,8 @@ class SequenceCut:
     @cached_property
     def parts(self) -> tuple[int, ...]:
         """Cells of each segment in every block."""
+        if self.schedule == "heads":
+            return (1,) * len(self.segments)
         return tuple(-(-(stop - start) // (self.cell or stop - start)) for start, stop in self.segments)
 
     @cached_property

@@ -148,6 +148,16 @@ class SequenceGroup:
         distributed.broadcast(buffer, self._ranks[source], group=self.group)
         return _pieces(buffer, like)
 
+    def exchange(self, tensors: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """Give each rank one of `tensors`, and receive one of each in `into`: contiguous, any of them may be empty."""
+        sent = torch.cat([t.reshape(-1).view(torch.uint8) for t in tensors])
+        sizes = [t.numel() * t.element_size() for t in into]
+        found = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        own = [t.numel() * t.element_size() for t in tensors]
+        distributed.all_to_all_single(found, sent, sizes, own, group=self.group)
+        for slot, part in zip(into, found.split(sizes), strict=True):
+            slot.view(-1).view(torch.uint8).copy_(part)
+
     def smallest(self, *values: float) -> list[float]:
         """The smallest of each value among the ranks; waits for the device."""
         found = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .mixer_mamba2 import run_blocks
 from .parallel_borders import Gradients, States
+from .parallel_heads import HeadShare
 from .recompute_random import RandomState, random_state_kept
 from .recompute_schedule import Cell
 from .stack_protocols import TextStack
@@ -32,6 +33,7 @@ class CellRunner:
         blocks: layer indices of each block. segments: first and past-the-last token of each segment.
         keep: (B, S) bool on the model's device, positions whose result is wanted; None for all.
         around: as in `run_blocks`. detect_anomaly: stop at the first value that is not finite.
+        heads: where ranks share heads, of whose columns x is this rank's part.
     """
 
     def __init__(
@@ -43,7 +45,10 @@ class CellRunner:
         keep: Tensor | None,
         around: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
         detect_anomaly: bool = False,
+        heads: HeadShare | None = None,
     ) -> None:
+        self.heads = heads
+        self.columns = segments if heads is None else heads.columns
         self.layers, self.norm, self.stream_dtype = model.layers, model.norm_f, model.stream_dtype
         self.blocks, self.segments, self.layout, self.keep = blocks, segments, layout, keep
         self.around, self.detect_anomaly = around, detect_anomaly
@@ -130,15 +135,16 @@ class CellRunner:
             regroup((self.kinds[i] for i in self.blocks[block]), states) if states else [None] * len(layers)
         )
         # In recomputation nobody looks at the stream after the block, only its gradient comes in.
-        y, delta, ends = run_blocks(layers, x, starts, lengths, seq_idx, again and not last, self.around)
+        with contextlib.nullcontext() if self.heads is None else self.heads.within(layers, segment):
+            y, delta, ends = run_blocks(layers, x, starts, lengths, seq_idx, again and not last, self.around)
         if self.detect_anomaly and not again and not bool(torch.isfinite(y + delta).all()):
             raise FloatingPointError(self._name_bad_layer(cell, x, ends))
         if not last:
             return y, delta, flatten(ends)
         if self.keep is not None:
-            rows = self.keep[:, start:stop]
+            rows = self.keep[:, slice(*self.columns[segment])]
             y, delta = y[rows].unsqueeze(0), delta[rows].unsqueeze(0)
-            if y.shape[1] == 0:
+            if y.shape[1] == 0 and self.heads is None:  # ranks that share heads go through all layers together
                 return None, None, flatten(ends)
         return self.norm(y, delta, self.norm.weight.dtype)[0], None, flatten(ends)
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from .mixer_mamba2 import compute_dtype
 from .parallel_borders import LocalBorders, RankBorders
 from .parallel_cut import SequenceCut
+from .parallel_heads import HeadBorders, HeadShare
 from .parallel_sequence import SequenceGroup
 from .parallel_shards import ShardedLayers, is_shard
 from .planner import choose_plan, describe_batch, out_of_memory_message
@@ -197,7 +198,13 @@ class _SharedPass:
             tensors = zip(kind._fields, kind.sizes(model.config), strict=True)
             sizes.append([((rows, *size), tensor_dtype(kind, field, dtype)) for field, size in tensors])
         like = [list(chain(*(sizes[i] for i in block))) for block in self.blocks]
-        self.borders = RankBorders(self.store, [[] for _ in self.blocks], group, self.forward, self.backward, like)
+        self.heads: HeadShare | None = None
+        self.borders: RankBorders | HeadBorders
+        if cut.schedule == "heads":
+            self.heads = HeadShare(group, cut, model.layers[0].mixer.shape)
+            self.places, self.borders = self.heads.places, HeadBorders(self.store, group, self.heads, like)
+        else:
+            self.borders = RankBorders(self.store, [[] for _ in self.blocks], group, self.forward, self.backward, like)
 
 
 class _Block(torch.autograd.Function):
@@ -252,7 +259,11 @@ class _StackRun:
         self.device = model.norm_f.weight.device
         self.inputs = inputs
         x, *start = inputs
+        self.heads = None if shared is None else shared.heads
         self.segments = plan.segments(x.shape[1]) if shared is None else shared.cut.cells
+        self.columns = self.segments  # of which this process has the stream
+        if self.heads is not None:
+            self.segments, self.columns = self.heads.segments, self.heads.columns
         # Where each segment that runs here lies in x, and in what is made of it.
         self.places = dict(enumerate(self.segments)) if shared is None else shared.places
         self.first = min(self.places, default=-1)  # the last one of a block in backward
@@ -261,7 +272,9 @@ class _StackRun:
         self.store = engine.store_for(plan, self.device) if shared is None else shared.store
         # Layers that are FSDP units are gathered here, block by block, and called past their hooks.
         around = None if sharded is None else contextlib.nullcontext
-        self.runner = CellRunner(model, self.blocks, self.segments, layout, self.keep, around, detect_anomaly)
+        self.runner = CellRunner(
+            model, self.blocks, self.segments, layout, self.keep, around, detect_anomaly, self.heads
+        )
         # What autograd knows: shards, where layers are spread over processes.
         self.owners = [self.runner.parameters(block) for block in range(len(self.blocks))]
         self.held = contextlib.ExitStack()  # what is gathered for a whole pass
@@ -281,7 +294,7 @@ class _StackRun:
 
     def cells(self, backward: bool) -> tuple[Cell, ...]:
         """The cells that run here, in the order of the pass."""
-        if self.shared is not None:
+        if self.shared is not None and self.heads is None:
             rank = self.shared.group.rank
             return self.shared.backward.backward(rank) if backward else self.shared.forward.forward(rank)
         name = self.plan.backward_order if backward else self.plan.forward_order
@@ -355,7 +368,7 @@ class _StackRun:
         """Row-major rank of the kept positions in the order the segments produce them."""
         rank = torch.zeros(keep.shape, dtype=torch.int64, device=self.device)
         rank[keep] = torch.arange(int(keep.sum()), device=self.device)
-        return torch.cat([rank[:, a:b][keep[:, a:b]] for a, b in self.segments])
+        return torch.cat([rank[:, a:b][keep[:, a:b]] for a, b in self.columns])
 
     # -------------------------------------------------------------------------------------------- backward
     def start_backward(self, dout: Tensor | None, *dstates: Tensor | None) -> None:
@@ -465,13 +478,17 @@ class _StackRun:
     def split_output_gradient(self, dout: Tensor | None) -> list[Tensor | None]:
         """The part of the output's gradient that belongs to each segment, None where nothing was kept."""
         if dout is None:
-            return [None] * len(self.segments)
+            if self.heads is None:
+                return [None] * len(self.segments)
+            rows = self.like_input.shape[:2] if self.keep is None else (int(self.keep.sum()),)
+            dout = self.norm.weight.new_zeros(*rows, self.norm.weight.shape[0])
         if self.keep is None:
             return [dout[:, slice(*self.places[n])] if n in self.places else None for n in range(len(self.segments))]
         if self.keep.shape[0] > 1:
             dout = dout[self.row_order(self.keep)]
-        counts = [int(self.keep[:, a:b].sum()) for a, b in self.segments]
-        return [part.unsqueeze(0) if n else None for n, part in zip(counts, dout.split(counts), strict=True)]
+        counts = [int(self.keep[:, a:b].sum()) for a, b in self.columns]
+        wanted = [n or self.heads is not None for n in counts]
+        return [part.unsqueeze(0) if n else None for n, part in zip(wanted, dout.split(counts), strict=True)]
 
     @contextlib.contextmanager
     def guarded(self, phase: str) -> Iterator[None]:

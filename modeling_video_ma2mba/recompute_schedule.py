@@ -169,8 +169,9 @@ def split_segments(order: CellOrder, parts: tuple[int, ...]) -> CellOrder:
     return CellOrder(order.blocks, edges[-1], cells, owners)
 
 
-SCHEDULES = ("round_robin", "stretches")
-"""How segments are shared out among ranks: dealt like cards (`wavefront`), or one stretch each (`stretches`)."""
+SCHEDULES = ("round_robin", "stretches", "heads")
+"""How segments are shared out among ranks: dealt like cards (`wavefront`), or one stretch each (`stretches`); or dealt
+like cards for everything but the scans, which all ranks run together, each its heads (`parallel_heads`)."""
 
 
 @lru_cache(maxsize=32)

@@ -38,9 +38,10 @@ def test_the_smoke_run_agrees_with_one_process(tmp_path):
     kinds = {case.split()[0] for case in rows}
     assert kinds == {"train", "read", "film", "ddp", "fsdp2"}
     shared = [row for case, row in rows.items() if row["gpus"] == "2" and case.split()[0] in ("train", "read", "film")]
-    assert len(shared) == 4
+    assert len(shared) == 5
     for row in shared:
         assert float(row["seconds"]) > 0 and float(row["efficiency"]) > 0
         assert float(row["loss_error"]) < 1e-5, row
         if row["case"].split()[0] != "read":
-            assert float(row["grad_norm_error"]) < 1e-4 and float(row["messages_ms"]) > 0, row
+            assert float(row["grad_norm_error"]) < 1e-4, row
+            assert "heads" in row["case"] or float(row["messages_ms"]) > 0, row

@@ -147,6 +147,14 @@ def bits_case(group: SequenceGroup, single: SequenceGroup, dtype: torch.dtype) -
     assert torch.equal(one[2], own[2]), "states: other bits"
 
 
+def uneven_heads_case(group: SequenceGroup) -> None:
+    model = make_model(4)
+    model.share_sequence(group)
+    cut = SequenceCut(UNEVEN, group.size, "heads")
+    with pytest.raises(ValueError, match="4 heads in 2 groups cannot be dealt out evenly to 3 ranks"):
+        model.scan(cut.take(batch_of("plain")["inputs_embeds"], group.rank), cut=cut)
+
+
 # ----------------------------------------------------------------------------------------------- the whole model
 def whole_case(group: SequenceGroup, kind: str, schedule: str, borders: tuple[int, ...] | None) -> None:
     """Tower, projector, embedding, head: loss and every gradient of one process that sees the whole batch."""
@@ -296,6 +304,12 @@ def cases(groups: dict[int, SequenceGroup]) -> Iterator[tuple[str, int, Callable
             band = 2 if number % 2 == size % 2 else 0
             name = f"stack {size} {schedule} {kind}"
             yield name, size, lambda g=group, s=schedule, k=kind, b=band: stack_case(g, s, k, b)
+    for size in (2, 4):  # of 4 heads
+        for kind in ("plain", "padded", "packed", "kept"):
+            yield f"heads {size} {kind}", size, lambda g=groups[size], k=kind: stack_case(g, "heads", k, 0)
+    yield "heads whole 2", 2, lambda: whole_case(groups[2], "one row", "heads", (0, 2, 5, 11, 18))
+    yield "heads whole rows 4", 4, lambda: whole_case(groups[4], "rows", "heads", (0, 1, 6, 7, 13, 29))
+    yield "heads uneven 3", 3, lambda: uneven_heads_case(groups[3])
     yield "bits 2", 2, lambda: bits_case(groups[2], groups[1], torch.float64)
     yield "bits 4", 4, lambda: bits_case(groups[4], groups[1], torch.bfloat16)
     yield "whole one row 2", 2, lambda: whole_case(groups[2], "one row", "round_robin", None)

@@ -25,6 +25,11 @@ CASES = {  # what the names of cases begin with, how many there are, and on how 
     "stack 3": (4, 3),
     "stack 4": (4, 4),
     "stack 5": (4, 5),
+    "heads 2": (4, 2),
+    "heads 4": (4, 4),
+    "heads whole 2": (1, 2),
+    "heads whole rows 4": (1, 4),
+    "heads uneven 3": (1, 3),
     "bits 2": (1, 2),
     "bits 4": (1, 4),
     "whole one row 2": (1, 2),
@@ -116,7 +121,7 @@ def test_short_sequences_use_a_smaller_group():
     [
         (((0, 4, 4), 2), "must rise from 0"),
         (((1, 4), 2), "must rise from 0"),
-        (((0, 4), 2, "zigzag"), "use one of round_robin, stretches"),
+        (((0, 4), 2, "zigzag"), "use one of round_robin, stretches, heads"),
         (((0, 4), 0), "ranks=0"),
     ],
 )
