@@ -31,6 +31,7 @@ from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .answer_scores import AnswerScores, EvaluationLosses, install_answer_scores
 from .checkpoint_files import WholeCheckpoints
 from .data.collator import SEQUENCE_CUT, SEQUENCE_FAILED
+from .lost_processes import step_told
 from .memory_retry import MemoryRetry
 from .parameter_groups import decays, set_trainable, split_by_part
 from .throughput import Throughput, TrainingProgress
@@ -340,6 +341,7 @@ class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
 
         Raises:
             ValueError: the checkpoint named is not complete, or there is none; or not one batch had anything to learn.
+            ConnectionError: another process of the run has ended.
         """
         resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if resume_from_checkpoint:
@@ -351,7 +353,8 @@ class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
         self.throughput.restart()
         self._labelled = self._unlabelled = 0
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with step_told(lambda: self.state.global_step):
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._bars is not None:  # an error or Ctrl-C has a line of its own
                 self._bars.close()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,3 +101,23 @@ def test_old_checkpoints_are_deleted_once_the_new_one_is_complete(tmp_path):
     trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
     assert trainer.args.save_total_limit == 1
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_a_rank_that_is_killed_ends_all_with_a_message_and_the_run_goes_on(whole_run, tmp_path):
+    """Under torchrun's own agent, in the middle of a backward pass that two processes share."""
+    command = [sys.executable, str(Path(__file__).with_name("killed_rank.py")), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    words = done.stdout + done.stderr
+    assert done.returncode == 0, words[-4000:]
+    assert "rank      : 1" in words and "Signal 9 (SIGKILL)" in words, "which rank"
+    assert re.search(r"rank 0 of 2 ends in step 5, because another process has ended", words), "which step"
+    assert float(re.search(r"^seconds ([\d.]+)$", words, re.MULTILINE)[1]) < 40, "torchrun waits 30 s at most"
+    found = torch.load(tmp_path / "end.pt")
+    expected_losses, expected, _ = whole_run
+    assert found["losses"] == pytest.approx(expected_losses, rel=1e-5), (
+        "four steps of the first run, two of the second"
+    )
+    for name, value in found["weights"].items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
