@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -59,9 +60,14 @@ def build_page(
                 picked = gr.Radio([*by_label], label="Pick one", visible=bool(by_label))
                 video = gr.Video(label="or upload your own", sources=["upload"], include_audio=True, height=260)
                 fps = gr.Slider(0.1, 8, value=1, step=0.1, label="Frames read per second of video")
-                own_text = gr.Checkbox(label="With the video's own subtitles, if it has any")
+                takes = inspect.signature(pipe.read).parameters.values()  # of a server, pictures alone are read here
+                texts = any(one.name == "subtitles" or one.kind is one.VAR_KEYWORD for one in takes)
+                own_text = gr.Checkbox(label="With the video's own subtitles, if it has any", visible=texts)
                 told = gr.File(
-                    label="or a file of subtitles", file_types=[".srt", ".vtt", ".ass", ".json"], height=140
+                    label="or a file of subtitles",
+                    file_types=[".srt", ".vtt", ".ass", ".json"],
+                    height=140,
+                    visible=texts,
                 )
                 with gr.Row():
                     read = gr.Button("Read the video", size="md", variant="primary", min_width=120)
