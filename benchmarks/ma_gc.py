@@ -9,7 +9,10 @@ gradient count wherever they live on the GPU. The first step (kernel tuning, pag
 --steps 0 it is, after its host memory was page-locked (for lengths whose steps take minutes: run a short one before).
 Methods: off, per_layer, sqrt, multi_axis (the planner's choice; "multi_axis:5GB:60GB" within so much GPU and host
 memory), an explicit plan such as "l4,s16384,host" or
-"l2,s8192,gpu", and llama, llama_per_layer (a Llama-3.2-3B-shaped transformer, for scale).
+"l2,s8192,gpu". Of models "transformers-2.7b" (transformers' own Mamba-2, on mamba-ssm's kernels where they are
+installed) and "llama-3b" (a Llama-3.2-3B-shaped transformer, for scale): off, peer_per_layer (transformers' gradient
+checkpointing; also as llama_per_layer) and peer_offload (the same with `offload=True`). `first_s` is the first step's
+seconds, `kernels` what the stack ran on.
 """
 
 import argparse
@@ -24,12 +27,13 @@ from random_models import SIZES, text_model
 from result_tables import append_rows
 from torch import nn
 
+from video_ma2mba.modeling_video_ma2mba.ops_ssd import SSD
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
 
 LABELS = 1024
 FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "tokens_per_s", "gpu_peak_gb", "host_gb", "loss",
-          "grad_norm"]  # fmt: skip
+          "grad_norm", "first_s", "kernels"]  # fmt: skip
 
 
 def build(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -44,6 +48,14 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=1 << 22,
             )  # fmt: skip
             return LlamaModel(config).to(dtype).train()
+        if name.startswith("transformers-"):
+            from transformers import Mamba2Config, Mamba2Model
+
+            width, layers = SIZES[name.removeprefix("transformers-")]
+            own = Mamba2Config(
+                hidden_size=width, num_hidden_layers=layers, num_heads=2 * width // 64, vocab_size=50288, n_groups=1,
+            )  # fmt: skip
+            return Mamba2Model(own).to(dtype).train()
     return text_model(name, dtype).train()
 
 
@@ -94,10 +106,10 @@ def configure(model: nn.Module, method: str, tokens: int) -> bool:
     """Set the method; returns whether the input should live in host memory."""
     explicit = re.fullmatch(r"l(\d+),s(\d+),(host|gpu)", method)
     if not isinstance(model, Ma2mbaTextModel):
-        if method == "llama_per_layer":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
+        if method == "off":
             model.gradient_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False}, offload=method == "peer_offload")
         return False
     model.prefill_segment_length = 1 << 17  # only for "off": one segment, within the kernels' 32-bit offsets
     if method == "off":
@@ -126,8 +138,10 @@ def kept_bytes(model: Ma2mbaTextModel, plan: RecomputePlan, tokens: int) -> int:
 def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -> dict:
     """One row of the table; a method that does not fit gets a row that says so."""
     row = {"hardware": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(), "model": name,
-           "tokens": tokens, "method": method, "plan": ""}  # fmt: skip
+           "tokens": tokens, "method": method, "plan": "", "kernels": SSD.backends[0].name}  # fmt: skip
     step = None
+    if not isinstance(model, Ma2mbaTextModel):
+        row["kernels"] = ""
     try:
         on_host = configure(model, method, tokens)
         zero_gradients(model)
@@ -149,7 +163,8 @@ def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -
         counted = 1 if steps else 0
         row |= {"tokens_per_s": round(tokens / sorted(seconds[counted:])[max(steps - 1, 0) // 2]),
                 "gpu_peak_gb": round(max(peaks[counted:]) / 1e9, 2), "loss": round(loss, 4),
-                "grad_norm": f"{gradient_norm(model):.5g}", "host_gb": 0.0}  # fmt: skip
+                "grad_norm": f"{gradient_norm(model):.5g}", "host_gb": 0.0,
+                "first_s": round(seconds[0], 2)}  # fmt: skip
         engine = getattr(model, "engine", None)
         if engine is not None and method != "off":
             plan: RecomputePlan = engine.last_plan
@@ -169,7 +184,7 @@ def measure(model: nn.Module, name: str, tokens: int, method: str, steps: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["2.7b"], choices=[*SIZES, "llama-3b"])
+    parser.add_argument("--models", nargs="+", default=["2.7b"], choices=[*SIZES, "llama-3b", "transformers-2.7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1 << 14, 1 << 16])
     parser.add_argument("--methods", nargs="+", default=["per_layer", "multi_axis"])
     parser.add_argument("--steps", type=int, default=2, help="timed steps after the first; 0 times the first")

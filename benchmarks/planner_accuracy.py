@@ -39,8 +39,7 @@ FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "measured_gb"
 
 def job_of(row: dict[str, str]) -> tuple[StepJob, RecomputePlan | None]:
     """The step and the plan behind a row of ma_gc.csv."""
-    # Measured on mamba-ssm's kernels; ours keep other things.
-    shape = StackShape.of(text_config(row["model"]), kernels=CoreCosts.named("mamba_ssm"))
+    shape = StackShape.of(text_config(row["model"]), kernels=CoreCosts.named(row["kernels"]))
     tokens = int(row["tokens"])
     found = re.fullmatch(r"l=(\d+) s=(\d+) (host|gpu)", row["plan"])
     plan = RecomputePlan(int(found[1]), int(found[2]), found[3] == "host") if found else None

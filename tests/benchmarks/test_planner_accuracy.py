@@ -38,7 +38,14 @@ def test_published_table_is_the_current_prediction(accuracy: ModuleType, lines: 
 
 def test_fit_recovers_constants_that_made_the_speeds(accuracy: ModuleType):
     rows = [
-        {"model": model, "tokens": str(tokens), "plan": f"l={block} s={segment} gpu", "method": "", "tokens_per_s": ""}
+        {
+            "model": model,
+            "tokens": str(tokens),
+            "plan": f"l={block} s={segment} gpu",
+            "method": "",
+            "tokens_per_s": "",
+            "kernels": "mamba_ssm",
+        }
         for model in ("370m", "2.7b")
         for tokens, block, segment in ((2**14, 1, 2**14), (2**16, 4, 2**13), (2**16, 8, 2**16), (2**18, 2, 2**15))
     ]
