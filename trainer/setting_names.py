@@ -25,6 +25,8 @@ _LEAST = {  # what other packages say late, in words of their own, or not at all
     "dataloader_num_workers": 0,
     "lora_rank": 1,
     "lora_dropout": 0,
+    "fps": 0.001,
+    "num_frames": 1,
     "max_frames": 1,
     "max_length": 1,
     "num_train_epochs": 0,

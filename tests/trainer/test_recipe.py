@@ -76,6 +76,7 @@ def test_mistakes_are_said_in_one_sentence(tmp_path):
         (["learning_rate=[1"], "has a value that is not valid YAML"),
         (["max_steps=1.5"], "max_steps=1.5 is not valid: it must be a whole number"),
         (["lora_rank=0"], "lora_rank=0 is not valid: it must be at least 1"),
+        (["fps=0"], "fps=0 is not valid: it must be at least 0.001"),
         (["per_device_train_batch_size=0"], "per_device_train_batch_size=0 is not valid: it must be at least 1"),
         (["bf16=maybe"], "bf16=maybe is not valid: it must be true or false"),
         (["resume=1"], "resume=1 is not valid: it must be true or false"),
