@@ -70,7 +70,7 @@ ALLOWED: dict[str, str] = {
 
 NO_PRIVATE = {
     # documented API whose name begins with an underscore
-    *("_make", "_fields", "_replace", "_asdict"),
+    *("_make", "_fields", "_replace", "_asdict", "_exit"),
     # put on our classes by `abc` and by the public `register_for_auto_class`
     *("_abc_impl", "_auto_class"),
 }
