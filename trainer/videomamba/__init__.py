@@ -1,1 +1,1 @@
-"""VideoMamba trained the paper's way: classification, distillation, masked pre-training and retrieval."""
+"""VideoMamba trained the paper's way: classification, self-distillation and masked pre-training."""

@@ -204,12 +204,11 @@ class VideoMambaTrainer(WholeCheckpoints):
         if fresh:
             trained = self.model if model is None else model
             base = self.accelerator.unwrap_model(trained)
-            config = getattr(base.config, "vision_config", base.config)
             groups = rate_groups(
                 trained.named_parameters(),
                 rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
-                layers=config.num_hidden_layers,
+                layers=base.config.num_hidden_layers,
                 layer_decay=self.args.layer_decay,
                 of=self.args.layer_decay_of,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
+from ...modeling_video_ma2mba.modeling_videomamba import VideoMambaModel
 from ...modeling_video_ma2mba.state_writing import give_usual_permissions
 from ..checkpoint_files import last_complete_checkpoint
 from ..data.broken_samples import BrokenSamples
@@ -19,8 +22,10 @@ from .augmentation import Augmentation
 from .clip_data import TestClips, TrainingClips
 from .clip_rows import ClipRows, load_clip_rows
 from .clip_trainer import Classification, VideoMambaTrainer, accuracy, clip_processor, squared_error
+from .masked_pretraining import ClipTeacher, MaskedAlignment, MaskedVideoMamba
+from .self_distillation import Distillation, DistilledClassifier
 from .smoke_clips import write_smoke_clips
-from .starting_model import starting_classifier
+from .starting_model import frozen, load_encoder_, starting_classifier, starting_encoder
 from .training_settings import VideoMambaRecipe, VideoMambaTrainingConfig
 
 _LORA_TARGETS = ["in_proj", "out_proj"]
@@ -77,7 +82,7 @@ def build_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig, smok
     if recipe.data is None:
         raise ValueError("the recipe names no data: add data=...")
     torch.manual_seed(args.seed)
-    return _classification_trainer(recipe, args)
+    return {"masked": _masked_trainer}.get(recipe.task, _classification_trainer)(recipe, args)
 
 
 def _rows(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig) -> tuple[ClipRows, ClipRows | None]:
@@ -134,7 +139,9 @@ def _classification_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingCo
         raise ValueError(f"{recipe.data} has no labels")
     model: nn.Module = starting_classifier(recipe, args.drop_path_rate, train.classes, regression)
     config: Any = model.config
-    export = None
+    export: Callable[[nn.Module], nn.Module] | None = None
+    if recipe.lora_rank is not None and recipe.task == "distillation":
+        raise ValueError("lora_rank is for fine-tuning: distillation trains the whole model")
     if recipe.lora_rank is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -143,17 +150,65 @@ def _classification_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingCo
         )
         model = get_peft_model(model, adapters)
         export = _merged
+    objective = Classification(args, config)
+    if recipe.task == "distillation":
+        teacher = _smaller_teacher(recipe, config)
+        objective = Distillation(args, config, teacher)
+        model, export = DistilledClassifier(model, teacher.config), lambda trained: trained.student  # type: ignore[arg-type]
     report = BrokenSamples(Path(args.output_dir, "broken_eval_samples.jsonl"))
     return VideoMambaTrainer(
         model,
         args,
-        Classification(args, config),
+        objective,
         training_clips(train, config, args),
         None if held_out is None else TestClips(held_out, clip_processor(config, args, tests=True), report=report),
         processing_class=clip_processor(config, args),
         data_name=_data_name(recipe),
         export=export,
         compute_metrics=squared_error if regression else accuracy,
+    )
+
+
+def _smaller_teacher(recipe: VideoMambaRecipe, config: Any) -> nn.Module:
+    """The frozen teacher of a distillation, fitted to the student's clips."""
+    source = dataclasses.replace(recipe, model=recipe.teacher, model_config=None)
+    if recipe.teacher_config is not None:
+        fresh = VideoMambaConfig(**{**config.to_dict(), "time_step_rank": None, **recipe.teacher_config})
+        return frozen(VideoMambaModel(fresh))
+    if recipe.teacher is None:
+        raise ValueError("the recipe names no teacher: add teacher=..., a smaller VideoMamba")
+    fitted, weights = starting_encoder(source, 0.0)
+    holder = nn.Module()
+    holder.videomamba = VideoMambaModel(fitted)
+    load_encoder_(holder, weights, recipe.teacher)
+    return frozen(holder.videomamba)
+
+
+def _masked_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig) -> VideoMambaTrainer:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    train, _ = _rows(dataclasses.replace(recipe, eval_data=None, eval_share=0.0), args)
+    config, weights = starting_encoder(recipe, args.drop_path_rate)
+    encoder = VideoMambaModel(config)
+    if weights:
+        holder = nn.Module()
+        holder.videomamba = encoder
+        load_encoder_(holder, weights, recipe.model)
+    if recipe.teacher_config is not None:
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**recipe.teacher_config))
+    elif recipe.teacher is not None:
+        clip = CLIPVisionModelWithProjection.from_pretrained(recipe.teacher)
+    else:
+        raise ValueError("the recipe names no teacher: add teacher=..., a CLIP such as openai/clip-vit-base-patch16")
+    model = MaskedVideoMamba(encoder, clip.config.projection_dim, args.align_layers, args.align_before_last_mixer)
+    return VideoMambaTrainer(
+        model,
+        args,
+        MaskedAlignment(args, config, ClipTeacher(clip, args.align_layers)),
+        training_clips(train, config, args),
+        processing_class=clip_processor(config, args),
+        data_name=_data_name(recipe),
+        export=lambda trained: trained.videomamba,  # type: ignore[arg-type, return-value]
     )
 
 
@@ -198,7 +253,5 @@ def what_next(recipe: VideoMambaRecipe, result: Path) -> str:
     """What to do with the folder that `run_recipe` gave."""
     if recipe.task == "masked":
         return f"fine-tune it: video-ma2mba train --config videomamba/k400 size=m_masked model={result} data=LIST"
-    if recipe.task == "retrieval":
-        return f'search with it: video-ma2mba retrieve "TEXT" --videos DIR --model {result}'
     what = "PICTURE" if recipe.tubelet_size is None else "VIDEO"
     return f"use it: video-ma2mba classify {what} --model {result}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ def moving_square(direction: str, colour: str, frames: int, side: int, rng: np.r
 
 def write_smoke_clips(folder: Path, recipe: Any) -> Path:
     """Write a few clips (pictures, of a model of pictures) into `folder`, or find them there; the list to train on."""
-    target = folder / ("captions.json" if recipe.task == "retrieval" else "clips.csv")
+    target = folder / "clips.csv"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    rng, lines, captions = np.random.default_rng(0), [], []
+    rng, lines = np.random.default_rng(0), []
     for number in range(_CLIPS):
         direction, colour = DIRECTIONS[number % 4], list(_COLOURS)[number % len(_COLOURS)]
         clip = moving_square(direction, colour, _FRAMES, _SIDE, rng)
@@ -49,7 +48,5 @@ def write_smoke_clips(folder: Path, recipe: Any) -> Path:
             write_video(folder / name, [clip])
         label = f"{number / 10}" if recipe.task == "regression" else f"{number % 4}"
         lines.append(f"{name},{label},{_FRAMES}" if recipe.window_seconds else f"{name},{label}")
-        captions.append({"video": name, "caption": f"a {colour} square moves {direction}"})
-    text = json.dumps(captions) if recipe.task == "retrieval" else "\n".join(lines) + "\n"
-    write_whole(target, text)
+    write_whole(target, "\n".join(lines) + "\n")
     return target

@@ -24,8 +24,8 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def encoder_weights(source: str) -> tuple[VideoMambaConfig, dict[str, Tensor]]:
-    """Configuration and weights, named as in `VideoMambaModel`, of a folder of ours (encoder, classifier, pre-trained
-    or retrieval), a Hub id, or a released `.pth` file. A classifier's head comes as `head.weight` and `head.bias`.
+    """Configuration and weights, named as in the encoder, of a folder of ours (encoder or classifier), a Hub id, or
+    a released `.pth` file. A classifier's head comes as `head.weight` and `head.bias`.
 
     Raises:
         FileNotFoundError: there is no such model. ValueError: it is no VideoMamba.
@@ -44,7 +44,6 @@ def encoder_weights(source: str) -> tuple[VideoMambaConfig, dict[str, Tensor]]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model={source} holds no config.json: it is no saved model")
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    fields = fields.get("vision_config") or fields
     if fields.get("model_type") != "videomamba":
         raise ValueError(f"model={source} is a model of the type {fields.get('model_type')!r}, not a VideoMamba")
     files = sorted(folder.glob("model*.safetensors"))

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from ...modeling_video_ma2mba.parallel_dims import ParallelDims
 from ..training_clock import ENDLESS
 
-TASKS = ("classification", "regression", "distillation", "masked", "retrieval")
+TASKS = ("classification", "regression", "distillation", "masked")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -23,20 +23,19 @@ class VideoMambaRecipe:
     """What a recipe says beside the trainer's settings.
 
     Attributes:
-        task: classification, regression (values), distillation (classification beside a frozen teacher), masked
-            (pre-training beside a frozen CLIP) or retrieval (videos and texts).
+        task: classification, regression (values), distillation (classification beside a frozen teacher) or masked
+            (pre-training beside a frozen CLIP).
         model: where to start: a folder, a Hub id, a released `.pth` file; None begins with fresh weights.
         model_size: ti, s, m or b, of fresh weights. model_config: fields of VideoMambaConfig, over all else.
         num_frames, image_size, tubelet_size: of clips; positions of the model to start from are interpolated.
             tubelet_size null makes a model of pictures.
-        data, eval_data: what `load_clip_rows` takes (of retrieval: `load_captions`). base_dir: where paths
-            begin.
+        data, eval_data: what `load_clip_rows` takes. base_dir: where paths begin.
         eval_share: of the training rows, put aside for evaluation where there is no eval_data.
         num_labels: classes, where the training list does not have all of them. class_names: a file with their names.
         window_seconds, window_stride: cut long videos into windows (LVU).
         teacher: distillation: folder or `.pth` of the smaller model; masked pre-training: folder or Hub id of a CLIP.
+        teacher_config: fields of a teacher with random weights instead, for runs that only show that it works.
         lora_rank: train adapters of this rank and the head; None trains the whole model. lora_alpha: as in PEFT.
-        text_model: retrieval: folder or Hub id of a BERT to start from. text_config: fields of a fresh one instead.
         resume: go on from the newest complete checkpoint in output_dir, if there is one.
     """
 
@@ -56,10 +55,9 @@ class VideoMambaRecipe:
     window_seconds: float | None = None
     window_stride: float | None = None
     teacher: str | None = None
+    teacher_config: dict[str, Any] | None = None
     lora_rank: int | None = None
     lora_alpha: int = 32
-    text_model: str | None = None
-    text_config: dict[str, Any] | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
