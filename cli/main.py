@@ -113,7 +113,8 @@ def main() -> None:
 
 def _leave(ended: list[object]) -> None:
     """End the process, where a command has ended it, without taking torch and transformers apart piece by piece."""
-    if "torch" not in sys.modules or not ended or not isinstance(ended[0], int | None):
+    failed_later = getattr(sys, "last_value", None) is not None  # in a program that went on after the command
+    if "torch" not in sys.modules or failed_later or not ended or not isinstance(ended[0], int | None):
         return
     code = ended[0] or 0
     for stream in (sys.stdout, sys.stderr):

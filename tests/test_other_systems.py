@@ -37,13 +37,13 @@ msvcrt.LK_NBLCK, msvcrt.LK_UNLCK, held = 2, 0, []
 msvcrt.locking = lambda number, mode, size: held.append((number, os.lseek(number, 0, os.SEEK_CUR), size))
 sys.modules["msvcrt"] = msvcrt
 
-from video_ma2mba.cli.main import main
+from video_ma2mba.cli.main import app
 
 
 def run(*words):
     sys.argv = ["video-ma2mba", *words]
     try:
-        main()
+        app()
     except SystemExit as end:
         assert not end.code, (words, end.code)
 

@@ -200,6 +200,11 @@ def test_a_command_ends_at_once_with_its_exit_code(code: str, expected: int):
     assert (done.returncode, done.stdout) == (expected, "said\ncleaned up\n")
 
 
+def test_a_program_that_goes_on_after_a_command_may_still_fail():
+    script = ENDING.format(code="0").replace("main.main()", "try: main.main()\nexcept SystemExit: pass\n1 / 0")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 1
+
+
 def test_a_command_that_nobody_listens_to_ends_as_any_program():
     quiet = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", ENDING.format(code="0")]
