@@ -253,7 +253,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         settings = engine.settings or RecomputeSettings()
         clips = self._clips(is_video, num_frames)
         size, per_frame = engine.group.size, self.config.tokens_per_frame
-        return cut_sequence(is_video, size, per_frame, clips, settings.segment_length)
+        return cut_sequence(is_video, size, per_frame, clips, settings.segment_length, engine.schedule)
 
     def shared_batch(
         self, batch: dict[str, Any], shift_labels: Tensor

@@ -60,6 +60,7 @@ class MultiAxisEngine:
         self.last_plan: RecomputePlan | None = None
         self.last_host_bytes = 0
         self.group: SequenceGroup | None = None
+        self.schedule = "round_robin"  # of batches that come without a cut
         self._pool = PinnedPool()
         self._given: RecomputePlan | None = None
         self._shared: _SharedPass | None = None
@@ -92,10 +93,10 @@ class MultiAxisEngine:
             return HostStore(self._pool, device)
         return DeviceStore()
 
-    def share(self, group: SequenceGroup | None) -> None:
+    def share(self, group: SequenceGroup | None, schedule: str = "round_robin") -> None:
         """Share the steps that follow among the ranks of `group`: all of them run the same batches, each the cells of
         its own segments, and gradients of parameters are each rank's part of a sum. None: every step alone."""
-        self.group, self._shared = group, None
+        self.group, self.schedule, self._shared = group, schedule, None
 
     def open(self, model: TextStack, cut: SequenceCut, rows: int, keep: Tensor | None = None) -> None:
         """Begin a shared step before its input is there: from here on `drain` lets the other ranks come to its end.

@@ -73,11 +73,11 @@ class Ma2mbaTextModel(PreTrainedModel):
         self.engine.configure(RecomputeSettings(**settings) if enabled else None)
         self.gradient_checkpointing = enabled
 
-    def share_sequence(self, group: SequenceGroup | None) -> None:
+    def share_sequence(self, group: SequenceGroup | None, schedule: str = "round_robin") -> None:
         """Let the ranks of `group` share the training steps that follow (`MultiAxisEngine.share`): multi-axis
         checkpointing is on for these, as `set_checkpointing` says or with a plan of the planner. None: every rank
-        works alone again."""
-        self.engine.share(group)
+        works alone again. `schedule` (one of `recompute_schedule.SCHEDULES`) counts where no cut is given."""
+        self.engine.share(group, schedule)
 
     @property
     def stream_dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from trl import SFTConfig
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
+from ..modeling_video_ma2mba.recompute_schedule import SCHEDULES
 from .training_clock import ENDLESS
 
 LABELS = ("answers", "captions")
@@ -54,6 +55,10 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
     context_parallel_size: int = _option(
         1, "Processes that share every sample, each with segments of its video; the others are replicas."
     )
+    context_parallel_schedule: str = _option(
+        "round_robin",
+        "How these share it: round_robin, stretches, or heads (all-to-all, the number must divide heads).",
+    )
     labels: str = _option("answers", "What is learned: answers (of the assistant) or captions (all text).")
     fps: float = _option(1.0, "Frames read per second of video.")
     max_frames: int | None = _option(None, "Longer videos are read with this many frames, evenly spread.")
@@ -90,6 +95,11 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every rank touches every part in every step
         self.dims  # noqa: B018  # checks context_parallel_size
+        if self.context_parallel_schedule not in SCHEDULES:
+            raise ValueError(
+                f"context_parallel_schedule={self.context_parallel_schedule!r} is not valid: use one of "
+                f"{', '.join(SCHEDULES)}"
+            )
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation()
         if self.early_stopping_patience is not None:

@@ -41,7 +41,9 @@ def default_collator(processor: Any, args: VideoMa2mbaTrainingConfig, train_data
     dims, share = args.dims, None
     if dims.sequence > 1:
         given = args.gradient_checkpointing_kwargs or getattr(args, "activation_checkpointing_kwargs", None) or {}
-        share = SequenceShare(dims.sequence_rank, dims.sequence, given.get("segment_length"), clip_frames)
+        share = SequenceShare(
+            dims.sequence_rank, dims.sequence, given.get("segment_length"), clip_frames, args.context_parallel_schedule
+        )
     return VideoChatCollator(
         processor,
         labels=args.labels,

@@ -152,7 +152,7 @@ class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
         self.group: SequenceGroup | None = None
         if args.context_parallel_size > 1:
             self.group = SequenceGroup.of_run(args.context_parallel_size, self.accelerator.device.type)
-            self.video_model.model.language_model.share_sequence(self.group)
+            self.video_model.model.language_model.share_sequence(self.group, args.context_parallel_schedule)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             by_clock = self.clock if self.clock is not None and self.clock.seconds else None

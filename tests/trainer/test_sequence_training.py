@@ -5,11 +5,11 @@ import importlib.util
 
 import pytest
 import torch
-from tensor_chats import ACCUMULATED, CELLS, adapters, losses, make_trainer, weights
+from tensor_chats import ACCUMULATED, CELLS, adapters, losses, make_trainer, settings, weights
 from transformers import Trainer
 
 SHORTAGES = ["shared_full_in_forward", "shared_full_in_backward"]
-ALIKE = ["shared", "shared_plain_ddp", "shared_2x2"]
+ALIKE = ["shared", "shared_plain_ddp", "shared_heads", "shared_2x2"]
 if hasattr(Trainer, "_defer_fsdp_gradient_reduction"):  # older ones wrap sharded models in DDP, too
     ALIKE.append("shared_fsdp2")
 if importlib.util.find_spec("deepspeed") is not None:
@@ -64,14 +64,19 @@ def test_processes_that_share_samples_equal_one(ranks, one_process, scenario):
     assert_learnt_alike(ranks, scenario, one_process("cells", **cells))
 
 
+def test_unknown_schedules_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="use one of round_robin, stretches, heads"):
+        settings(tmp_path, context_parallel_schedule="zigzag")
+
+
 def test_adapters(ranks, one_process):
-    settings = {"max_steps": 4, "gradient_checkpointing_kwargs": CELLS, "peft_config": adapters()}
-    assert_learnt_alike(ranks, "shared_lora", one_process("lora", **settings))
+    alike = {"max_steps": 4, "gradient_checkpointing_kwargs": CELLS, "peft_config": adapters()}
+    assert_learnt_alike(ranks, "shared_lora", one_process("lora", **alike))
 
 
 @pytest.mark.parametrize("scenario", ["shared_accumulated", *SHORTAGES])
 def test_one_process_out_of_memory_changes_nothing(ranks, one_process, scenario):
     """Its partners within the sample come to the end of their pass, and all begin the step anew."""
-    settings = ACCUMULATED | {"per_device_train_batch_size": 2}
-    found = assert_learnt_alike(ranks, scenario, one_process("accumulated", **settings))
+    alike = ACCUMULATED | {"per_device_train_batch_size": 2}
+    found = assert_learnt_alike(ranks, scenario, one_process("accumulated", **alike))
     assert found["retries"] == (1 if scenario in SHORTAGES else 0)

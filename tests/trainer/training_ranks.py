@@ -106,6 +106,7 @@ SCENARIOS |= {
     "shared_plain_ddp": lambda folder: make_trainer(folder, adaptive_plan=False, **(STEPS | SHARED | TWO)),
     "shared_2x2": lambda folder: make_trainer(folder, **(STEPS | SHARED)),
     "shared_accumulated": lambda folder: make_trainer(folder, **(ACCUMULATED | SHARED | TWO | SMALL_CELLS)),
+    "shared_heads": lambda folder: make_trainer(folder, context_parallel_schedule="heads", **(STEPS | SHARED | TWO)),
     "shared_lora": shared_lora,
     "shared_fsdp2": lambda folder: fsdp2(folder, **(TWO | SHARED)),
     "shared_zero_1": lambda folder: zero_1(folder, **(TWO | SHARED)),
@@ -140,12 +141,25 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def of_accelerate(count: int) -> dict[str, str]:
+    """What `accelerate launch --multi_gpu --num_processes COUNT` tells its processes beside what torchrun does."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    words = f"--multi_gpu --num_processes {count} --num_machines 1 --mixed_precision no --dynamo_backend no x.py"
+    told = prepare_multi_gpu_env(launch_command_parser().parse_args(words.split()))
+    return {name: value for name, value in told.items() if name.startswith("ACCELERATE_")}
+
+
 def launch(folder: Path, scenario: str) -> None:
     folder.mkdir()
     count = PROCESSES.get(scenario, 2)
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     together |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     together |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "LOCAL_SIZE": str(count)}
+    if scenario == "shared_plain_ddp":
+        del together["ACCELERATE_USE_CPU"]
+        together |= of_accelerate(count)
     children = []
     for rank in range(count):
         child = os.fork()

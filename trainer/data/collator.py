@@ -30,13 +30,14 @@ SEQUENCE_CUT, SEQUENCE_FAILED = "sequence_cut", "sequence_failed"
 class SequenceShare:
     """One of `ranks` processes that share every sample: it decodes the frames of its own segments.
 
-    `segment_length` as for `cut_sequence`; `clip`: frames that the tower looks at together.
+    `segment_length` and `schedule` as for `cut_sequence`; `clip`: frames that the tower looks at together.
     """
 
     rank: int
     ranks: int
     segment_length: int | None = None
     clip: int = 1
+    schedule: str = "round_robin"
 
 
 class VideoChatCollator:
@@ -194,7 +195,7 @@ class VideoChatCollator:
         num_frames = [count for sample in samples for count in sample.frames]
         is_video, per_frame = batch["input_ids"] == self.processor.video_token_id, self.processor.tokens_per_frame
         clips = clip_numbers(num_frames, share.clip)
-        cut = cut_sequence(is_video, share.ranks, per_frame, clips, share.segment_length)
+        cut = cut_sequence(is_video, share.ranks, per_frame, clips, share.segment_length, share.schedule)
         frames = cut.frames(is_video, share.rank, per_frame, clips)
         own = [part.tolist() for part in _by_video(frames, num_frames)]
         size, pixels, failed = self.processor.video_processor.size, [], False

@@ -10,8 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from video_ma2mba.trainer.data import BrokenSamples, TooManyBrokenError, VideoChatCollator, load_training_data
+from video_ma2mba.trainer.data import collator as collator_file
 from video_ma2mba.trainer.data.broken_samples import KINDS
 from video_ma2mba.trainer.data.canonical import drop_empty
+from video_ma2mba.trainer.data.collator import SequenceShare
+from video_ma2mba.trainer.data.packing import PACK
 
 pytestmark = pytest.mark.filterwarnings("ignore:sample .* is (left out|damaged)")
 
@@ -57,6 +60,38 @@ def test_a_batch_of_all_kinds_is_its_samples_padded_on_the_right(processor, rows
     assert batch["pixel_values_videos"].dtype == torch.uint8
     assert torch.equal(batch["pixel_values_videos"], torch.cat([b["pixel_values_videos"] for b in alone[:2]]))
     assert "pixel_values_videos" not in alone[2]
+
+
+@pytest.mark.parametrize("names", [("long",), ("video", "text", "long"), ("image", "long", "video")])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_each_of_several_processes_decodes_its_own_frames_only(processor, rows, names, ranks, monkeypatch):
+    """Of samples alone, in batches and packed: what it gets is what one process gets of these frames."""
+    asked = []
+    read = collator_file.read_own
+    monkeypatch.setattr(
+        collator_file,
+        "read_own",
+        lambda sample, own, size: asked.append(sum(map(len, own))) or read(sample, own, size),
+    )
+    chosen = pick(rows, *names)
+    for drawn in (chosen, [{PACK: chosen}]):
+        whole = VideoChatCollator(processor)(drawn)
+        total = int(whole["num_frames"].sum())
+        decoded = []
+        for rank in range(ranks):
+            asked.clear()
+            collator = VideoChatCollator(processor)
+            collator.share = SequenceShare(rank, ranks, segment_length=12)
+            batch = collator(drawn)
+            cut = batch["sequence_cut"]
+            own = cut.frames(whole["input_ids"] == processor.video_token_id, rank, processor.tokens_per_frame)
+            assert torch.equal(batch["pixel_values_videos"], whole["pixel_values_videos"][own])
+            assert torch.equal(batch["num_frames"], whole["num_frames"]) and not batch["sequence_failed"]
+            assert all(torch.equal(batch[name], whole[name]) for name in ("input_ids", "labels", "attention_mask"))
+            decoded.append(len(own))
+            assert sum(asked) == len(own) < total, "no frame of others is decoded"
+        if len(whole["input_ids"]) == 1:
+            assert sum(decoded) == total, "cut between frames, each is decoded once"
 
 
 def test_the_model_learns_from_a_batch_what_it_learns_from_its_samples(make_model, processor, rows):
