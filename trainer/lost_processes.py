@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import distributed
 
+_PATIENCE = 3.0  # seconds for the launcher to notice the first process, or its report would name this one
 _LOST = ("closed by peer", "reset by peer", "Broken pipe")
 
 
@@ -51,6 +53,7 @@ def step_told(step: Callable[[], int]) -> Iterator[None]:
     except RuntimeError as error:
         lost = isinstance(error, distributed.DistError) or any(words in str(error) for words in _LOST)
         if lost:
+            time.sleep(_PATIENCE)
             raise ConnectionError(told()) from error
         raise
     finally:
