@@ -165,7 +165,9 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
             "size": self.size,
             "num_frames": self.num_frames,
         }
-        Path(json_file_path).with_name("preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
+        Path(json_file_path).with_name("preprocessor_config.json").write_text(
+            json.dumps(pictures, indent=2) + "\n", encoding="utf-8"
+        )
 
     def preprocess(self, videos: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Read clips of videos.
