@@ -193,3 +193,22 @@ def test_scores_are_counted():
         predictions, label_ids = np.array([[1.0], [2.0]]), np.array([0.0, 4.0])
 
     assert squared_error(Values) == {"mse": pytest.approx(2.5)}
+
+
+def test_transformers_own_trainer_takes_the_mean_over_the_batches_of_a_step(tmp_path):
+    """A forward with keywords would make it take the sum: two batches of four are one of eight."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"pixel_values": torch.randn(4, 3, 16, 16), "labels": n % 4} for n in range(8)]
+    trained = []
+    for batch in (8, 4):
+        args = TrainingArguments(
+            *(str(tmp_path),), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch,
+            optim="sgd", learning_rate=1.0, max_grad_norm=0.0, save_strategy="no", report_to="none", use_cpu=True,
+            disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(tiny_model(), args, train_dataset=rows)
+        trainer.train()
+        trained.append(trainer.model)
+    for own, other in zip(*(model.parameters() for model in trained), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-5)
