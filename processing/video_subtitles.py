@@ -286,12 +286,15 @@ def _of_json(text: str, name: str) -> list[Cue]:
             return _lines_of_words(_listed([json.loads(line) for line in text.splitlines() if line.strip()], name))
         except (json.JSONDecodeError, RecursionError):
             raise ValueError(f"{name}: this is not JSON ({error})") from None
+    whole = False  # what calls itself a segment or a cue stays one, however short
     if isinstance(found, dict):
         lists = ("segments", "chunks", "transcription", "cues", "words")
-        found = next((found[key] for key in lists if key in found), None)
+        key = next((key for key in lists if key in found), None)
+        found, whole = found.get(key), key in ("segments", "cues")
     if not isinstance(found, list):
         raise ValueError(f"{name}: this JSON holds no list of segments with start, end and text, as whisper writes it")
-    return _lines_of_words(_listed(found, name))
+    cues = _listed(found, name)
+    return cues if whole else _lines_of_words(cues)
 
 
 def _listed(items: Iterable[Any], name: str = "subtitles") -> list[Cue]:
