@@ -188,9 +188,17 @@ class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
         return self.args.context_parallel_size
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """As in transformers; processes that share samples first agree on what they have got."""
+        """As in transformers; processes that share samples first agree on what they have got, and count it once:
+        transformers 5.17 divides by the size of its own parallelism only, 5.23 by `get_cp_size`."""
         batches = epoch_iterator if self.group is None else map(self._agreed, epoch_iterator)
-        return super().get_batch_samples(batches, num_batches, device)
+        samples, count = super().get_batch_samples(batches, num_batches, device)
+        if self.group is not None and count is not None:
+            labels = [batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:] for batch in samples]
+            count = torch.stack([(row != -100).sum() for row in labels]).sum().to(device)
+            if self.args.average_tokens_across_devices:
+                count = self.accelerator.gather(count).sum()
+            count = count / self.args.context_parallel_size
+        return samples, count
 
     def _agreed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The same batch on all processes of a group; nothing of it is learnt where one could not decode its frames.
