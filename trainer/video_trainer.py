@@ -193,7 +193,7 @@ class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
         batches = epoch_iterator if self.group is None else map(self._agreed, epoch_iterator)
         samples, count = super().get_batch_samples(batches, num_batches, device)
         if self.group is not None and count is not None:
-            labels = [batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:] for batch in samples]
+            labels = [row["shift_labels"] if "shift_labels" in row else row["labels"][:, 1:] for row in samples]
             count = torch.stack([(row != -100).sum() for row in labels]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 count = self.accelerator.gather(count).sum()
