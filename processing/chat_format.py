@@ -126,9 +126,10 @@ def is_conversation(messages: Any) -> bool:
 
 def plain_spaces(question: str) -> str:
     """A question without spaces around it and without characters of no width; one line also with single, usual spaces
-    between its words. So may it have been copied from a page or a table, and means the same."""
-    question = _NO_WIDTH.sub("", question).strip()
-    return question if "\n" in question else " ".join(question.split())
+    between its words. So may it have been copied from a page or a table, and means the same. A prompt of several
+    lines keeps its line ends, the last one too: benchmarks end theirs so."""
+    question = _NO_WIDTH.sub("", question)
+    return question.strip(" \t\xa0") if "\n" in question.strip() else " ".join(question.split())
 
 
 def render_chat(

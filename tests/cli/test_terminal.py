@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -138,6 +139,7 @@ def test_ctrl_c_leaves_a_line_of_its_own_to_the_prompt():
     )
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
         os.execv(sys.executable, [sys.executable, "-c", code, "wait"])
     seen = b""
     while b"ready" not in seen:
