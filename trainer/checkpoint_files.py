@@ -65,6 +65,20 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def checkpoint_of_earlier_run(output_dir: str | os.PathLike[str], resume: bool) -> str | None:
+    """The checkpoint that a run in this folder goes on from, None where it begins.
+
+    Raises:
+        ValueError: there is one, and `resume` is off.
+    """
+    earlier = last_complete_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if earlier and not resume:
+        raise ValueError(
+            f"{output_dir} holds {Path(earlier).name} of an earlier run: add resume=true, or another output_dir"
+        )
+    return earlier
+
+
 def require_complete(checkpoint: str | os.PathLike[str]) -> None:
     """Refuse a checkpoint that is not complete.
 

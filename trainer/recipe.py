@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from .recipe_files import recipe_content
-from .setting_names import Recipe, check_settings
+from .setting_names import Recipe, checked_settings, made_of
 from .training_config import VideoMa2mbaTrainingConfig
 
 
@@ -36,21 +35,10 @@ def build_recipe(content: dict[str, Any]) -> tuple[Recipe, VideoMa2mbaTrainingCo
         ValueError: an unknown key or a value that makes no sense.
     """
     kinds = (Recipe, VideoMa2mbaTrainingConfig)
-    known = [{field.name: field.type for field in fields(kind) if field.init} for kind in kinds]
-    content = check_settings(content, {**known[1], **known[0]})
-    if workers := content.get("dataloader_num_workers"):
-        content["dataloader_num_workers"] = min(workers, _processors())  # more of them slow each other down
+    content = checked_settings(content, kinds)
     if not content.get("eval_share", 1) and not content.get("eval_data"):  # nothing is put aside, so nothing evaluated
         content |= {"eval_strategy": "no", "early_stopping_patience": None, "load_best_model_at_end": False}
     if content.get("deepspeed") and ParallelDims.of_run().world == 1:
         content["deepspeed"] = None  # one process has nothing to share its optimizer state with
-    recipe, config = (
-        kind(**{key: value for key, value in content.items() if key in names})
-        for kind, names in zip(kinds, known, strict=True)
-    )
+    recipe, config = made_of(content, kinds)
     return recipe, config
-
-
-def _processors() -> int:
-    """Those this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +104,31 @@ def check_settings(content: Mapping[str, Any], known: Mapping[str, Any]) -> dict
             close = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
     return {key: _meant(key, value, _type_names(known[key])) for key, value in content.items()}
+
+
+def checked_settings(content: Mapping[str, Any], kinds: Sequence[type]) -> dict[str, Any]:
+    """`check_settings` for the fields of some data classes; no more workers than there are processors.
+
+    Raises:
+        ValueError: as of `check_settings`.
+    """
+    known = {field.name: field.type for kind in reversed(kinds) for field in fields(kind) if field.init}
+    content = check_settings(content, known)
+    if workers := content.get("dataloader_num_workers"):
+        content["dataloader_num_workers"] = min(workers, _processors())  # more of them slow each other down
+    return content
+
+
+def made_of(content: Mapping[str, Any], kinds: Sequence[type]) -> tuple[Any, ...]:
+    """One of each data class, with those of the settings that are fields of it."""
+    own = [{field.name for field in fields(kind) if field.init} for kind in kinds]
+    given = ({name: value for name, value in content.items() if name in names} for names in own)
+    return tuple(kind(**settings) for kind, settings in zip(kinds, given, strict=True))
+
+
+def _processors() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _type_names(kind: Any) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from .. import BUNDLED_CHECKPOINT
 from ..modeling_video_ma2mba.state_writing import give_usual_permissions
 from ..modeling_video_ma2mba.vision_towers import TOWERS
-from .checkpoint_files import last_complete_checkpoint
+from .checkpoint_files import checkpoint_of_earlier_run
 from .recipe import Recipe
 from .setting_names import BUNDLED, require_named
 from .smoke_data import write_smoke_data
@@ -128,11 +128,7 @@ def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = Fa
     Raises:
         ValueError: the output folder holds checkpoints of another run and `resume` is off; see also `build_trainer`.
     """
-    earlier = last_complete_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if earlier and not recipe.resume:
-        raise ValueError(
-            f"{args.output_dir} holds {Path(earlier).name} of an earlier run: add resume=true, or another output_dir"
-        )
+    earlier = checkpoint_of_earlier_run(args.output_dir, recipe.resume)
     trainer = build_trainer(recipe, args, smoke)
     trainer.train(resume_from_checkpoint=earlier)
     trainer.save_model(args.output_dir)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 _RESOLUTION = 10_000  # steps in which a schedule of transformers is looked up by progress
 ENDLESS = 10_000_000
@@ -89,3 +90,29 @@ class ClockCallback(TrainerCallback):
         elif self.save_seconds is not None and self.now - self.saved >= self.save_seconds:
             self.saved = self.now
             control.should_save = True
+
+
+class ClockedTrainer(Trainer):
+    """A Trainer whose `max_seconds`, `stop_after` and `save_seconds` count. `clock` is None without them."""
+
+    clock: TrainingClock | None = None
+
+    def clock_callbacks(self, args: Any, schedule: dict[str, Any] | None) -> list[TrainerCallback]:
+        """Make the clock, before anything else is made; what advances it.
+
+        Args:
+            schedule: settings of `args.lr_scheduler_type`, as shares of the highest rate.
+        """
+        if args.max_seconds is None and args.stop_after is None and args.save_seconds is None:
+            return []
+        steps = args.max_steps if 0 < args.max_steps < ENDLESS else None
+        settings = (args.get_warmup_steps(ENDLESS), args.lr_scheduler_type, schedule)
+        self.clock = TrainingClock(steps or (None if args.max_seconds else ENDLESS), args.max_seconds, *settings)
+        return [ClockCallback(self.clock, args.save_seconds, args.stop_after)]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As in transformers; with `max_seconds` the schedule runs by the clock."""
+        if self.args.max_seconds is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self.clock)
+        return self.lr_scheduler

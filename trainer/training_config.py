@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from trl import SFTConfig
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
 from ..modeling_video_ma2mba.recompute_schedule import SCHEDULES
-from .training_clock import ENDLESS
+from .run_settings import accumulation_steps, check_clock, fit_batches_to_machine, fit_to_machine
 
 LABELS = ("answers", "captions")
 
@@ -78,10 +77,7 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
     license: str | None = _option(None, "Licence of the result, for the model card, such as apache-2.0.")
 
     def __post_init__(self) -> None:
-        if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-            self.use_cpu = True  # or processes that torchrun started would not find together
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
+        fit_to_machine(self)
         if self.padding_free:
             raise ValueError("padding_free=True does not work with video: set packing=True, which needs no padding")
         if self.packing:
@@ -101,7 +97,9 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
                 f"{', '.join(SCHEDULES)}"
             )
         if self.global_batch_size is not None:
-            self.gradient_accumulation_steps = self._accumulation()
+            groups = self.dims.batches
+            name = "processes" if self.context_parallel_size == 1 else "groups of processes"
+            self.gradient_accumulation_steps = accumulation_steps(self, groups, f"samples x {groups} {name}")
         if self.early_stopping_patience is not None:
             if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
                 raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch")
@@ -109,19 +107,12 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
         if self.frame_times is None and self.frame_times_every is not None:
             raise ValueError("frame_times_every needs frame_times: text or learned")
-        for name in ("max_seconds", "stop_after", "save_seconds"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{name}={value} must not be negative")
-        if self.max_seconds is not None and self.max_steps <= 0:
-            self.max_steps = ENDLESS
+        check_clock(self)
         for old, new in _NEW_NAMES.items():  # of transformers 5.23, which warns about the old ones, TRL's default too
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
-        # Samples differ in length: batches are never cut up and sent around between processes.
-        self.accelerator_config.dispatch_batches = False
+        fit_batches_to_machine(self)
 
     def _check_packing(self) -> None:
         if self.max_length is None:
@@ -136,18 +127,6 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
             )
         if self.train_sampling_strategy == "group_by_length":
             self.train_sampling_strategy = "random"  # packs are of one length
-
-    def _accumulation(self) -> int:
-        processes = self.dims.batches
-        together = self.per_device_train_batch_size * processes
-        steps, rest = divmod(self.global_batch_size, together)
-        if rest or not steps:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} is no multiple of {self.per_device_train_batch_size} "
-                f"samples x {processes} {'processes' if self.context_parallel_size == 1 else 'groups of processes'}: "
-                "change one of them"
-            )
-        return steps
 
     @property
     def dims(self) -> ParallelDims:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
@@ -36,7 +35,7 @@ from .memory_retry import MemoryRetry
 from .parameter_groups import decays, set_trainable, split_by_part
 from .throughput import Throughput, TrainingProgress
 from .training_card import write_training_card
-from .training_clock import ENDLESS, ClockCallback, TrainingClock
+from .training_clock import ClockedTrainer
 from .training_config import VideoMa2mbaTrainingConfig
 from .training_inputs import (
     BROKEN_SAMPLES,
@@ -56,7 +55,7 @@ _PIXELS = "pixel_values_videos"
 _TOTALS = "video_totals.json"
 
 
-class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
+class VideoMa2mbaTrainer(WholeCheckpoints, ClockedTrainer, SFTTrainer):
     """Trains a Video-Ma2mba model with Multi-Axis Gradient Checkpointing.
 
     Args:
@@ -123,12 +122,7 @@ class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
         callbacks = list(callbacks or [])
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-        self.clock = None
-        if args.max_seconds is not None or args.stop_after is not None or args.save_seconds is not None:
-            steps = args.max_steps if 0 < args.max_steps < ENDLESS else None
-            settings = (args.get_warmup_steps(ENDLESS), args.lr_scheduler_type, args.lr_scheduler_kwargs)
-            self.clock = TrainingClock(steps or (None if args.max_seconds else ENDLESS), args.max_seconds, *settings)
-            callbacks.append(ClockCallback(self.clock, args.save_seconds, args.stop_after))
+        callbacks += self.clock_callbacks(args, args.lr_scheduler_kwargs)
         self.throughput = Throughput()
         self.data_name = data_name
         self._bars: TrainingProgress | None = None
@@ -316,13 +310,6 @@ class VideoMa2mbaTrainer(WholeCheckpoints, SFTTrainer):
             named = (self.model if model is None else model).named_parameters()
             optimizer.param_groups = split_by_part(optimizer.param_groups, named, rates)
         return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As in transformers; with `max_seconds` the schedule runs by the clock."""
-        if self.args.max_seconds is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self.clock)
-        return self.lr_scheduler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, parameter in model.named_parameters() if decays(name, parameter)]

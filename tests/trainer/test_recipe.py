@@ -55,7 +55,7 @@ def test_overrides_lie_over_the_recipe(tmp_path):
 
 
 def test_no_more_workers_than_processors(monkeypatch):
-    monkeypatch.setattr("video_ma2mba.trainer.recipe._processors", lambda: 3)
+    monkeypatch.setattr("video_ma2mba.trainer.setting_names._processors", lambda: 3)
     for asked, taken in ((None, 3), (2, 2), (16, 3)):
         overrides = ["use_cpu=true"] + ([] if asked is None else [f"dataloader_num_workers={asked}"])
         assert read_recipe("stage2", overrides)[1].dataloader_num_workers == taken

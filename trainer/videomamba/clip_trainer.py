@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 
@@ -22,7 +21,7 @@ from ...modeling_video_ma2mba.state_writing import write_whole
 from ...processing.video_processing_videomamba import VideoMambaVideoProcessor
 from ..checkpoint_files import WholeCheckpoints
 from ..training_card import run_table
-from ..training_clock import ENDLESS, ClockCallback, TrainingClock
+from ..training_clock import ClockedTrainer
 from .augmentation import mix_batch, soft_labels
 from .clip_data import EpochSampler, collate_test, collate_training
 from .starting_model import rate_groups
@@ -91,7 +90,7 @@ def squared_error(evaluated: EvalPrediction) -> dict[str, float]:
     return {"mse": float(np.mean((evaluated.predictions.reshape(-1) - evaluated.label_ids.reshape(-1)) ** 2))}
 
 
-class VideoMambaTrainer(WholeCheckpoints):
+class VideoMambaTrainer(WholeCheckpoints, ClockedTrainer):
     """Trains a VideoMamba as a recipe says.
 
     Args:
@@ -122,12 +121,7 @@ class VideoMambaTrainer(WholeCheckpoints):
         **other: Any,
     ) -> None:
         callbacks = list(callbacks or [])
-        self.clock = None
-        if args.max_seconds is not None or args.stop_after is not None or args.save_seconds is not None:
-            steps = args.max_steps if 0 < args.max_steps < ENDLESS else None
-            settings = (args.get_warmup_steps(ENDLESS), args.lr_scheduler_type, self.schedule_settings(args))
-            self.clock = TrainingClock(steps or (None if args.max_seconds else ENDLESS), args.max_seconds, *settings)
-            callbacks.append(ClockCallback(self.clock, args.save_seconds, args.stop_after))
+        callbacks += self.clock_callbacks(args, self.schedule_settings(args))
         self.objective, self.data_name, self.test_collator = objective, data_name, test_collator
         self.export = export or (lambda trained: trained)
         self._parts: dict[str, tuple[float, int]] = {}  # of the loss: sum and number since the last log
@@ -216,13 +210,6 @@ class VideoMambaTrainer(WholeCheckpoints):
             for group in groups:
                 optimizer.add_param_group(group)
         return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As in transformers; with `max_seconds` the schedule runs by the clock."""
-        if self.args.max_seconds is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self.clock)
-        return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from torch import nn
 from ...modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ...modeling_video_ma2mba.modeling_videomamba import VideoMambaModel
 from ...modeling_video_ma2mba.state_writing import give_usual_permissions
-from ..checkpoint_files import last_complete_checkpoint
+from ..checkpoint_files import checkpoint_of_earlier_run
 from ..data.broken_samples import BrokenSamples
+from ..setting_names import checked_settings, made_of
 from .augmentation import Augmentation
 from .clip_data import TestClips, TrainingClips
 from .clip_rows import ClipRows, load_clip_rows
@@ -38,32 +37,11 @@ def build_recipe(content: dict[str, Any]) -> tuple[VideoMambaRecipe, VideoMambaT
         ValueError: an unknown key or a value that makes no sense.
     """
     kinds = (VideoMambaRecipe, VideoMambaTrainingConfig)
-    known = [{field.name for field in dataclasses.fields(kind) if field.init} for kind in kinds]
-    for key in content:
-        if not any(key in names for names in known):
-            close = difflib.get_close_matches(key, set.union(*known), 1)
-            raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
-    given = {key: _plain(key, value) for key, value in content.items()}
-    if workers := given.get("dataloader_num_workers"):
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        given["dataloader_num_workers"] = min(workers, processors)  # more of them slow each other down
+    given = checked_settings(content, kinds)
     if not given.get("eval_share", 0) and not given.get("eval_data"):
         given["eval_strategy"] = "no"
-    recipe, args = (
-        kind(**{key: value for key, value in given.items() if key in names})
-        for kind, names in zip(kinds, known, strict=True)
-    )
+    recipe, args = made_of(given, kinds)
     return recipe, args
-
-
-def _plain(key: str, value: Any) -> Any:
-    """YAML 1.1 takes 4e-5 for a text and no for False."""
-    if isinstance(value, str) and key.endswith(("rate", "decay", "epsilon", "_norm")):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"{key}={value} is not valid: it must be a number") from None
-    return "no" if value is False and key.endswith("_strategy") else value
 
 
 def build_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig, smoke: bool = False) -> VideoMambaTrainer:
@@ -230,11 +208,7 @@ def run_recipe(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig, smoke: 
     Raises:
         ValueError: the output folder holds checkpoints of another run and `resume` is off; see also `build_trainer`.
     """
-    earlier = last_complete_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if earlier and not recipe.resume:
-        raise ValueError(
-            f"{args.output_dir} holds {Path(earlier).name} of an earlier run: add resume=true, or another output_dir"
-        )
+    earlier = checkpoint_of_earlier_run(args.output_dir, recipe.resume)
     push, args.push_to_hub = args.push_to_hub, False  # once, at the end: what is published is not what is trained
     trainer = build_trainer(recipe, args, smoke)
     trainer.train(resume_from_checkpoint=earlier)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from ...modeling_video_ma2mba.parallel_dims import ParallelDims
-from ..training_clock import ENDLESS
+from ..run_settings import accumulation_steps, check_clock, fit_batches_to_machine, fit_to_machine
 
 TASKS = ("classification", "regression", "distillation", "masked")
 
@@ -119,23 +118,13 @@ class VideoMambaTrainingConfig(TrainingArguments):
     license: str | None = _option(None, "Licence of the result, for the model card, such as apache-2.0.")
 
     def __post_init__(self) -> None:
-        if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-            self.use_cpu = True  # or processes that torchrun started would not find together
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
+        fit_to_machine(self)
         if self.layer_decay_of not in ("layers", "embeddings"):
             raise ValueError(f"layer_decay_of={self.layer_decay_of!r} is not valid: use layers or embeddings")
         if self.global_batch_size is not None:
-            together = self.per_device_train_batch_size * ParallelDims.of_run().world
-            self.gradient_accumulation_steps, rest = divmod(self.global_batch_size, together)
-            if rest or not self.gradient_accumulation_steps:
-                raise ValueError(
-                    f"global_batch_size={self.global_batch_size} is no multiple of {self.per_device_train_batch_size} "
-                    f"videos x {ParallelDims.of_run().world} processes: change one of them"
-                )
-        for name in ("max_seconds", "stop_after", "save_seconds"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{name}={value} must not be negative")
+            processes = ParallelDims.of_run().world
+            self.gradient_accumulation_steps = accumulation_steps(self, processes, f"videos x {processes} processes")
+        check_clock(self)
         if self.base_learning_rate is not None:
             self.learning_rate = self.base_learning_rate * self.rate_scale
         if self.warmup_epochs:
@@ -147,12 +136,8 @@ class VideoMambaTrainingConfig(TrainingArguments):
             "min_lr": self.min_learning_rate * self.rate_scale,
             "warmup_lr_rate": self.warmup_learning_rate * self.rate_scale / (self.learning_rate or 1.0),
         }
-        if self.max_seconds is not None and self.max_steps <= 0:
-            self.max_steps = ENDLESS
         super().__post_init__()
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
-        self.accelerator_config.dispatch_batches = False
+        fit_batches_to_machine(self)
 
     @property
     def clips_a_step(self) -> int:
