@@ -106,6 +106,23 @@ def convert_videomamba(
     return report
 
 
+def read_videomamba(folder: Path, shown: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration's fields and all weights of a directory of ours, which messages call `shown`.
+
+    Raises:
+        FileNotFoundError: it lacks one of them. ValueError: it holds no VideoMamba.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{shown} holds no config.json: it is no checkpoint of this package")
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if fields.get("model_type") != "videomamba":
+        raise ValueError(f"{shown} holds a model of the type {fields.get('model_type')!r}, not a VideoMamba")
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{shown} holds no weights (model.safetensors)")
+    return fields, {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def restore_videomamba(folder: Path, out: Path) -> int:
     """Write a directory of ours as a `.pth` file: with the names, nesting and other tensors of the file it came from
     where it was converted, else plain names under `model`. Returns the number of tensors.
@@ -116,15 +133,8 @@ def restore_videomamba(folder: Path, out: Path) -> int:
     """
     if out.exists():
         raise ValueError(f"{out} exists: choose another name")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint of this package")
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if fields.get("model_type") != "videomamba":
-        raise ValueError(f"{folder} holds a model of the type {fields.get('model_type')!r}, not a VideoMamba")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors)")
-    own = {k.removeprefix("videomamba."): t for file in files for k, t in load_file(file).items()}
+    _, stored = read_videomamba(folder, str(folder))
+    own = {name.removeprefix("videomamba."): tensor for name, tensor in stored.items()}
     record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
     way = record.get("way_back") or {"nest": "model", "names": {}}
     official = {ours: name for name, ours in way["names"].items()}

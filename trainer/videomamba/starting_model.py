@@ -3,7 +3,6 @@ rates at which its parts learn."""
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...conversion.videomamba_checkpoint import convert_videomamba, resize_clips
+from ...conversion.videomamba_checkpoint import convert_videomamba, read_videomamba, resize_clips
 from ...modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ...modeling_video_ma2mba.modeling_videomamba import NO_DECAY, VideoMambaForVideoClassification
 from .training_settings import VideoMambaRecipe
@@ -41,15 +39,7 @@ def encoder_weights(source: str) -> tuple[VideoMambaConfig, dict[str, Tensor]]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model={source} holds no config.json: it is no saved model")
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if fields.get("model_type") != "videomamba":
-        raise ValueError(f"model={source} is a model of the type {fields.get('model_type')!r}, not a VideoMamba")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"model={source} holds no weights (model.safetensors)")
-    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    fields, stored = read_videomamba(folder, f"model={source}")
     start = "videomamba." if any(name.startswith("videomamba.") for name in stored) else ""
     weights = {name.removeprefix(start): t for name, t in stored.items() if name.startswith((start, "head."))}
     return VideoMambaConfig.from_dict(fields), weights
