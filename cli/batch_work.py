@@ -121,12 +121,10 @@ class Worker:
                 if wrong is not None:
                     found = {"error": error_text(wrong)}
                 else:
-                    answers_and_spans = [self._found(answer) for answer in given]
-                    found = {
-                        f"{name}s" if item.several else name: values if item.several else values[0]
-                        for name in answers_and_spans[0]
-                        for values in [[each[name] for each in answers_and_spans]]
-                    }
+                    told = [self._found(answer) for answer in given]
+                    found = told[0]
+                    if item.several:
+                        found = {f"{name}s": [each[name] for each in told] for name in found}
                     found |= self._unfamiliar(states[item.source], item)
                 yield item.result(**found, **facts[item.source])
 

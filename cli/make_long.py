@@ -83,6 +83,7 @@ def _models(
         Endpoint,
         LocalCaptioner,
         LocalWriter,
+        blind_generator,
         is_endpoint,
         text_generator,
     )
@@ -93,7 +94,7 @@ def _models(
         from video_ma2mba.serving.settings import read_keys
 
         key = read_keys(key_file)[0]
-    truth = WorldTruth()
+    truth, pipe = WorldTruth(), None
     if captioner == TRUTH:
         describe: Any = truth.caption
     elif is_endpoint(captioner):
@@ -101,13 +102,14 @@ def _models(
     else:
         from .loading import load_pipeline
 
-        describe = LocalCaptioner(
-            load_pipeline(captioner, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        )
+        pipe = load_pipeline(captioner, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        describe = LocalCaptioner(pipe)
     if writer == TRUTH:
         return describe, truth.write
     if is_endpoint(writer):
         return describe, Endpoint(writer, key).write
+    if pipe is not None and writer == captioner:
+        return describe, LocalWriter(blind_generator(pipe.model, pipe.processor))
     from video_ma2mba.loading import pick_device, pick_dtype, resolve_model
 
     place = pick_device(device)

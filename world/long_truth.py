@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -27,7 +28,10 @@ _MIDDLE = 0.1  # of the picture's width, on both sides of its middle: what arriv
 class WorldTruth:
     """Tells what videos of `video-ma2mba world render` show, from the seeds that they were made of."""
 
-    def world(self, video: Path) -> World:
+    def __init__(self) -> None:
+        self.world = functools.lru_cache(maxsize=1)(self._world)  # a video is asked about many times in a row
+
+    def _world(self, video: Path) -> World:
         """The world of a video file.
 
         Raises:

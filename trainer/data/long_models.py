@@ -94,6 +94,12 @@ class LocalWriter:
         return ("", text) if kind == SUMMARY else parse_pair(text)
 
 
+def blind_generator(model: Any, processor: Any) -> Callable[[str, int], str]:
+    """As `text_generator`, of a Video-Ma2mba model that is loaded: it answers without having seen anything."""
+    nothing = VideoState.zeros(model.config.text_config, 1, model.device, model.dtype)
+    return lambda request, most: model.answer(nothing, request, processor, max_new_tokens=most)
+
+
 def text_generator(model: str, device: Any, dtype: Any, trust_remote_code: bool = False) -> Callable[[str, int], str]:
     """A language model of a directory or the Hub: any of transformers that chats, or a Video-Ma2mba model.
 
@@ -104,9 +110,7 @@ def text_generator(model: str, device: Any, dtype: Any, trust_remote_code: bool 
 
     if AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).model_type == "video_ma2mba":
         loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        loaded, processor = loaded.to(device).eval(), AutoProcessor.from_pretrained(model)
-        nothing = VideoState.zeros(loaded.config.text_config, 1, device, dtype)  # has been seen
-        return lambda request, most: loaded.answer(nothing, request, processor, max_new_tokens=most)
+        return blind_generator(loaded.to(device).eval(), AutoProcessor.from_pretrained(model))
     made = pipeline("text-generation", model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if made.tokenizer is None or made.tokenizer.chat_template is None:
         raise ValueError(f"{model} has no chat template: name a model that is made for conversations")

@@ -199,7 +199,8 @@ class LongVideos:
                 if not cues:
                     record["refused"] = "none of its clips has a caption"
                 else:
-                    asked = [one["question"] for (of, _), one in self.written.items() if of == name]
+                    earlier = [self.written.get((name, other)) for other in (SUMMARY, *self.settings.kinds)]
+                    asked = [one["question"] for one in earlier if one is not None]
                     record |= self._row(kind, *writer(video, cues, kind), asked)
                 self._written.add(record)
                 self.written[name, kind] = record
@@ -221,7 +222,9 @@ class LongVideos:
         rows, refused = [], []
         for video in videos:
             name = self.name_of(video)
-            clips = [one for (of, _), one in self.captions.items() if of == name]
+            clips: list[dict[str, Any]] = []
+            while one := self.captions.get((name, len(clips))):
+                clips.append(one)
             refused += [one for one in clips if one["refused"]]
             made = {"captioner": self.settings.captioner, "writer": self.settings.writer}
             made |= {"clips": len(clips), "clip_seconds": self.settings.clip_seconds}
