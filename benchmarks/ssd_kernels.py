@@ -11,7 +11,6 @@ itself; the table in `ops_triton_settings` comes from there.
 import argparse
 import datetime
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -134,27 +133,32 @@ def measure(names: list[str], lengths: list[int], write) -> None:
             })  # fmt: skip
 
 
-TILES = [(32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 2), (64, 8, 3), (128, 8, 1), (128, 8, 2)]
-CHANNELS = [(64, 1), (128, 1), (128, 2), (256, 2)]
+TILES = [(32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 1), (64, 8, 3), (128, 8, 1), (128, 8, 2)]
+BY_HEADS = [(*t, h, r) for t in ((64, 4, 1), (64, 4, 2)) for h in (2, 4, 8) for r in (0, 168)] + [
+    (64, 4, 1, 1), (64, 4, 2, 1), (64, 8, 1, 4), (128, 8, 1, 4), (128, 8, 1, 8, 128), (32, 4, 1, 8),
+    (64, 4, 1, 8, 128),
+]  # fmt: skip
 TRIED = {  # field of the settings -> operation, what to try
-    "add_norm": ("add_rms_norm", [(4, v, n, s) for v in (1, 2, 4) for n in (4, 8) for s in (1, 2, 3)]),
-    "gated_norm": ("gated_rms_norm", [(4, v, n, s) for v in (8, 16) for n in (1, 2) for s in (1, 2, 3)]),
-    "conv_forward": ("causal_conv", [(t, *c) for t in (16, 32, 64) for c in CHANNELS]),
-    "conv_backward": ("causal_conv", [(t, *c) for t in (32, 64, 128) for c in CHANNELS]),
-    "scores": ("ssd", TILES[1:]),
-    "chunk_state": ("ssd", TILES),
-    "chunk_scan": ("ssd", TILES),
-    "dx": ("ssd", TILES),
-    "dscores": ("ssd", TILES[:7]),
-    "rows_by_states": ("ssd", TILES),
-    "finish": ("ssd", TILES[:7]),
-    "state_passing": ("ssd", [(128, 1), (128, 4), (256, 2), (256, 4), (512, 2), (1024, 4), (1024, 8)]),
-    "programs": ("ssd", [512, 1024, 4096, 8192]),
-}
+    "chunk_scan": ("ssd", BY_HEADS),
+    "dx": ("ssd", BY_HEADS),
+    "dscores": ("ssd", [(64, 4, 1), (64, 4, 1, 1, 168), (64, 4, 1, 1, 128), (64, 4, 2, 1, 168), (64, 4, 3, 1, 168)]),
+    "chunk_state": ("ssd", [(64, 8, n, 2) for n in (1, 2, 3, 4)] + [(64, 4, n, h) for n in (2, 3) for h in (1, 2)]
+                    + [(32, 8, 3, 2), (128, 8, 1, 2), (128, 8, 2, 2)]),
+    "rows_by_states": ("ssd", [*TILES, (128, 8, 3), (64, 4, 1, 1, 168), (64, 4, 2, 1, 168), (64, 4, 3, 1, 168)]),
+    "conv_backward": ("causal_conv", [(t, *c) for t in (32, 64, 128) for c in ((64, 1), (128, 1), (128, 2))]),
+    "conv_forward": ("causal_conv", [(t, *c) for t in (16, 32, 64) for c in ((128, 1), (256, 1), (256, 2))]),
+    "gated_norm": ("gated_rms_norm", [(4, v, n, s) for v, n in ((16, 1), (8, 2)) for s in (1, 2, 3)]),
+    "add_norm": ("add_rms_norm", [(4, v, n, s) for v, n in ((2, 4), (4, 4)) for s in (1, 2, 3)]),
+    "state_passing": ("ssd", [(256, 2), (512, 2), (1024, 4), (1024, 8)]),
+    "programs": ("ssd", [512, 2048, 4096]),
+    "scores": ("ssd", TILES[1:4]),
+    "finish": ("ssd", TILES[:4]),
+}  # fmt: skip
 
 
 def sweep(tokens: int, fields: list[str], write) -> None:
-    """Our kernels with other settings, one field at a time; the time of every kernel that ran, largest first."""
+    """Our kernels with other settings, one field at a time; the time of every kernel that ran, largest first, and by
+    how much the results differ, at most, from those of the table's own setting."""
     from video_ma2mba.modeling_video_ma2mba import ops_triton_settings
 
     table = ops_triton_settings.settings_for(torch.device("cuda"))
@@ -162,18 +166,22 @@ def sweep(tokens: int, fields: list[str], write) -> None:
     for field in fields:
         name, tried = TRIED[field]
         operation, tensors, options, gradients, into = cases[name]
-        backend = operation.named("triton")
+        backend, usual = operation.named("triton"), None
         for value in [getattr(table, field), *tried]:
-            ops_triton_settings.force_settings(replace(table, **{field: value}))
-            row = {"tokens": tokens, "field": field, "value": str(value)}
+            if isinstance(getattr(table, field), ops_triton_settings.Tiles):
+                value = ops_triton_settings.Tiles(*value)
+            ops_triton_settings.force_settings(table._replace(**{field: value}))
+            row = {"tokens": tokens, "field": field, "value": str(tuple(value) if isinstance(value, tuple) else value)}
 
-            def run(backend=backend, tensors=tensors, options=options, gradients=gradients, into=into) -> None:
-                _, kept = backend.forward(*tensors, **options)
-                backend.backward(tensors, kept, gradients, into, **options)
+            def run(backend=backend, tensors=tensors, options=options, gradients=gradients, into=into) -> list:
+                results, kept = backend.forward(*tensors, **options)
+                return [*results, *backend.backward(tensors, kept, gradients, into, **options)]
 
             try:
-                run()
-                torch.cuda.synchronize()
+                results = [t.float().clone() for t in run() if t is not None]
+                usual = usual or results
+                differs = [((a - b).norm() / b.norm()).item() for a, b in zip(results, usual, strict=True)]
+                row["differs"] = f"{max(differs):.1e}"
                 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                     for _ in range(3):
                         run()
@@ -198,7 +206,7 @@ def main() -> None:
     lengths = [int(n) for n in args.lengths.split(",")]
     names = ["what", "kernels", "tokens", "ns_per_token", "predicted_ns", "first_s"]
     if args.sweep:
-        names = ["tokens", "field", "value", "kernel", "ns_per_token", "note"]
+        names = ["tokens", "field", "value", "kernel", "ns_per_token", "differs", "note"]
     about = {"hardware": hardware("cuda"), "date": datetime.date.today().isoformat(), "torch": torch.__version__}
     write = row_writer(args.out, [*names, *about], **about)
     if args.sweep:

@@ -1,8 +1,9 @@
 """The causal convolution of `ops_conv` and its SiLU as Triton kernels, forward and backward.
 
 A program walks a stretch of tokens for a block of channels and remembers the last three inputs, so that each number is
-read once. Backward computes the convolution again as it walks and writes the gradient of an input three tokens later,
-when all that it fed is known; the weights' gradients are sums over the stretches in a fixed order.
+read once. It loads four tokens at a time: behind a store, a load would wait for it. Backward computes the convolution
+again as it walks and writes the gradient of an input three tokens later, when all that it fed is known; the weights'
+gradients are sums over the stretches in a fixed order.
 """
 
 from typing import Any
@@ -12,9 +13,6 @@ from torch import Tensor
 
 from .ops_triton_parts import tl, triton
 from .ops_triton_settings import settings_for
-
-AHEAD = 4
-"""Tokens whose inputs are loaded at once."""
 
 
 @triton.jit
@@ -36,6 +34,24 @@ def _input(x_ptr, state_ptr, row, x_row, channel, inside, S, WIDTH: tl.constexpr
 
 
 @triton.jit
+def _walked(ptr, at, row, channel, inside, left, TOKENS: tl.constexpr):
+    """Numbers of token `at` of a stretch, and of the three behind it; zero behind the last token."""
+    return tl.load(ptr + at * row + channel, mask=inside & (at < left) & (at < TOKENS + 3), other=0.0)
+
+
+@triton.jit
+def _of_four(a0, a1, a2, a3, number: tl.constexpr):
+    if number == 0:
+        return a0.to(tl.float32)
+    elif number == 1:
+        return a1.to(tl.float32)
+    elif number == 2:
+        return a2.to(tl.float32)
+    else:
+        return a3.to(tl.float32)
+
+
+@triton.jit
 def _same(ids_ptr, row, back: tl.constexpr, S, WIDTH: tl.constexpr):
     """1.0 where token `row` and the one `back` before it are of one sample."""
     there = (back < WIDTH) & (row < S) & (row + WIDTH - 1 - back >= 0)
@@ -47,7 +63,7 @@ def _same(ids_ptr, row, back: tl.constexpr, S, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["S"])
 def conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, out_ptr, S, x_row, x_batch, channels, BIAS: tl.constexpr,
-    PACKED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    PACKED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A stretch of TOKENS tokens of a block of CHANNELS channels of one row of the batch."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -56,7 +72,8 @@ def conv_forward_kernel(
     inside = channel < channels
     # 64 bits for where the stretch begins; within it 32 bits do.
     x_ptr += batch * x_batch
-    first = x_ptr + start.to(tl.int64) * x_row
+    row = start.to(tl.int64)
+    first = x_ptr + row * x_row
     out_ptr += (batch * S + start) * channels
     state_ptr += batch * channels * (WIDTH - 1)
     ids_ptr += batch * (S + WIDTH - 1)
@@ -67,15 +84,18 @@ def conv_forward_kernel(
     bias = tl.zeros_like(w0)
     if BIAS:
         bias += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    row = start.to(tl.int64)
     x1 = _input(x_ptr, state_ptr, row - 1, x_row, channel, inside, S, WIDTH)
     x2 = _input(x_ptr, state_ptr, row - 2, x_row, channel, inside, S, WIDTH)
     x3 = _input(x_ptr, state_ptr, row - 3, x_row, channel, inside, S, WIDTH)
     left = S - start
-    for token in range(0, TOKENS, AHEAD):
-        for step in tl.static_range(AHEAD):
+    for token in range(0, TOKENS, 4):
+        a0 = _walked(first, token, x_row, channel, inside, left, TOKENS)
+        a1 = _walked(first, token + 1, x_row, channel, inside, left, TOKENS)
+        a2 = _walked(first, token + 2, x_row, channel, inside, left, TOKENS)
+        a3 = _walked(first, token + 3, x_row, channel, inside, left, TOKENS)
+        for step in tl.static_range(4):
             at = token + step
-            x0 = tl.load(first + at * x_row + channel, mask=inside & (at < left), other=0.0).to(tl.float32)
+            x0 = _of_four(a0, a1, a2, a3, step)
             if PACKED:
                 here = start + at
                 sum1 = w1 * x1 * _same(ids_ptr, here, 1, S, WIDTH) + w2 * x2 * _same(ids_ptr, here, 2, S, WIDTH)
@@ -93,7 +113,7 @@ def conv_forward_kernel(
 def conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, dout_ptr, dx_ptr, dstate_ptr, sums_ptr, S, x_row, x_batch,
     dout_row, dout_batch, dx_row, dx_batch, channels, BIAS: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """As forward. `sums_ptr` gets the gradients of the taps, by how far they look back, and of the bias."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -123,12 +143,18 @@ def conv_backward_kernel(
     d1, d2, d3 = zero, zero, zero  # gradients in front of the SiLU, one to three tokens ago
     s0, s1, s2, s3, sums = zero, zero, zero, zero, zero
     left = S - start
-    for token in range(0, TOKENS + AHEAD, AHEAD):  # the last round belongs to the next stretch: it ends our inputs
-        for step in tl.static_range(AHEAD):
+    for token in range(0, TOKENS + 4, 4):  # the last round belongs to the next stretch: it ends our inputs
+        a0 = _walked(first, token, x_row, channel, inside, left, TOKENS)
+        b0 = _walked(dout_ptr, token, dout_row, channel, inside, left, TOKENS)
+        a1 = _walked(first, token + 1, x_row, channel, inside, left, TOKENS)
+        b1 = _walked(dout_ptr, token + 1, dout_row, channel, inside, left, TOKENS)
+        a2 = _walked(first, token + 2, x_row, channel, inside, left, TOKENS)
+        b2 = _walked(dout_ptr, token + 2, dout_row, channel, inside, left, TOKENS)
+        a3 = _walked(first, token + 3, x_row, channel, inside, left, TOKENS)
+        b3 = _walked(dout_ptr, token + 3, dout_row, channel, inside, left, TOKENS)
+        for step in tl.static_range(4):
             at = token + step
-            reached = inside & (at < left) & (at < TOKENS + 3)
-            x0 = tl.load(first + at * x_row + channel, mask=reached, other=0.0).to(tl.float32)
-            dout = tl.load(dout_ptr + at * dout_row + channel, mask=reached, other=0.0).to(tl.float32)
+            x0, dout = _of_four(a0, a1, a2, a3, step), _of_four(b0, b1, b2, b3, step)
             here = start + at
             if PACKED:
                 k1 = _same(ids_ptr, here, 1, S, WIDTH)
@@ -149,9 +175,9 @@ def conv_backward_kernel(
             # The input three tokens ago fed that token, this one and the two between.
             if PACKED:
                 before = here - 3
-                b1 = _same(ids_ptr, before + 1, 1, S, WIDTH)
-                b2 = _same(ids_ptr, before + 2, 2, S, WIDTH)
-                dx = w0 * d3 + w1 * d2 * b1 + w2 * d1 * b2 + w3 * d0 * k3
+                f1 = _same(ids_ptr, before + 1, 1, S, WIDTH)
+                f2 = _same(ids_ptr, before + 2, 2, S, WIDTH)
+                dx = w0 * d3 + w1 * d2 * f1 + w2 * d1 * f2 + w3 * d0 * k3
             else:
                 dx = w0 * d3 + w1 * d2 + w2 * d1 + w3 * d0
             row = at - 3
@@ -182,7 +208,7 @@ def _launch(
     grid = (triton.cdiv(x.shape[2], block), triton.cdiv(x.shape[1], tokens), x.shape[0])
     return grid, {
         "BIAS": bias is not None, "PACKED": ids is not None, "WIDTH": weight.shape[1], "CHANNELS": block,
-        "TOKENS": tokens, "AHEAD": AHEAD, "num_warps": warps,
+        "TOKENS": tokens, "num_warps": warps,
     }  # fmt: skip
 
 

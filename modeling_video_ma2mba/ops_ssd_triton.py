@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .ops_triton_parts import softplus, tl, triton
-from .ops_triton_settings import KernelSettings, settings_for
+from .ops_triton_settings import KernelSettings, Tiles, settings_for
 
 
 @triton.jit
@@ -87,37 +87,51 @@ def scores_kernel(
         tl.store(out_ptr + rows[:, None] * Q + columns[None, :], tl.dot(first, second))
 
 
+@triton.jit
+def _chunk_scale(total_ptr, steps_ptr, at, left, ENDS: tl.constexpr, Q: tl.constexpr):
+    """By how much tokens of a chunk count in `chunk_state_kernel`, for one head, whose sums the pointers are at."""
+    total = tl.load(total_ptr + at)
+    if ENDS:
+        end = tl.load(total_ptr + tl.minimum(left, Q) - 1)
+        return tl.exp(tl.minimum(end - total, 0.0)) * tl.load(steps_ptr + at)
+    else:
+        return tl.exp(total)
+
+
 @triton.jit(do_not_specialize=["S"])
 def chunk_state_kernel(
     x_ptr, b_ptr, steps_ptr, total_ptr, ids_ptr, out_ptr, S, x_row, x_batch, b_row, b_batch, heads, per_group,
     ENDS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Sum over a chunk's tokens of scale x b^T, (P, N), for one head. ENDS: scale is step * decay to the chunk's end
-    (what the chunk adds to the state); else the decay from its start (dy C^T: the gradient of the entering state)."""
-    head, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    """Sum over a chunk's tokens of scale x b^T, (P, N), for one head or two neighbours of a group. ENDS: scale is step
+    * decay to the chunk's end (what the chunk adds to the state); else the decay from its start (dy C^T: the gradient
+    of the entering state)."""
+    head, chunk, chunks = tl.program_id(0) * HEADS, tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     start = chunk.to(tl.int64) * Q
     left = S - chunk * Q
     x_ptr += batch * x_batch + start * x_row + head * P
     b_ptr += batch * b_batch + start * b_row + (head // per_group) * N
-    sums = ((batch * heads + head) * chunks + chunk) * Q
+    total_ptr += ((batch * heads + head) * chunks + chunk) * Q
+    steps_ptr += ((batch * heads + head) * chunks + chunk) * Q
     if PACKED:
         ids_ptr += batch * S + start
         border = tl.load(ids_ptr + tl.minimum(left, Q) - 1) if ENDS else _id_before(ids_ptr, chunk, Q)
-    end = tl.load(total_ptr + sums + tl.minimum(left, Q) - 1)
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    state = tl.zeros([P, N], tl.float32)
+    p, n = tl.arange(0, HEADS * P), tl.arange(0, N)
+    state = tl.zeros([HEADS * P, N], tl.float32)
     for token in range(0, Q, TILE):
         at = token + tl.arange(0, TILE)
         there = at < left
-        total = tl.load(total_ptr + sums + at)
-        scale = tl.exp(tl.minimum(end - total, 0.0)) * tl.load(steps_ptr + sums + at) if ENDS else tl.exp(total)
+        scale = _chunk_scale(total_ptr, steps_ptr, at, left, ENDS, Q)[None, :]
+        if HEADS == 2:
+            second = _chunk_scale(total_ptr + chunks * Q, steps_ptr + chunks * Q, at, left, ENDS, Q)[None, :]
+            scale = tl.where(p[:, None] < P, scale, second)
         if PACKED:
-            scale = tl.where(_ids(ids_ptr, at, there) == border, scale, 0.0)
-        b = _tile(b_ptr, at, b_row, n, there)
-        b = (b.to(tl.float32) * scale[:, None]).to(b_ptr.dtype.element_ty)
+            scale = tl.where((_ids(ids_ptr, at, there) == border)[None, :], scale, 0.0)
         x = tl.load(x_ptr + at[None, :] * x_row + p[:, None], mask=there[None, :], other=0.0)
-        state = tl.dot(x, b, state)
+        x = (x.to(tl.float32) * scale).to(x_ptr.dtype.element_ty)
+        state = tl.dot(x, _tile(b_ptr, at, b_row, n, there), state)
     out_ptr += ((batch * chunks + chunk) * heads + head) * P * N
     tl.store(out_ptr + p[:, None] * N + n[None, :], state)
 
@@ -162,29 +176,31 @@ def state_passing_kernel(
 
 @triton.jit(do_not_specialize=["S", "chunks"])
 def state_passing_backward_kernel(
-    dstates_ptr, total_ptr, dend_ptr, ids_ptr, dstart_ptr, S, chunks, heads, size, END: tl.constexpr,
+    said_ptr, dstates_ptr, total_ptr, dend_ptr, ids_ptr, dstart_ptr, S, chunks, heads, size, END: tl.constexpr,
     PACKED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place: `dstates_ptr` holds what the outputs of a chunk say about the state that enters it, and gets the
-    gradient of the state that leaves it."""
+    """`said_ptr` holds what the outputs of a chunk say about the state that enters it, `dstates_ptr` gets the gradient
+    of the state that leaves it."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     inside = at < size
     total_ptr += (batch * heads + head) * chunks * Q
     ids_ptr += batch * S
-    dstates_ptr += ((batch * chunks + chunks - 1) * heads + head) * size
+    last = ((batch * chunks + chunks - 1) * heads + head) * size
+    said_ptr += last
+    dstates_ptr += last
     gradient = tl.zeros([BLOCK], tl.float32)
     if END:
         gradient += tl.load(dend_ptr + (batch * heads + head) * size + at, mask=inside, other=0.0).to(tl.float32)
-    seen = tl.load(dstates_ptr + at, mask=inside, other=0.0)
+    said = tl.load(said_ptr + at, mask=inside, other=0.0)
     for back in range(0, chunks):
         chunk = chunks - 1 - back
-        earlier_ptr = dstates_ptr - heads * size
-        earlier = tl.load(earlier_ptr + at, mask=inside & (chunk > 0), other=0.0)
-        tl.store(dstates_ptr + at, gradient, mask=inside)
-        gradient = gradient * _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q) + seen
-        seen = earlier
-        dstates_ptr = earlier_ptr
+        said_ptr -= heads * size
+        earlier = tl.load(said_ptr + at, mask=inside & (chunk > 0), other=0.0)
+        tl.store(dstates_ptr + at, gradient.to(dstates_ptr.dtype.element_ty), mask=inside)
+        gradient = gradient * _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q) + said
+        said = earlier
+        dstates_ptr -= heads * size
     tl.store(dstart_ptr + (batch * heads + head) * size + at, gradient, mask=inside)
 
 
@@ -200,114 +216,140 @@ def carry_backward_kernel(
     here = ((batch * chunks + chunk) * heads + head) * size
     products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):
-        gradient = tl.load(dstates_ptr + here + start + at)
+        gradient = tl.load(dstates_ptr + here + start + at).to(tl.float32)
         products += gradient * tl.load(states_ptr + here + start + at).to(tl.float32)
     total_ptr += (batch * heads + head) * chunks * Q
     carry = _carry(total_ptr, ids_ptr + batch * S, chunk, S, PACKED, Q)
     tl.store(dcarry_ptr + (batch * heads + head) * chunks + chunk, tl.sum(products) * carry)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "each"])
 def chunk_scan_kernel(
     x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, y_ptr, S, x_row, x_batch, c_row,
-    c_batch, heads, groups, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    c_batch, heads, groups, each, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of TILE tokens of one head: from the state that entered the chunk, and from the tokens before."""
+    """Outputs of TILE tokens of `each` heads of a group, one after the other: they share C and the scores, which come
+    from nearby from the second on. From the state that entered the chunk, and from the tokens before."""
     tiles: tl.constexpr = Q // TILE
-    head, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    first, m = (tl.program_id(0) // tiles) * each, tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
-    group = head // (heads // groups)
+    group = first // (heads // groups)
     start = chunk.to(tl.int64) * Q
     left = S - chunk * Q
     rows = m * TILE + tl.arange(0, TILE)
     there = rows < left
     p, n = tl.arange(0, P), tl.arange(0, N)
-    x_ptr += batch * x_batch + start * x_row + head * P
+    x_ptr += batch * x_batch + start * x_row
     c_ptr += batch * c_batch + start * c_row + group * N
-    y_ptr += ((batch * S + start) * heads + head) * P
-    sums = ((batch * heads + head) * chunks + chunk) * Q
+    y_ptr += (batch * S + start) * heads * P
     scores_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
-    states_ptr += ((batch * chunks + chunk) * heads + head) * P * N
-    total = tl.load(total_ptr + sums + rows)
-    from_start = tl.exp(total)
+    states_ptr += (batch * chunks + chunk) * heads * P * N
     if PACKED:
         ids_ptr += batch * S + start
         sample = _ids(ids_ptr, rows, there)
-        from_start = tl.where(sample == _id_before(ids_ptr, chunk, Q), from_start, 0.0)
+        entered = sample == _id_before(ids_ptr, chunk, Q)
     c = _tile(c_ptr, rows, c_row, n, there)
-    state = tl.load(states_ptr + p[None, :] * N + n[:, None])
-    y = tl.dot(c, state) * from_start[:, None]
-    for token in range(0, (m + 1) * TILE, TILE):
-        at = token + tl.arange(0, TILE)
-        decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + sums + at)[None, :], 0.0))
-        seen = rows[:, None] >= at[None, :]
+    for head in range(first, first + each):
+        sums = ((batch * heads + head) * chunks + chunk) * Q
+        total = tl.load(total_ptr + sums + rows)
+        # A decay that leads into this tile is one to its edge and one from there: both are at most 1.
+        edge = tl.load(total_ptr + sums + m * TILE - 1, mask=m > 0, other=0.0)
+        state = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None])
+        y = tl.dot(c, state) * tl.exp(edge)
         if PACKED:
-            seen = seen & (sample[:, None] == _ids(ids_ptr, at, at < left)[None, :])
-        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :])
-        scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + sums + at)[None, :]
-        x = _tile(x_ptr, at, x_row, p, at < left)
+            y = tl.where(entered[:, None], y, 0.0)
+        for token in range(0, m * TILE, TILE):
+            at = token + tl.arange(0, TILE)
+            weight = tl.exp(tl.minimum(edge - tl.load(total_ptr + sums + at), 0.0)) * tl.load(steps_ptr + sums + at)
+            scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
+            if PACKED:
+                scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
+            x = _tile(x_ptr + head * P, at, x_row, p, at < left)
+            y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
+        y *= tl.exp(tl.minimum(total - edge, 0.0))[:, None]
+        decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + sums + rows)[None, :], 0.0))
+        seen = rows[:, None] >= rows[None, :]
+        if PACKED:
+            seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
+        scores = tl.load(scores_ptr + rows[:, None] * Q + rows[None, :])
+        scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + sums + rows)[None, :]
+        x = _tile(x_ptr + head * P, rows, x_row, p, there)
         y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
-    y += _tile(x_ptr, rows, x_row, p, there).to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
-    out = y_ptr + rows[:, None] * (heads * P) + p[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
+        y += x.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
+        out = y_ptr + head * P + rows[:, None] * (heads * P) + p[None, :]
+        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "each"])
 def dx_kernel(
     x_ptr, b_ptr, scores_ptr, steps_ptr, total_ptr, dstates_ptr, D_ptr, ids_ptr, dy_ptr, dx_ptr, dsteps_ptr,
-    dends_ptr, dD_ptr, S, x_row, x_batch, b_row, b_batch, dy_row, dy_batch, dx_row, dx_batch, heads, groups,
+    dends_ptr, dD_ptr, S, x_row, x_batch, b_row, b_batch, dy_row, dy_batch, dx_row, dx_batch, heads, groups, each,
     PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of TILE tokens' x and steps (without what steps do through decays), of their decay to the chunk's end,
-    and of D. `scores_ptr` holds B C^T."""
+    and of D, for `each` heads of a group, one after the other. `scores_ptr` holds B C^T."""
     tiles: tl.constexpr = Q // TILE
-    head, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    first, m = (tl.program_id(0) // tiles) * each, tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
-    group = head // (heads // groups)
+    group = first // (heads // groups)
     start = chunk.to(tl.int64) * Q
     left = S - chunk * Q
     rows = m * TILE + tl.arange(0, TILE)
     there = rows < left
     p, n = tl.arange(0, P), tl.arange(0, N)
-    x_ptr += batch * x_batch + start * x_row + head * P
-    dx_ptr += batch * dx_batch + start * dx_row + head * P
-    dy_ptr += batch * dy_batch + start * dy_row + head * P
+    x_ptr += batch * x_batch + start * x_row
+    dx_ptr += batch * dx_batch + start * dx_row
+    dy_ptr += batch * dy_batch + start * dy_row
     b_ptr += batch * b_batch + start * b_row + group * N
-    sums = ((batch * heads + head) * chunks + chunk) * Q
     scores_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
-    dstates_ptr += ((batch * chunks + chunk) * heads + head) * P * N
-    total, step = tl.load(total_ptr + sums + rows), tl.load(steps_ptr + sums + rows)
-    to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + tl.minimum(left, Q) - 1) - total, 0.0))
+    dstates_ptr += (batch * chunks + chunk) * heads * P * N
     if PACKED:
         ids_ptr += batch * S + start
         sample = _ids(ids_ptr, rows, there)
-        to_end = tl.where(sample == tl.load(ids_ptr + tl.minimum(left, Q) - 1), to_end, 0.0)
-    x = _tile(x_ptr, rows, x_row, p, there).to(tl.float32)
+        leaving = sample == tl.load(ids_ptr + tl.minimum(left, Q) - 1)
     b = _tile(b_ptr, rows, b_row, n, there)
-    dstate = tl.load(dstates_ptr + p[None, :] * N + n[:, None]).to(b_ptr.dtype.element_ty)
-    gradient = tl.dot(b, dstate) * to_end[:, None]
-    tl.store(dends_ptr + sums + rows, tl.sum(gradient * x, axis=1) * step)
-    for token in range(m * TILE, Q, TILE):
-        at = token + tl.arange(0, TILE)
-        decay = tl.exp(tl.minimum(tl.load(total_ptr + sums + at)[None, :] - total[:, None], 0.0))
-        seen = rows[:, None] <= at[None, :]
+    for head in range(first, first + each):
+        sums = ((batch * heads + head) * chunks + chunk) * Q
+        total, step = tl.load(total_ptr + sums + rows), tl.load(steps_ptr + sums + rows)
+        # A decay that leads out of this tile is one to its last token and one from there: both are at most 1.
+        edge = tl.load(total_ptr + sums + tl.minimum(left, (m + 1) * TILE) - 1)
+        to_edge = tl.exp(tl.minimum(edge - total, 0.0))
+        to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + tl.minimum(left, Q) - 1) - edge, 0.0))
+        dstate = tl.load(dstates_ptr + head * P * N + p[None, :] * N + n[:, None])
+        gradient = tl.dot(b, dstate) * to_end
         if PACKED:
-            seen = seen & (sample[:, None] == _ids(ids_ptr, at, at < left)[None, :])
-        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :])
-        scores = tl.where(seen, scores * decay, 0.0)
-        dy = _tile(dy_ptr, at, dy_row, p, at < left)
+            gradient = tl.where(leaving[:, None], gradient, 0.0)
+        x = _tile(x_ptr + head * P, rows, x_row, p, there)
+        tl.store(dends_ptr + sums + rows, tl.sum(gradient * x, axis=1) * to_edge * step)
+        for token in range((m + 1) * TILE, Q, TILE):
+            at = token + tl.arange(0, TILE)
+            weight = tl.exp(tl.minimum(tl.load(total_ptr + sums + at) - edge, 0.0))
+            scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
+            if PACKED:
+                scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
+            dy = _tile(dy_ptr + head * P, at, dy_row, p, at < left)
+            gradient = tl.dot(scores.to(dy_ptr.dtype.element_ty), dy, gradient)
+        gradient *= to_edge[:, None]
+        decay = tl.exp(tl.minimum(tl.load(total_ptr + sums + rows)[None, :] - total[:, None], 0.0))
+        seen = rows[:, None] <= rows[None, :]
+        if PACKED:
+            seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
+        scores = tl.where(seen, tl.load(scores_ptr + rows[:, None] * Q + rows[None, :]) * decay, 0.0)
+        dy = _tile(dy_ptr + head * P, rows, dy_row, p, there)
         gradient = tl.dot(scores.to(dy_ptr.dtype.element_ty), dy, gradient)
-    dy = _tile(dy_ptr, rows, dy_row, p, there).to(tl.float32)
-    tl.store(dsteps_ptr + sums + rows, tl.sum(gradient * x, axis=1))
-    tl.store(dD_ptr + ((batch * chunks + chunk) * heads + head) * tiles + m, tl.sum(dy * x))
-    dx = gradient * step[:, None] + dy * tl.load(D_ptr + head).to(tl.float32)
-    tl.store(dx_ptr + rows[:, None] * dx_row + p[None, :], dx.to(dx_ptr.dtype.element_ty), mask=there[:, None])
+        dy = dy.to(tl.float32)
+        x = _tile(x_ptr + head * P, rows, x_row, p, there).to(tl.float32)  # again: it would take too many registers
+        tl.store(dsteps_ptr + sums + rows, tl.sum(gradient * x, axis=1))
+        tl.store(dD_ptr + ((batch * chunks + chunk) * heads + head) * tiles + m, tl.sum(dy * x))
+        dx = gradient * step[:, None] + dy * tl.load(D_ptr + head).to(tl.float32)
+        out = dx_ptr + head * P + rows[:, None] * dx_row + p[None, :]
+        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "splits"])
 def dscores_kernel(
     x_ptr, dy_ptr, scores_ptr, steps_ptr, total_ptr, ids_ptr, dscores_ptr, later_ptr, earlier_ptr, S, x_row, x_batch,
     dy_row, dy_batch, heads, groups, splits, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
@@ -333,8 +375,8 @@ def dscores_kernel(
             sample = _ids(ids_ptr, rows, rows < left)
             seen = seen & (sample[:, None] == _ids(ids_ptr, columns, columns < left)[None, :])
         place = ((batch * chunks + chunk) * groups + group) * Q * Q + rows[:, None] * Q + columns[None, :]
-        scores = tl.load(scores_ptr + place)
-        scores = tl.where(rows[:, None] < columns[None, :], scores, 0.0)  # a token does not decay on its way to itself
+        # A token does not decay on its way to itself. What is not seen is left out here, and of dscores at the end.
+        scores = tl.where(seen & (rows[:, None] < columns[None, :]), tl.load(scores_ptr + place), 0.0)
         first = group * (heads // groups) + split * per_split
         x_ptr += batch * x_batch + start * x_row
         dy_ptr += batch * dy_batch + start * dy_row
@@ -347,16 +389,16 @@ def dscores_kernel(
             )
             total, step = tl.load(total_ptr + sums + rows), tl.load(steps_ptr + sums + rows)
             decay = tl.exp(tl.minimum(tl.load(total_ptr + sums + columns)[None, :] - total[:, None], 0.0))
-            product = tl.where(seen, tl.dot(x, dy) * decay, 0.0) * step[:, None]
+            product = tl.dot(x, dy) * decay * step[:, None]
             dscores += product
             product *= scores
             tl.store(later_ptr + sums * tiles + m * Q + columns, tl.sum(product, axis=0))
             tl.store(earlier_ptr + sums * tiles + n * Q + rows, tl.sum(product, axis=1))
         size = tl.num_programs(2) // (splits * groups) * chunks * groups
-        tl.store(dscores_ptr + split.to(tl.int64) * size * Q * Q + place, dscores)
+        tl.store(dscores_ptr + split.to(tl.int64) * size * Q * Q + place, tl.where(seen, dscores, 0.0))
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "splits"])
 def rows_by_states_kernel(
     rows_ptr, states_ptr, with_ptr, steps_ptr, total_ptr, ids_ptr, out_ptr, sums_ptr, S, row, batch_stride, with_row,
     with_batch, heads, groups, splits, ENDS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
@@ -407,7 +449,7 @@ def rows_by_states_kernel(
     tl.store(out_ptr + at[:, None] * N + n[None, :], out)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "splits", "score_splits"])
 def finish_kernel(
     parts_ptr, dscores_ptr, other_ptr, out_ptr, S, other_row, other_batch, out_row, out_batch, groups, splits,
     score_splits, EARLIER: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
@@ -492,15 +534,16 @@ def _splits(heads: int, programs: int, wanted: int) -> int:
     return heads
 
 
+def _each(per_group: int, programs: int, tiles: Tiles, use: KernelSettings) -> int:
+    """How many heads of a group one program takes: as many as the settings allow, fewer where programs are few."""
+    most = max(1, min(tiles.heads, programs // use.programs))
+    return next(n for n in range(min(most, per_group), 0, -1) if per_group % n == 0)
+
+
 def _tokens_first(x: Tensor) -> Tensor:
     """(B, S, H, P) or (B, S, G, N) whose last two dimensions are dense, as the kernels read them."""
     dense = x.stride(-1) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return x if dense else x.contiguous()
-
-
-def _options(settings: tuple[int, int, int], chunk: int) -> dict[str, int]:
-    """Of one kernel: a tile is no longer than a chunk."""
-    return {"TILE": min(settings[0], chunk), "num_warps": settings[1], "num_stages": settings[2]}
 
 
 def ssd_forward(
@@ -522,11 +565,7 @@ def ssd_forward(
         dt, a, dt_bias, steps, total, tokens, dt.stride(1), dt.stride(0), *dt_limit, heads, Q=chunk_size, HEADS=8,
     )  # fmt: skip
     scores = _scores(c, b, chunk_size, False, use)
-    added = torch.empty(batch, chunks, heads, width, size, **fp32)
-    chunk_state_kernel[(heads, chunks, batch)](
-        x, b, steps, total, ids, added, tokens, x.stride(1), x.stride(0), b.stride(1), b.stride(0), heads,
-        heads // groups, ENDS=True, PACKED=packed, **dims, **_options(use.chunk_state, chunk_size),
-    )  # fmt: skip
+    added = _chunk_states(x, b, steps, total, ids, packed, True, chunk_size, use)
     states, new_state = torch.empty_like(added, dtype=x.dtype), torch.empty(state.shape, **fp32)
     numbers, block = width * size, min(use.state_passing[0], width * size)
     state_passing_kernel[(triton.cdiv(numbers, block), heads, batch)](
@@ -535,22 +574,39 @@ def ssd_forward(
     )  # fmt: skip
     del added
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles = chunk_size // min(use.chunk_scan[0], chunk_size)
-    chunk_scan_kernel[(heads * tiles, chunks, batch)](
+    tiles = chunk_size // min(use.chunk_scan.tile, chunk_size)
+    each = _each(heads // groups, batch * chunks * heads * tiles, use.chunk_scan, use)
+    chunk_scan_kernel[(heads // each * tiles, chunks, batch)](
         x, c, scores, steps, total, states, D, ids, y, tokens, x.stride(1), x.stride(0), c.stride(1), c.stride(0),
-        heads, groups, PACKED=packed, **dims, **_options(use.chunk_scan, chunk_size),
+        heads, groups, each, PACKED=packed, **dims, **use.chunk_scan.options(chunk_size),
     )  # fmt: skip
     return (y, new_state), (steps, total, states)
+
+
+def _chunk_states(
+    x: Tensor, b: Tensor, steps: Tensor, total: Tensor, ids: Tensor, packed: bool, ends: bool, chunk: int,
+    use: KernelSettings,
+) -> Tensor:  # fmt: skip
+    """`chunk_state_kernel` for all heads and chunks, (B, c, H, P, N) in fp32."""
+    batch, tokens, heads, width = x.shape
+    per_group, chunks, size = heads // b.shape[2], total.shape[2], b.shape[3]
+    out = torch.empty(batch, chunks, heads, width, size, dtype=torch.float32, device=x.device)
+    pair = 2 if per_group % 2 == 0 and 2 * width <= 128 and use.chunk_state.heads > 1 else 1
+    chunk_state_kernel[(heads // pair, chunks, batch)](
+        x, b, steps, total, ids, out, tokens, x.stride(1), x.stride(0), b.stride(1), b.stride(0), heads, per_group,
+        ENDS=ends, PACKED=packed, Q=chunk, P=width, N=size, HEADS=pair, **use.chunk_state.options(chunk),
+    )  # fmt: skip
+    return out
 
 
 def _scores(first: Tensor, second: Tensor, chunk: int, transposed: bool, use: KernelSettings) -> Tensor:
     """first second^T within chunks, (B, c, G, Q, Q) in fp32; only the triangle that is needed is written."""
     batch, tokens, groups, size = first.shape
-    chunks, tile = triton.cdiv(tokens, chunk), min(use.scores[0], chunk)
+    chunks, tile = triton.cdiv(tokens, chunk), min(use.scores.tile, chunk)
     out = torch.empty(batch, chunks, groups, chunk, chunk, dtype=torch.float32, device=first.device)
     scores_kernel[((chunk // tile) ** 2, chunks, batch * groups)](
         first, second, out, tokens, first.stride(1), first.stride(0), second.stride(1), second.stride(0), groups,
-        TRANSPOSED=transposed, Q=chunk, N=size, **_options(use.scores, chunk),
+        TRANSPOSED=transposed, Q=chunk, N=size, **use.scores.options(chunk),
     )  # fmt: skip
     return out
 
@@ -580,52 +636,51 @@ def ssd_backward(
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     xs, dys, bs, cs = ((t.stride(1), t.stride(0)) for t in (x, dy, b, c))
 
-    dstates = torch.empty(batch, chunks, heads, width, size, **fp32)
-    chunk_state_kernel[(heads, chunks, batch)](
-        dy, c, steps, total, ids, dstates, tokens, *dys, *cs, heads, heads // groups, ENDS=False, PACKED=packed,
-        N=size, **dims, **_options(use.chunk_state, chunk_size),
-    )  # fmt: skip
+    said = _chunk_states(dy, c, steps, total, ids, packed, False, chunk_size, use)
+    dstates = torch.empty_like(said, dtype=x.dtype)
     numbers, block = width * size, min(use.state_passing[0], width * size)
     dcarry = torch.empty(batch, heads, chunks, **fp32)
     dstate = torch.empty(batch, heads, width, size, **fp32)
     state_passing_backward_kernel[(triton.cdiv(numbers, block), heads, batch)](
-        dstates, total, dstate if dnew_state is None else dnew_state.contiguous(), ids, dstate, tokens, chunks, heads,
-        numbers, END=dnew_state is not None, PACKED=packed, Q=chunk_size, BLOCK=block,
+        said, dstates, total, dstate if dnew_state is None else dnew_state.contiguous(), ids, dstate, tokens, chunks,
+        heads, numbers, END=dnew_state is not None, PACKED=packed, Q=chunk_size, BLOCK=block,
         num_warps=use.state_passing[1],
     )  # fmt: skip
+    del said
     carry_backward_kernel[(heads, chunks, batch)](
         dstates, states, total, ids, dcarry, tokens, heads, numbers, PACKED=packed, Q=chunk_size,
         BLOCK=min(2048, numbers),
     )  # fmt: skip
 
     scores = _scores(b, c, chunk_size, True, use)
-    tiles = chunk_size // min(use.dx[0], chunk_size)
+    tiles = chunk_size // min(use.dx.tile, chunk_size)
     dsteps, dends, dstarts = torch.empty(3, *steps.shape, **fp32).unbind(0)
     dD = torch.empty(batch, chunks, heads, tiles, **fp32)
-    dx_kernel[(heads * tiles, chunks, batch)](
+    each = _each(heads // groups, batch * chunks * heads * tiles, use.dx, use)
+    dx_kernel[(heads // each * tiles, chunks, batch)](
         x, b, scores, steps, total, dstates, D, ids, dy, dx, dsteps, dends, dD, tokens, *xs, *bs, *dys, dx.stride(1),
-        dx.stride(0), heads, groups, PACKED=packed, N=size, **dims, **_options(use.dx, chunk_size),
+        dx.stride(0), heads, groups, each, PACKED=packed, N=size, **dims, **use.dx.options(chunk_size),
     )  # fmt: skip
-    per_group, tiles = heads // groups, chunk_size // min(use.dscores[0], chunk_size)
+    per_group, tiles = heads // groups, chunk_size // min(use.dscores.tile, chunk_size)
     score_splits = _splits(per_group, batch * chunks * groups * tiles * (tiles + 1) // 2, use.programs)
     dscores = torch.empty(score_splits, *scores.shape, **fp32)
     later, earlier = torch.empty(2, batch, heads, chunks, tiles, chunk_size, **fp32).unbind(0)
     dscores_kernel[(tiles * tiles, chunks, batch * groups * score_splits)](
         x, dy, scores, steps, total, ids, dscores, later, earlier, tokens, *xs, *dys, heads, groups, score_splits,
-        PACKED=packed, **dims, **_options(use.dscores, chunk_size),
+        PACKED=packed, **dims, **use.dscores.options(chunk_size),
     )  # fmt: skip
     del scores
-    row_tiles, finish_tiles = (chunk_size // min(s[0], chunk_size) for s in (use.rows_by_states, use.finish))
+    row_tiles, finish_tiles = (chunk_size // min(t.tile, chunk_size) for t in (use.rows_by_states, use.finish))
     splits = _splits(per_group, batch * chunks * groups * row_tiles, use.programs)
     for rows, row_strides, held, other, out, ends in ((x, xs, dstates, c, db, True), (dy, dys, states, b, dc, False)):
         parts = torch.empty(splits, batch, chunks, groups, chunk_size, size, **fp32)
         rows_by_states_kernel[(row_tiles, chunks, batch * groups * splits)](
             rows, held, c, steps, total, ids, parts, dstarts, tokens, *row_strides, *cs, heads, groups, splits,
-            ENDS=ends, PACKED=packed, N=size, **dims, **_options(use.rows_by_states, chunk_size),
+            ENDS=ends, PACKED=packed, N=size, **dims, **use.rows_by_states.options(chunk_size),
         )  # fmt: skip
         finish_kernel[(finish_tiles, chunks, batch * groups)](
             parts, dscores, other, out, tokens, other.stride(1), other.stride(0), out.stride(1), out.stride(0),
-            groups, splits, score_splits, EARLIER=ends, Q=chunk_size, N=size, **_options(use.finish, chunk_size),
+            groups, splits, score_splits, EARLIER=ends, Q=chunk_size, N=size, **use.finish.options(chunk_size),
         )  # fmt: skip
     da, dbias = torch.empty(2, batch * chunks, heads, **fp32).unbind(0)
     steps_backward_kernel[(heads, chunks, batch)](

@@ -1,33 +1,48 @@
 """How this package's Triton kernels of Mamba-2 are launched. `benchmarks/ssd_kernels.py --sweep` times others."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .ops_triton_parts import LaunchTable
 
 
-@dataclass(frozen=True)
-class KernelSettings:
-    """Warps, and stages of loading ahead where two numbers stand; tokens of a tile first where three stand.
+class Tiles(NamedTuple):
+    """One kernel of the scan: tokens of a tile, warps, stages of loading ahead, how many heads one program takes at
+    most, and registers a thread at most (0: as the compiler likes)."""
+
+    tile: int
+    warps: int
+    stages: int
+    heads: int = 1
+    registers: int = 0
+
+    def options(self, chunk: int) -> dict[str, int]:
+        """Of a launch: a tile is no longer than a chunk."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"TILE": min(self.tile, chunk), "num_warps": self.warps, "num_stages": self.stages} | limit
+
+
+class KernelSettings(NamedTuple):
+    """Settings of every kernel.
 
     Args:
         add_norm, gated_norm: warps forward, warps backward, programs a multiprocessor and stages in backward.
         conv_forward, conv_backward: tokens of a stretch, channels, warps.
-        scores, chunk_state, chunk_scan, dx, dscores, rows_by_states, finish: tile, warps, stages.
+        chunk_state: of one or two heads a program.
         state_passing: numbers of a state that one program takes, warps.
-        programs: how many programs the sums over heads are dealt to, at least, where there are heads enough.
+        programs: how many programs the heads are dealt to, at least, where there are heads enough.
     """
 
     add_norm: tuple[int, int, int, int] = (4, 2, 4, 1)
     gated_norm: tuple[int, int, int, int] = (4, 16, 1, 1)
-    conv_forward: tuple[int, int, int] = (16, 128, 1)
+    conv_forward: tuple[int, int, int] = (64, 256, 1)
     conv_backward: tuple[int, int, int] = (128, 64, 1)
-    scores: tuple[int, int, int] = (64, 4, 2)
-    chunk_state: tuple[int, int, int] = (64, 4, 3)
-    chunk_scan: tuple[int, int, int] = (64, 4, 2)
-    dx: tuple[int, int, int] = (64, 4, 1)
-    dscores: tuple[int, int, int] = (64, 4, 1)
-    rows_by_states: tuple[int, int, int] = (64, 4, 3)
-    finish: tuple[int, int, int] = (32, 4, 2)
+    scores: Tiles = Tiles(64, 4, 2)
+    chunk_state: Tiles = Tiles(64, 8, 3, heads=2)
+    chunk_scan: Tiles = Tiles(64, 4, 1, heads=4, registers=168)
+    dx: Tiles = Tiles(64, 4, 1, heads=4)
+    dscores: Tiles = Tiles(64, 4, 1, registers=168)
+    rows_by_states: Tiles = Tiles(64, 4, 3)
+    finish: Tiles = Tiles(32, 4, 2)
     state_passing: tuple[int, int] = (512, 4)
     programs: int = 1024
 
