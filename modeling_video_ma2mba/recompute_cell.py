@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .mixer_mamba2 import run_blocks
 from .parallel_borders import Gradients, States
 from .parallel_heads import HeadShare
+from .recompute_graph import BlockGraphs, CellGraphs
 from .recompute_random import RandomState, random_state_kept
 from .recompute_schedule import Cell
 from .stack_protocols import TextStack
@@ -34,6 +35,7 @@ class CellRunner:
         keep: (B, S) bool on the model's device, positions whose result is wanted; None for all.
         around: as in `run_blocks`. detect_anomaly: stop at the first value that is not finite.
         heads: where ranks share heads, of whose columns x is this rank's part.
+        graphs: of full-length cells (`recompute_graph`), where they serve this step.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class CellRunner:
         around: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
         detect_anomaly: bool = False,
         heads: HeadShare | None = None,
+        graphs: CellGraphs | None = None,
     ) -> None:
         self.heads = heads
         self.columns = segments if heads is None else heads.columns
@@ -61,6 +64,7 @@ class CellRunner:
             isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.layers.modules()
         )
         self.random_states: dict[Cell, RandomState] = {}
+        self.graphs = None if self.random or detect_anomaly or around is not None else graphs
 
     def is_last(self, block: int) -> bool:
         """Whether a block ends the stack; the final norm belongs to it."""
@@ -83,9 +87,15 @@ class CellRunner:
             the stream after the block; after the last one the normed result, (B, s, D) or the kept positions as
             (1, kept, D), None without any; then the states at the segment's end.
         """
-        with self._same_randomness(cell, replay=False):
-            y, delta, states = self._run(cell, x, states)
-        return y if y is None or delta is None else y + delta, states
+        graphs = self._graphs(cell, backward=False)
+        if graphs is not None:
+            y, delta, states = graphs.forward(x, states)
+        else:
+            with self._same_randomness(cell, replay=False):
+                y, delta, states = self._run(cell, x, states)
+        if not self.is_last(cell[0]):
+            return y + delta, states
+        return self._finish(cell, y, delta), states
 
     def backward(
         self,
@@ -104,28 +114,68 @@ class CellRunner:
         Returns:
             gradients of x, of the states and of the given parameters.
         """
+        graphs = self._graphs(cell, backward=True)
+        if graphs is not None and dout is not None:
+            return self._replay(graphs, cell, x, states, dout, dstates, parameters)
         x = x.detach().to(self.stream_dtype).requires_grad_()
         states = [s.detach().requires_grad_() for s in states]
         with torch.enable_grad(), self.autocast(), self._same_randomness(cell, replay=True):
             y, delta, ends = self._run(cell, x, states, again=True)
+            results = [self._finish(cell, y, delta)] if self.is_last(cell[0]) else [y, delta]
         outputs, gradients = [], []
         dstates = dstates or [None] * len(ends)
-        for value, gradient in zip([y, delta, *ends], [dout, dout, *dstates], strict=True):
+        douts = [dout] * len(results)
+        for value, gradient in zip([*results, *ends], [*douts, *dstates], strict=True):
             if value is not None and gradient is not None:
                 outputs.append(value)
                 gradients.append(sent(gradient, value.device).to(value.dtype))
         wanted = [x, *states, *parameters]
-        results: Gradients = [None] * len(wanted)
+        found: Gradients = [None] * len(wanted)
         if outputs:
-            results = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-        dx = results.pop(0)
+            found = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        dx = found.pop(0)
         dx = torch.zeros_like(x) if dx is None else dx
-        return dx, results[: len(states)], results[len(states) :]
+        return dx, found[: len(states)], found[len(states) :]
 
-    def _run(
-        self, cell: Cell, x: Tensor, states: States, again: bool = False
-    ) -> tuple[Tensor | None, Tensor | None, States]:
-        """Residual and delta, whose sum is the stream; after the last block the normed result and None; the states."""
+    def _graphs(self, cell: Cell, backward: bool) -> BlockGraphs | None:
+        """Those of a cell's block, if this cell can be replayed."""
+        block, segment = cell
+        start, stop = self.segments[segment]
+        if self.graphs is None or stop - start != self.segments[0][1] - self.segments[0][0]:
+            return None
+        if any(borders is not None for borders in self.layout.segment(start, stop, self.halo)):
+            return None
+        return self.graphs.of(block, [self.kinds[i] for i in self.blocks[block]], backward)
+
+    def _replay(
+        self,
+        graphs: BlockGraphs,
+        cell: Cell,
+        x: Tensor,
+        states: States,
+        dout: Tensor,
+        dstates: Gradients,
+        parameters: Sequence[nn.Parameter],
+    ) -> tuple[Tensor, Gradients, Gradients]:
+        """`backward` by graphs; the final norm and the choice of positions are between recomputation and backward."""
+        y, delta = graphs.recompute(x, states)
+        dy = ddelta = sent(dout, x.device)
+        of_norm: dict[int, Tensor | None] = {}
+        if self.is_last(cell[0]):
+            leaves = [y.detach().requires_grad_(), delta.detach().requires_grad_()]
+            own = [p for p in self.norm.parameters() if p.requires_grad]
+            with torch.enable_grad(), self.autocast():
+                out = self._finish(cell, *leaves)
+            assert out is not None  # it has a gradient
+            dy, ddelta, *found = torch.autograd.grad(out, [*leaves, *own], dy.to(out.dtype))
+            of_norm = {id(p): gradient for p, gradient in zip(own, found, strict=True)}
+        dx, before, of_layers = graphs.backward(dy, ddelta, dstates)
+        left = iter(of_layers)
+        gradients = [of_norm[id(p)] if id(p) in of_norm else next(left) for p in parameters]
+        return dx, before if states else [], gradients
+
+    def _run(self, cell: Cell, x: Tensor, states: States, again: bool = False) -> tuple[Tensor, Tensor, States]:
+        """Residual and delta, whose sum is the stream after the block's layers; the states."""
         block, segment = cell
         start, stop = self.segments[segment]
         lengths, seq_idx = self.layout.segment(start, stop, self.halo)
@@ -139,14 +189,18 @@ class CellRunner:
             y, delta, ends = run_blocks(layers, x, starts, lengths, seq_idx, again and not last, self.around)
         if self.detect_anomaly and not again and not bool(torch.isfinite(y + delta).all()):
             raise FloatingPointError(self._name_bad_layer(cell, x, ends))
-        if not last:
-            return y, delta, flatten(ends)
+        if self.graphs is not None and stop - start == self.segments[0][1] - self.segments[0][0]:
+            self.graphs.ran(delta, flatten(ends), again)
+        return y, delta, flatten(ends)
+
+    def _finish(self, cell: Cell, y: Tensor, delta: Tensor) -> Tensor | None:
+        """Behind the last block: normed results, (B, s, D) or the kept positions as (1, kept, D), None without any."""
         if self.keep is not None:
-            rows = self.keep[:, slice(*self.columns[segment])]
+            rows = self.keep[:, slice(*self.columns[cell[1]])]
             y, delta = y[rows].unsqueeze(0), delta[rows].unsqueeze(0)
             if y.shape[1] == 0 and self.heads is None:  # ranks that share heads go through all layers together
-                return None, None, flatten(ends)
-        return self.norm(y, delta, self.norm.weight.dtype)[0], None, flatten(ends)
+                return None
+        return self.norm(y, delta, self.norm.weight.dtype)[0]
 
     def _name_bad_layer(self, cell: Cell, x: Tensor, states: Sequence[LayerState]) -> str:
         layers, (start, stop) = self.blocks[cell[0]], self.segments[cell[1]]

@@ -40,6 +40,7 @@ from .parallel_sequence import SequenceGroup
 from .parallel_shards import ShardedLayers, is_shard
 from .planner import choose_plan, describe_batch, out_of_memory_message
 from .recompute_cell import CellRunner
+from .recompute_graph import CellGraphs, graphs_for
 from .recompute_plan import RecomputePlan, RecomputeSettings
 from .recompute_schedule import Cell, named_order
 from .recompute_store import DeviceStore, HostStore, PinnedPool
@@ -62,6 +63,7 @@ class MultiAxisEngine:
         self.group: SequenceGroup | None = None
         self.schedule = "round_robin"  # of batches that come without a cut
         self._pool = PinnedPool()
+        self.graphs: CellGraphs | None = None
         self._given: RecomputePlan | None = None
         self._shared: _SharedPass | None = None
 
@@ -70,6 +72,7 @@ class MultiAxisEngine:
         self.settings = settings
         if settings is None:
             self._pool.release()
+            self.graphs = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MultiAxisEngine":
         copy = MultiAxisEngine()
@@ -92,6 +95,13 @@ class MultiAxisEngine:
         if plan.offload and device.type == "cuda":
             return HostStore(self._pool, device)
         return DeviceStore()
+
+    def graphs_for(self, model: TextStack, x: Tensor, plan: RecomputePlan) -> CellGraphs | None:
+        """CUDA graphs of a step's cells, kept from step to step, where they pay (`recompute_graph`)."""
+        device = model.norm_f.weight.device
+        graphs = graphs_for(self.graphs, model.layers, x, plan, model.stream_dtype, device)
+        self.graphs = self.graphs if graphs is None else graphs
+        return graphs
 
     def share(self, group: SequenceGroup | None, schedule: str = "round_robin") -> None:
         """Share the steps that follow among the ranks of `group`: all of them run the same batches, each the cells of
@@ -273,8 +283,9 @@ class _StackRun:
         self.store = engine.store_for(plan, self.device) if shared is None else shared.store
         # Layers that are FSDP units are gathered here, block by block, and called past their hooks.
         around = None if sharded is None else contextlib.nullcontext
+        graphs = engine.graphs_for(model, x, plan) if sharded is None and shared is None else None
         self.runner = CellRunner(
-            model, self.blocks, self.segments, layout, self.keep, around, detect_anomaly, self.heads
+            model, self.blocks, self.segments, layout, self.keep, around, detect_anomaly, self.heads, graphs
         )
         # What autograd knows: shards, where layers are spread over processes.
         self.owners = [self.runner.parameters(block) for block in range(len(self.blocks))]

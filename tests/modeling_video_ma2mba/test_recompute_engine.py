@@ -1,11 +1,14 @@
 """The engine's gradients against plain autograd in fp64, at sizes that fit nothing evenly."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stack_gradients import gradients, make_model, random_state
 
+from video_ma2mba.modeling_video_ma2mba.recompute_graph import graphs_on_any_device
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputeSettings
 
 TOLERANCE = 1e-10
@@ -64,6 +67,53 @@ def test_property_any_plan_any_batch(data):
     if data.draw(st.booleans(), label="to a state"):
         extra["final_state_weight"] = 0.7
     assert_same(model, x, plan, **extra)
+
+
+def replayed_and_not(model, *steps: dict) -> list[tuple[dict, dict]]:
+    """Gradients of steps whose cells are replayed as graphs are, and of the same steps without."""
+    found = []
+    for around in (graphs_on_any_device, contextlib.nullcontext):
+        model.set_checkpointing(False)
+        model.set_checkpointing(True, layers_per_block=2, segment_length=5, offload=False)
+        with around():
+            found.append([gradients(model, **step)[1] for step in steps])
+            assert (model.engine.graphs is None) == (around is contextlib.nullcontext)
+    return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("layers", [3, 4])
+def test_replayed_cells_give_the_same_bits(layers):
+    """Step after step, in any mixture: from states and to states, at wanted positions, none of them in some segments;
+    a segment that is shorter, samples that end within one, and weights that no longer train."""
+    model = make_model(layers)
+    x, other = torch.randn(2, 2, 33, 16, dtype=torch.float64)
+    keep = torch.rand(2, 33) > 0.8
+    keep[:, 10:15] = False
+    last = torch.zeros(2, 33, dtype=torch.bool)
+    last[0, -1] = True
+    packed = (torch.arange(33) > 6).long().expand(2, -1)
+    state = random_state(model, 2)
+    steps = [{"x": x}, {"x": other, "state": state, "final_state_weight": 0.7}, {"x": x, "keep": keep},
+             {"x": x, "keep": last}, {"x": other, "seq_idx": packed}, {"x": x[:1]}]  # fmt: skip
+    for replayed, plain in replayed_and_not(model, *steps):
+        assert replayed.keys() == plain.keys()
+        assert all(torch.equal(value, replayed[name]) for name, value in plain.items())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("in_proj" in name)
+    [(replayed, plain)] = replayed_and_not(model, {"x": x})
+    assert all(torch.equal(value, replayed[name]) for name, value in plain.items())
+    calls = []
+    model.layers[1].register_forward_hook(lambda *_: calls.append(1))  # a hook wants to be called every time
+    with graphs_on_any_device():
+        gradients(model, x)
+    assert len(calls) == 14  # seven segments, and again
+
+
+def test_replayed_cells_under_autocast():
+    model = make_model(4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        [(replayed, plain)] = replayed_and_not(model, {"x": torch.randn(1, 40, 16)})
+    assert all(torch.equal(value, replayed[name]) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("method", ["per_layer", "sqrt"])
