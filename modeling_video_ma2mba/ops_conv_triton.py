@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import tl, triton
+from .ops_triton_parts import kernel, tl, triton
 from .ops_triton_settings import settings_for
 
 
@@ -60,7 +60,7 @@ def _same(ids_ptr, row, back: tl.constexpr, S, WIDTH: tl.constexpr):
     return tl.where(there & (now == then), 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, out_ptr, S, x_row, x_batch, channels, BIAS: tl.constexpr,
     PACKED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
@@ -109,7 +109,7 @@ def conv_forward_kernel(
             x1 = x0
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, dout_ptr, dx_ptr, dstate_ptr, sums_ptr, S, x_row, x_batch,
     dout_row, dout_batch, dx_row, dx_batch, channels, BIAS: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr,

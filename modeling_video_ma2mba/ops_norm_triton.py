@@ -8,7 +8,7 @@ row is a power of two of channels and a rest, so that the widths of the released
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import tl, triton
+from .ops_triton_parts import kernel, tl, triton
 from .ops_triton_settings import settings_for
 
 
@@ -29,7 +29,7 @@ def _gate(z):
     return z * half, half * (1.0 + z * (1.0 - half))
 
 
-@triton.jit
+@kernel()
 def add_norm_forward_kernel(
     residual_ptr, delta_ptr, weight_ptr, normed_ptr, total_ptr, rstd_ptr, delta_row, width, eps,
     ADD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
@@ -58,7 +58,7 @@ def add_norm_forward_kernel(
         _store(normed_ptr + row * width, later, width, x_rest * rstd * _load(weight_ptr, later, width))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def add_norm_backward_kernel(
     total_ptr, weight_ptr, rstd_ptr, dnormed_ptr, dtotal_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, rows, width,
     SUM: tl.constexpr, ADD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
@@ -109,7 +109,7 @@ def add_norm_backward_kernel(
         _store(dweight_ptr + program * width, later, width, dweight_rest)
 
 
-@triton.jit
+@kernel()
 def gated_norm_forward_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr, rstd_ptr, y_row, z_row, out_row, width, eps, MAIN: tl.constexpr,
     REST: tl.constexpr,
@@ -136,7 +136,7 @@ def gated_norm_forward_kernel(
         _store(out_ptr, later, width, x_rest * rstd * _load(weight_ptr, later, width))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def gated_norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, rstd_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr, y_row, z_row, dout_row, dz_row, rows,
     width, MAIN: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import softplus, tl, triton
+from .ops_triton_parts import kernel, softplus, tl, triton
 from .ops_triton_settings import KernelSettings, Tiles, settings_for
 
 
@@ -37,7 +37,7 @@ def _id_before(ids_ptr, chunk, Q: tl.constexpr):
     return tl.load(ids_ptr - 1, mask=chunk > 0, other=0)
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def steps_kernel(
     dt_ptr, a_ptr, bias_ptr, steps_ptr, total_ptr, S, dt_row, dt_batch, low, high, heads, Q: tl.constexpr,
     HEADS: tl.constexpr,
@@ -62,7 +62,7 @@ def steps_kernel(
     tl.store(total_ptr + out, total, mask=known[None, :])
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def scores_kernel(
     first_ptr, second_ptr, out_ptr, S, row, batch_stride, row2, batch_stride2, groups, TRANSPOSED: tl.constexpr,
     Q: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
@@ -98,7 +98,7 @@ def _chunk_scale(total_ptr, steps_ptr, at, left, ENDS: tl.constexpr, Q: tl.const
         return tl.exp(total)
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def chunk_state_kernel(
     x_ptr, b_ptr, steps_ptr, total_ptr, ids_ptr, out_ptr, S, x_row, x_batch, b_row, b_batch, heads, per_group,
     ENDS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
@@ -148,7 +148,7 @@ def _carry(total_ptr, ids_ptr, chunk, S, PACKED: tl.constexpr, Q: tl.constexpr):
     return kept
 
 
-@triton.jit(do_not_specialize=["S", "chunks"])
+@kernel(do_not_specialize=["S", "chunks"])
 def state_passing_kernel(
     added_ptr, total_ptr, start_ptr, ids_ptr, states_ptr, end_ptr, S, chunks, heads, size, PACKED: tl.constexpr,
     Q: tl.constexpr, BLOCK: tl.constexpr,
@@ -174,7 +174,7 @@ def state_passing_kernel(
     tl.store(end_ptr + (batch * heads + head) * size + at, state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["S", "chunks"])
+@kernel(do_not_specialize=["S", "chunks"])
 def state_passing_backward_kernel(
     said_ptr, dstates_ptr, total_ptr, dend_ptr, ids_ptr, dstart_ptr, S, chunks, heads, size, END: tl.constexpr,
     PACKED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
@@ -204,7 +204,7 @@ def state_passing_backward_kernel(
     tl.store(dstart_ptr + (batch * heads + head) * size + at, gradient, mask=inside)
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def carry_backward_kernel(
     dstates_ptr, states_ptr, total_ptr, ids_ptr, dcarry_ptr, S, heads, size, PACKED: tl.constexpr, Q: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -223,7 +223,7 @@ def carry_backward_kernel(
     tl.store(dcarry_ptr + (batch * heads + head) * chunks + chunk, tl.sum(products) * carry)
 
 
-@triton.jit(do_not_specialize=["S", "each"])
+@kernel(do_not_specialize=["S", "each"])
 def chunk_scan_kernel(
     x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, y_ptr, S, x_row, x_batch, c_row,
     c_batch, heads, groups, each, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -282,7 +282,7 @@ def chunk_scan_kernel(
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["S", "each"])
+@kernel(do_not_specialize=["S", "each"])
 def dx_kernel(
     x_ptr, b_ptr, scores_ptr, steps_ptr, total_ptr, dstates_ptr, D_ptr, ids_ptr, dy_ptr, dx_ptr, dsteps_ptr,
     dends_ptr, dD_ptr, S, x_row, x_batch, b_row, b_batch, dy_row, dy_batch, dx_row, dx_batch, heads, groups, each,
@@ -349,7 +349,7 @@ def dx_kernel(
         tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["S", "splits"])
+@kernel(do_not_specialize=["S", "splits"])
 def dscores_kernel(
     x_ptr, dy_ptr, scores_ptr, steps_ptr, total_ptr, ids_ptr, dscores_ptr, later_ptr, earlier_ptr, S, x_row, x_batch,
     dy_row, dy_batch, heads, groups, splits, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
@@ -398,7 +398,7 @@ def dscores_kernel(
         tl.store(dscores_ptr + split.to(tl.int64) * size * Q * Q + place, tl.where(seen, dscores, 0.0))
 
 
-@triton.jit(do_not_specialize=["S", "splits"])
+@kernel(do_not_specialize=["S", "splits"])
 def rows_by_states_kernel(
     rows_ptr, states_ptr, with_ptr, steps_ptr, total_ptr, ids_ptr, out_ptr, sums_ptr, S, row, batch_stride, with_row,
     with_batch, heads, groups, splits, ENDS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
@@ -449,7 +449,7 @@ def rows_by_states_kernel(
     tl.store(out_ptr + at[:, None] * N + n[None, :], out)
 
 
-@triton.jit(do_not_specialize=["S", "splits", "score_splits"])
+@kernel(do_not_specialize=["S", "splits", "score_splits"])
 def finish_kernel(
     parts_ptr, dscores_ptr, other_ptr, out_ptr, S, other_row, other_batch, out_row, out_batch, groups, splits,
     score_splits, EARLIER: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
@@ -485,7 +485,7 @@ def finish_kernel(
     tl.store(out_ptr + at[:, None] * out_row + n[None, :], out.to(out_ptr.dtype.element_ty), mask=(at < left)[:, None])
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def steps_backward_kernel(
     dt_ptr, a_ptr, bias_ptr, steps_ptr, dsteps_ptr, dends_ptr, dstarts_ptr, later_ptr, earlier_ptr, dcarry_ptr,
     ddt_ptr, da_ptr, dbias_ptr, S, dt_row, dt_batch, ddt_row, ddt_batch, low, high, heads, Q: tl.constexpr,

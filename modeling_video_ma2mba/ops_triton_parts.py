@@ -1,7 +1,13 @@
-"""What this package's Triton kernels of the operations share: Triton itself, softplus, and how launches are chosen."""
+"""What this package's Triton kernels of the operations share: Triton itself, softplus, how launches are chosen, and
+how several kernels are compiled at the same time."""
 
-from collections.abc import Mapping
-from typing import Generic, TypeVar
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -12,6 +18,34 @@ except ModuleNotFoundError as error:
     raise ImportError("these kernels need triton, which comes with PyTorch's CUDA builds") from error
 
 S = TypeVar("S")
+_ahead: ContextVar[bool] = ContextVar("kernels are compiled, not launched", default=False)
+
+
+class Kernel:
+    """A Triton kernel, launched as `kernel[grid](...)`."""
+
+    def __init__(self, jit: Any) -> None:
+        self.jit = jit
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self.jit.warmup, grid=grid) if _ahead.get() else self.jit[grid]
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., Any]], Kernel]:
+    """`triton.jit` for a function that is launched."""
+    return lambda function: Kernel(triton.jit(**options)(function))
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside, launches of a `Kernel` only have it compiled, all at the same time; the results are whatever was in
+    memory. A launch with arguments of the same kind then starts at once. Triton before 3.5 compiles at launches."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads, triton.AsyncCompileMode(threads):
+        token = _ahead.set(True)
+        try:
+            yield
+        finally:
+            _ahead.reset(token)
 
 
 class LaunchTable(Generic[S]):
