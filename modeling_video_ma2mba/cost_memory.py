@@ -268,6 +268,12 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
         "states": 4 * state + dstates,
         "gradient sums": sums_after,
     }
+    if shape.kernels and work.ranks == 1 and plan.replayed(work.batch, work.tokens, shape.width):
+        # Graphs hold one cell's memory from step to step, and what they read and write is copied.
+        copies = (4 * shape.stream + 2 * shape.compute) * shape.width * rows + 2 * state + work.weight_bytes * own
+        cell = max(phase.get("cell", 0) for phase in phases.values())
+        for phase in phases.values():
+            phase |= {"cell": cell, "copies for graphs": copies}
     return phases
 
 

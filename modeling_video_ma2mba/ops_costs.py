@@ -136,10 +136,12 @@ def _triton_forward(
 def _triton_backward(
     itemsize: int, heads: int, head_dim: int, state_size: int, groups: int, chunk: int, **sizes: float
 ) -> float:
-    """Gradients of the chunk states, of the C.B scores (and they themselves), of steps and decays in tiles of 64
-    tokens, and the parts of B's or C's. Short calls take more: heads are dealt to more programs there."""
-    states = 4 * heads * head_dim * state_size / chunk
-    return states + 8 * chunk * groups + 4 * heads * (5 + 2 * max(1, chunk // 64)) + 8 * groups * state_size
+    """Gradients of the chunk states, in fp32 while they pass; then those of the C.B scores (and they themselves), of
+    steps and decays in tiles of 64 tokens, and the parts of B's or C's. Short calls take more: heads are dealt to more
+    programs there."""
+    states = heads * head_dim * state_size / chunk
+    later = 8 * chunk * groups + 4 * heads * (5 + 2 * max(1, chunk // 64)) + 8 * groups * state_size
+    return itemsize * states + max(4 * states, later)
 
 
 def _torch_kept(

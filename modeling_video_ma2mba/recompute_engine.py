@@ -41,7 +41,7 @@ from .parallel_shards import ShardedLayers, is_shard
 from .planner import choose_plan, describe_batch, out_of_memory_message
 from .recompute_cell import CellRunner
 from .recompute_graph import CellGraphs, graphs_for
-from .recompute_plan import RecomputePlan, RecomputeSettings
+from .recompute_plan import FEWEST_REPLAYED_SEGMENTS, RecomputePlan, RecomputeSettings
 from .recompute_schedule import Cell, named_order
 from .recompute_store import DeviceStore, HostStore, PinnedPool
 from .stack_protocols import TextStack
@@ -100,7 +100,8 @@ class MultiAxisEngine:
         """CUDA graphs of a step's cells, kept from step to step, where they pay (`recompute_graph`)."""
         device = model.norm_f.weight.device
         graphs = graphs_for(self.graphs, model.layers, x, plan, model.stream_dtype, device)
-        self.graphs = self.graphs if graphs is None else graphs
+        if graphs is not None or x.shape[1] >= FEWEST_REPLAYED_SEGMENTS * plan.segment_length:
+            self.graphs = graphs  # else a short batch between longer ones
         return graphs
 
     def share(self, group: SequenceGroup | None, schedule: str = "round_robin") -> None:

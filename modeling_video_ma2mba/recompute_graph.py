@@ -25,9 +25,6 @@ from .recompute_plan import RecomputePlan
 from .stack_protocols import Blocks
 from .state_layers import KINDS, flatten, regroup
 
-MOST_NUMBERS = 1 << 24
-"""Numbers of a cell's input, B s D, up to which cells are captured: larger ones' kernels outlast their launch."""
-_FEWEST_SEGMENTS = 4
 _on_any_device = False
 
 
@@ -102,14 +99,16 @@ def graphs_for(
         x: (B, S, D) the stack's input.
     """
     rows, tokens, width = x.shape
-    small = device.type == "cuda" and rows * plan.segment_length * width <= MOST_NUMBERS
-    if not (small or _on_any_device) or tokens // plan.segment_length < _FEWEST_SEGMENTS or not _plain(layers):
+    if before is not None and before.failed:
+        return before
+    usual = device.type == "cuda" and plan.replayed(rows, tokens, width)
+    if not (usual or _on_any_device) or not _plain(layers):
         return None
     mixed, kind = torch.is_autocast_enabled(device.type), device.type
     dtype = torch.get_autocast_dtype(kind)
     weights = tuple((p.data_ptr(), p.requires_grad) for p in layers.parameters())
     key = (plan.layers_per_block, plan.segment_length, rows, stream_dtype, device, mixed, dtype, weights)
-    if before is not None and (before.failed or before.key == key):
+    if before is not None and before.key == key:
         return before
     # The cache of autocast would outlive a replay, or begin before it.
     around = functools.partial(torch.autocast, kind, dtype, mixed, cache_enabled=False)

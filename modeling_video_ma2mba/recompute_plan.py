@@ -13,6 +13,10 @@ METHODS = ("multi_axis", "per_layer", "sqrt")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
+MOST_REPLAYED_NUMBERS = 1 << 24
+"""Numbers of a cell's input, B s D, up to which cells are captured."""
+FEWEST_REPLAYED_SEGMENTS = 4
+
 
 @dataclass(frozen=True)
 class RecomputePlan:
@@ -53,6 +57,16 @@ class RecomputePlan:
         """First and past-the-last token of each segment, in time order."""
         step = self.segment_length
         return [(i, min(i + step, tokens)) for i in range(0, tokens, step)]
+
+    def replayed(self, rows: int, tokens: int, width: int) -> bool:
+        """Whether full-length cells are CUDA graphs, on a GPU (`recompute_graph`): small ones, whose kernels would not
+        outlast their launch, and enough of them to be worth the capture.
+
+        Args:
+            rows, tokens, width: B, S and D of the stack's input.
+        """
+        enough = tokens >= FEWEST_REPLAYED_SEGMENTS * self.segment_length
+        return enough and rows * self.segment_length * width <= MOST_REPLAYED_NUMBERS
 
     def __str__(self) -> str:
         place = "in host memory" if self.offload else "on the GPU"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from video_ma2mba.modeling_video_ma2mba import recompute_graph, recompute_store
+from video_ma2mba.modeling_video_ma2mba import recompute_plan, recompute_store
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import (
     CoreBackends,
@@ -494,7 +494,7 @@ def test_replayed_cells_give_the_same_bits(training_case, offload, monkeypatch):
     x, labels, head = training_case["inputs"]
     found = {}
     for graphs in (True, False):
-        monkeypatch.setattr(recompute_graph, "MOST_NUMBERS", 1 << 24 if graphs else 0)
+        monkeypatch.setattr(recompute_plan, "MOST_REPLAYED_NUMBERS", 1 << 24 if graphs else 0)
         model = text_model(4, torch.bfloat16)
         model.set_checkpointing(True, segment_length=1024, layers_per_block=2, offload=offload)
         steps = []
