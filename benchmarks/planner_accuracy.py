@@ -49,6 +49,7 @@ def job_of(row: dict[str, str]) -> tuple[StepJob, RecomputePlan | None]:
         kept=min(LABELS, tokens),
         layer_parameters=layer_parameter_count(shape),
         input_on_gpu=not on_host,
+        graphs=row["kernels"] == "triton",  # the others were measured before there were any
     )
     return StepJob(shape, work, plain_segment=1 << 17), plan
 

@@ -114,6 +114,7 @@ class Workload:
         input_on_gpu: where the input embeddings and their gradient live. input_gradient: whether anybody wants it.
         ranks: how many share the batch; `tokens` are then those of one of them, in segments of `segment` tokens.
         stretches: ranks have one stretch each (`recompute_schedule.SCHEDULES`), instead of segments dealt like cards.
+        graphs: whether small cells are CUDA graphs.
     """
 
     tokens: int
@@ -129,6 +130,12 @@ class Workload:
     ranks: int = 1
     segment: int = 0
     stretches: bool = False
+    graphs: bool = True
+
+    def replays(self, shape: StackShape, plan: RecomputePlan) -> bool:
+        """Whether a plan's cells are CUDA graphs."""
+        alone = self.graphs and self.ranks == 1 and shape.kernels
+        return alone and plan.replayed(self.batch, self.tokens, shape.width)
 
     @property
     def kept_rows(self) -> int:
@@ -268,7 +275,7 @@ def stack_phases(shape: StackShape, work: Workload, plan: RecomputePlan) -> dict
         "states": 4 * state + dstates,
         "gradient sums": sums_after,
     }
-    if shape.kernels and work.ranks == 1 and plan.replayed(work.batch, work.tokens, shape.width):
+    if work.replays(shape, plan):
         # Graphs hold one cell's memory from step to step, and what they read and write is copied.
         copies = (4 * shape.stream + 2 * shape.compute) * shape.width * rows + 2 * state + work.weight_bytes * own
         cell = max(phase.get("cell", 0) for phase in phases.values())

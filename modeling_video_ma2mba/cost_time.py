@@ -140,6 +140,9 @@ def cell_seconds(
     """
     blocks = -(-shape.layers // plan.layers_per_block)
     rows = work.batch * length
+    replayed = work.replays(shape, plan) and length == plan.segment_length
+    if replayed:  # nothing waits for the host, but for what is around a cell
+        costs = replace(costs, launch_forward=0.0, launch_backward=0.0)
     forward, backward = _layer_seconds(shape, work, rows, costs)
     layers = shape.layers / blocks  # of an average cell
     first = layers * forward + costs.cell
@@ -148,6 +151,9 @@ def cell_seconds(
     second -= 2 * shape.width * shape.inner * rows / costs.matmul if shape.kernels else 0
     if several:  # read the sums and the new gradients, write the sums
         second += layers * work.layer_parameters * (8 + work.weight_bytes) / costs.device_memory
+    if replayed:  # what graphs read and write is copied: x, the stream and what is added to it, and their gradients
+        copied = 2 * rows * shape.width * (2 * shape.stream + shape.compute) / costs.device_memory
+        first, second = first + copied, second + 2 * copied
     if plan.offload:
         stream = shape.stream * shape.width * rows if blocks > 1 else 0
         states = layers * work.batch * shape.state_bytes if several else 0
