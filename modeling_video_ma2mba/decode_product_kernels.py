@@ -11,7 +11,7 @@ from torch import Tensor
 from .decode_kernel_parts import conv_inputs, convolve, launch_options, release, tl, triton, wait
 from .ops_costs import MixerShape
 
-PRODUCT = {"BLOCK_N": 4, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 4}
+PRODUCT = {"BLOCK_N": 4, "BLOCK_K": 256, "AHEAD": 5, "num_warps": 2}
 """Rows and columns of a program's tile, and how many of its tiles are fetched before the first is used. BLOCK_N is at
 least 4: buffers for partial sums have room for a quarter of the rows."""
 
