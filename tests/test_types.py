@@ -30,7 +30,8 @@ def without_types(tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef):
             continue
-        kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+        kernel = any("triton.jit" in text or text.startswith("kernel(") for text in decorators)  # ops_triton_parts'
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         typed = all(argument.annotation or argument.arg in ("self", "cls") for argument in arguments)
         if not kernel and not (typed and node.returns):
