@@ -8,7 +8,9 @@ Random weights in bf16: 370M language model, CLIP ViT-L/14-336 and projector tra
 `page-locking` (the first use of host memory for kept activations). `host` is `own` (as it is) or `slow`: all threads
 of this process on one core, beside a busy process on that core's other hyperthread (`sibling`), or, where there is
 none, on that core itself (`shared`). `launch_us` is the mean of `cost_time.measure_launch` before and after the row;
-seconds are the median of the runs after the first. Kernels are tuned before anything is timed.
+seconds are the median of the runs after the first. Kernels are tuned before anything is timed. `cells` of rows with a
+language model are `launched`, kernel by kernel, as all were until 2026-11-28, or `replayed`: full-length ones were
+CUDA graphs (`recompute_graph`). Each row is compared with the prediction for its own kind.
 
     python benchmarks/host_speed.py --compare
 
@@ -44,7 +46,7 @@ from video_ma2mba.modeling_video_ma2mba.vision_features import video_rows
 from video_ma2mba.planning.planned_step import counts_and_config, describe_step
 
 FIELDS = ["hardware", "date", "model", "host", "launch_us", "part", "tokens", "frames", "chunk", "layers",
-          "segment", "place", "seconds", "first_seconds"]  # fmt: skip
+          "segment", "place", "seconds", "first_seconds", "cells"]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -119,6 +121,12 @@ class Parts:
         hidden = stack(inputs_embeds=x, use_cache=False, output_positions=keep.to(self.device)).last_hidden_state
         hidden.float().pow(2).sum().backward()
 
+    @property
+    def cells(self) -> str:
+        """How the full-length cells of the last step ran."""
+        graphs = self.model.model.language_model.engine.graphs
+        return "replayed" if graphs is not None and graphs.captured else "launched"
+
     def tower(self, frames: int, trains: bool) -> None:
         base = self.model.model
         pixels = torch.zeros(frames, 3, self.side, self.side, dtype=torch.uint8)
@@ -145,7 +153,8 @@ def job_of(row: dict[str, str]) -> StepJob:
     config = VideoMa2mbaSizes(text_config={"hidden_size": width, "num_hidden_layers": layers})
     frames = None if row["part"] == "language model" else int(row["frames"])
     counts, _ = counts_and_config(config, None)
-    return describe_step(counts, config, int(row["tokens"] or 1), frames, 1, "none", "bfloat16", ANSWER)
+    job = describe_step(counts, config, int(row["tokens"] or 1), frames, 1, "none", "bfloat16", ANSWER)
+    return replace(job, work=replace(job.work, graphs=row["cells"] == "replayed"))
 
 
 def predicted(row: dict[str, str], costs: MeasuredCosts = H200) -> float:
@@ -167,7 +176,9 @@ def two_hours() -> tuple[float, float]:
     with (RESULTS / "whole_model_step.csv").open(encoding="utf-8", newline="") as file:
         (row,) = (row for row in csv.DictReader(file) if row["model"] == "370m" and row["frames"] == "7200")
     layers, segment = (int(word) for word in re.match(r"(\d+) layers x (\d+) tokens", row["plan"]).groups())
-    prediction = predict_job(job_of(row | {"part": "whole"}), RecomputePlan(layers, segment, True))
+    prediction = predict_job(
+        job_of(row | {"part": "whole", "cells": "launched"}), RecomputePlan(layers, segment, True)
+    )
     return float(row["seconds"]), prediction.step_seconds + prediction.host_peak / H200.page_lock
 
 
@@ -181,6 +192,7 @@ def comparison(rows: list[dict[str, str]]) -> str:
             what = [f"{int(row['tokens']):,} tokens" if row["tokens"] else f"{row['frames']} frames"]
             what += [f"{row['layers']} layers x {int(row['segment']):,} a cell"] if row["segment"] else []
             what += [f"chunks of {row['chunk']}"] if row["chunk"] else []
+            what += [row["cells"]] if row["cells"] == "replayed" else []
             about = (f"{row['date']}, {row['host']}", row["launch_us"], row["part"], ", ".join(what))
             found.append((*about, float(row["seconds"]), predicted(row)))
     about = ("2026-11-21", f"{1e6 * H200.launch:.1f} (fitted)", "whole, first step")
@@ -260,12 +272,13 @@ def main() -> None:
             checkpoint(model, layers, segment)
             row = timed(lambda: parts.whole(data), device, options.repeats)
             write(row | {"host": host, "part": "whole", "frames": options.video, "chunk": chunk, "layers": layers,
-                         "segment": segment, "tokens": data["input_ids"].shape[1], "place": "host"})  # fmt: skip
+                         "segment": segment, "tokens": data["input_ids"].shape[1], "place": "host",
+                         "cells": parts.cells})  # fmt: skip
         for segment in segments:
             checkpoint(model, options.layers, segment)
             row = timed(lambda: parts.language_model(options.tokens), device, options.repeats)
             write(row | {"host": host, "part": "language model", "tokens": options.tokens, "segment": segment,
-                         "layers": options.layers, "place": "host"})  # fmt: skip
+                         "layers": options.layers, "place": "host", "cells": parts.cells})  # fmt: skip
         for chunk in chunks:
             for trains in (True, False):
                 # A chunk that is differentiated is a quarter of the setting.
