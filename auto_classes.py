@@ -61,8 +61,10 @@ def register() -> None:
         register_for_serving,
     )
     from .modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
+    from .modeling_video_ma2mba.configuration_videomamba_retrieval import VideoMambaRetrievalConfig
     from .modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
     from .modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel
+    from .modeling_video_ma2mba.modeling_videomamba_retrieval import VideoMambaForRetrieval
     from .modeling_video_ma2mba.pipeline_video_ma2mba import VideoQuestionAnsweringPipeline
     from .modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
     from .processing.processing_video_ma2mba import VideoMa2mbaProcessor
@@ -94,6 +96,9 @@ def register() -> None:
     )
     for auto_class in (transformers.AutoModelForVideoClassification, transformers.AutoModelForImageClassification):
         auto_class.register(VideoMambaConfig, VideoMambaForVideoClassification, exist_ok=True)
+    transformers.AutoConfig.register("videomamba_retrieval", VideoMambaRetrievalConfig, exist_ok=True)
+    transformers.AutoModel.register(VideoMambaRetrievalConfig, VideoMambaForRetrieval, exist_ok=True)
+    AutoVideoProcessor.register(VideoMambaRetrievalConfig, VideoMambaVideoProcessor, exist_ok=True)
 
     PIPELINE_REGISTRY.register_pipeline(
         PIPELINE_TASK,

@@ -218,8 +218,9 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.patch_embed
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
-        """Tokens (B, S, C) of clips (B, T, channels, H, W), positions and class token included.
+    def embed(self, pixel_values: Tensor, temporal: bool = True) -> Tensor:
+        """Tokens (B, S, C) of clips (B, T, channels, H, W), positions and class token included; temporal ones unless
+        `temporal` is False (a picture beside clips).
 
         Fewer frames than `config.num_frames` take the first temporal positions; T must be a multiple of the tubelet.
         """
@@ -230,7 +231,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         first = (self.cls_token + positions[:, :1]).expand(batch, -1, -1)
         rate = self.config.hidden_dropout_prob
         tokens, first = F.dropout(tokens, rate, self.training), F.dropout(first, rate, self.training)
-        if self.temporal_pos_embedding is not None:
+        if temporal and self.temporal_pos_embedding is not None:
             tokens = tokens + self.temporal_pos_embedding[:, :frames, None]
         return torch.cat([first, tokens.flatten(1, 2)], dim=1)
 

@@ -113,6 +113,15 @@ class ClipTeacher(nn.Module):
         """The blocks of the vision transformer."""
         return next(part for name, part in self.clip.named_modules() if name.endswith("encoder.layers"))
 
+    def check(self, config: Any) -> None:
+        """ValueError unless a student with `config` sees the same patches."""
+        patches = (self.clip.config.image_size // self.clip.config.patch_size) ** 2
+        if patches != config.grid[1] or self.clip.config.image_size != config.image_size:
+            raise ValueError(
+                f"the teacher sees {patches} patches of frames of {self.clip.config.image_size} pixels, the student "
+                f"{config.grid[1]} of {config.image_size}: choose image_size and patch_size alike"
+            )
+
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features and attention of clips (B, T, 3, H, W), normalised as the student's (the release does so, too).
@@ -200,12 +209,7 @@ class MaskedAlignment:
 
     def __init__(self, args: VideoMambaTrainingConfig, config: Any, teacher: ClipTeacher) -> None:
         self.args, self.config, self.teacher = args, config, teacher
-        patches = (teacher.clip.config.image_size // teacher.clip.config.patch_size) ** 2
-        if patches != config.grid[1] or teacher.clip.config.image_size != config.image_size:
-            raise ValueError(
-                f"the teacher sees {patches} patches of frames of {teacher.clip.config.image_size} pixels, the "
-                f"student {config.grid[1]} of {config.image_size}: choose image_size and patch_size alike"
-            )
+        teacher.check(config)
 
     def loss(self, model: nn.Module, inputs: dict[str, Any], progress: float) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`."""

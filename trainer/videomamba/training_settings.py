@@ -110,6 +110,12 @@ class VideoMambaTrainingConfig(TrainingArguments):
     align_before_last_mixer: bool = _option(
         True, "Align the stream before the last mixer, as released; else after it."
     )
+    vtc_weight: float = _option(1.0, "Retrieval: of the contrast of clips and texts.")
+    vtm_weight: float = _option(1.0, "Retrieval: of the match of pairs, with hard negatives; 0 is none.")
+    mlm_weight: float = _option(1.0, "Retrieval: of words hidden in texts; 0 is none.")
+    uta_weight: float = _option(1.0, "Retrieval: of the alignment with the teacher.")
+    mlm_probability: float = _option(0.5, "Share of words that are hidden.")
+    picture_mask_ratio: float = _option(0.5, "mask_ratio of pictures beside clips (retrieval).")
     max_seconds: float | None = _option(
         None, "Length of training by the clock, over all resumed parts; the learning rate follows it."
     )
