@@ -7,15 +7,17 @@
 
 Random weights, bf16, batch 1. `x1` is one GPU of this machine running alone in the same call; where fewer GPUs take
 part than there are, several groups run side by side and the slowest counts. Kinds of cases (`--list` prints all):
-`train`: forward and backward of a language model as in `ma_gc.py`, gradients summed over the ranks; `film`: a whole
-model, its tower trained, on random frames; `read`: token ids into a state, in pieces of one segment; `ddp`, `fsdp2`:
-every rank a sample of its own. A time is the median of the timed steps, each the slowest rank's (CUDA events), after
-warm-up steps; long steps are timed once, after their host memory was page-locked. `waiting_ms`: of the mean rank, its
-compute stream for a neighbour's state. `messages_ms`: what the messages of a rank take over the measured link.
+`train`: forward and backward of a language model as in `ma_gc.py`, gradients summed over the ranks; `error`: the same,
+and how far its gradients are from those in fp32; `film`: a whole model, its tower trained, on random frames; `read`:
+token ids into a state, in pieces of one segment; `ddp`, `fsdp2`: every rank a sample of its own. A time is the median
+of the timed steps, each the slowest rank's (CUDA events), after warm-up steps; long steps are timed once, after their
+host memory was page-locked. `waiting_ms`: of the mean rank, its compute stream for a neighbour's state.
+`messages_ms`: what the messages of a rank take over the measured link.
 `efficiency`: tokens a second and GPU, against the x1 case of this model that is nearest in tokens a GPU.
 """
 
 import argparse
+import copy
 import datetime
 import faulthandler
 import fnmatch
@@ -47,6 +49,7 @@ from video_ma2mba.modeling_video_ma2mba.cost_step import layer_parameter_count
 from video_ma2mba.modeling_video_ma2mba.cost_time import stack_seconds
 from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.parallel_cut import SequenceCut
+from video_ma2mba.modeling_video_ma2mba.parallel_gradients import add_up, gradient_dtype, keep_wide
 from video_ma2mba.modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from video_ma2mba.modeling_video_ma2mba.reading_shared import SharedStack, reading_group
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
@@ -57,8 +60,7 @@ from video_ma2mba.modeling_video_ma2mba.state_video import VideoState
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ["hardware", "date", "case", "gpus", "tokens", "seconds", "tokens_per_s", "efficiency", "peak_gb", "host_gb",
           "waiting_ms", "messages_ms", "all_reduce_ms", "loss", "grad_norm", "loss_error", "grad_norm_error",
-          "predicted_s", "plan", "steps", "kernels"]  # fmt: skip
-BUCKET = 1 << 26  # numbers of a sum of gradients
+          "grad_error", "predicted_s", "plan", "steps", "kernels"]  # fmt: skip
 NOISE = 16384  # tokens that one seed draws
 
 
@@ -68,7 +70,8 @@ class Case:
 
     Attributes:
         tokens: of the whole sample; of frames for `film`. gpus: that share it.
-        plan: layers and tokens of a cell, and where kept activations go. steps: warm-up and timed ones.
+        plan: layers and tokens of a cell, where kept activations go, and for `film` the frames that its tower is
+            trained on at a time. steps: warm-up and timed ones.
     """
 
     kind: str
@@ -94,8 +97,16 @@ class Case:
 
     @property
     def cells(self) -> RecomputePlan:
-        layers, segment, place = re.fullmatch(r"l(\d+),s(\d+),(host|gpu)", self.plan).groups()
+        layers, segment, place, _ = self._parts()
         return RecomputePlan(int(layers), int(segment), place == "host")
+
+    @property
+    def frames_together(self) -> int:
+        """Frames that the tower of `film` is trained on at a time."""
+        return int(self._parts()[3] or 8)
+
+    def _parts(self) -> tuple[str, ...]:
+        return re.fullmatch(r"l(\d+),s(\d+),(host|gpu)(?:,t(\d+))?", self.plan).groups()
 
     def shortened(self) -> "Case":
         """The same with little work."""
@@ -105,7 +116,7 @@ class Case:
     def expected_seconds(self) -> float:
         """Roughly, for the decision whether it is begun: 2.7B trains 18k and reads 80k tokens a second and GPU."""
         speed = {"2.7b": 1.0, "1.3b": 2.0, "370m": 4.0}.get(self.size, 1000.0)
-        rate = {"read": 80e3, "film": 97.0 / 4}.get(self.kind, 17e3) * speed
+        rate = {"read": 80e3, "film": 130.0 / 4, "error": 1e3}.get(self.kind, 17e3) * speed
         share = 1 if self.kind in ("ddp", "fsdp2") else self.gpus
         return 3 + (sum(self.steps) + 0.15) * self.tokens / share / rate
 
@@ -144,6 +155,8 @@ train smoke 2^8 x1 l1,s64,gpu round_robin 1+1
 train smoke 2^8 x2 l1,s64,gpu round_robin 1+1
 train smoke 2^8 x2 l1,s64,gpu stretches 0+1
 train smoke 2^8 x2 l1,s64,gpu heads 0+1
+error smoke 2^8 x1 l1,s64,gpu round_robin 0+1
+error smoke 2^8 x2 l1,s64,gpu round_robin 0+1
 read smoke 2^8 x1 l1,s64,gpu round_robin 0+1
 read smoke 2^8 x2 l1,s64,gpu round_robin 0+1
 film smoke 12 x1 l1,s16,gpu round_robin 0+1
@@ -261,28 +274,25 @@ def whole_model(size: str, device: torch.device) -> nn.Module:
     return model.train()
 
 
-def zero_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-
-
-def sum_gradients(model: nn.Module, group: Any) -> None:
-    """Every gradient becomes the sum over a process group, added up in fp32."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    while gradients:
-        bucket = [gradients.pop()]
-        while gradients and sum(g.numel() for g in bucket) < BUCKET:
-            bucket.append(gradients.pop())
-        flat = torch.cat([gradient.reshape(-1).float() for gradient in bucket])
-        distributed.all_reduce(flat, group=group)
-        for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+def zero_gradients(model: nn.Module, shared: bool) -> None:
+    if shared:
+        keep_wide(model.parameters())
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p, dtype=gradient_dtype(p)) if p.grad is None else p.grad.zero_()
 
 
 def gradient_norm(model: nn.Module) -> float:
     squares = [p.grad.float().pow(2).sum() for p in model.parameters() if p.grad is not None]
     return torch.stack(squares).sum().sqrt().item()
+
+
+def reserve_kept(model: Ma2mbaTextModel, plan: RecomputePlan, columns: int) -> None:
+    """Page-lock host memory for what is kept of this rank's columns."""
+    shape = StackShape.of(model.config)
+    segments = -(-columns // plan.segment_length)
+    streams = (len(plan.blocks(shape.layers)) - 1) * columns * shape.width * shape.stream
+    model.engine.reserve_host_memory(streams + segments * shape.layers * shape.state_bytes)
 
 
 # ------------------------------------------------------------------------------------------------------ steps
@@ -325,7 +335,8 @@ class TrainingStep:
             noise = torch.Generator(ranks.device).manual_seed(1000 + block)
             drawn = torch.randn(NOISE, width, generator=noise, device=ranks.device) * 0.1
             inside = columns[at] - block * NOISE
-            self.x[0, at] = drawn[inside.to(ranks.device)].to(dtype).to(self.x.device)
+            rounded = drawn[inside.to(ranks.device)].to(torch.bfloat16)  # the same in every type
+            self.x[0, at] = rounded.to(dtype).to(self.x.device)
 
     @staticmethod
     def _runs(columns: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -336,11 +347,7 @@ class TrainingStep:
     def reserve(self) -> None:
         """Page-lock the host memory that the first step would."""
         if self.plan.offload and self.x.is_pinned():
-            shape = StackShape.of(self.model.config)
-            blocks = len(self.plan.blocks(shape.layers))
-            segments = -(-self.x.shape[1] // self.plan.segment_length)
-            streams = (blocks - 1) * self.x.shape[1] * shape.width * shape.stream
-            self.model.engine.reserve_host_memory(streams + segments * shape.layers * shape.state_bytes)
+            reserve_kept(self.model, self.plan, self.x.shape[1])
 
     def __call__(self) -> Tensor:
         """The loss, this rank's part; gradients are added to the parameters'."""
@@ -371,6 +378,24 @@ class TrainingStep:
         return stack_seconds(shape, work, self.plan)
 
 
+class ErrorStep(TrainingStep):
+    """`TrainingStep`, and how far its gradients are from those of the same weights and inputs in fp32 on one rank."""
+
+    def __init__(self, model: Ma2mbaTextModel, case: Case, ranks: Ranks) -> None:
+        wide = copy.deepcopy(model).float()
+        wide.zero_grad()
+        alone = replace(case, gpus=1, plan=f"l1,s{min(4096, case.tokens)},gpu")
+        TrainingStep(wide, alone, ranks)()
+        self.exact = [p.grad for p in wide.parameters()]
+        super().__init__(model, case, ranks)
+
+    def error(self) -> float:
+        """||g - exact|| / ||exact|| over all parameters together."""
+        pairs = list(zip(self.model.parameters(), self.exact, strict=True))
+        off = sum((p.grad.double() - g.double()).square().sum() for p, g in pairs)
+        return float((off / sum(g.double().square().sum() for _, g in pairs)).sqrt())
+
+
 class FilmStep:
     """Forward and backward of a whole model, tower and projector trained, on this rank's frames of a film."""
 
@@ -378,6 +403,7 @@ class FilmStep:
 
     def __init__(self, model: nn.Module, case: Case, ranks: Ranks) -> None:
         self.model, self.plan, config = model, case.cells, model.config
+        config.vision_chunk_frames = 4 * case.frames_together
         model.gradient_checkpointing_enable(
             {"method": "multi_axis", "layers_per_block": self.plan.layers_per_block,
              "segment_length": self.plan.segment_length, "offload": self.plan.offload}
@@ -403,9 +429,12 @@ class FilmStep:
             torch.add(few[frame % 64], frame // 64 * 37 % 256, out=pixels[place])
         self.batch = {"input_ids": ids.to(ranks.device), "labels": labels.to(ranks.device)}
         self.batch["pixel_values_videos"] = pixels
+        self.columns = ids.shape[1] if self.cut is None else int(self.cut.mask(self.group.rank).sum())
 
     def reserve(self) -> None:
-        pass
+        """Page-lock the host memory that the first step would."""
+        if self.plan.offload and next(self.model.parameters()).is_cuda:
+            reserve_kept(self.stack, self.plan, self.columns)
 
     def __call__(self) -> Tensor:
         extra = {} if self.cut is None else {"sequence_cut": self.cut}
@@ -508,13 +537,16 @@ class ReplicaStep:
 
 
 STEPS: dict[str, Callable[..., Any]] = {
-    "train": TrainingStep, "film": FilmStep, "read": ReadingStep, "ddp": ReplicaStep, "fsdp2": ReplicaStep,
+    "train": TrainingStep, "error": ErrorStep, "film": FilmStep, "read": ReadingStep,
+    "ddp": ReplicaStep, "fsdp2": ReplicaStep,
 }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- measuring
-def measure_links(ranks: Ranks, nbytes: int = 1 << 26) -> tuple[float, float]:
-    """Latency in seconds and bytes per second around the ring of all ranks, from messages of two sizes."""
+def measure_links(ranks: Ranks) -> tuple[float, float]:
+    """Latency in seconds and bytes per second around the ring of all ranks, from messages of two sizes. The larger
+    ones take a GPU's link longer than the host needs to send them."""
+    nbytes = 1 << (28 if ranks.on_gpu else 22)
     if ranks.world == 1:
         return 0.0, float("inf")
     group, spent = ranks.group(ranks.world), {}
@@ -524,12 +556,12 @@ def measure_links(ranks: Ranks, nbytes: int = 1 << 26) -> tuple[float, float]:
         for _ in range(2):
             ranks.wait()
             with watch.measured():
-                for _ in range(32):
+                for _ in range(8):
                     arrival = group.receive(like, (group.rank - 1) % group.size)
                     group.send([x], like, (group.rank + 1) % group.size)
                     arrival.wait()
                 group.finish()
-            spent[size] = watch.seconds() / 32
+            spent[size] = watch.seconds() / 8
     speed = (nbytes - nbytes // 256) / max(spent[nbytes] - spent[nbytes // 256], 1e-9)
     return max(spent[nbytes // 256] - nbytes / 256 / speed, 0.0), speed
 
@@ -539,7 +571,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table, from the steps of all ranks that take part; every rank calls this."""
     takes_part = case.gpus > 1 or ranks.rank == 0
-    shares = case.gpus > 1 and case.kind in ("train", "film")
+    shares = case.gpus > 1 and case.kind in ("train", "film", "error")
     group = step.group.group if shares else None
     trains = case.kind != "read"
     rows, loss = [], None
@@ -547,7 +579,7 @@ def measure(
         if not takes_part:
             break
         if trains:
-            zero_gradients(model)
+            zero_gradients(model, shares)
         if number == 0 and case.steps[0] == 0:
             step.reserve()
         if ranks.on_gpu:
@@ -562,7 +594,7 @@ def measure(
             loss = step()
             with summing.measured():
                 if shares:
-                    sum_gradients(model, group)
+                    add_up(model.parameters(), group)
         if shares:
             distributed.all_reduce(loss, group=group)
         waiting, messages = traffic.seconds(link)
@@ -573,7 +605,8 @@ def measure(
     told = None
     if takes_part:
         norm = gradient_norm(model) if trains and case.kind != "fsdp2" else float("nan")
-        told = (rows, step.host_bytes, float(loss), norm, step.predicted())
+        error = step.error() if case.kind == "error" else float("nan")
+        told = (rows, step.host_bytes, float(loss), norm, step.predicted(), error)
     everyone = [found for found in ranks.everyone(told) if found is not None]
     steps = list(zip(*(found[0] for found in everyone), strict=True))  # by step, then by rank
     seconds = statistics.median(max(row["seconds"] for row in step) for step in steps)
@@ -588,7 +621,7 @@ def measure(
         "host_gb": round(sum(found[1] for found in everyone[: case.gpus]) / 1e9, 1),
         "waiting_ms": round(reading_and_all["waiting"], 1), "messages_ms": round(reading_and_all["messages"], 1),
         "all_reduce_ms": round(1e3 * statistics.mean(row["all_reduce"] for row in flat), 1),
-        "loss": f"{everyone[0][2]:.6g}", "grad_norm": f"{everyone[0][3]:.6g}",
+        "loss": f"{everyone[0][2]:.6g}", "grad_norm": f"{everyone[0][3]:.6g}", "grad_error": f"{everyone[0][5]:.5f}",
         "predicted_s": f"{everyone[0][4]:.3f}", "plan": "" if plan is None else str(plan),
         "steps": len(steps),
     }  # fmt: skip

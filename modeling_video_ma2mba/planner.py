@@ -18,6 +18,7 @@ from .cost_step import Prediction, StepJob, predict_job
 from .cost_time import H200
 from .mixer_mamba2 import CoreBackends
 from .parallel_cut import SequenceCut
+from .parallel_gradients import gradient_bytes
 from .parallel_sequence import SequenceGroup
 from .parallel_shards import is_unit
 from .recompute_plan import RecomputePlan, RecomputeSettings, parse_bytes
@@ -201,7 +202,7 @@ def step_limits(
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     margin = max(_MARGIN_BYTES, int(_MARGIN_SHARE * total))
-    new_gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
+    new_gradients = sum(gradient_bytes(p) for p in model.parameters() if p.requires_grad and p.grad is None)
     return Limits(free - margin - new_gradients, host, allocated)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .parallel_gradients import gradient_dtype
 from .recompute_random import RandomState, random_state_kept
 
 
@@ -152,5 +153,5 @@ class ChunkedRows(torch.autograd.Function):
                         sums[i] = wide if before is None else before.add_(wide)
                 if grad_source is not None:
                     grad_source[first : first + len(part)] = found[-1]
-        grads = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
+        grads = [None if s is None else s.to(gradient_dtype(p)) for s, p in zip(sums, parameters, strict=True)]
         return (None, grad_source, grad_text, *grads)

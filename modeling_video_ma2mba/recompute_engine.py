@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from .mixer_mamba2 import compute_dtype
 from .parallel_borders import LocalBorders, RankBorders
 from .parallel_cut import SequenceCut
+from .parallel_gradients import gradient_dtype
 from .parallel_heads import HeadBorders, HeadShare
 from .parallel_sequence import SequenceGroup
 from .parallel_shards import ShardedLayers, is_shard
@@ -481,12 +482,13 @@ class _StackRun:
             self.to_do.popleft()
 
     def like_its_parameter(self, gradient: Tensor | None, owner: nn.Parameter) -> Tensor | None:
-        """A parameter's gradient in its own type, and where it is a shard of a layer's, the shard of the mean."""
+        """A parameter's gradient in the type that autograd keeps it in; where it is a shard of a layer's, the shard of
+        the mean."""
         if gradient is None:
             return None
         if self.sharded is not None and is_shard(owner):
             return self.sharded.shard_of_mean(gradient, owner)
-        return gradient.to(owner.dtype)
+        return gradient.to(gradient_dtype(owner))
 
     def split_output_gradient(self, dout: Tensor | None) -> list[Tensor | None]:
         """The part of the output's gradient that belongs to each segment, None where nothing was kept."""

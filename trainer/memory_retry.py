@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerState
 
 from ..modeling_video_ma2mba.parallel_dims import ParallelDims
+from ..modeling_video_ma2mba.parallel_gradients import add_up, gradient_bytes, keep_wide
 from ..modeling_video_ma2mba.recompute_random import RandomState
 from .step_planner import StepPlan, StepPlanner
 from .throughput import Throughput
@@ -112,10 +113,12 @@ class MemoryRetry:
         """GPU bytes that are there during the whole step: what is allocated now, and gradients still to come."""
         parameters = self.trainer.video_model.parameters()
         return torch.cuda.memory_allocated(self.device) + sum(
-            p.nbytes for p in parameters if p.requires_grad and p.grad is None
+            gradient_bytes(p) for p in parameters if p.requires_grad and p.grad is None
         )
 
     def _begin(self) -> None:
+        if self.ranks is not None and self.planner.group is not None:
+            keep_wide(self.trainer.video_model.parameters())
         self._step = self.trainer.state.global_step
         self._done.clear()
         self._random = RandomState(self.device)
@@ -164,9 +167,6 @@ class MemoryRetry:
             self._attempt(model, earlier, num_items, self._choose(earlier))
         self.planner.last = plan
         return self._finish(model, inputs, self._attempt(model, inputs, num_items, plan))
-
-
-_BUCKET = 64 << 20  # bytes that are averaged at once
 
 
 class OtherProcessShortage(torch.OutOfMemoryError):
@@ -232,26 +232,4 @@ class RankAgreement:
     @staticmethod
     def average_gradients(model: nn.Module) -> None:
         """Replace every gradient by the mean over all processes; where there is none, it counts as 0."""
-        batches = ParallelDims.of_run().batches
-        for parameters in _buckets(p for p in model.parameters() if p.requires_grad):
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in parameters]
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            distributed.all_reduce(flat)
-            flat /= batches
-            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one type, about `_BUCKET` bytes at a time."""
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        if bucket and (parameter.dtype != bucket[0].dtype or sum(p.nbytes for p in bucket) >= _BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket
+        add_up(model.parameters(), divisor=ParallelDims.of_run().batches)

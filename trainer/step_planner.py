@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..modeling_video_ma2mba.cost_search import Limits, vision_chunks
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
-from ..modeling_video_ma2mba.cost_time import H200
+from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, measure_launch, vision_seconds
 from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
 from ..modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from ..modeling_video_ma2mba.parallel_shards import is_unit
@@ -70,6 +70,7 @@ class StepPlanner:
         self.last: StepPlan | None = None
         self._ceiling = math.inf  # bytes that no step may be planned to take, since one ran out of memory
         self._vision = self._vision_facts()
+        self._costs = self._costs_here()
         before_stack = (self.base.get_input_embeddings(), *self._vision_parts())
         self._input_trains = any(p.requires_grad for part in before_stack for p in part.parameters())
 
@@ -86,6 +87,15 @@ class StepPlanner:
             "projector_parameters": sum(p.numel() for p in projector),
             "weight_bytes": next(self.base.multi_modal_projector.parameters()).element_size(),
         }
+
+    def _costs_here(self) -> MeasuredCosts | None:
+        """Of the tower, on this host; None where more frames at a time would not make it faster: it is not trained, or
+        runs on a CPU. Processes that share steps count with the slowest of their hosts."""
+        device = self.stack.norm_f.weight.device
+        if device.type != "cuda" or not self._vision["tower_trains"]:
+            return None
+        launch = min(max(measure_launch(device, 1000), 1e-7), 1e-4)
+        return H200.on_host(launch if self.group is None else -self.group.smallest(-launch)[0])
 
     @property
     def group(self) -> SequenceGroup | None:
@@ -129,14 +139,27 @@ class StepPlanner:
         return self.last
 
     def _best(self, job: StepJob, limits: Limits) -> StepPlan | None:
-        """As many frames in the tower together as the model says; fewer only where nothing fits with them."""
-        usual = 0 if job.vision is None else job.vision.chunk
-        for of_chunk in vision_chunks(job):
-            if of_chunk.vision is None or of_chunk.vision.chunk <= usual:
-                found = self._without_recomputation(of_chunk, limits) or self._with_recomputation(of_chunk, limits)
+        """Without recomputation where that fits, with as many frames in the tower together as is fastest and fits."""
+        for plan in (self._without_recomputation, self._with_recomputation):
+            for of_chunk in self._by_speed(job):
+                found = plan(of_chunk, limits)
                 if found is not None:
                     return found
         return None
+
+    def _by_speed(self, job: StepJob) -> list[StepJob]:
+        """The step with other numbers of frames in the tower together, the best first: as many as the model says, then
+        fewer. A trained tower sees a quarter of these at a time, too few to keep a GPU busy on most hosts: there the
+        fewest that are as fast as any come first, and none below the model's before those above."""
+        usual = 0 if job.vision is None else job.vision.chunk
+        jobs = vision_chunks(job)
+        fewer = [j for j in jobs if j.vision is None or j.vision.chunk <= usual]
+        if self._costs is None or job.vision is None:
+            return fewer
+        seconds = {j: vision_seconds(j.vision, self._costs) for j in jobs}
+        least = min(seconds.values())
+        more = sorted((j for j in jobs[::-1] if j.vision.chunk >= usual), key=lambda j: max(seconds[j], 1.02 * least))
+        return more + fewer[1:]
 
     def _without_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
         parts = ("segment_length", "layers_per_block", "offload", "forward_order", "backward_order")

@@ -22,6 +22,8 @@ def test_cases_are_written_as_they_are_read(benchmark_script):
         assert all(case.gpus == 1 or len(case.cells.blocks(48)) >= case.gpus for case in cases if case.size == "370m")
     film = script.Case.of("film 370m 7200 x4 l8,s16128,host round_robin 0+1")
     assert (film.tokens, film.gpus, film.cells.segment_length, film.steps) == (7200, 4, 16128, (0, 1))
+    more = script.Case.of("film 370m 7200 x2 l8,s16128,host,t32 round_robin 0+1")
+    assert (film.frames_together, more.frames_together, more.cells) == (8, 32, film.cells)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -36,9 +38,12 @@ def test_the_smoke_run_agrees_with_one_process(tmp_path):
     with table.open(encoding="utf-8", newline="") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
     kinds = {case.split()[0] for case in rows}
-    assert kinds == {"train", "read", "film", "ddp", "fsdp2"}
-    shared = [row for case, row in rows.items() if row["gpus"] == "2" and case.split()[0] in ("train", "read", "film")]
-    assert len(shared) == 5
+    assert kinds == {"train", "error", "read", "film", "ddp", "fsdp2"}
+    own = ("ddp", "fsdp2")
+    shared = [row for case, row in rows.items() if row["gpus"] == "2" and case.split()[0] not in own]
+    assert len(shared) == 6
+    errors = [float(row["grad_error"]) for case, row in rows.items() if case.startswith("error")]
+    assert len(errors) == 2 and all(0 <= error < 1e-4 for error in errors)
     for row in shared:
         assert float(row["seconds"]) > 0 and float(row["efficiency"]) > 0
         assert float(row["loss_error"]) < 1e-5, row

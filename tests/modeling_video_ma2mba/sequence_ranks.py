@@ -22,6 +22,7 @@ from stack_gradients import make_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from video_ma2mba.modeling_video_ma2mba.parallel_cut import SequenceCut  # noqa: E402
+from video_ma2mba.modeling_video_ma2mba.parallel_gradients import add_up, keep_wide  # noqa: E402
 from video_ma2mba.modeling_video_ma2mba.parallel_sequence import SequenceGroup  # noqa: E402
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan  # noqa: E402
 from video_ma2mba.modeling_video_ma2mba.state_video import VideoState  # noqa: E402
@@ -145,6 +146,34 @@ def bits_case(group: SequenceGroup, single: SequenceGroup, dtype: torch.dtype) -
     for name, whole, part in zip(("hidden states", "input"), one, own, strict=False):
         assert torch.equal(cut.take(whole, group.rank), part), f"{name}: other bits"
     assert torch.equal(one[2], own[2]), "states: other bits"
+
+
+def rounding_case(group: SequenceGroup, single: SequenceGroup) -> None:
+    """Weights in bf16: gradients are as close to those in fp64 as those of one process that runs the same cells, since
+    parts are added up before they are rounded; rounded parts are further away."""
+    batch = {name: value.to(torch.bfloat16) for name, value in batch_of("plain").items()}
+
+    def gradients(dtype: torch.dtype, ranks: SequenceGroup, wide: bool) -> Tensor:
+        cut = SequenceCut(UNEVEN, ranks.size)
+        model = make_model(4, torch.bfloat16).to(dtype)  # the same numbers in every type
+        model.share_sequence(ranks)
+        x, weights = batch["inputs_embeds"].to(dtype), torch.linspace(-1, 1, TOKENS, dtype=dtype)[None, :, None]
+        if wide:
+            keep_wide(model.parameters())
+        with model.engine.planned(RecomputePlan(1, cut.longest)):
+            hidden, _ = model.scan(cut.take(x, ranks.rank), cut=cut)
+        (hidden * cut.take(weights, ranks.rank)).sum().backward()
+        add_up(model.parameters(), ranks.group)
+        assert all(p.grad.dtype == p.dtype for p in model.parameters())
+        return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+    exact = gradients(torch.float64, single, False)
+    alone, narrow, shared = (
+        ((gradients(torch.bfloat16, ranks, wide) - exact).norm() / exact.norm()).item()
+        for ranks, wide in ((single, False), (group, False), (group, True))
+    )
+    assert shared <= alone * 1.0001, f"{shared:.5f} on {group.size} ranks, {alone:.5f} on one"
+    assert narrow > shared * 1.001, f"{narrow:.5f} rounded before the sum, {shared:.5f} after: nothing is tested"
 
 
 def uneven_heads_case(group: SequenceGroup) -> None:
@@ -309,6 +338,8 @@ def cases(groups: dict[int, SequenceGroup]) -> Iterator[tuple[str, int, Callable
             yield f"heads {size} {kind}", size, lambda g=groups[size], k=kind: stack_case(g, "heads", k, 0)
     yield "heads whole 2", 2, lambda: whole_case(groups[2], "one row", "heads", (0, 2, 5, 11, 18))
     yield "heads whole rows 4", 4, lambda: whole_case(groups[4], "rows", "heads", (0, 1, 6, 7, 13, 29))
+    for size in (2, 5):
+        yield f"rounding {size}", size, lambda g=groups[size]: rounding_case(g, groups[1])
     yield "heads uneven 3", 3, lambda: uneven_heads_case(groups[3])
     yield "bits 2", 2, lambda: bits_case(groups[2], groups[1], torch.float64)
     yield "bits 4", 4, lambda: bits_case(groups[4], groups[1], torch.bfloat16)

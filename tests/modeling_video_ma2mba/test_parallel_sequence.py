@@ -30,6 +30,8 @@ CASES = {  # what the names of cases begin with, how many there are, and on how 
     "heads whole 2": (1, 2),
     "heads whole rows 4": (1, 4),
     "heads uneven 3": (1, 3),
+    "rounding 2": (1, 2),
+    "rounding 5": (1, 5),
     "bits 2": (1, 2),
     "bits 4": (1, 4),
     "whole one row 2": (1, 2),

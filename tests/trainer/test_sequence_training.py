@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 import torch
-from tensor_chats import ACCUMULATED, CELLS, adapters, losses, make_trainer, settings, weights
+from tensor_chats import ACCUMULATED, CELLS, adapters, losses, make_trainer, settings, tiny_model, weights
 from transformers import Trainer
 
 SHORTAGES = ["shared_full_in_forward", "shared_full_in_backward"]
@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def ranks(run_ranks):
     """Folder with what rank 0 of each scenario saved, and the words of all."""
-    return run_ranks(*ALIKE, *SHORTAGES, "shared_accumulated", "shared_lora")
+    return run_ranks(*ALIKE, *SHORTAGES, "shared_accumulated", "shared_lora", "shared_narrow")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,16 @@ def test_unknown_schedules_are_refused(tmp_path):
 def test_adapters(ranks, one_process):
     alike = {"max_steps": 4, "gradient_checkpointing_kwargs": CELLS, "peft_config": adapters()}
     assert_learnt_alike(ranks, "shared_lora", one_process("lora", **alike))
+
+
+def test_weights_in_16_bits(ranks, one_process):
+    folder, words = ranks
+    alone = one_process("narrow", **{"max_steps": 4, "gradient_checkpointing_kwargs": CELLS, "bf16": False},
+                        model=tiny_model().to(torch.bfloat16))  # fmt: skip
+    assert (folder / "shared_narrow.pt").is_file(), words[-6000:]
+    found = torch.load(folder / "shared_narrow.pt")
+    assert found["losses"] == pytest.approx(losses(alone), rel=3e-3)
+    assert {value.dtype for value in found["weights"].values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("scenario", ["shared_accumulated", *SHORTAGES])

@@ -1,6 +1,7 @@
 """Every batch under a plan of its own; a step that runs out of memory once more under the next smaller one."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tensor_chats import (
 )
 
 from video_ma2mba.modeling_video_ma2mba import recompute_engine
+from video_ma2mba.modeling_video_ma2mba.cost_time import H200
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputeSettings
 from video_ma2mba.trainer.step_planner import StepPlanner
 
@@ -87,6 +89,21 @@ def test_fewer_frames_in_the_tower_where_nothing_fits_otherwise():
     with tight.applied(found):
         assert model.config.vision_chunk_frames == found.prediction.vision_chunk < usual
     assert model.config.vision_chunk_frames == usual
+
+
+def test_more_frames_in_a_trained_tower_where_a_gpu_would_wait_for_the_host():
+    model = tiny_model()
+    model.config.vision_chunk_frames = 4
+    inputs = collate([OneLength()[1]])
+    frames = len(inputs["pixel_values_videos"])
+    planner = StepPlanner(model, RecomputeSettings(memory_budget="100GB"))
+    assert planner.choose(inputs).prediction.vision_chunk == 4, "on a CPU as many as the model says"
+    planner._costs = H200.on_host(1e-5)  # a tower as small as this one waits for launches whatever it gets
+    assert 4 < planner.choose(inputs).prediction.vision_chunk <= min(32, frames)
+    planner._costs = replace(H200, tower=1e6, tower_backward=1e6)  # one that never waits takes the fewest
+    assert planner.choose(inputs).prediction.vision_chunk == 4
+    model.model.vision_tower.requires_grad_(False)
+    assert StepPlanner(model, RecomputeSettings(memory_budget="100GB")).choose(inputs).prediction.vision_chunk == 4
 
 
 def test_a_step_is_planned_once(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from tensor_chats import ACCUMULATED, CELLS, FullMemory, TensorChats, adapters, 
 
 from video_ma2mba.modeling_video_ma2mba import parallel_cut  # noqa: E402
 from video_ma2mba.trainer import step_planner  # noqa: E402
+from video_ma2mba.trainer.memory_retry import RankAgreement  # noqa: E402
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_checkpointing_kwargs": CELLS}
 ZERO_1 = {
@@ -82,6 +83,21 @@ def shared_lora(folder: Path):
     return make_trainer(folder, peft_config=adapters(), **(STEPS | SHARED | TWO))
 
 
+def shared_narrow(folder: Path):
+    """Weights in 16 bits: gradients are summed in fp32, and the optimizer gets them in the weights' type."""
+    trainer = make_trainer(folder, model=tiny_model().to(torch.bfloat16), bf16=False, **(STEPS | SHARED | TWO))
+    average = RankAgreement.average_gradients
+
+    def checked(model):
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        assert {p.grad.dtype for p in parameters} == {torch.float32}
+        average(model)
+        assert all(p.grad.dtype == p.dtype == torch.bfloat16 for p in parameters)
+
+    RankAgreement.average_gradients = staticmethod(checked)
+    return trainer
+
+
 def shared_full(folder: Path, backward: bool):
     """The second process runs out of memory in the second micro-batch of the second step, its partner does not."""
     parallel_cut.FEWEST_TOKENS = 4  # these samples are short: cells of half their segments take hardly less
@@ -108,6 +124,7 @@ SCENARIOS |= {
     "shared_accumulated": lambda folder: make_trainer(folder, **(ACCUMULATED | SHARED | TWO | SMALL_CELLS)),
     "shared_heads": lambda folder: make_trainer(folder, context_parallel_schedule="heads", **(STEPS | SHARED | TWO)),
     "shared_lora": shared_lora,
+    "shared_narrow": shared_narrow,
     "shared_fsdp2": lambda folder: fsdp2(folder, **(TWO | SHARED)),
     "shared_zero_1": lambda folder: zero_1(folder, **(TWO | SHARED)),
     "shared_full_in_forward": lambda folder: shared_full(folder, backward=False),

@@ -1,0 +1,1 @@
+../modeling_video_ma2mba/parallel_gradients.py
