@@ -1,0 +1,697 @@
+"""What VideoMamba's ways of training gain on clips of the rendered world: the paper's comparisons, small.
+
+    python benchmarks/videomamba_training.py --out videomamba_training.csv --plot videomamba_training.png   # one GPU
+    python benchmarks/videomamba_training.py --smoke --out smoke.csv                       # a CPU, to see it run
+
+Clips have 32 x 32 pixels. `motion`: eight frames of a visit of something that moves, beside something that rests; the
+class is the direction (four, chance 25 %), which no single frame shows. `count`: one to four things come and go
+somewhere in a longer film; the class is how many (chance 25 %), for which the whole film has to be seen.
+
+- `cost`: memory and time of a step of masked pre-training against the share of patches that is hidden (size Ti).
+- `start`: trained from nothing as the released models start, and with steps of time as Mamba has them.
+- `scan`: the seven orders of scanning, trained from nothing on `motion`.
+- `distil`: few clips of `motion`; a model alone, beside a smaller frozen one, and beside it for half of the steps.
+- `masked`: pre-training beside a frozen CLIP (trained here, on single frames and sentences about them) with each mask,
+  then fine-tuning on few clips; also from nothing, for as many steps of fine-tuning and for the steps of both.
+- `frames`, `length`: `count` in films of 256 seconds seen in 8 to 256 frames, and in films of 8 to 256 seconds seen
+  once a second; every model starts from the one before, positions interpolated. `seen` is the share of films whose
+  frames show every thing: what a perfect observer is sure of.
+
+Everything runs in the package's own trainer and objectives, several runs at once. Rows are written as they are
+measured; a run that is complete in the table is not repeated. Seeds decide weights, order and masks; clips are the
+same in all.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import queue
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from result_tables import append_rows, hardware, write_rows
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection, PrinterCallback, TrainerCallback
+
+from video_ma2mba.conversion.videomamba_checkpoint import resize_clips
+from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
+from video_ma2mba.modeling_video_ma2mba.configuration_videomamba_sizes import SCAN_ORDERS
+from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import (
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+    normalise,
+)
+from video_ma2mba.trainer.videomamba.clip_trainer import Classification, VideoMambaTrainer, accuracy
+from video_ma2mba.trainer.videomamba.masked_pretraining import MASKS, ClipTeacher, MaskedAlignment, MaskedVideoMamba
+from video_ma2mba.trainer.videomamba.self_distillation import Distillation, DistilledClassifier
+from video_ma2mba.trainer.videomamba.starting_model import frozen
+from video_ma2mba.trainer.videomamba.training_settings import VideoMambaTrainingConfig
+from video_ma2mba.world.model import PIXEL_MEAN, PIXEL_STD
+from video_ma2mba.world.render import WorldRenderer
+from video_ma2mba.world.world import COLOURS, DIRECTIONS, SHAPES, World, WorldSettings, build_world, video_seed
+
+SIDE, PATCH = 32, 8
+FIELDS = (
+    *("part", "arm", "seed", "stage", "step", "steps", "loss", "accuracy", "milliseconds", "gb", "frames"),
+    *("hardware", "date"),
+)
+_TRIES = 64  # worlds until one shows what is asked
+_WORDS = ["start", *COLOURS, *SHAPES, "left", "middle", "right", "top", "centre", "bottom", "nothing", "end"]
+_LONGEST_SENTENCE = 11
+
+
+# ------------------------------------------------------------------------------------------------- the clips
+@dataclass(frozen=True)
+class Films:
+    """Which clips: `count` of a split that show `task`, `seconds` long, seen in `frames`."""
+
+    task: str
+    split: str
+    count: int
+    seconds: int = 8
+    frames: int = 8
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.task}-{self.split}-{self.count}x{self.seconds}s-{self.frames}"
+
+
+def world_of(films: Films, index: int) -> World:
+    """The world of clip `index`."""
+    most = 2 if films.task == "motion" else 4
+    settings = WorldSettings(2 if films.task == "motion" else 1, most, card=False, sun=False, clutter=False)
+    for attempt in range(_TRIES):
+        world = build_world(video_seed(films.split, index * _TRIES + attempt), films.seconds, settings)
+        moving = sum(thing.direction is not None for thing in world.things)
+        if films.task == "count" or (len(world.things) == 2 and moving == 1):
+            return world
+    raise ValueError(f"clip {index} of {films}: no world in {_TRIES} shows it")
+
+
+def sentence(world: World, moment: float) -> list[int]:
+    """What a frame shows, as numbers of words: colour, shape, column and row of each thing."""
+    said = []
+    for thing in world.things:
+        if thing.start <= moment < thing.end:
+            x, y = thing.position(moment)
+            column, row = (min(int(3 * at), 2) for at in (x, y))
+            said += [thing.colour, thing.shape, ("left", "middle", "right")[column], ("top", "centre", "bottom")[row]]
+    numbers = [_WORDS.index(word) for word in ["start", *(said or ["nothing"]), "end"]]
+    return (numbers + [_WORDS.index("end")] * _LONGEST_SENTENCE)[:_LONGEST_SENTENCE]
+
+
+def draw_clip(films: Films, index: int) -> tuple[np.ndarray, int, list[list[int]], bool]:
+    """Pixels uint8 (frames, 3, SIDE, SIDE), class, a sentence a frame, and whether the frames show every thing."""
+    world = world_of(films, index)
+    rng = random.Random(f"moments {world.seed}")
+    first, last = 0, films.seconds
+    if films.task == "motion":
+        first, last = next((thing.start, thing.end - 1) for thing in world.things if thing.direction is not None)
+    each = (last - first) / films.frames
+    training = films.split == "train"
+    moments = [first + (number + (rng.random() if training else 0.5)) * each for number in range(films.frames)]
+    pixels = WorldRenderer(world, SIDE).frames(moments).transpose(0, 3, 1, 2)
+    if films.task == "motion":
+        label = next(DIRECTIONS.index(thing.direction) for thing in world.things if thing.direction is not None)
+        return pixels, label, [sentence(world, moment) for moment in moments], True
+    shown = all(any(thing.start <= moment < thing.end for moment in moments) for thing in world.things)
+    return pixels, len(world.things) - 1, [], shown
+
+
+def _draw_piece(films: Films, first: int, last: int, file: str) -> tuple[list[int], list[list[list[int]]], int]:
+    pixels = np.load(file, mmap_mode="r+")
+    labels, said, shown = [], [], 0
+    for index in range(first, last):
+        pixels[index], label, words, whole = draw_clip(films, index)
+        labels.append(label)
+        said.append(words)
+        shown += whole
+    return labels, said, shown
+
+
+def render(films: Films, folder: Path, workers: ProcessPoolExecutor) -> None:
+    """Draw clips into `folder`, or find them there."""
+    done = folder / f"{films.name}.npz"
+    if done.exists():
+        return
+    file = folder / f"{films.name}.npy"
+    np.lib.format.open_memmap(file, "w+", np.uint8, (films.count, films.frames, 3, SIDE, SIDE)).flush()
+    edges = [*range(0, films.count, max(1, films.count // 64)), films.count]
+    pieces = [workers.submit(_draw_piece, films, *edge, str(file)) for edge in pairwise(edges)]
+    parts = [piece.result() for piece in pieces]
+    labels, said = ([item for part in parts for item in part[which]] for which in (0, 1))
+    np.savez(done, labels=labels, sentences=said, shown=sum(part[2] for part in parts) / films.count)
+
+
+class Clips(Dataset):
+    """Drawn clips as the trainer takes them; in training half are mirrored in time or left to right where the class
+    allows it.
+
+    Args:
+        only: the first so many.
+    """
+
+    def __init__(self, films: Films, folder: Path, only: int | None = None) -> None:
+        self.films = films
+        self.pixels = np.load(folder / f"{films.name}.npy", mmap_mode="r")[:only]
+        with np.load(folder / f"{films.name}.npz") as held:
+            self.labels, self.sentences, self.shown = held["labels"][:only], held["sentences"][:only], held["shown"]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        clip = torch.from_numpy(np.array(self.pixels[draw % len(self)]))
+        if self.films.task == "count" and self.films.split == "train":
+            rng = np.random.default_rng(draw)
+            clip = clip.flip([axis for axis in (0, 3) if rng.random() < 0.5])
+        return {"pixel_values": clip[None], "labels": int(self.labels[draw % len(self)])}
+
+
+# ------------------------------------------------------------------------------------------------- the models
+@dataclass(frozen=True)
+class Sizes:
+    """What decides how long everything takes."""
+
+    width: int = 96
+    layers: int = 6
+    teacher_width: int = 48
+    clips: int = 24000
+    few: int = 2000
+    tests: int = 1000
+    films: int = 4000
+    longest: int = 256
+    batch: int = 64
+    steps: int = 600
+    pretraining: int = 800
+    fine_tuning: int = 300
+    stage: int = 200
+    clip_steps: int = 800
+    learning_rate: float = 2e-3
+    frames: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+SMOKE = Sizes(
+    *(16, 2, 8, 48, 16, 8, 12, 16, 4, 2, 2, 2, 1, 2), frames=(8, 16), model={"state_size": 4, "num_hidden_layers": 2}
+)
+
+
+def config_of(sizes: Sizes, released: bool = False, **fields: Any) -> VideoMambaConfig:
+    """A small VideoMamba. released: with the weights that the paper's models start from."""
+    own = {"hidden_size": sizes.width, "num_hidden_layers": sizes.layers, "num_frames": 8, "num_labels": 4}
+    if not released:
+        own |= {"time_step_range": (0.001, 0.1), "initializer_range": sizes.width**-0.5}
+    own |= {"image_size": SIDE, "patch_size": PATCH, "image_mean": PIXEL_MEAN, "image_std": PIXEL_STD}
+    return VideoMambaConfig(**{**own, **sizes.model, **fields})
+
+
+def loud_positions_(encoder: VideoMambaModel) -> None:
+    """Positions as loud as the content: half of what motion is about, and next to nothing in a fresh model."""
+    with torch.no_grad():
+        encoder.pos_embed.normal_(0.0, 0.2)
+        encoder.temporal_pos_embedding.normal_(0.0, 0.2)
+
+
+def classifier(config: VideoMambaConfig, seed: int, released: bool = False) -> VideoMambaForVideoClassification:
+    """A fresh classifier."""
+    torch.manual_seed(seed)
+    model = VideoMambaForVideoClassification(config)
+    if not released:
+        loud_positions_(model.videomamba)
+    return model
+
+
+class Told(TrainerCallback):
+    """Hands what is measured on."""
+
+    def __init__(self, tell: Callable[..., None], stage: str) -> None:
+        self.tell, self.stage, self.loss, self.begun = tell, stage, None, time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.loss = float(logs["loss"])
+            if not args.do_eval:
+                self._say(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self._say(state, accuracy=metrics["eval_top1"])
+
+    def _say(self, state: Any, **more: Any) -> None:
+        spent = 1e3 * (time.monotonic() - self.begun) / max(state.global_step, 1)
+        about = {"step": state.global_step, "steps": state.max_steps, "loss": self.loss, "milliseconds": spent}
+        self.tell(stage=self.stage, **about, **more)
+
+
+def settings(sizes: Sizes, folder: str, steps: int, seed: int, **changes: Any) -> VideoMambaTrainingConfig:
+    """Of the trainer: one cosine after a tenth of warm-up."""
+    often = max(1, steps // 8)
+    given: dict[str, Any] = {
+        "max_steps": steps,
+        "seed": seed,
+        "per_device_train_batch_size": sizes.batch,
+        "per_device_eval_batch_size": sizes.batch,
+        "learning_rate": sizes.learning_rate,
+        "warmup_steps": max(1, steps // 10),
+        "min_learning_rate": 1e-5,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "logging_steps": often,
+        "eval_strategy": "steps",
+        "eval_steps": often,
+        "do_eval": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    return VideoMambaTrainingConfig(folder, **(given | changes))
+
+
+# --------------------------------------------------------------------------------------------------- the runs
+@dataclass(frozen=True)
+class Run:
+    """One training, or a chain of them."""
+
+    part: str
+    arm: str
+    seed: int
+
+    def rows(self, sizes: Sizes, data: Path, tell: Callable[..., None]) -> None:
+        """Carry it out in this process."""
+        with tempfile.TemporaryDirectory() as scratch:
+            PARTS[self.part](Setting(self, sizes, data, scratch, tell))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run and what it needs."""
+
+    run: Run
+    sizes: Sizes
+    data: Path
+    scratch: str
+    tell: Callable[..., None]
+
+    def clips(self, split: str, only: int | None = None) -> Clips:
+        """Of `motion`."""
+        count = self.sizes.tests if split == "test" else self.sizes.clips
+        return Clips(Films("motion", split, count), self.data, only)
+
+    def train(
+        self,
+        model: nn.Module,
+        steps: int,
+        *,
+        stage: str = "training",
+        data: Clips | None = None,
+        test: Clips | None = None,
+        objective: Callable[[Any], Any] | None = None,
+        **changes: Any,
+    ) -> None:
+        """Train with the package's trainer; rows are told."""
+        labelled = stage != "pre-training"
+        if not labelled:
+            changes |= {"do_eval": False, "eval_strategy": "no"}
+        args = settings(self.sizes, self.scratch, steps, self.run.seed, **changes)
+        trainer = VideoMambaTrainer(
+            model,
+            args,
+            (objective or (lambda made: Classification(made, model.config)))(args),
+            self.clips("train") if data is None else data,
+            (test or self.clips("test")) if labelled else None,
+            callbacks=[Told(self.tell, stage)],
+            compute_metrics=accuracy,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def run_start(now: Setting) -> None:
+    """From nothing, as released or not."""
+    released = now.run.arm == "as released"
+    now.train(classifier(config_of(now.sizes, released), now.run.seed, released), now.sizes.steps)
+
+
+def run_scan(now: Setting) -> None:
+    """From nothing in an order of scanning."""
+    now.train(classifier(config_of(now.sizes, scan_order=now.run.arm), now.run.seed), now.sizes.steps)
+
+
+def run_teacher(now: Setting) -> None:
+    """The teachers of `distil` (a small VideoMamba) and `masked` (a CLIP), kept beside the clips."""
+    if now.run.arm == "clip":
+        train_clip(now)
+        return
+    model = classifier(config_of(now.sizes, hidden_size=now.sizes.teacher_width), now.run.seed)
+    now.train(model, now.sizes.steps)
+    model.save_pretrained(now.data / "small-teacher")
+
+
+def run_distil(now: Setting) -> None:
+    """Few clips, with and without the teacher."""
+    student: nn.Module = classifier(config_of(now.sizes), now.run.seed)
+    data, objective, changes = now.clips("train", now.sizes.few), None, {}
+    if now.run.arm != "alone":
+        teacher = frozen(VideoMambaForVideoClassification.from_pretrained(now.data / "small-teacher").videomamba)
+        student = DistilledClassifier(student, teacher.config)
+        changes = {"distillation_until": 0.5} if now.run.arm == "teacher, first half" else {}
+
+        def objective(args: Any) -> Distillation:
+            return Distillation(args, student.config, teacher)
+
+    now.train(student, now.sizes.steps, data=data, objective=objective, **changes)
+
+
+def run_masked(now: Setting) -> None:
+    """Pre-training with a mask and fine-tuning on few clips; or from nothing."""
+    sizes, few = now.sizes, now.clips("train", now.sizes.few)
+    model = classifier(config_of(sizes), now.run.seed)
+    steps = sizes.fine_tuning
+    if now.run.arm in MASKS:
+        clip = CLIPVisionModelWithProjection.from_pretrained(now.data / "clip")
+        masked = MaskedVideoMamba(model.videomamba, clip.config.projection_dim, 1, True)
+        now.train(
+            *(masked, sizes.pretraining), stage="pre-training", mask=now.run.arm, mask_ratio=0.75,
+            objective=lambda args: MaskedAlignment(args, model.config, ClipTeacher(clip, 1)),
+        )  # fmt: skip
+        model.requires_grad_(True)
+    elif now.run.arm == "from nothing, all steps":
+        steps += sizes.pretraining
+    now.train(model, steps, stage="fine-tuning", data=few)
+
+
+def run_frames(now: Setting) -> None:
+    """`count` with more and more frames: of one film (`frames`), or of longer and longer ones (`length`)."""
+    model = None
+    for frames in now.sizes.frames:
+        seconds = now.sizes.longest if now.run.part == "frames" else frames
+        data, test = (Clips(films, now.data) for films in count_films(now.sizes, seconds, frames))
+        if model is None:
+            model = classifier(config_of(now.sizes, num_frames=frames), now.run.seed)
+        else:
+            weights = model.videomamba.state_dict()
+            config = resize_clips(model.config, weights, frames, SIDE, 1)
+            larger = VideoMambaForVideoClassification(
+                VideoMambaConfig.from_dict({**config.to_dict(), "num_labels": 4})
+            )
+            larger.videomamba.load_state_dict(weights)
+            larger.head.load_state_dict(model.head.state_dict())
+            model = larger
+        told = replace(now, tell=lambda frames=frames, **row: now.tell(**{**row, "frames": frames}))
+        told.tell(stage="seen", step=0, steps=0, accuracy=float(test.shown))
+        told.train(model, now.sizes.stage, stage=f"{frames} frames", data=data, test=test)
+
+
+def count_films(sizes: Sizes, seconds: int, frames: int) -> tuple[Films, Films]:
+    """For training and for tests."""
+    return Films("count", "train", sizes.films, seconds, frames), Films("count", "test", sizes.tests, seconds, frames)
+
+
+PARTS: dict[str, Callable[[Setting], None]] = {
+    "teacher": run_teacher,
+    "start": run_start,
+    "scan": run_scan,
+    "distil": run_distil,
+    "masked": run_masked,
+    "frames": run_frames,
+    "length": run_frames,
+}
+ARMS: dict[str, Sequence[str]] = {
+    "teacher": ("clip", "small"),
+    "start": ("as released", "time_step_range 0.001..0.1"),
+    "scan": SCAN_ORDERS,
+    "masked": ("from nothing", *MASKS, "from nothing, all steps"),
+    "distil": ("alone", "teacher", "teacher, first half"),
+    "frames": ("all",),
+    "length": ("all",),
+}
+
+
+def train_clip(now: Setting) -> None:
+    """A small CLIP of transformers, on frames of the training clips and sentences about them; the half that sees is
+    kept. The row's accuracy: how often, among 64 unseen frames, a frame's own sentence is nearest."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(now.run.seed)
+    width, layers = now.sizes.width, now.sizes.layers // 2
+    own = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 4}
+    end = _WORDS.index("end")
+    ends = {"bos_token_id": 0, "eos_token_id": end, "pad_token_id": end}
+    text = {**own, **ends, "vocab_size": len(_WORDS), "max_position_embeddings": _LONGEST_SENTENCE}
+    vision = {**own, "image_size": SIDE, "patch_size": PATCH}
+    config = CLIPConfig(text_config=text, vision_config={**vision, "projection_dim": width}, projection_dim=width)
+    clip = CLIPModel(config).to(device)
+    data, test = now.clips("train"), now.clips("test")
+    rng, batch, steps = np.random.default_rng(0), 8 * now.sizes.batch, now.sizes.clip_steps
+    looks = VideoMambaConfig(image_mean=PIXEL_MEAN, image_std=PIXEL_STD)
+
+    def scores(clips: Clips, count: int) -> torch.Tensor:
+        rows, frames = rng.integers(len(clips), size=count), rng.integers(8, size=count)
+        pixels = torch.from_numpy(np.stack([clips.pixels[row, at] for row, at in zip(rows, frames, strict=True)]))
+        pixels = normalise(pixels[:, None].to(device), looks, torch.empty(0, device=device))[:, 0]
+        words = torch.from_numpy(clips.sentences[rows, frames]).to(device)
+        return clip(input_ids=words, pixel_values=pixels).logits_per_image
+
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps + 1)
+    told = Told(now.tell, "contrast")
+    for step in range(1, steps + 1):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            found = scores(data, batch)
+        target = torch.arange(len(found), device=device)
+        loss = (F.cross_entropy(found.float(), target) + F.cross_entropy(found.float().T, target)) / 2
+        loss.backward()
+        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % max(1, steps // 4) == 0:
+            with torch.no_grad():
+                hits = [(scores(test, 64).argmax(1).cpu() == torch.arange(64)).float().mean() for _ in range(8)]
+            spent = 1e3 * (time.monotonic() - told.begun) / step
+            about = {"step": step, "steps": steps, "loss": loss.item(), "milliseconds": spent}
+            now.tell(stage="contrast", **about, accuracy=float(np.mean(hits)))
+    vision_config = config.vision_config
+    kept = CLIPVisionModelWithProjection(vision_config)
+    weights = {name: value for name, value in clip.state_dict().items() if name in kept.state_dict()}
+    kept.load_state_dict(weights)
+    kept.save_pretrained(now.data / "clip")
+
+
+# --------------------------------------------------------------------------------------------------- the cost
+def measure_cost(sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
+    """Time and peak memory of forward and backward of masked pre-training (student alone), size Ti, 8 frames of 224
+    pixels, against the share that is hidden; memory above weights and pixels."""
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    batch = 32 if cuda else 1
+    config = VideoMambaConfig(num_frames=8)
+    if smoke or not cuda:
+        config = config_of(sizes)
+    model = MaskedVideoMamba(VideoMambaModel(config), 64, 1, True).to(device)
+    frames, places = config.grid
+    pixels = torch.randn(batch, frames, 3, config.image_size, config.image_size, device=device)
+    for ratio in (0.0, 0.5, 0.65, 0.8, 0.9):
+        shown = torch.rand(batch, frames * places).argsort(1)[:, : round(frames * places * (1 - ratio))]
+        shown = shown.sort(1).values.to(device)
+
+        def step(shown: torch.Tensor = shown) -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=cuda):
+                model(pixels, shown).float().pow(2).mean().backward()
+
+        times, before = [], 0
+        for _ in range(8 if cuda else 2):
+            model.zero_grad(set_to_none=False)
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            begun = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - begun))
+        gb = (torch.cuda.max_memory_allocated() - before) / 1e9 if cuda else ""
+        about = {"part": "cost", "arm": f"{ratio:.2f} hidden", "seed": 0, "stage": "step", "step": 1, "steps": 1}
+        yield {**about, "milliseconds": float(np.median(times[len(times) // 2 :])), "gb": gb, "frames": frames}
+
+
+# ------------------------------------------------------------------------------------------ many runs at once
+def _work(tasks: Any, results: Any, sizes: Sizes, data: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    while (run := tasks.get()) is not None:
+        about = {"part": run.part, "arm": run.arm, "seed": run.seed}
+        try:
+            run.rows(sizes, data, lambda about=about, **row: results.put({**about, **row}))
+        except Exception as error:
+            results.put({**about, "failed": f"{type(error).__name__}: {error}"})
+        results.put({**about, "done": True})
+
+
+def finished(path: Path) -> set[Run]:
+    """Runs that are complete in the table; rows of others are taken out of it."""
+    if not path.exists():
+        return set()
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    done = {Run(row["part"], row["arm"], int(row["seed"])) for row in rows if row["stage"] == "complete"}
+    write_rows(path, [r for r in rows if Run(r["part"], r["arm"], int(r["seed"])) in done], FIELDS)
+    return done
+
+
+def carry_out(runs: Sequence[Run], sizes: Sizes, data: Path, path: Path, at_once: int) -> None:
+    """Do `runs`, several at once, the first ones first; rows are added to the table as they come."""
+    context = torch.multiprocessing.get_context("spawn")
+    tasks, results = context.Queue(), context.Queue()
+    about = {"hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"), "date": datetime.date.today()}
+    workers = [
+        context.Process(target=_work, args=(tasks, results, sizes, data, max(1, torch.get_num_threads() // at_once)))
+        for _ in range(min(at_once, len(runs)))
+    ]
+    for task in [*runs, *[None] * len(workers)]:
+        tasks.put(task)
+    for worker in workers:
+        worker.start()
+    begun, left, failed = time.monotonic(), len(runs), set()
+    while left:
+        try:
+            row = results.get(timeout=5)
+        except queue.Empty:
+            if any(worker.is_alive() for worker in workers):
+                continue
+            raise SystemExit("the processes ended before the runs did: look at their messages above") from None
+        run = Run(row["part"], row["arm"], row["seed"])
+        if "failed" in row:
+            failed.add(run)
+            print(f"{run}: {row['failed']}", file=sys.stderr, flush=True)
+            continue
+        if row.pop("done", False):
+            left -= 1
+            row |= {"stage": "complete", "step": 0, "steps": 0}
+            if run in failed:
+                continue
+        rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+        append_rows(path, [{**about, **rounded}], FIELDS)
+        print(f"{time.monotonic() - begun:.0f} s", *rounded.values(), flush=True)
+    for worker in workers:
+        worker.join()
+
+
+# --------------------------------------------------------------------------------------------------- the plot
+def plot(path: Path, target: Path) -> None:
+    """Curves of accuracy, the mean of the seeds with their spread, one picture a part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["accuracy"]]
+    parts = [part for part in ARMS if part != "teacher" and any(row["part"] == part for row in rows)]
+    figure, axes = pyplot.subplots(2, (len(parts) + 1) // 2, figsize=(4.6 * ((len(parts) + 1) // 2), 7.6))
+    for axis in axes.flat[len(parts) :]:
+        axis.axis("off")
+    for axis, part in zip(axes.flat, parts, strict=False):
+        by_frames = part in ("frames", "length")
+        groups: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            if row["part"] == part and (not by_frames or row["step"] == row["steps"]):
+                arm = ("what is seen" if row["stage"] == "seen" else "accuracy") if by_frames else row["arm"]
+                at = int(row["frames"] if by_frames else row["step"])
+                groups.setdefault(arm, {}).setdefault(at, []).append(float(row["accuracy"]))
+        for arm in sorted(groups):
+            at = sorted(groups[arm])
+            values = [groups[arm][each] for each in at]
+            (line,) = axis.plot(at, [np.mean(each) for each in values], marker=".", label=arm)
+            low, high = ([pick(each) for each in values] for pick in (min, max))
+            axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
+        if by_frames:
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel(
+            {"frames": "frames of a film", "length": "seconds of a film, one frame each"}.get(part, "step")
+        )
+        axis.set_ylabel("accuracy on unseen clips")
+        axis.set_title(part)
+        axis.axhline(0.25, color="grey", linewidth=0.8, linestyle=":")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def films_needed(parts: Sequence[str], sizes: Sizes) -> list[Films]:
+    """All clips that `parts` look at."""
+    needed = []
+    if set(parts) & {"teacher", "start", "scan", "distil", "masked"}:
+        needed += [Films("motion", "train", sizes.clips), Films("motion", "test", sizes.tests)]
+    for part in ("frames", "length"):
+        if part in parts:
+            for frames in sizes.frames:
+                needed += count_films(sizes, sizes.longest if part == "frames" else frames, frames)
+    return list(dict.fromkeys(needed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("videomamba_training.csv"), help="table to add to")
+    parser.add_argument("--data", type=Path, help="folder of the drawn clips and the teachers (default: a fresh one)")
+    parser.add_argument("--parts", default="cost,teacher,start,scan,distil,masked,frames,length")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=10, help="runs at the same time on the GPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, to see that it runs")
+    parser.add_argument("--plot", type=Path, help="draw the table into this picture and measure nothing")
+    for name in ("width", "layers", "steps", "few", "pretraining", "fine_tuning", "stage", "films", "clips", "batch"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(Sizes(), name)}")
+    parser.add_argument("--learning-rate", type=float, help=f"default {Sizes().learning_rate}")
+    given = parser.parse_args()
+    if given.plot:
+        plot(given.out, given.plot)
+        return
+    base = SMOKE if given.smoke else Sizes()
+    changed = {name: value for name, value in vars(given).items() if hasattr(base, name) and value is not None}
+    sizes = replace(base, **changed)
+    parts = [part for part in given.parts.split(",") if part]
+    if unknown := set(parts) - {*PARTS, "cost"}:
+        raise SystemExit(f"--parts {', '.join(sorted(unknown))}: use some of {', '.join(['cost', *PARTS])}")
+    done = finished(given.out)
+    with tempfile.TemporaryDirectory() as fresh:
+        data = given.data or Path(fresh)
+        data.mkdir(parents=True, exist_ok=True)
+        if "cost" in parts and Run("cost", "all", 0) not in done:
+            about = {"hardware": hardware("cuda" if torch.cuda.is_available() else "cpu")}
+            about["date"] = datetime.date.today()
+            for row in measure_cost(sizes, given.smoke):
+                append_rows(given.out, [{**about, **row}], FIELDS)
+                print(*row.values(), flush=True)
+        begun = time.monotonic()
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 16)) as workers:
+            for films in films_needed(parts, sizes):
+                render(films, data, workers)
+        print(f"clips drawn in {time.monotonic() - begun:.0f} s", flush=True)
+        # teachers first and by themselves; then the seeds one after another, so that a cut leaves whole comparisons
+        teachers = [Run("teacher", arm, 0) for arm in ARMS["teacher"]] if "teacher" in parts else []
+        others = [
+            Run(part, arm, seed) for seed in range(given.seeds) for part in parts if part not in ("cost", "teacher")
+            for arm in ARMS[part]
+        ]  # fmt: skip
+        for some in (teachers, others):
+            if left := [run for run in some if run not in done]:
+                carry_out(left, sizes, data, given.out, given.at_once)
+
+
+if __name__ == "__main__":
+    main()
