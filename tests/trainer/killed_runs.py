@@ -2,7 +2,8 @@
 
 Each run is a process of its own, killed at step 5 of 6, after the checkpoint of step 4: "step" in the middle of a
 backward pass, "save" in the middle of writing the checkpoint of step 4, "delete" in the middle of deleting that of
-step 2. All runs are forked from this one, which pays for the imports once.
+step 2. "clips" is a VideoMamba beside a smaller teacher, killed in a backward pass. All runs are forked from this
+one, which pays for the imports once.
 """
 
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+import tiny_clips
 import torch
 
 torch.set_num_threads(1)
@@ -22,9 +24,14 @@ def die(*_) -> None:
 
 
 def run(out: Path, where: str) -> None:
-    trainer = make_trainer(out, save_strategy="steps", save_steps=2, save_total_limit=1 if where == "delete" else None)
-    if where == "step":
-        embeddings = trainer.video_model.get_input_embeddings().weight
+    saves = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1 if where == "delete" else None}
+    if where == "clips":
+        trainer = tiny_clips.distillation_of(tiny_clips.settings(out, **tiny_clips.AUGMENTED, **saves))
+    else:
+        trainer = make_trainer(out, **saves)
+    if where in ("step", "clips"):
+        embeddings = trainer.model.get_parameter("student.videomamba.cls_token") if where == "clips" else None
+        embeddings = trainer.video_model.get_input_embeddings().weight if embeddings is None else embeddings
         embeddings.register_post_accumulate_grad_hook(lambda _: die() if trainer.state.global_step == 4 else None)
     elif where == "save":
         save = torch.save

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_clips
 import torch
 from tensor_chats import losses, make_trainer, weights
 
@@ -29,10 +30,10 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
-    """Folders "step", "save" and "delete": what runs that were killed there have left behind."""
+    """Folders "step", "save", "delete" and "clips": what runs that were killed there have left behind."""
     folder = tmp_path_factory.mktemp("killed")
     script = Path(__file__).with_name("killed_runs.py")
-    command = [sys.executable, str(script), str(folder), "step", "save", "delete"]
+    command = [sys.executable, str(script), str(folder), "step", "save", "delete", "clips"]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=550
     )
@@ -41,7 +42,7 @@ def killed(tmp_path_factory) -> Path:
 
 
 def assert_ends_like(whole_run, trainer, after: int) -> None:
-    expected_losses, expected, _ = whole_run
+    expected_losses, expected, *_ = whole_run
     assert losses(trainer)[-(6 - after) :] == pytest.approx(expected_losses[after:], rel=1e-6)
     assert len(losses(trainer)) == 6, "the history of the first part is kept"
     for name, value in weights(trainer.model).items():
@@ -73,6 +74,15 @@ def test_killed_runs_go_on(whole_run, killed, where, begins_at, caplog):
     assert what_is_missing(out / "checkpoint-6") is None
     if where == "save":
         assert what_is_missing(out / "checkpoint-4") is None, "the half checkpoint was written anew"
+
+
+def test_a_killed_videomamba_goes_on(killed, tmp_path):
+    """Beside a teacher, with mixup and clips drawn twice: everything random is drawn again as it would have been."""
+    alone = tiny_clips.distillation_of(tiny_clips.settings(tmp_path, **tiny_clips.AUGMENTED))
+    alone.train()
+    trainer = tiny_clips.distillation_of(tiny_clips.settings(killed / "clips", **tiny_clips.AUGMENTED, **SAVES))
+    trainer.train(resume_from_checkpoint=True)
+    assert_ends_like((losses(alone), weights(alone.model)), trainer, 4)
 
 
 @pytest.mark.parametrize("damage", ["list", "file", "half a file", "list damaged"])
@@ -115,7 +125,7 @@ def test_a_rank_that_is_killed_ends_all_with_a_message_and_the_run_goes_on(whole
     assert re.search(r"rank 0 of 2 ends in step 5, because another process has ended", words), "which step"
     assert float(re.search(r"^seconds ([\d.]+)$", words, re.MULTILINE)[1]) < 40, "torchrun waits 30 s at most"
     found = torch.load(tmp_path / "end.pt")
-    expected_losses, expected, _ = whole_run
+    expected_losses, expected, *_ = whole_run
     assert found["losses"] == pytest.approx(expected_losses, rel=1e-5), (
         "four steps of the first run, two of the second"
     )

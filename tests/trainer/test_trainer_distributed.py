@@ -3,12 +3,13 @@
 import importlib.util
 
 import pytest
+import tiny_clips
 import torch
 from tensor_chats import ACCUMULATED, CELLS, TensorChats, losses, make_trainer, weights
 from transformers import Trainer
 
 SHORTAGES = ["ddp_full_in_forward", "ddp_full_in_backward"]
-SCENARIOS = ["ddp", *SHORTAGES, "ddp_full_twice"]
+SCENARIOS = ["ddp", *SHORTAGES, "ddp_full_twice", *tiny_clips.WAYS]
 if hasattr(Trainer, "_defer_fsdp_gradient_reduction"):  # older ones wrap sharded models in DDP, too
     SCENARIOS += ["fsdp2", "fsdp2_adaptive"]
 if importlib.util.find_spec("deepspeed") is not None:
@@ -50,6 +51,21 @@ def test_two_processes_equal_one_with_twice_the_batch(ranks, one_process, scenar
         torch.testing.assert_close(
             found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("way", tiny_clips.WAYS)
+def test_two_processes_train_a_videomamba_as_one_does(ranks, tmp_path, way):
+    """Beside labels, a smaller teacher, or CLIP: each process sees half of every step's clips."""
+    folder, words = ranks
+    assert (folder / f"{way}.pt").is_file(), words[-6000:]
+    found = torch.load(folder / f"{way}.pt")
+    clips = {"max_steps": 3, "mask": "tube", "mask_ratio": 0.0, "max_grad_norm": 1.0}
+    alone = tiny_clips.WAYS[way](tiny_clips.settings(tmp_path, per_device_train_batch_size=4, **clips))
+    alone.train()
+    assert found["losses"] == pytest.approx(losses(alone), rel=1e-5) and found["losses"][2] != found["losses"][0]
+    assert found["weights"].keys() == weights(alone.model).keys()
+    for name, value in weights(alone.model).items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=f"{way}: {name}")
 
 
 def test_an_evaluation_over_two_processes_is_that_of_one(ranks, one_process):

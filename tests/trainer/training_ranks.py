@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import tiny_clips
 import torch
 
 torch.set_num_threads(1)
@@ -130,6 +131,14 @@ SCENARIOS |= {
     "shared_full_in_forward": lambda folder: shared_full(folder, backward=False),
     "shared_full_in_backward": lambda folder: shared_full(folder, backward=True),
 }
+# VideoMamba: with everything visible, since processes draw masks of their own.
+CLIPS = {"max_steps": 3, "mask": "tube", "mask_ratio": 0.0, "max_grad_norm": 1.0}
+SCENARIOS |= {
+    way: lambda folder, way=way: tiny_clips.WAYS[way](
+        tiny_clips.settings(folder, per_device_train_batch_size=2, ddp_backend="gloo", **CLIPS)
+    )
+    for way in tiny_clips.WAYS
+}
 PROCESSES = {"shared_2x2": 4}
 
 
@@ -145,7 +154,9 @@ def rank_main(folder: Path, scenario: str) -> None:
     found = {name: full(parameter.detach()).clone() for name, parameter in trainer.model.named_parameters()}
     evaluation = trainer.evaluate() if scenario == "ddp" else None  # the last batch is filled up with other samples
     if os.environ["RANK"] == "0":
-        result = {"losses": losses(trainer), "weights": found, "retries": trainer.throughput.oom_retries}
+        result = {"losses": losses(trainer), "weights": found}
+        if scenario not in tiny_clips.WAYS:
+            result["retries"] = trainer.throughput.oom_retries
         result["tokens"] = [entry.get("num_tokens") for entry in trainer.state.log_history]
         result["evaluation"] = evaluation
         torch.save(result, folder.with_suffix(".pt"))

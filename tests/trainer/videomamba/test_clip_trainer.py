@@ -5,71 +5,47 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_clips import WAYS, losses, settings, squares, tiny_clips, tiny_model, trainer_of
 from torch.nn import functional as F
 
-from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
-from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification
 from video_ma2mba.trainer.videomamba.augmentation import Augmentation
 from video_ma2mba.trainer.videomamba.clip_data import EpochSampler, TestClips, TrainingClips, collate_training
 from video_ma2mba.trainer.videomamba.clip_rows import ClipRow, ClipRows
-from video_ma2mba.trainer.videomamba.clip_trainer import (
-    Classification,
-    VideoMambaTrainer,
-    accuracy,
-    clip_processor,
-    squared_error,
-)
+from video_ma2mba.trainer.videomamba.clip_trainer import accuracy, clip_processor, squared_error
 from video_ma2mba.trainer.videomamba.smoke_clips import DIRECTIONS, moving_square
 from video_ma2mba.trainer.videomamba.starting_model import layer_of, rate_groups
-from video_ma2mba.trainer.videomamba.training_settings import VideoMambaTrainingConfig
-
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "image_size": 16, "patch_size": 8, "num_frames": 4}
 
 
-def tiny_model(**fields) -> VideoMambaForVideoClassification:
-    torch.manual_seed(0)
-    return VideoMambaForVideoClassification(VideoMambaConfig(**TINY, num_labels=4, **fields))
+def loss_by_hand(way, model, pixels, labels, teacher):
+    """Of a batch, from the definitions of the paper's losses. teacher: what it says of these clips."""
+    if way == "masked":  # with everything visible
+        found = model(pixels, torch.arange(16).expand(len(pixels), -1))
+        return (F.normalize(found, dim=-1) - F.normalize(teacher, dim=-1)).pow(2).sum(-1).mean()
+    if way == "classification":
+        return F.cross_entropy(model(pixels).logits, labels, label_smoothing=0.1)
+    outputs, tokens = model(pixels, align=True)
+    apart = (F.normalize(tokens, dim=-1) - F.normalize(teacher, dim=-1)).pow(2).sum(-1).mean()
+    return F.cross_entropy(outputs.logits, labels, label_smoothing=0.1) + apart
 
 
-def squares(count: int = 8) -> ClipRows:
-    rng = np.random.default_rng(0)
-    clips = [moving_square(DIRECTIONS[n % 4], "white", 6, 16, rng) for n in range(count)]
-    return ClipRows([ClipRow(clip, n % 4) for n, clip in enumerate(clips)], DIRECTIONS)
-
-
-def settings(folder, **changes) -> VideoMambaTrainingConfig:
-    given = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    given |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "weight_decay": 0.1}
-    return VideoMambaTrainingConfig(str(folder), **(given | changes))
-
-
-def trainer_of(args, model=None, rows=None, **other) -> VideoMambaTrainer:
-    model, rows = model or tiny_model(), rows or squares()
-    clips = TrainingClips(rows, 4, Augmentation(16, "none", flip=False), repeats=args.repeated_augmentation, seed=0)
-    return VideoMambaTrainer(model, args, Classification(args, model.config), clips, **other)
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_the_loss_curve_is_that_of_a_loop_by_hand(tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_curve_is_that_of_a_loop_by_hand(way, tmp_path):
     """Two micro-batches a step, warm-up and cosine, decay of matrices only, clipping: in fp32, to 1e-5."""
     args = settings(
         *(tmp_path,), gradient_accumulation_steps=2, num_train_epochs=4, warmup_epochs=1, min_learning_rate=1e-3,
         max_grad_norm=1.0, label_smoothing=0.1, per_device_train_batch_size=2, max_steps=6, layer_decay=0.5,
+        mask="tube", mask_ratio=0.0,
     )  # fmt: skip
-    trainer = trainer_of(args)
+    trainer = WAYS[way](args)
     trainer.train()
 
-    model, rows, expected = tiny_model(), squares(), []
-    groups = []
+    other = WAYS[way](args)
+    model, clips, expected, groups = other.model.train(), tiny_clips(args), [], []
     for name, parameter in model.named_parameters():
         free = parameter.ndim == 1 or name.endswith(("bias", "pos_embed", "cls_token", "temporal_pos_embedding"))
         share = 0.5 ** (3 - layer_of(name, 2))
         groups.append({"params": [parameter], "weight_decay": 0.0 if free else 0.1, "share": share})
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
-    clips = TrainingClips(rows, 4, Augmentation(16, "none", flip=False), seed=0)
     sampler, draws = EpochSampler(8, args.seed), []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -86,8 +62,16 @@ def test_the_loss_curve_is_that_of_a_loop_by_hand(tmp_path):
         for half in range(2):
             at = 4 * step + 2 * half
             batch = collate_training([clips[draw] for draw in draws[at : at + 2]])
-            logits = model(batch["pixel_values"]).logits
-            loss = F.cross_entropy(logits, batch["labels"], label_smoothing=0.1) / 2
+            pixels, teacher = batch["pixel_values"], None
+            if way == "masked":
+                mean, std = (
+                    torch.tensor(each).view(3, 1, 1) for each in (model.config.image_mean, model.config.image_std)
+                )
+                pixels = (pixels / 255 - mean) / std
+                teacher = other.objective.teacher(pixels)[0]
+            elif way == "distillation":
+                teacher = other.objective.teacher(pixels).last_hidden_state
+            loss = loss_by_hand(way, model, pixels, batch["labels"], teacher) / 2
             loss.backward()
             whole += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -95,8 +79,8 @@ def test_the_loss_curve_is_that_of_a_loop_by_hand(tmp_path):
         optimizer.zero_grad()
         expected.append(whole)
     np.testing.assert_allclose(losses(trainer), expected, rtol=0, atol=1e-5)
-    for (name, own), other in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-5, msg=name)
+    for (name, own), by_hand in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(own, by_hand, rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path):
