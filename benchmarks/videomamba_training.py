@@ -187,9 +187,9 @@ class Clips(Dataset):
 class Sizes:
     """What decides how long everything takes."""
 
-    width: int = 96
+    width: int = 128
     layers: int = 6
-    teacher_width: int = 48
+    teacher_width: int = 64
     clips: int = 24000
     few: int = 2000
     tests: int = 1000
@@ -550,7 +550,10 @@ def finished(path: Path) -> set[Run]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     done = {Run(row["part"], row["arm"], int(row["seed"])) for row in rows if row["stage"] == "complete"}
-    write_rows(path, [r for r in rows if Run(r["part"], r["arm"], int(r["seed"])) in done], FIELDS)
+    kept = [row for row in rows if Run(row["part"], row["arm"], int(row["seed"])) in done]
+    if Run("cost", "all", 0) in done:
+        kept = [row for row in rows if row["part"] == "cost"] + [row for row in kept if row["part"] != "cost"]
+    write_rows(path, kept, FIELDS)
     return done
 
 
@@ -650,6 +653,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("videomamba_training.csv"), help="table to add to")
     parser.add_argument("--data", type=Path, help="folder of the drawn clips and the teachers (default: a fresh one)")
     parser.add_argument("--parts", default="cost,teacher,start,scan,distil,masked,frames,length")
+    parser.add_argument("--only", default="", help="of the parts, only what is called so: as released,tube,random")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=10, help="runs at the same time on the GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, to see that it runs")
@@ -657,6 +661,7 @@ def main() -> None:
     for name in ("width", "layers", "steps", "few", "pretraining", "fine_tuning", "stage", "films", "clips", "batch"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(Sizes(), name)}")
     parser.add_argument("--learning-rate", type=float, help=f"default {Sizes().learning_rate}")
+    parser.add_argument("--frames", type=lambda text: tuple(map(int, text.split(","))), help="default 8,16,...,256")
     given = parser.parse_args()
     if given.plot:
         plot(given.out, given.plot)
@@ -677,6 +682,7 @@ def main() -> None:
             for row in measure_cost(sizes, given.smoke):
                 append_rows(given.out, [{**about, **row}], FIELDS)
                 print(*row.values(), flush=True)
+            append_rows(given.out, [{**about, "part": "cost", "arm": "all", "seed": 0, "stage": "complete"}], FIELDS)
         begun = time.monotonic()
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 16)) as workers:
             for films in films_needed(parts, sizes):
@@ -686,7 +692,7 @@ def main() -> None:
         teachers = [Run("teacher", arm, 0) for arm in ARMS["teacher"]] if "teacher" in parts else []
         others = [
             Run(part, arm, seed) for seed in range(given.seeds) for part in parts if part not in ("cost", "teacher")
-            for arm in ARMS[part]
+            for arm in ARMS[part] if not given.only or arm in given.only.split(",")
         ]  # fmt: skip
         for some in (teachers, others):
             if left := [run for run in some if run not in done]:
