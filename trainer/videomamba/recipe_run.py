@@ -28,16 +28,32 @@ from .starting_model import frozen, load_encoder_, starting_classifier, starting
 from .training_settings import VideoMambaRecipe, VideoMambaTrainingConfig
 
 _LORA_TARGETS = ["in_proj", "out_proj"]
+# What only some tasks look at; elsewhere it would be left out without a word.
+_LABELLED = ("classification", "regression", "distillation")
+_OURS = (*_LABELLED, "masked")
+_TASKS_OF = {
+    **dict.fromkeys(("teacher", "teacher_config"), ("distillation", "masked")),
+    **dict.fromkeys(("distillation_weight", "distillation_until"), ("distillation",)),
+    **dict.fromkeys(("mask", "mask_ratio", "align_layers", "align_before_last_mixer"), ("masked",)),
+    **dict.fromkeys(("eval_data", "eval_share", "num_labels", "class_names"), _LABELLED),
+    **dict.fromkeys(("mixup", "cutmix", "label_smoothing"), ("classification", "distillation")),
+    "lora_rank": ("classification", "regression"),
+}
 
 
 def build_recipe(content: dict[str, Any]) -> tuple[VideoMambaRecipe, VideoMambaTrainingConfig]:
     """Recipe and settings from plain data, as `recipe_files.recipe_content` reads it.
 
     Raises:
-        ValueError: an unknown key or a value that makes no sense.
+        ValueError: an unknown key, a value that makes no sense, or one that the task does not look at.
     """
     kinds = (VideoMambaRecipe, VideoMambaTrainingConfig)
     given = checked_settings(content, kinds)
+    task = given.get("task", VideoMambaRecipe.task)
+    for name, value in given.items():
+        tasks = _TASKS_OF.get(name, (task,))
+        if value and task in _OURS and task not in tasks:
+            raise ValueError(f"{name}={value} is for task={' or '.join(tasks)}, not {task}: leave it out")
     if not given.get("eval_share", 0) and not given.get("eval_data"):
         given["eval_strategy"] = "no"
     recipe, args = made_of(given, kinds)
@@ -118,8 +134,6 @@ def _classification_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingCo
     model: nn.Module = starting_classifier(recipe, args.drop_path_rate, train.classes, regression)
     config: Any = model.config
     export: Callable[[nn.Module], nn.Module] | None = None
-    if recipe.lora_rank is not None and recipe.task == "distillation":
-        raise ValueError("lora_rank is for fine-tuning: distillation trains the whole model")
     if recipe.lora_rank is not None:
         from peft import LoraConfig, get_peft_model
 

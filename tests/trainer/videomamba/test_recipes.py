@@ -1,6 +1,8 @@
 """VideoMamba's recipes: what they say beside the paper's tables, and that each of them runs."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -22,7 +24,7 @@ def train(*arguments: str):
     return CliRunner().invoke(app, ["train", *arguments])
 
 
-# The paper's tables 11 to 14 (facts A9 and A10): base rate, epochs, warm-up, drop path, weight decay, RandAugment.
+# The paper's tables 11 to 14: base rate, epochs, warm-up, drop path, weight decay, RandAugment.
 TABLE = [
     ("imagenet", ["size=ti"], (5e-4, 300, 5, 0.0, 0.1, (7, 0.25))),
     ("imagenet", ["size=s"], (5e-4, 300, 5, 0.15, 0.05, (9, 0.5))),
@@ -63,6 +65,16 @@ def test_settings_are_those_of_the_tables(name, chosen, expected):
     assert (args.mixup, args.cutmix, args.label_smoothing, args.random_erasing) == (0.8, 1.0, 0.1, 0.25)
     assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
     videos = name != "imagenet"
+    masked_or_larger = "size=m" in chosen or "size=m_masked" in chosen
+    finest = any(word.startswith("resolution=") for word in chosen)
+    assert args.layer_decay == (0.8 if videos and masked_or_larger and not finest else 1.0)
+    assert args.layer_decay_of == "layers" and args.lr_scheduler_type == "cosine_warmup_with_min_lr"
+    least, first = (5e-6, 5e-7) if not videos else (1e-6, 1e-6)
+    scale = args.clips_a_step / (256 if videos else 512)
+    assert args.lr_scheduler_kwargs["min_lr"] == pytest.approx(least * scale)
+    assert args.lr_scheduler_kwargs["warmup_lr_rate"] * args.learning_rate == pytest.approx(first * scale)
+    assert args.warmup_steps == pytest.approx(expected[2] / expected[1]), "a share of all steps"
+    assert args.max_grad_norm == (0.0 if videos else 5.0)
     assert args.repeated_augmentation == (2 if videos else 1)
     assert args.flip == (name != "ssv2")
     assert args.learning_rate == pytest.approx(expected[0] * args.clips_a_step / (256 if videos else 512))
@@ -93,13 +105,55 @@ def test_tasks_sizes_and_clips_are_those_of_the_paper():
         settings("k400", "mixupp=1")
     with pytest.raises(ValueError, match="learning_rate=fast is not valid: it must be a number"):
         settings("k400", "learning_rate=fast")
+    for name, setting in (
+        *(("imagenet_distilled", "lora_rank=2"), ("k400", "mask=tube"), ("k400", "teacher=x"), ("lvu", "teacher=x")),
+        *(("k400", "distillation_until=0.5"), ("imagenet_distilled", "mask_ratio=0.5")),
+    ):
+        with pytest.raises(ValueError, match=f"{setting} is for task=.*: leave it out"):
+            settings(name, setting)
+    for setting in ("lora_rank=2", "mixup=0.8", "label_smoothing=0.1", "eval_share=0.1", "num_labels=3"):
+        with pytest.raises(ValueError, match=f"{setting} is for task=.*, not masked: leave it out"):
+            build_recipe(recipe_content("videomamba/masked", [*CPU, "data=x", setting]))
+
+
+class Hub:
+    """In the place of the Hub: keeps what is uploaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, token=None):
+        return self
+
+    def create_repo(self, name, private=None, exist_ok=False):
+        return type("Url", (), {"repo_id": f"me/{name}"})()
+
+    def upload_folder(self, folder_path, repo_id, ignore_patterns):
+        from huggingface_hub.utils import filter_repo_objects
+
+        names = [path.relative_to(folder_path) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for name in filter_repo_objects([name.as_posix() for name in names], ignore_patterns=ignore_patterns):
+            target = self.folder / repo_id / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(folder_path, name), target)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_recipe_runs_on_a_cpu(name, tmp_path):
+def test_every_recipe_runs_on_a_cpu_and_is_published(name, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    result = train("--config", name, "--smoke", f"output_dir={out}", *CPU)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(tmp_path / "hub"))
+    pushed = ["push_to_hub=true", "hub_model_id=mine", "save_strategy=steps", "save_steps=2"]
+    result = train("--config", name, "--smoke", f"output_dir={out}", *CPU, *pushed)
     assert result.exit_code == 0, result.output + str(result.exception)
+    assert (out / "checkpoint-2").is_dir()
+    files = {path.relative_to(tmp_path / "hub" / "me" / "mine").as_posix() for path in (tmp_path / "hub").rglob("*.*")}
+    needed = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "modeling_videomamba.py"}
+    assert needed <= files, f"not published: {needed - files}"
+    assert not [file for file in files if "checkpoint" in file or "smoke_data" in file or "optimizer" in file]
+    assert (
+        "me/mine" not in result.output
+        and (tmp_path / "hub/me/mine/README.md").read_bytes() == (out / "README.md").read_bytes()
+    )
     assert result.stdout.strip().splitlines()[-1] == str(out)
     card = (out / "README.md").read_text()
     assert "| optimizer steps | 2 of 2 |" in card and "| data | " in card
