@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,15 +42,38 @@ def blocks() -> list:
     return found
 
 
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder with a `video-ma2mba` that has imported torch and transformers already, where a process can be forked.
+
+    The command as it is installed is run by the tests of start-up, wheel and verbs, and `make walk` walks with it.
+    """
+    folder = tmp_path_factory.mktemp("bin")
+    if not hasattr(os, "pidfd_open"):
+        (folder / "video-ma2mba").symlink_to(Path(sys.executable).parent / "video-ma2mba")
+        yield folder
+        return
+    warm, address = ROOT / "tests" / "warm_command.py", folder / "socket"
+    words = f'exec "{sys.executable}" -I -S "{warm}" RUN "{address}" "$@"'
+    (folder / "video-ma2mba").write_text(f"#!/bin/sh\n{words}\n", encoding="utf-8")
+    (folder / "video-ma2mba").chmod(0o755)
+    with subprocess.Popen([sys.executable, warm, "SERVE", address]) as server:
+        while not address.exists():
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield folder
+        server.kill()
+
+
 @pytest.mark.timeout(900)  # a block of ten commands loads torch ten times, on a busy machine each in half a minute
 @pytest.mark.parametrize(("language", "code"), blocks())
-def test_block_runs(language: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_block_runs(language: str, code: str, commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     if language == "python":
         exec(compile(code, "page", "exec"), {"__name__": "__main__"})
         return
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-e", "-c", code], env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=850
     )

@@ -1,4 +1,7 @@
-"""One of two processes of `test_distributed.py`: python distributed_worker.py SCENARIO RANK FOLDER
+"""The two processes of `test_distributed.py`: python distributed_worker.py FOLDER SCENARIO...
+
+Ranks are forked from this process, two for each scenario, which pays for the imports once. Rank 0 and 1 write their
+words to FOLDER/SCENARIO.RANK.log, the exit codes of both stand in FOLDER/codes.json.
 
 Every scenario computes the gradients (or updated parameters) of one process without checkpointing from the data of
 both ranks, then its own under an engine with checkpointing on, and compares. The ranks' sequences differ in length
@@ -7,8 +10,13 @@ and in number of segments.
 
 import copy
 import faulthandler
+import json
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,16 +260,44 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
 }
 
 
-def main() -> None:
-    scenario, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    faulthandler.dump_traceback_later(90, exit=True)  # says where it hangs
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def rank_main(folder: Path, scenario: str, rank: int) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_SIZE": str(WORLD)})
+    with (folder / f"{scenario}.{rank}.log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    faulthandler.dump_traceback_later(90, exit=True)  # says where it hangs, and where it waits for one that failed
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{scenario}", rank=rank, world_size=WORLD)
     with torch.random.fork_rng():
         SCENARIOS[scenario](rank)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def launch(folder: Path, scenario: str) -> list[int]:
+    """Exit codes of both ranks; one that fails takes the other with it."""
+    ranks = {}
+    for rank in range(WORLD):
+        child = os.fork()
+        if child == 0:
+            try:
+                rank_main(folder, scenario, rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        ranks[child] = rank
+    codes = [0] * WORLD
+    while ranks:
+        child, status = os.wait()
+        codes[ranks.pop(child)] = os.waitstatus_to_exitcode(status)
+        for other in ranks if status else ():
+            os.kill(other, signal.SIGKILL)
+    return codes
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    target, codes = Path(sys.argv[1]), {}
+    for name in sys.argv[2:]:
+        codes[name] = launch(target, name)
+        (target / "codes.json").write_text(json.dumps(codes))
