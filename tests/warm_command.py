@@ -91,7 +91,9 @@ if __name__ == "__main__":
     os.environ.update(told["environment"])
     sys.argv = ["video-ma2mba", *told["words"]]
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):  # those were the server's
-        setattr(sys, name, open(number, mode, buffering=1 if number == 2 else -1, encoding="utf-8", closefd=False))
+        setattr(
+            sys, name, os.fdopen(number, mode, buffering=1 if number == 2 else -1, encoding="utf-8", closefd=False)
+        )
     from video_ma2mba.cli.main import main
 
     raise SystemExit(main())
