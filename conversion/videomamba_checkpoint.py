@@ -115,7 +115,7 @@ def read_videomamba(folder: Path, shown: str) -> tuple[dict[str, Any], dict[str,
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{shown} holds no config.json: it is no checkpoint of this package")
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if fields.get("model_type") != "videomamba":
+    if fields.get("model_type") not in ("videomamba", "videomamba_retrieval"):
         raise ValueError(f"{shown} holds a model of the type {fields.get('model_type')!r}, not a VideoMamba")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:

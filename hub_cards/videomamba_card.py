@@ -6,7 +6,7 @@ from typing import Any
 
 from .model_card import count_in_words
 
-_CITATION = """\
+CITATION = """\
 ```bibtex
 @article{li2024videomamba,
   title   = {VideoMamba: State Space Model for Efficient Video Understanding},
@@ -65,7 +65,7 @@ def videomamba_card(
         blocks.append(f"## Training\n\n{recipe}")
     if accuracy:
         blocks.append(f"## Accuracy\n\n{accuracy}")
-    blocks += ["## Limits\n\n" + _limits(config, bool(accuracy)), "## Citation\n\n" + _CITATION]
+    blocks += ["## Limits\n\n" + _limits(config, bool(accuracy)), "## Citation\n\n" + CITATION]
     return "\n\n".join(blocks)
 
 

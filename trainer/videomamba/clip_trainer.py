@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 
 from ...hub_cards.videomamba_card import videomamba_card
-from ...modeling_video_ma2mba.modeling_videomamba import normalise
+from ...modeling_video_ma2mba.modeling_videomamba import NO_DECAY, normalise
 from ...modeling_video_ma2mba.state_writing import write_whole
 from ...processing.video_processing_videomamba import VideoMambaVideoProcessor
 from ..checkpoint_files import WholeCheckpoints
@@ -103,6 +103,8 @@ class VideoMambaTrainer(WholeCheckpoints, ClockedTrainer):
 
     The log has `clips_per_second`, `data_wait_share` (of the time, spent waiting for batches) and, on a GPU, its peak.
     """
+
+    no_decay: tuple[str, ...] = NO_DECAY
 
     def __init__(
         self,
@@ -205,6 +207,7 @@ class VideoMambaTrainer(WholeCheckpoints, ClockedTrainer):
                 layers=base.config.num_hidden_layers,
                 layer_decay=self.args.layer_decay,
                 of=self.args.layer_decay_of,
+                no_decay=self.no_decay,
             )
             optimizer.param_groups.clear()
             for group in groups:

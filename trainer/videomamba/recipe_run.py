@@ -22,6 +22,7 @@ from .clip_data import TestClips, TrainingClips
 from .clip_rows import ClipRows, load_clip_rows
 from .clip_trainer import Classification, VideoMambaTrainer, accuracy, clip_processor, squared_error
 from .masked_pretraining import ClipTeacher, MaskedAlignment, MaskedVideoMamba
+from .retrieval_run import retrieval_trainer
 from .self_distillation import Distillation, DistilledClassifier
 from .smoke_clips import write_smoke_clips
 from .starting_model import frozen, load_encoder_, starting_classifier, starting_encoder
@@ -76,6 +77,8 @@ def build_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig, smok
     if recipe.data is None:
         raise ValueError("the recipe names no data: add data=...")
     torch.manual_seed(args.seed)
+    if recipe.task == "retrieval":
+        return retrieval_trainer(recipe, args, _data_name(recipe))
     return {"masked": _masked_trainer}.get(recipe.task, _classification_trainer)(recipe, args)
 
 
@@ -241,5 +244,7 @@ def what_next(recipe: VideoMambaRecipe, result: Path) -> str:
     """What to do with the folder that `run_recipe` gave."""
     if recipe.task == "masked":
         return f"fine-tune it: video-ma2mba train --config videomamba/k400 size=m_masked model={result} data=LIST"
+    if recipe.task == "retrieval":
+        return f'search with it: video-ma2mba retrieve "TEXT" --videos DIR --model {result}'
     what = "PICTURE" if recipe.tubelet_size is None else "VIDEO"
     return f"use it: video-ma2mba classify {what} --model {result}"

@@ -30,6 +30,12 @@ from .retrieval_losses import (
 from .self_distillation import cosine_distance
 from .training_settings import VideoMambaTrainingConfig
 
+_BERT = "retrieval.text_encoder"
+_TIED = {
+    f"{_BERT}.cls.predictions.decoder.weight": f"{_BERT}.bert.embeddings.word_embeddings.weight",
+    f"{_BERT}.cls.predictions.decoder.bias": f"{_BERT}.cls.predictions.bias",
+}
+
 
 class RetrievalStudent(nn.Module):
     """A retrieval model with what only training needs: a head a layer that is aligned with the teacher's.
@@ -53,6 +59,8 @@ class RetrievalStudent(nn.Module):
         for frames in (1, vision.num_frames):
             table = sine_positions(1 + frames * vision.grid[1], vision.hidden_size)
             self.register_buffer(f"positions_{frames}", table, persistent=False)
+        self.register_state_dict_post_hook(_without_tied)
+        self.register_load_state_dict_pre_hook(_with_tied)
         if not args.mlm_weight:  # what only hidden words need: under DDP every parameter takes part
             model.text_encoder.cls.predictions.transform.requires_grad_(False)
             model.text_encoder.cls.predictions.bias.requires_grad_(False)
@@ -130,12 +138,25 @@ class RetrievalStudent(nn.Module):
         return torch.stack([head(each + positions) for head, each in zip(self.heads, streams, strict=True)])
 
 
+def _without_tied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave out of a checkpoint what BERT has under two names: files of weights hold every tensor once."""
+    for name in _TIED:
+        state.pop(f"{prefix}{name}", None)
+
+
+def _with_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What `_without_tied` left out."""
+    for name, other in _TIED.items():
+        if f"{prefix}{other}" in state:
+            state.setdefault(f"{prefix}{name}", state[f"{prefix}{other}"])
+
+
 class RetrievalObjective:
     """The weighted sum of the losses of `RetrievalStudent`, and of the alignment with a teacher.
 
     Args:
-        teacher: a frozen CLIP; None trains on whole clips, without alignment. special: numbers of the tokens that are
-            never hidden. mask_id: of the token that stands for a hidden word.
+        teacher: a frozen CLIP; None aligns nothing, and hides patches, if any, without it. special: numbers of the
+            tokens that are never hidden. mask_id: of the token that stands for a hidden word.
     """
 
     def __init__(
@@ -157,9 +178,10 @@ class RetrievalObjective:
         vision = self.config.vision_config
         pixels = inputs["pixel_values"]
         pixels = inputs["pixel_values"] = normalise(pixels, vision, torch.empty(0, device=pixels.device))
-        wanted = visible = None
+        wanted = attention = visible = None
         if self.teacher is not None:
             wanted, attention = self.teacher.to(pixels.device)(pixels)
+        if self.args.mask_ratio:
             frames = pixels.shape[1]
             ratio = self.args.picture_mask_ratio if frames == 1 else self.args.mask_ratio
             visible = inputs["visible"] = visible_patches(

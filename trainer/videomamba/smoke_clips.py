@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def moving_square(direction: str, colour: str, frames: int, side: int, rng: np.r
 
 def write_smoke_clips(folder: Path, recipe: Any) -> Path:
     """Write a few clips (pictures, of a model of pictures) into `folder`, or find them there; the list to train on."""
-    target = folder / "clips.csv"
+    captions = recipe.task == "retrieval"
+    target = folder / ("clips.jsonl" if captions else "clips.csv")
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +48,9 @@ def write_smoke_clips(folder: Path, recipe: Any) -> Path:
         else:
             name = f"{number}.mp4"
             write_video(folder / name, [clip])
+        if captions:
+            lines.append(json.dumps({"video": name, "caption": f"a {colour} square moves {direction}"}))
+            continue
         label = f"{number / 10}" if recipe.task == "regression" else f"{number % 4}"
         lines.append(f"{name},{label},{_FRAMES}" if recipe.window_seconds else f"{name},{label}")
     write_whole(target, "\n".join(lines) + "\n")

@@ -21,26 +21,39 @@ _EMBEDDINGS = ("patch_embed.", "cls_token", "pos_embed", "temporal_pos_embedding
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-def encoder_weights(source: str) -> tuple[VideoMambaConfig, dict[str, Tensor]]:
-    """Configuration and weights, named as in the encoder, of a folder of ours (encoder or classifier), a Hub id, or
-    a released `.pth` file. A classifier's head comes as `head.weight` and `head.bias`.
+def stored_model(source: str) -> tuple[dict[str, Any], dict[str, Tensor], Path | None]:
+    """The configuration's fields, all weights, and the folder (none of a `.pth`) of a VideoMamba: encoder, classifier
+    or retrieval model; a folder of ours, a Hub id, or a released `.pth` file.
 
     Raises:
         FileNotFoundError: there is no such model. ValueError: it is no VideoMamba.
     """
     if source.endswith(".pth"):
-        with tempfile.TemporaryDirectory() as folder:
-            convert_videomamba(source, Path(folder, "model"))
-            return encoder_weights(str(Path(folder, "model")))
+        with tempfile.TemporaryDirectory() as parent:
+            convert_videomamba(source, Path(parent, "model"))
+            return *stored_model(str(Path(parent, "model")))[:2], None
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
             raise FileNotFoundError(f"model={source}: there is no such folder, .pth file or Hub id")
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
-    fields, stored = read_videomamba(folder, f"model={source}")
-    start = "videomamba." if any(name.startswith("videomamba.") for name in stored) else ""
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    return *read_videomamba(folder, f"model={source}"), folder
+
+
+def encoder_weights(source: str) -> tuple[VideoMambaConfig, dict[str, Tensor]]:
+    """Configuration and weights, named as in the encoder, of what `stored_model` finds. A classifier's head comes as
+    `head.weight` and `head.bias`; of a retrieval model what reads texts is left aside.
+
+    Raises:
+        FileNotFoundError: there is no such model. ValueError: it is no VideoMamba.
+    """
+    fields, stored, _ = stored_model(source)
+    if "vision_config" in fields:
+        start, fields = "vision_encoder.", fields["vision_config"]
+    else:
+        start = "videomamba." if any(name.startswith("videomamba.") for name in stored) else ""
     weights = {name.removeprefix(start): t for name, t in stored.items() if name.startswith((start, "head."))}
     return VideoMambaConfig.from_dict(fields), weights
 
@@ -135,10 +148,10 @@ def layer_of(name: str, layers: int) -> int:
     return int(found[1]) + 1 if found else layers + 1
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and convolutions (`A_log` among them), not to vectors, biases,
-    positions and the class token."""
-    return parameter.ndim > 1 and not name.endswith(".bias") and name.rpartition(".")[2] not in NO_DECAY
+def decays(name: str, parameter: nn.Parameter, no_decay: Sequence[str] = NO_DECAY) -> bool:
+    """Whether weight decay applies: to matrices and convolutions (`A_log` among them), not to vectors, biases, and
+    what `no_decay` names (positions and the class token)."""
+    return parameter.ndim > 1 and not name.endswith(".bias") and name.rpartition(".")[2] not in no_decay
 
 
 def rate_groups(
@@ -149,10 +162,12 @@ def rate_groups(
     layers: int,
     layer_decay: float,
     of: str,
+    no_decay: Sequence[str] = NO_DECAY,
 ) -> list[dict[str, Any]]:
     """An optimizer's parameter groups: the rate falls by `layer_decay` from layer to layer below the head.
 
     Args:
+        no_decay: see `decays`.
         of: "layers" slows every layer, "embeddings" only what makes tokens, by `layer_decay ** (layers + 1)`.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -161,7 +176,7 @@ def rate_groups(
             continue
         layer = layer_of(name, layers)
         scale = layer_decay ** (layers + 1 - layer) if of == "layers" or layer == 0 else 1.0
-        groups.setdefault((scale, decays(name, parameter)), []).append(parameter)
+        groups.setdefault((scale, decays(name, parameter, no_decay)), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], not item[0][1]))  # the log shows the first one's
     return [
         {"params": members, "lr": rate * scale, "weight_decay": weight_decay if decay else 0.0}

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from ...modeling_video_ma2mba.parallel_dims import ParallelDims
 from ..run_settings import accumulation_steps, check_clock, fit_batches_to_machine, fit_to_machine
 
-TASKS = ("classification", "regression", "distillation", "masked")
+TASKS = ("classification", "regression", "distillation", "masked", "retrieval")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -22,8 +22,8 @@ class VideoMambaRecipe:
     """What a recipe says beside the trainer's settings.
 
     Attributes:
-        task: classification, regression (values), distillation (classification beside a frozen teacher) or masked
-            (pre-training beside a frozen CLIP).
+        task: classification, regression (values), distillation (classification beside a frozen teacher), masked
+            (pre-training beside a frozen CLIP) or retrieval (clips and captions).
         model: where to start: a folder, a Hub id, a released `.pth` file; None begins with fresh weights.
         model_size: ti, s, m or b, of fresh weights. model_config: fields of VideoMambaConfig, over all else.
         num_frames, image_size, tubelet_size: of clips; positions of the model to start from are interpolated.
@@ -35,6 +35,10 @@ class VideoMambaRecipe:
         teacher: distillation: folder or `.pth` of the smaller model; masked pre-training: folder or Hub id of a CLIP.
         teacher_config: fields of a teacher with random weights instead, for runs that only show that it works.
         lora_rank: train adapters of this rank and the head; None trains the whole model. lora_alpha: as in PEFT.
+        text_model: retrieval: folder or Hub id of the BERT that reads captions. text_config: fields of a BERT with
+            fresh weights instead; without text_model as well its vocabulary is made from the captions.
+        fusion_layers, projection_dim, max_text_length: retrieval, of VideoMambaRetrievalConfig.
+        paragraphs: retrieval: several captions of a video are one text. eval_split: of eval_data, if it has several.
         resume: go on from the newest complete checkpoint in output_dir, if there is one.
     """
 
@@ -57,6 +61,13 @@ class VideoMambaRecipe:
     teacher_config: dict[str, Any] | None = None
     lora_rank: int | None = None
     lora_alpha: int = 32
+    text_model: str | None = None
+    text_config: dict[str, Any] | None = None
+    fusion_layers: int | None = None
+    projection_dim: int | None = None
+    max_text_length: int | None = None
+    paragraphs: bool = False
+    eval_split: str = "val"
     resume: bool = False
 
     def __post_init__(self) -> None:
