@@ -11,7 +11,7 @@ from typing import Any
 
 from .cost_memory import kept_bytes, saved_per_token
 from .cost_step import Prediction, StepJob, predict_job
-from .cost_time import H200, MeasuredCosts
+from .cost_time import H200, MeasuredCosts, vision_seconds
 from .recompute_plan import RecomputePlan
 
 # Segments are multiples of this: the chunk of the SSD kernels (paper, section 4.1).
@@ -81,6 +81,16 @@ def vision_chunks(job: StepJob) -> list[StepJob]:
     sizes = {max(vision.clip, vision.chunk * 2**step // 32) for step in range(9)}  # a 32nd to eight times as many
     sizes = {size for size in sizes if size <= max(vision.frames, vision.chunk, vision.clip)}
     return [replace(job, vision=replace(vision, chunk=size)) for size in sorted(sizes, reverse=True)]
+
+
+def chunks_by_speed(job: StepJob, costs: MeasuredCosts = H200) -> list[StepJob]:
+    """`vision_chunks`, the fastest first; of those that are as fast as any but for 2 %, the fewest frames first."""
+    if job.vision is None:
+        return [job]
+    jobs = vision_chunks(job)[::-1]
+    seconds = [0.0 if j.vision is None else vision_seconds(j.vision, costs) for j in jobs]
+    order = sorted(range(len(jobs)), key=lambda n: max(seconds[n], 1.02 * min(seconds)))
+    return [jobs[n] for n in order]
 
 
 @dataclass(frozen=True)

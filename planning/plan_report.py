@@ -24,7 +24,14 @@ from ..modeling_video_ma2mba.recompute_plan import RecomputePlan
 from .adapters import Adapters
 from .plan_options import check_options, chosen_adapters, chosen_memory, gigabytes, require
 from .planned_step import counts_and_config, describe_step
-from .sequence_plan import SharedPlan, longest_shared, ranks_of, shared_plan, shared_predictions
+from .sequence_plan import (
+    SharedPlan,
+    longest_shared,
+    ranks_of,
+    shared_gradients,
+    shared_plan,
+    shared_predictions,
+)
 from .sequence_simulation import Links
 from .this_machine import launch_here
 
@@ -237,7 +244,9 @@ def plan(
     ranks = ranks_of(gpus, job.shape.layers, tokens)
     one_gpu = min((row.prediction for row in considered if row.fits), key=lambda p: p.step_seconds, default=None)
     if ranks > 1:
-        limits = replace(limits, host=limits.host / min(gpus, gpus_per_node))
+        wider = shared_gradients(job) - job.gradients
+        job = replace(job, gradients=job.gradients + wider)
+        limits = Limits(limits.gpu - wider, limits.host / min(gpus, gpus_per_node))
         links = Links(gpus_per_node=gpus_per_node)
         places = {False: f"{ranks} GPUs, kept on the GPU", True: f"{ranks} GPUs, kept on the host"}
         considered = [
@@ -247,7 +256,7 @@ def plan(
     fitting = [row for row in considered if row.fits]
     # Per row of the batch; a longer video takes more of everything, so the search may start anywhere.
     if ranks > 1:
-        longest = longest_shared(job, ranks, limits, _LONGEST, costs, with_tokens)
+        longest = longest_shared(vision_chunks(job)[-1], ranks, limits, _LONGEST, costs, with_tokens)
     else:
         longest = longest_that_fits(vision_chunks(job)[-1], limits, _LONGEST, costs)
     longest_frames = None if per_frame is None else max(0, longest - text_tokens) // per_frame

@@ -10,7 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..modeling_video_ma2mba.cost_memory import forward_temporaries_per_token
-from ..modeling_video_ma2mba.cost_search import Limits, candidate_plans, fastest, segment_lengths, some_plan_fits
+from ..modeling_video_ma2mba.cost_search import (
+    Limits,
+    candidate_plans,
+    chunks_by_speed,
+    fastest,
+    leanest,
+    segment_lengths,
+    some_plan_fits,
+    vision_chunks,
+)
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
 from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, cell_seconds, stack_seconds, vision_seconds
 from ..modeling_video_ma2mba.cost_vision import vision_phases
@@ -57,6 +66,11 @@ def ranks_of(gpus: int, layers: int, tokens: int) -> int:
     return max(n for n in range(1, most + 1) if gpus % n == 0)
 
 
+def shared_gradients(job: StepJob) -> int:
+    """Bytes of gradients on one of several GPUs: in fp32 until they are added up, whatever the weights are in."""
+    return job.gradients * max(4, job.work.weight_bytes) // job.work.weight_bytes
+
+
 def shared_jobs(job: StepJob, ranks: int) -> Iterator[StepJob]:
     """The step of one of `ranks` for every useful number of segments; each rank has as many as the others."""
     work = job.work
@@ -73,18 +87,22 @@ def shared_predictions(
     """The fastest step whose kept activations live on the host (`place`) or the GPU, and whether it fits; where none
     does, the smallest."""
     found: list[Prediction] = []
-    smallest: list[Prediction] = []
-    for own in shared_jobs(job, ranks):
-        plans = list(candidate_plans(own, (place,), segment_length=own.work.segment))
-        best = fastest(own, plans, limits, costs)
-        if best is not None:
-            found.append(best)
-        elif not found:
-            smallest.append(min((predict_job(own, p, costs) for p in plans), key=lambda p: p.gpu_peak))
-    if not found:
+    for of_chunk in chunks_by_speed(job, costs):
+        for own in shared_jobs(of_chunk, ranks):
+            plans = candidate_plans(own, (place,), segment_length=own.work.segment)
+            best = fastest(own, plans, limits, costs)
+            found += [] if best is None else [best]
+        if found:
+            break
+    best = leanest(found)
+    if best is None:
+        smallest = (
+            predict_job(own, plan, costs)
+            for own in shared_jobs(vision_chunks(job)[-1], ranks)
+            for plan in candidate_plans(own, (place,), segment_length=own.work.segment)
+        )
         return min(smallest, key=lambda p: p.gpu_peak), False
-    best = min(found, key=lambda p: p.step_seconds)
-    summed = links.sum(max(4, job.work.weight_bytes) * job.gradients / job.work.weight_bytes, gpus)
+    summed = links.sum(job.gradients, gpus)
     return replace(best, seconds={**best.seconds, "sum of gradients": summed}), True
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling_video_ma2mba.cost_search import Limits, vision_chunks
+from ..modeling_video_ma2mba.cost_search import Limits, chunks_by_speed, vision_chunks
 from ..modeling_video_ma2mba.cost_step import Prediction, StepJob, predict_job
-from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, measure_launch, vision_seconds
+from ..modeling_video_ma2mba.cost_time import H200, MeasuredCosts, measure_launch
 from ..modeling_video_ma2mba.cost_vision import VisionLoad, vision_kept
 from ..modeling_video_ma2mba.parallel_sequence import SequenceGroup
 from ..modeling_video_ma2mba.parallel_shards import is_unit
@@ -149,17 +149,13 @@ class StepPlanner:
 
     def _by_speed(self, job: StepJob) -> list[StepJob]:
         """The step with other numbers of frames in the tower together, the best first: as many as the model says, then
-        fewer. A trained tower sees a quarter of these at a time, too few to keep a GPU busy on most hosts: there the
-        fewest that are as fast as any come first, and none below the model's before those above."""
+        fewer. A trained tower sees a quarter of these at a time, too few to keep a GPU busy on most hosts: there those
+        that are fast enough come first."""
         usual = 0 if job.vision is None else job.vision.chunk
-        jobs = vision_chunks(job)
-        fewer = [j for j in jobs if j.vision is None or j.vision.chunk <= usual]
-        if self._costs is None or job.vision is None:
+        fewer = [j for j in vision_chunks(job) if j.vision is None or j.vision.chunk <= usual]
+        if self._costs is None:
             return fewer
-        seconds = {j: vision_seconds(j.vision, self._costs) for j in jobs}
-        least = min(seconds.values())
-        more = sorted((j for j in jobs[::-1] if j.vision.chunk >= usual), key=lambda j: max(seconds[j], 1.02 * least))
-        return more + fewer[1:]
+        return [*(j for j in chunks_by_speed(job, self._costs) if j not in fewer[1:]), *fewer[1:]]
 
     def _without_recomputation(self, job: StepJob, limits: Limits) -> StepPlan | None:
         parts = ("segment_length", "layers_per_block", "offload", "forward_order", "backward_order")

@@ -30,7 +30,8 @@ def test_two_gpus_share_a_step(language_model):
     layers = 64 / -(-64 // chosen.layers_per_block)
     assert shared.message_bytes == pytest.approx(layers * (80 * 64 * 128 * 4 + (5120 + 256) * 3 * 2))
     # fp32 gradients of all parameters cross the link once in either direction.
-    parameters = two.prediction.gpu["gradients"] / 2
+    parameters = two.prediction.gpu["gradients"] / 4  # kept in fp32 until they are added up, where one GPU's are bf16
+    assert parameters == one.prediction.gpu["gradients"] / 2
     seconds = 2 * (1 / 2) * 4 * parameters / Links().all_reduce
     assert two.prediction.seconds["sum of gradients"] == pytest.approx(seconds)
     assert two.to_dict()["shared"]["segments"] == shared.segments
@@ -39,6 +40,21 @@ def test_two_gpus_share_a_step(language_model):
     # One wave's cells, of all that a rank computes, are what it waits for; more where gradients are summed in bands.
     blocks = -(-64 // chosen.layers_per_block)
     assert 1 / (shared.segments / 2 * blocks + 1) * 0.9 < shared.idle_share < 0.05
+
+
+def test_a_trained_tower_gets_as_many_frames_as_keep_gpus_busy():
+    from video_ma2mba import Ma2mbaTextConfig, VideoMa2mbaConfig
+
+    options = {"frames": 7200, "gpu_memory": "141GB", "host_memory": "256GB"}
+    width, layers = PRESETS["370m"]
+    config = VideoMa2mbaConfig(
+        text_config=Ma2mbaTextConfig(hidden_size=width, num_hidden_layers=layers), video_token_id=7
+    )
+    one, two = (plan(config, **options, gpus=gpus) for gpus in (1, 2))
+    assert two.prediction.vision_chunk > 32, "with as many as the model says it waits for the host"
+    assert two.prediction.seconds["vision"] < 1.05 / 2 * one.prediction.seconds["vision"]
+    small = plan(config, **options | {"gpu_memory": "16GB"}, gpus=2)
+    assert small.prediction.vision_chunk < two.prediction.vision_chunk
 
 
 def test_more_gpus_than_layers_make_groups(language_model):
