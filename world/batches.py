@@ -30,8 +30,8 @@ SHORTER = 0.15  # share of batches below the shortest length asked for, once tra
 # Later turns could be answered from the words of earlier ones ("the red star" gives away a colour and a shape), so
 # kinds that give away little come first.
 _TURNS = (
-    *("needle", "spoken", "said", "count", "colour", "shape", "direction", "timed", "moment", "between"),
-    *("order", "time", "span", "list", "times"),
+    *("needle", "spoken", "said", "count", "colour", "shape", "follow", "follow_timed", "direction", "timed"),
+    *("moment", "between", "order", "time", "span", "list", "times"),
 )
 _WORDS = re.compile("[a-z]+")
 _NAMES = frozenset([*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", "card"])
@@ -74,6 +74,8 @@ def question_subject(question: Question) -> tuple[str, frozenset[str]]:
     text = question.text if question.kind == "order" else question.text.partition(" (A)")[0]
     if question.kind in ("moment", "between"):  # which name nothing
         return question.kind, frozenset([question.answer])
+    if question.before:
+        return question.kind, question_subject(question.before[-1])[1]
     return question.kind, frozenset(_NAMES & set(_WORDS.findall(text)))
 
 
@@ -86,10 +88,13 @@ def choose_questions(
     The first turn, which is how questions are asked later on, is any of them; the others are in the order of `_TURNS`.
     """
     keyed = sorted(asked, key=lambda question: math.log(1 - rng.random()) / weights[question.kind], reverse=True)
-    subjects: dict[tuple[str, frozenset[str]], Question] = {}
+    subjects: set[tuple[str, frozenset[str]]] = set()
+    chosen: list[Question] = []
     for question in keyed:
-        subjects.setdefault(question_subject(question), question)
-    chosen = list(subjects.values())[:count]
+        about = {question_subject(turn) for turn in (*question.before, question)}
+        if len(chosen) < count and not about & subjects:
+            subjects |= about
+            chosen.append(question)
     return chosen[:1] + sorted(chosen[1:], key=lambda question: _TURNS.index(question.kind))
 
 
@@ -140,7 +145,7 @@ class WorldBatches(IterableDataset):
 
     def questions_per_video(self, frames: int) -> int:
         """Questions about a video of `frames`: more where reading the video costs more."""
-        return min(3 + frames // 4, self.dataset.questions)
+        return min(4 + frames // 3, self.dataset.questions)
 
     def batch(self, indices: Sequence[int], frames: int, files: float = 0.0) -> dict[str, torch.Tensor]:
         """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files."""

@@ -15,6 +15,9 @@ from .render import render
 from .speech import TimedFrames, speech_of
 from .world import World, WorldSettings, build_world, video_seed, whole
 
+_CALM: dict[str, Any] = {"min_objects": 1, "max_objects": 2, "clutter": False}
+_BUSY: dict[str, Any] = {"min_objects": 6, "max_objects": 12}
+
 
 @dataclass(frozen=True)
 class WorldSample:
@@ -39,7 +42,8 @@ class WorldSample:
 def chat(questions: Sequence[Question], video: Any = None, cues: Sequence[Cue] = ()) -> list[dict[str, Any]]:
     """Chat messages in the Hugging Face content format; the first user turn carries the video and its subtitles."""
     messages: list[dict[str, Any]] = []
-    for number, question in enumerate(questions):
+    turns = [turn for asked in questions for turn in (*asked.before, asked)]
+    for number, question in enumerate(turns):
         content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
         if number == 0:
             content.insert(0, {"type": "video"} if video is None else {"type": "video", "video": video})
@@ -71,7 +75,10 @@ class WorldDataset:
     frames: shortest and longest video, in frames at `fps`, drawn uniformly per video; (n, n) fixes it.
     questions: at most this many per video.
     kinds: of question; with one of ``SPOKEN_KINDS`` the videos have subtitles.
-    begins: second at which the videos may begin, as parts of longer ones: 0 for half, up to this for the others.
+    begins: second at which the videos may begin, as parts of longer ones: 0 for half, up to this for the others, as
+        many between one and ten minutes as between ten and a hundred. So every digit of a time is seen.
+    variety: share of calm worlds, of one or two things before a still backdrop, and of busy ones, of up to twelve:
+        half of it each.
     pace: seconds between what a video of one frame a second shows, in slow motion: 1 for half, up to this for the
         others. So a short video spans minutes, and what minute it is depends on the frame.
     """
@@ -91,6 +98,7 @@ class WorldDataset:
         settings: WorldSettings | None = None,
         begins: int = 0,
         pace: int = 1,
+        variety: float = 0.0,
     ):
         low, high = frames
         if not 1 <= low <= high:
@@ -101,11 +109,14 @@ class WorldDataset:
             raise ValueError(f"size={size}, questions={questions}: both must be at least 1.")
         if begins < 0 or pace < 1:
             raise ValueError(f"begins={begins}, pace={pace}: must be begins >= 0 and pace >= 1 second.")
+        if not 0 <= variety <= 1:
+            raise ValueError(f"variety={variety}: must be a share from 0 to 1.")
         video_seed(split, size - 1, seed)  # refuses a wrong split or seed
         self.split, self.size, self.frames, self.questions = split, size, (low, high), questions
         self.kinds, self.forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
         self.seed, self.resolution, self.fps = seed, resolution, fps
         self.settings, self.begins, self.pace = settings or WorldSettings(), begins, pace
+        self.variety = variety
         self.speaks = any(kind in SPOKEN_KINDS for kind in self.kinds)
 
     def __len__(self) -> int:
@@ -121,12 +132,19 @@ class WorldDataset:
         """What video `index` shows; `frames` overrides its length."""
         frames = self.length(index) if frames is None else frames
         seconds = max(-int(-frames // self.fps), 1)
-        world = build_world(video_seed(self.split, index, self.seed), seconds, self.settings)
+        seed = video_seed(self.split, index, self.seed)
+        world = build_world(seed, seconds, self._settings(seed))
         if not self.begins and self.pace == 1:
             return world
         rng = random.Random(world.seed + (1 << 91))
-        begin = 0 if rng.random() < 0.5 else whole(rng, 0, self.begins)
+        begin = 0 if rng.random() < 0.5 else round((self.begins + 1) ** rng.random()) - 1
         return replace(world, begin=begin, pace=1 if rng.random() < 0.5 else whole(rng, 1, self.pace))
+
+    def _settings(self, seed: int) -> WorldSettings:
+        mark = random.Random(seed + (1 << 92)).random() if self.variety else 1.0
+        if mark >= self.variety:
+            return self.settings
+        return replace(self.settings, **(_CALM if 2 * mark < self.variety else _BUSY))
 
     def cues(self, world: World) -> tuple[Cue, ...]:
         """What is said in a world of this data set."""

@@ -27,11 +27,13 @@ from .world import (
 )
 
 KINDS = ("colour", "shape", "count", "direction", "order", "needle", "time")
-TIMED_KINDS = ("span", "moment", "between", "timed")
+TIMED_KINDS = ("span", "moment", "between", "timed", "follow_timed")
 """For models that read time stamps; open questions only."""
 SPOKEN_KINDS = ("spoken", "said")
 """About what is said, for videos with subtitles."""
-ALL_KINDS = (*KINDS, *TIMED_KINDS, *SPOKEN_KINDS)
+FOLLOW_KINDS = ("follow", "follow_timed")
+"""About what the question before, or its answer, has named: "Which way does it move?"; open questions only."""
+ALL_KINDS = (*KINDS, *TIMED_KINDS, *SPOKEN_KINDS, "follow")
 FORMS = ("open", "choice")
 COUNTS = ("0", "1", "2", "3", "4")
 LETTERS = "ABCD"
@@ -42,13 +44,16 @@ _COUNT_WEIGHTS = {"0": 1.0, "1": 1.0, "2": 2.5, "3": 4.0, "4": 6.0}
 
 @dataclass(frozen=True)
 class Question:
-    """`text` is what is asked, options included; `answer` is a word, or a letter where there are options."""
+    """`text` is what is asked, options included; `answer` is a word, or a letter where there are options.
+
+    `before` are the questions of the conversation that it goes on with, answered."""
 
     kind: str
     form: str
     text: str
     answer: str
     options: tuple[str, ...] = ()
+    before: tuple[Question, ...] = ()
 
     @property
     def choices(self) -> int:
@@ -70,6 +75,8 @@ ANSWERS = {
     "between": len(COLOURS) * len(SHAPES),
     "spoken": len(CARD_SYMBOLS),
     "said": len(COLOURS),
+    "follow": len(COLOURS),
+    "follow_timed": 10**6,
 }
 
 
@@ -80,6 +87,7 @@ class _Draft:
     universe: tuple[str, ...]
     present: tuple[str, ...]  # wrong answers that the video also shows
     open_text: str = ""  # where the open wording differs
+    before: tuple[Question, ...] = ()
 
 
 def list_things(world: World) -> Question:
@@ -153,7 +161,7 @@ def ask(
     """
     kinds, forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
     rng = random.Random((world.seed << 20) + salt + (1 << 100))  # a stream apart from the world's own
-    asked: dict[str, Question] = {}
+    asked: dict[tuple[str, tuple[Question, ...]], Question] = {}
     misses: dict[str, int] = {}
     queue: list[str] = []
     while len(asked) < count:
@@ -163,17 +171,21 @@ def ask(
                 break
         kind = queue.pop()
         draft = _DRAFTS[kind](world, rng)
-        question = _finish(kind, draft, "open" if kind in TIMED_KINDS else pick(rng, forms), rng) if draft else None
-        if question is None or question.text in asked:
+        question = _finish(kind, draft, _form(kind, forms, rng), rng) if draft else None
+        if question is None or (question.text, question.before) in asked:
             misses[kind] = misses.get(kind, 0) + (1 if question else 4)
         else:
-            asked[question.text] = question
+            asked[question.text, question.before] = question
     return shuffled(rng, list(asked.values()))
+
+
+def _form(kind: str, forms: Sequence[str], rng: random.Random) -> str:
+    return "open" if kind in (*TIMED_KINDS, *FOLLOW_KINDS) else pick(rng, forms)
 
 
 def _finish(kind: str, draft: _Draft, form: str, rng: random.Random) -> Question:
     if form == "open":
-        return Question(kind, form, draft.open_text or draft.text, draft.truth)
+        return Question(kind, form, draft.open_text or draft.text, draft.truth, before=draft.before)
     present = [answer for answer in shuffled(rng, draft.present) if answer != draft.truth]
     absent = [answer for answer in shuffled(rng, draft.universe) if answer != draft.truth and answer not in present]
     wrong = (present + absent)[: len(LETTERS) - 1]
@@ -324,13 +336,64 @@ def _timed(world: World, rng: random.Random) -> _Draft | None:
     draft = _DRAFTS[kind](world, rng)
     if draft is None:
         return None
-    for thing, (_, start, end) in zip(world.things, _visits(world), strict=False):
-        subject = {"colour": thing.shape, "shape": thing.colour, "direction": thing.name}.get(kind)
-        answer = {"colour": thing.colour, "shape": thing.shape, "direction": thing.direction}.get(kind)
+    return _with_times(draft, world, _asked_about(kind, draft, world))
+
+
+def _with_times(draft: _Draft, world: World, thing: Thing | None) -> _Draft:
+    """A question about a thing, or about the card where that is None, whose answer ends in the span that shows it."""
+    _, start, end = _visits(world)[-1 if thing is None else world.things.index(thing)]
+    text, answer = f"{draft.text} {TIMES_REQUEST}", f"{draft.truth} {span_text(start, end)}"
+    return _Draft(text, answer, (), (), before=draft.before)
+
+
+def _asked_about(kind: str, draft: _Draft, world: World) -> Thing | None:
+    """The thing that a question of a kind is about, or its answer names; None: the card."""
+    for thing in world.things:
+        subject = {"colour": thing.shape, "shape": thing.colour, "direction": thing.name, "time": thing.name}.get(kind)
+        answer = {"colour": thing.colour, "shape": thing.shape, "direction": thing.direction}.get(kind, draft.truth)
+        if kind == "order" and draft.truth == thing.name:
+            return thing
         if subject is not None and f" {subject} " in draft.text.replace("?", " ") and answer == draft.truth:
-            return _Draft(f"{draft.text} {TIMES_REQUEST}", f"{draft.truth} {span_text(start, end)}", (), ())
-    _, start, end = _visits(world)[-1]  # the card
-    return _Draft(f"{draft.text} {TIMES_REQUEST}", f"{draft.truth} {span_text(start, end)}", (), ())
+            return thing
+    return None
+
+
+def _follow(world: World, rng: random.Random) -> _Draft | None:
+    return _followed(world, rng)[0]
+
+
+def _follow_timed(world: World, rng: random.Random) -> _Draft | None:
+    draft, thing = _followed(world, rng)
+    return None if draft is None or thing is None or draft.truth in QUARTERS else _with_times(draft, world, thing)
+
+
+def _followed(world: World, rng: random.Random) -> tuple[_Draft | None, Thing | None]:
+    """A question about what another one is about, with that one before it, and the thing; None: the card."""
+    kind = pick(rng, ("colour", "shape", "direction", "order", "time", "needle"))
+    draft = _DRAFTS[kind](world, rng)
+    if draft is None:
+        return None, None
+    thing = _asked_about(kind, draft, world)
+    start = thing.start if thing is not None else world.card.start if world.card is not None else 0
+    known: dict[str, tuple[tuple[str, ...], str]] = {}
+    if thing is not None:
+        known["colour"] = ("What colour is it?", "Which colour does it have?"), thing.colour
+        known["shape"] = ("What shape is it?", "Which shape does it have?"), thing.shape
+        if _shows_motion(world, thing):
+            known["direction"] = ("Which way does it move?", "In which direction does it go?"), thing.direction or ""
+    elif world.card is not None:
+        known["needle"] = ("What stood on it?", "Which sign did it show?"), world.card.symbol.lower()
+    if world.seconds >= 4 and _is_inside_quarter(start, world.seconds):
+        texts = ("In which quarter of the video did it appear?", "Which quarter of the video first shows it?")
+        known["time"] = texts, QUARTERS[quarter_of(start, world.seconds)]
+    known.pop(kind, None)
+    if not known:
+        return None, None
+    told = [name for name in known if name in ("colour", "shape")]  # by the question before, or by its answer
+    seen = [name for name in known if name not in told]
+    texts, truth = known[pick(rng, seen if seen and (not told or rng.random() < 0.75) else told)]
+    before = Question(kind, "open", draft.open_text or draft.text, draft.truth)
+    return _Draft(pick(rng, texts), truth, (), (), before=(before,)), thing
 
 
 def _spoken(world: World, rng: random.Random) -> _Draft | None:
@@ -377,4 +440,6 @@ _DRAFTS: dict[str, Callable[[World, random.Random], _Draft | None]] = {
     "timed": _timed,
     "spoken": _spoken,
     "said": _said,
+    "follow": _follow,
+    "follow_timed": _follow_timed,
 }

@@ -50,8 +50,14 @@ def read_videos(model: Any, processor: Any, samples: Sequence[WorldSample], repe
 
 
 def _prompt(processor: Any, question: Question) -> list[int]:
-    """Token ids from the video's end to where the answer begins, when `question` is the first one asked."""
-    return question_ids(processor, question.text)[0].tolist()
+    """Token ids from the video's end to where the answer begins; only what `question` goes on with is asked before."""
+    said = [(role, text) for turn in question.before for role, text in _turn(turn)]
+    turns = [{"role": role, "content": text} for role, text in [*said, *_turn(question)[:1]]]
+    return question_ids(processor, turns)[0].tolist()
+
+
+def _turn(question: Question) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("user", question.text), ("assistant", question.answer)
 
 
 def _answer(processor: Any, question: Question) -> list[int]:

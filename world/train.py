@@ -77,6 +77,7 @@ class WorldTraining:
     times: str = _option("text", "how they are read: text or learned")
     begins: int = _option(0, "seconds at which videos may begin, as parts of longer ones, so that late times are seen")
     pace: int = _option(1, "most seconds between two frames, so that short videos span minutes; half keep to 1")
+    variety: float = _option(0.0, "share of videos that are calm, of one or two things, or busy, of up to twelve")
     learning_rate: float = _option(1.5e-3, "highest learning rate")
     weight_decay: float = _option(0.05, "of matrices")
     warmup_steps: int = _option(200, "steps of warm-up")
@@ -135,6 +136,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
             seed=training.seed,
             begins=training.begins,
             pace=training.pace,
+            variety=training.variety,
         ),
         processor,
         training.tokens_per_batch,
@@ -154,6 +156,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
         seed=training.seed,
         begins=training.begins,
         pace=training.pace,
+        variety=training.variety,
     )
     trainer = VideoMa2mbaTrainer(
         model=model,
