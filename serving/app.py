@@ -180,7 +180,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     def models(request: Request) -> dict[str, Any]:
-        found = [described(service.name)]
+        found = [described(service.name, frame_times=service.processor.frame_times)]
         for video in service.store.listed(_owner(request), 100):
             if video.status == "completed" and video.bytes:  # for pages that can choose nothing but a model
                 found.append(described(STATE + video.id, created=int(video.created), name=video.name))

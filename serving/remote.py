@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 import torch
 
 from ..modeling_video_ma2mba.state_video import VideoState
+from ..processing.video_reader import open_video
 from ..processing.video_source_names import local_path
+from ..processing.video_subtitles import Subtitles, find_subtitles, srt_text
 from .settings import read_keys
 
 _ID = "server_video"
@@ -48,14 +50,30 @@ class ServerPipeline:
         found = self._asked("GET", "/v1/models")["data"]
         self.device = torch.device("cpu")  # where its states are kept
         self.model = SimpleNamespace(name_or_path=found[0]["id"])
-        self.processor = SimpleNamespace(tokenizer=None)
+        self.processor = SimpleNamespace(tokenizer=None, frame_times=found[0].get("frame_times", "none"))
 
     def read(
-        self, video: str, *, fps: float | None = None, on_frames: Callable[[int, int | None], None] | None = None
+        self,
+        video: str,
+        *,
+        fps: float | None = None,
+        subtitles: str | None = None,
+        on_frames: Callable[[int, int | None], None] | None = None,
     ) -> VideoState:
-        """Have a file read; the state that the server made of it. Raises ValueError with the server's own words."""
+        """Have a file read; the state that the server made of it.
+
+        Args:
+            subtitles: "auto" (a track inside, or a file beside the video), or a file; they are read here.
+
+        Raises:
+            FileNotFoundError, ValueError: as of `find_subtitles`; ValueError with the server's own words.
+        """
         path = local_path(video)
-        found = self._sent("/v1/videos" + (f"?fps={fps:g}" if fps else ""), path, "video/mp4")
+        told = None
+        if subtitles is not None:
+            with open_video(path) as reader:
+                told = find_subtitles(subtitles, reader)
+        found = self._sent("/v1/videos" + (f"?fps={fps:g}" if fps else ""), path, "video/mp4", told)
         for event, told in self._events("GET", f"/v1/videos/{found['id']}/events"):
             if event == "progress" and on_frames is not None and told["expected_frames"]:
                 on_frames(told["frames"], told["expected_frames"])
@@ -79,10 +97,27 @@ class ServerPipeline:
             state.save(file)
             state.metadata[_ID] = self._sent("/v1/videos", file, "application/octet-stream")["id"]
 
-    def ask(self, state: VideoState, question: Any, *, streamer: Any = None, max_new_tokens: int = 256) -> str:
-        """The answer to a question or a conversation; a `TextStreamer` is told it as it comes."""
+    def ask(
+        self,
+        state: VideoState,
+        question: Any,
+        *,
+        streamer: Any = None,
+        max_new_tokens: int = 256,
+        times: bool = False,
+    ) -> Any:
+        """The answer to a question or a conversation; a `TextStreamer` is told it as it comes.
+
+        With `times` at once, as the pipeline gives it: `{"answer": …, "start": …, "end": …}` in seconds.
+        """
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         body = {"model": f"state:{state.metadata[_ID]}", "messages": messages, "max_tokens": max_new_tokens}
+        if times:
+            said = json.dumps({**body, "temperature": 0, "times": True})
+            with self._opened("POST", "/v1/chat/completions", said, {"Content-Type": "application/json"}) as answer:
+                message = json.loads(answer.read())["choices"][0]["message"]
+            kept = {name: message[name] for name in ("start", "end", "reason") if name in message}
+            return {"answer": message["content"], **kept}
         text = ""
         for _, told in self._events("POST", "/v1/chat/completions", {**body, "stream": True, "temperature": 0}):
             for choice in told.get("choices", ()):
@@ -119,11 +154,14 @@ class ServerPipeline:
         with self._opened(method, path) as answer:
             return json.loads(answer.read())
 
-    def _sent(self, path: str, file: Path, kind: str) -> Any:
-        """What the server makes of a file."""
+    def _sent(self, path: str, file: Path, kind: str, subtitles: Subtitles | None = None) -> Any:
+        """What the server makes of a file, read with subtitles or without."""
         boundary = secrets.token_hex(16)
         name = file.name.replace('"', "'").encode("ascii", "replace").decode()
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+        part = f"--{boundary}\r\nContent-Disposition: form-data; name="
+        text = "" if subtitles is None else srt_text(subtitles.cues)
+        head = f'{part}"subtitles"; filename="subtitles.srt"\r\n\r\n{text}\r\n' if text else ""
+        head += f'{part}"file"; filename="{name}"\r\n'
         parts = f"{head}Content-Type: {kind}\r\n\r\n".encode(), f"\r\n--{boundary}--\r\n".encode()
         size = str(sum(map(len, parts)) + os.path.getsize(file))
 

@@ -617,7 +617,13 @@ def test_our_own_page_asks_a_server(server: Any, tiny_video: Path, pipe: Any, tm
     from video_ma2mba.hub_cards.space.web.session import Session
     from video_ma2mba.serving.remote import ServerPipeline
 
+    film, beside, empty = (tmp_path / name for name in ("film.mp4", "film.srt", "empty.srt"))
+    shutil.copy(tiny_video, film)
+    beside.write_text("1\n00:00:01,000 --> 00:00:03,000\nA voice: größer!\n", encoding="utf-8")
+    empty.write_text("nothing", encoding="utf-8")
+    told = pipe.read(str(film), fps=1, subtitles="auto")
     remote = ServerPipeline(server.url, KEYS[0])
+    assert remote.processor.frame_times == "none"
     expected = pipe.ask(pipe.read(str(tiny_video), fps=1), "What?", max_new_tokens=128)
     session = Session()
     assert all(seen <= of for seen, of in session.read(remote, str(tiny_video), 1.0))
@@ -627,6 +633,15 @@ def test_our_own_page_asks_a_server(server: Any, tiny_video: Path, pipe: Any, tm
     other = Session()
     other.open(remote, file)
     assert list(other.ask(remote, "And?"))[-1] == list(session.ask(remote, "And?"))[-1]
+    for given in ("auto", str(beside)):  # what is said is read here, and sent along
+        spoken = Session()
+        list(spoken.read(remote, str(film), 1.0, given))
+        assert spoken.state.seen_tokens == told.seen_tokens > session.state.seen_tokens
+        assert list(spoken.ask(remote, "What?"))[-1].strip() == pipe.ask(told, "What?", max_new_tokens=128)
+    with pytest.raises(ValueError, match="there are no subtitles in it"):
+        list(Session().read(remote, str(film), 1.0, str(empty)))
+    with pytest.raises(ValueError, match="never learnt times"):
+        list(session.ask(remote, "What?", times=True))
     with pytest.raises(ValueError, match="no video that can be uploaded"):
         list(Session().read(remote, __file__, 1.0))
     with pytest.raises(ValueError, match="not one of this server's"):

@@ -16,7 +16,17 @@ from video_ma2mba.world.accuracy import span_overlap
 from video_ma2mba.world.batches import WorldBatches
 from video_ma2mba.world.hf_datasets import load_world
 from video_ma2mba.world.model import SIZES, world_config, world_processor
-from video_ma2mba.world.questions import ALL_KINDS, SPOKEN_KINDS, TIMED_KINDS, ask, list_times, repeat_sign
+from video_ma2mba.world.questions import (
+    ALL_KINDS,
+    FOLLOW_KINDS,
+    QUARTERS,
+    SPOKEN_KINDS,
+    TIMED_KINDS,
+    ask,
+    list_times,
+    quarter_of,
+    repeat_sign,
+)
 from video_ma2mba.world.scoring import read_videos
 from video_ma2mba.world.tokenizer import build_world_tokenizer
 from video_ma2mba.world.video_files import render_to_folder
@@ -96,6 +106,61 @@ def test_every_timed_answer_is_what_the_seconds_show():
     assert all(count > 100 for count in counts.values()), counts
     paces = [DATA.world(index).pace for index in range(400)]
     assert {1, 2, 9} <= set(paces) <= set(range(1, 10)) and 180 < paces.count(1) < 270
+
+
+def test_follow_ups_ask_about_what_was_just_named():
+    """Against the one thing that fits all that was said before."""
+    asked = {"colour": 0, "shape": 0, "direction": 0, "quarter": 0, "sign": 0}
+    for index in range(250):
+        world, questions = DATA.asked(index)
+        seen = listing(world)
+        for question in (one for one in questions if one.kind in FOLLOW_KINDS):
+            (before,) = question.before
+            words = set(re.findall(r"\w+", f"{before.text} {before.answer}".lower()))
+            if before.kind == "order":
+                words = set(before.answer.split())
+            fits = [
+                thing
+                for thing in world.things
+                if (thing.colour in words) + (thing.shape in words) == 2
+                and (before.kind != "direction" or before.answer == thing.direction)
+            ]
+            said, _, span = question.answer.partition(" [")
+            about = next(
+                name for name in asked if name in question.text.replace("way", "direction").replace("stood", "sign")
+            )
+            asked[about] += 1
+            if not fits:
+                assert "card" in before.text and said == (
+                    world.card.symbol.lower()
+                    if about == "sign"
+                    else QUARTERS[quarter_of(world.card.start, world.seconds)]
+                )
+                continue
+            (thing,) = fits
+            truths = {"colour": thing.colour, "shape": thing.shape, "direction": thing.direction}
+            assert said == (truths.get(about) or QUARTERS[quarter_of(thing.start, world.seconds)])
+            assert bool(span) == (question.kind == "follow_timed") == question.text.endswith(f" {TIMES_REQUEST}")
+            assert not span or answer_span(f"[{span}") == span_of(seen, thing.name)
+    assert min(asked.values()) >= 5, asked
+    turns = [message["content"][-1]["text"] for message in chat([question])]
+    assert turns == [before.text, before.answer, question.text, question.answer]
+
+
+def test_videos_begin_at_any_hour_and_are_calm_or_busy():
+    data = WorldDataset("train", 600, frames=(64, 64), begins=90_000, variety=0.5)
+    worlds = [data.world(index) for index in range(600)]
+    begins = [world.begin for world in worlds if world.begin]
+    decades = [sum(10**n <= begin < 10 ** (n + 1) for begin in begins) for n in range(4)]
+    assert max(begins) <= 90_000 and min(decades) > 0.7 * max(decades) > 30
+    calm = sum(len(world.things) <= 2 and not world.clutter for world in worlds)
+    busy = sum(len(world.things) > 6 for world in worlds)
+    assert 110 < calm < 190 and 110 < busy < 190
+    plain = WorldDataset("train", 600, frames=(64, 64))
+    same = sum(replace(world, begin=0) == plain.world(index) for index, world in enumerate(worlds))
+    assert 250 < same < 350
+    with pytest.raises(ValueError, match="variety=2"):
+        WorldDataset("train", 4, variety=2)
 
 
 def test_slow_motion_is_read_with_its_own_times():
