@@ -84,7 +84,7 @@ def evaluate(
     if replay is None:
         check_loading(model, device, dtype)
     from video_ma2mba.eval.benchmarks import expand
-    from video_ma2mba.eval.harness import prepare_environment, quiet_harness
+    from video_ma2mba.eval.harness import check_tasks, prepare_environment, quiet_harness
     from video_ma2mba.eval.judge import Judge
     from video_ma2mba.loading import join_ranks
 
@@ -104,6 +104,7 @@ def evaluate(
     names, out = expand(tasks), out.resolve()
     answers = None if replay is None else replay.resolve()
     further = [str(folder.resolve()) for folder in include or ()]
+    check_tasks(names, further)
     cache = None if cache_dir is None else str(cache_dir.resolve())
     source = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
     prepare_environment(data)

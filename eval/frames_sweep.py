@@ -9,7 +9,6 @@ from typing import Any
 
 from ..modeling_video_ma2mba.state_writing import whole_file, write_whole
 from .benchmarks import title, unit
-from .needle_search import write_json
 
 MAX = "max"
 """All frames that are read otherwise: one a second."""
@@ -34,6 +33,8 @@ def write_sweep(out: Path, folders: Mapping[int | str, Path]) -> Path:
     Returns:
         The path of `sweep.md`.
     """
+    from .needle_search import write_json  # needs torch, which a mistyped option need not wait for
+
     reports = {
         count: json.loads((folder / "report.json").read_text(encoding="utf-8")) for count, folder in folders.items()
     }

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import folders_of
+from .benchmarks import BENCHMARKS, folders_of
 
 OWN_TASKS = Path(__file__).parent / "lmms_tasks"
+_NAMES = re.compile(r"^(?:task|group|tag): *[\"']?([\w.-]+)", re.M)
+
+
+def check_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> None:
+    """Refuse a mistyped name, one that is no word of any task file, before seconds go into importing the harness.
+
+    Args:
+        include: further folders with task files.
+
+    Raises:
+        ValueError: no such task.
+    """
+    unknown = {task: re.compile(rf"(?<![\w-]){re.escape(task)}(?![\w-])") for task in tasks if task not in BENCHMARKS}
+    if not unknown:
+        return
+    found = importlib.util.find_spec("lmms_eval")
+    folders = [
+        OWN_TASKS,
+        *include,
+        *(Path(path, "tasks") for path in (found and found.submodule_search_locations) or ()),
+    ]
+    names: set[str] = set(BENCHMARKS)
+    for file in (file for folder in folders for file in Path(folder).rglob("*.yaml")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        names.update(_NAMES.findall(text))
+        for task in [task for task, word in unknown.items() if word.search(text)]:
+            del unknown[task]
+        if not unknown:
+            return
+    raise ValueError(_no_task(next(iter(unknown)), names))
+
+
+def _no_task(task: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(task, names, n=3)
+    hint = f"; do you mean {', '.join(near)}?" if near else ""
+    return f"--tasks {task}: neither this command nor lmms-eval has such a task{hint}"
 
 
 def task_manager(tasks: Sequence[str], include: Sequence[str] = ()) -> Any:
@@ -34,9 +72,7 @@ def task_manager(tasks: Sequence[str], include: Sequence[str] = ()) -> Any:
         manager = TaskManager(include_path=[str(OWN_TASKS), *include], model_name="video_ma2mba")
     for task in tasks:
         if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=3)
-            hint = f"; do you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"--tasks {task}: neither this command nor lmms-eval has such a task{hint}")
+            raise ValueError(_no_task(task, manager.all_tasks))
     return manager
 
 
