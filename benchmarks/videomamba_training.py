@@ -8,6 +8,8 @@ class is the direction (four, chance 25 %), which no single frame shows. `count`
 somewhere in a longer film; the class is how many (chance 25 %), for which the whole film has to be seen.
 
 - `cost`: memory and time of a step of masked pre-training against the share of patches that is hidden (size Ti).
+- `waiting`: the recipe `videomamba/k400` (size Ti, 8 of 300 frames of 256 x 256 pixels, H.264) with as many processes
+  that decode as there are cores, and with one: which share of the time a step waits for its clips.
 - `start`: trained from nothing as the released models start, and with steps of time as Mamba has them.
 - `scan`: the seven orders of scanning, trained from nothing on `motion`.
 - `distil`: few clips of `motion`; a model alone, beside a smaller frozen one, and beside it for half of the steps.
@@ -35,6 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +57,21 @@ from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import (
     VideoMambaModel,
     normalise,
 )
+from video_ma2mba.trainer.recipe_files import recipe_content
 from video_ma2mba.trainer.videomamba.clip_trainer import Classification, VideoMambaTrainer, accuracy
 from video_ma2mba.trainer.videomamba.masked_pretraining import MASKS, ClipTeacher, MaskedAlignment, MaskedVideoMamba
+from video_ma2mba.trainer.videomamba.recipe_run import build_recipe, build_trainer
 from video_ma2mba.trainer.videomamba.self_distillation import Distillation, DistilledClassifier
 from video_ma2mba.trainer.videomamba.starting_model import frozen
 from video_ma2mba.trainer.videomamba.training_settings import VideoMambaTrainingConfig
 from video_ma2mba.world.model import PIXEL_MEAN, PIXEL_STD
 from video_ma2mba.world.render import WorldRenderer
+from video_ma2mba.world.video_files import write_video
 from video_ma2mba.world.world import COLOURS, DIRECTIONS, SHAPES, World, WorldSettings, build_world, video_seed
 
 SIDE, PATCH = 32, 8
 FIELDS = (
-    *("part", "arm", "seed", "stage", "step", "steps", "loss", "accuracy", "milliseconds", "gb", "frames"),
+    *("part", "arm", "seed", "stage", "step", "steps", "loss", "accuracy", "milliseconds", "gb", "frames", "waiting"),
     *("hardware", "date"),
 )
 _TRIES = 64  # worlds until one shows what is asked
@@ -494,7 +500,7 @@ def train_clip(now: Setting) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the cost
-def measure_cost(sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
+def measure_cost(sizes: Sizes, smoke: bool, _: Any) -> Iterator[dict[str, Any]]:
     """Time and peak memory of forward and backward of masked pre-training (student alone), size Ti, 8 frames of 224
     pixels, against the share that is hidden; memory above weights and pixels."""
     cuda = torch.cuda.is_available()
@@ -527,8 +533,54 @@ def measure_cost(sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
                 torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - begun))
         gb = (torch.cuda.max_memory_allocated() - before) / 1e9 if cuda else ""
-        about = {"part": "cost", "arm": f"{ratio:.2f} hidden", "seed": 0, "stage": "step", "step": 1, "steps": 1}
-        yield {**about, "milliseconds": float(np.median(times[len(times) // 2 :])), "gb": gb, "frames": frames}
+        yield {
+            "arm": f"{ratio:.2f} hidden",
+            "stage": "step",
+            "milliseconds": float(np.median(times[len(times) // 2 :])),
+            "gb": gb,
+            "frames": frames,
+        }
+
+
+def _write_film(folder: Path, index: int) -> None:
+    world = build_world(video_seed("train", index), 10, WorldSettings())
+    renderer = WorldRenderer(world, 256)
+    seconds = (renderer.frames([second + n / 30 for n in range(30)]) for second in range(10))
+    write_video(folder / f"{index}.mp4", seconds, fps=30)
+
+
+def measure_waiting(_: Sizes, smoke: bool, workers: ProcessPoolExecutor) -> Iterator[dict[str, Any]]:
+    """The recipe of Kinetics on films that are decoded and augmented while it trains."""
+    cuda = torch.cuda.is_available()
+    count, steps, batch = (256, 10, 64) if cuda else (8, 4, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        list(workers.map(_write_film, [Path(folder)] * count, range(count)))
+        Path(folder, "train.csv").write_text("".join(f"{n}.mp4,{n % 4}\n" for n in range(count)))
+        for processes in (max(1, (os.cpu_count() or 2) - 1), 1):
+            given = [f"data={folder}/train.csv", f"output_dir={folder}/run-{processes}", f"max_steps={steps}"]
+            given += [f"dataloader_num_workers={processes}", "size=ti", "logging_steps=1", "save_strategy=no"]
+            given += ["report_to=none", "disable_tqdm=true", f"global_batch_size={batch}"]
+            given += [f"per_device_train_batch_size={batch}", *([] if cuda else ["use_cpu=true"])]
+            small = {"hidden_size": 32, "num_hidden_layers": 2} if smoke else None
+            content = recipe_content("videomamba/k400", given) | {"model_config": small}
+            trainer = build_trainer(*build_recipe(content))
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            logs = [entry for entry in trainer.state.log_history if "data_wait_share" in entry][2:]
+            rate = float(np.mean([entry["clips_per_second"] for entry in logs]))
+            share = float(np.mean([entry["data_wait_share"] for entry in logs]))
+            spent = 1e3 * 2 * batch / rate
+            row = {"arm": f"{processes} processes", "stage": "step", "steps": steps, "milliseconds": spent}
+            yield {**row, "frames": 8, "waiting": share}
+
+
+# What is measured with nothing beside it.
+ALONE = {"cost": measure_cost, "waiting": measure_waiting}
+
+
+def about() -> dict[str, Any]:
+    """What all rows say."""
+    return {"hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"), "date": datetime.date.today()}
 
 
 # ------------------------------------------------------------------------------------------ many runs at once
@@ -551,17 +603,16 @@ def finished(path: Path) -> set[Run]:
         rows = list(csv.DictReader(file))
     done = {Run(row["part"], row["arm"], int(row["seed"])) for row in rows if row["stage"] == "complete"}
     kept = [row for row in rows if Run(row["part"], row["arm"], int(row["seed"])) in done]
-    if Run("cost", "all", 0) in done:
-        kept = [row for row in rows if row["part"] == "cost"] + [row for row in kept if row["part"] != "cost"]
+    whole = {run.part for run in done} & ALONE.keys()
+    kept = [row for row in rows if row["part"] in whole] + [row for row in kept if row["part"] not in whole]
     write_rows(path, kept, FIELDS)
     return done
 
 
 def carry_out(runs: Sequence[Run], sizes: Sizes, data: Path, path: Path, at_once: int) -> None:
     """Do `runs`, several at once, the first ones first; rows are added to the table as they come."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
-    about = {"hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"), "date": datetime.date.today()}
     workers = [
         context.Process(target=_work, args=(tasks, results, sizes, data, max(1, torch.get_num_threads() // at_once)))
         for _ in range(min(at_once, len(runs)))
@@ -589,7 +640,7 @@ def carry_out(runs: Sequence[Run], sizes: Sizes, data: Path, path: Path, at_once
             if run in failed:
                 continue
         rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-        append_rows(path, [{**about, **rounded}], FIELDS)
+        append_rows(path, [{**about(), **rounded}], FIELDS)
         print(f"{time.monotonic() - begun:.0f} s", *rounded.values(), flush=True)
     for worker in workers:
         worker.join()
@@ -652,7 +703,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("videomamba_training.csv"), help="table to add to")
     parser.add_argument("--data", type=Path, help="folder of the drawn clips and the teachers (default: a fresh one)")
-    parser.add_argument("--parts", default="cost,teacher,start,scan,distil,masked,frames,length")
+    parser.add_argument("--parts", default="cost,waiting,teacher,start,scan,distil,masked,frames,length")
     parser.add_argument("--only", default="", help="of the parts, only what is called so: as released,tube,random")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=10, help="runs at the same time on the GPU")
@@ -670,28 +721,26 @@ def main() -> None:
     changed = {name: value for name, value in vars(given).items() if hasattr(base, name) and value is not None}
     sizes = replace(base, **changed)
     parts = [part for part in given.parts.split(",") if part]
-    if unknown := set(parts) - {*PARTS, "cost"}:
-        raise SystemExit(f"--parts {', '.join(sorted(unknown))}: use some of {', '.join(['cost', *PARTS])}")
+    if unknown := set(parts) - {*PARTS, *ALONE}:
+        raise SystemExit(f"--parts {', '.join(sorted(unknown))}: use some of {', '.join([*ALONE, *PARTS])}")
     done = finished(given.out)
     with tempfile.TemporaryDirectory() as fresh:
         data = given.data or Path(fresh)
         data.mkdir(parents=True, exist_ok=True)
-        if "cost" in parts and Run("cost", "all", 0) not in done:
-            about = {"hardware": hardware("cuda" if torch.cuda.is_available() else "cpu")}
-            about["date"] = datetime.date.today()
-            for row in measure_cost(sizes, given.smoke):
-                append_rows(given.out, [{**about, **row}], FIELDS)
-                print(*row.values(), flush=True)
-            append_rows(given.out, [{**about, "part": "cost", "arm": "all", "seed": 0, "stage": "complete"}], FIELDS)
         begun = time.monotonic()
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, 16)) as workers:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as workers:
+            for part in ALONE.keys() & set(parts):
+                if Run(part, "all", 0) not in done:
+                    for row in [*ALONE[part](sizes, given.smoke, workers), {"arm": "all", "stage": "complete"}]:
+                        append_rows(given.out, [{**about(), "part": part, "seed": 0, **row}], FIELDS)
+                        print(part, *row.values(), flush=True)
             for films in films_needed(parts, sizes):
                 render(films, data, workers)
         print(f"clips drawn in {time.monotonic() - begun:.0f} s", flush=True)
         # teachers first and by themselves; then the seeds one after another, so that a cut leaves whole comparisons
         teachers = [Run("teacher", arm, 0) for arm in ARMS["teacher"]] if "teacher" in parts else []
         others = [
-            Run(part, arm, seed) for seed in range(given.seeds) for part in parts if part not in ("cost", "teacher")
+            Run(part, arm, seed) for seed in range(given.seeds) for part in parts if part in PARTS and part != "teacher"
             for arm in ARMS[part] if not given.only or arm in given.only.split(",")
         ]  # fmt: skip
         for some in (teachers, others):
