@@ -555,7 +555,7 @@ def measure_waiting(_: Sizes, smoke: bool, workers: ProcessPoolExecutor) -> Iter
     count, steps, batch = (256, 10, 64) if cuda else (8, 4, 2)
     with tempfile.TemporaryDirectory() as folder:
         list(workers.map(_write_film, [Path(folder)] * count, range(count)))
-        Path(folder, "train.csv").write_text("".join(f"{n}.mp4,{n % 4}\n" for n in range(count)))
+        Path(folder, "train.csv").write_text("".join(f"{n}.mp4,{n % 4}\n" for n in range(count)), encoding="utf-8")
         for processes in (max(1, (os.cpu_count() or 2) - 1), 1):
             given = [f"data={folder}/train.csv", f"output_dir={folder}/run-{processes}", f"max_steps={steps}"]
             given += [f"dataloader_num_workers={processes}", "size=ti", "logging_steps=1", "save_strategy=no"]
@@ -740,7 +740,8 @@ def main() -> None:
         # teachers first and by themselves; then the seeds one after another, so that a cut leaves whole comparisons
         teachers = [Run("teacher", arm, 0) for arm in ARMS["teacher"]] if "teacher" in parts else []
         others = [
-            Run(part, arm, seed) for seed in range(given.seeds) for part in parts if part in PARTS and part != "teacher"
+            Run(part, arm, seed)
+            for seed in range(given.seeds) for part in parts if part in PARTS and part != "teacher"
             for arm in ARMS[part] if not given.only or arm in given.only.split(",")
         ]  # fmt: skip
         for some in (teachers, others):
