@@ -59,10 +59,10 @@ def test_two_processes_train_a_videomamba_as_one_does(ranks, tmp_path, way):
     folder, words = ranks
     assert (folder / f"{way}.pt").is_file(), words[-6000:]
     found = torch.load(folder / f"{way}.pt")
-    clips = {"max_steps": 3, "mask": "tube", "mask_ratio": 0.0, "max_grad_norm": 1.0}
+    clips = {"max_steps": 2, "mask": "tube", "mask_ratio": 0.0, "max_grad_norm": 1.0}
     alone = tiny_clips.WAYS[way](tiny_clips.settings(tmp_path, per_device_train_batch_size=4, **clips))
     alone.train()
-    assert found["losses"] == pytest.approx(losses(alone), rel=1e-5) and found["losses"][2] != found["losses"][0]
+    assert found["losses"] == pytest.approx(losses(alone), rel=1e-5) and found["losses"][1] != found["losses"][0]
     assert found["weights"].keys() == weights(alone.model).keys()
     for name, value in weights(alone.model).items():
         torch.testing.assert_close(found["weights"][name], value, rtol=1e-3, atol=2e-5, msg=f"{way}: {name}")

@@ -132,7 +132,7 @@ SCENARIOS |= {
     "shared_full_in_backward": lambda folder: shared_full(folder, backward=True),
 }
 # VideoMamba: with everything visible, since processes draw masks of their own.
-CLIPS = {"max_steps": 3, "mask": "tube", "mask_ratio": 0.0, "max_grad_norm": 1.0}
+CLIPS = {"max_steps": 2, "mask": "tube", "mask_ratio": 0.0, "max_grad_norm": 1.0}
 SCENARIOS |= {
     way: lambda folder, way=way: tiny_clips.WAYS[way](
         tiny_clips.settings(folder, per_device_train_batch_size=2, ddp_backend="gloo", **CLIPS)

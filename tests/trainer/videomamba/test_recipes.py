@@ -5,12 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
 from video_ma2mba.trainer.recipe_files import recipe_content, shipped_recipes
 from video_ma2mba.trainer.videomamba.recipe_run import build_recipe
+from video_ma2mba.trainer.videomamba.starting_model import starting_classifier
+from video_ma2mba.trainer.videomamba.training_settings import VideoMambaRecipe
 
 CPU = ["use_cpu=true", "report_to=none", "disable_tqdm=true"]
 OURS = [name for name in shipped_recipes() if name.startswith("videomamba/")]
@@ -192,3 +196,34 @@ def test_adapters_are_merged_and_another_head_is_fresh(tmp_path):
     assert after["videomamba.pos_embed"].shape == (1, 37, 32)
     config = json.loads((second / "config.json").read_text())
     assert (config["num_frames"], config["image_size"]) == (8, 48)
+
+
+def test_resolution_and_frames_grow_from_model_to_model(tmp_path):
+    """Pictures of 224, 448 and 576 pixels (a sixteenth of it here), then clips of 8, 16 and 64 frames: positions are
+    interpolated, pictures' patches become those of frames, nothing else changes."""
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 2, "patch_size": 2, "initializer_range": 1.0}
+    first = VideoMambaRecipe(model_config=small, image_size=14, tubelet_size=None)
+    model = starting_classifier(first, 0.0, "ab", False)
+    for side, frames in ((28, None), (36, None), (36, 8), (36, 16), (36, 64)):
+        model.save_pretrained(tmp_path)
+        clips = {"tubelet_size": None} if frames is None else {"num_frames": frames}
+        before = model.state_dict()
+        recipe = VideoMambaRecipe(model=str(tmp_path), image_size=side, **clips)
+        model = starting_classifier(recipe, 0.0, "ab", False)
+        assert model.config.grid == (frames or 1, (side // 2) ** 2)
+        for name, value in model.state_dict().items():
+            old = before.get(name)
+            if name.endswith(".pos_embed") and frames is None:
+                places = old[:, 1:].transpose(1, 2).unflatten(2, 2 * (round((old.shape[1] - 1) ** 0.5),))
+                places = F.interpolate(places, size=2 * (side // 2,), mode="bicubic", align_corners=False)
+                old = torch.cat([old[:, :1], places.flatten(2).transpose(1, 2)], 1)
+            elif name.endswith("temporal_pos_embedding"):
+                if old is None:
+                    torch.nn.init.normal_(value)  # as after training on clips
+                    continue
+                old = F.interpolate(old.transpose(1, 2), size=frames, mode="linear", align_corners=False).transpose(
+                    1, 2
+                )
+            elif name.endswith("patch_embed.proj.weight") and frames == 8:
+                old = old[:, :, None]
+            torch.testing.assert_close(value, old, msg=f"{side} pixels, {frames} frames: {name}")
