@@ -46,7 +46,8 @@ from video_ma2mba.modeling_video_ma2mba import parallel_sequence
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import Ma2mbaTextConfig
 from video_ma2mba.modeling_video_ma2mba.cost_memory import StackShape, Workload
 from video_ma2mba.modeling_video_ma2mba.cost_step import layer_parameter_count
-from video_ma2mba.modeling_video_ma2mba.cost_time import stack_seconds
+from video_ma2mba.modeling_video_ma2mba.cost_time import stack_seconds, vision_seconds
+from video_ma2mba.modeling_video_ma2mba.cost_vision import VisionLoad
 from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.parallel_cut import SequenceCut
 from video_ma2mba.modeling_video_ma2mba.parallel_gradients import add_up, gradient_dtype, keep_wide
@@ -124,21 +125,22 @@ class Case:
 def default_cases(gpus: int) -> list[Case]:
     """What is measured on a machine of `gpus`, the worthiest first."""
     several = [n for n in (2, 4, 8) if n <= gpus]
-    found = ["train 2.7b 2^14 x1 l2,s16384,host round_robin 2+3", "train 2.7b 2^16 x1 l2,s16384,host round_robin 1+3"]
+    found = [f"train 2.7b 2^{k} x1 l2,s16384,host round_robin 10+5" for k in (14, 16)]
     for n in several:
         most = n.bit_length() - 1
         found += [
-            f"train 2.7b 2^{16 + most} x{n} l2,s16384,host round_robin 1+3",  # weak, 65,536 tokens a GPU
-            f"train 2.7b 2^{14 + most} x{n} l2,s4096,host round_robin 2+3",  # weak, 16,384 tokens a GPU
+            f"train 2.7b 2^{16 + most} x{n} l2,s16384,host round_robin 10+5",  # weak, 65,536 tokens a GPU
+            f"train 2.7b 2^{14 + most} x{n} l2,s16384,host round_robin 10+5",  # weak, 16,384 tokens a GPU
         ]
-    found += [f"train 2.7b 2^20 x{n} l8,s16384,host round_robin 0+1" for n in several[::-1]]
+    found += [f"train 2.7b 2^20 x{n} l6,s8192,host round_robin 0+1" for n in several[::-1]]
     found += [f"read 2.7b 2^20 x{n} l8,s8192,gpu round_robin 0+1" for n in (1, *several)]
     for n in several[::-1]:
         others = [schedule for schedule in SCHEDULES if schedule != "round_robin"]
         found += [f"train 2.7b 2^{15 + n.bit_length()} x{n} l2,s16384,host {other} 1+1" for other in others]
     largest = several[-1] if several else 1
-    found += ["film 370m 1800 x1 l8,s16128,host round_robin 0+1"]
-    found += [f"film 370m 7200 x{n} l{48 // max(6, n)},s16128,host round_robin 0+1" for n in several[::-1]]
+    found += ["film 370m 1800 x1 l8,s32768,host,t32 round_robin 1+1"]
+    found += [f"film 370m 7200 x{n} l{48 // max(6, n)},s32768,host,t32 round_robin 1+1" for n in several[::-1]]
+    found += [f"error 370m 2^14 x{n} l4,s2048,gpu round_robin 0+1" for n in (1, *several)]
     found += [f"train 2.7b 2^22 x{largest} l{64 // max(4, largest)},s16384,host round_robin 0+1"]
     found += [f"train 370m 2^23 x{largest} l{48 // max(4, largest)},s32768,host round_robin 0+1"]
     if several:  # over all ranks of the run
@@ -146,7 +148,7 @@ def default_cases(gpus: int) -> list[Case]:
     found += ["train 370m 2^16 x1 l4,s65536,host round_robin 1+3"]
     found += [f"train 2.7b 2^{k} x{n} l4,s16384,host round_robin 0+1" for n in several for k in (16, 18)]
     found += ["train 2.7b 2^18 x1 l4,s16384,host round_robin 0+1", "train 2.7b 2^20 x1 l8,s16384,host round_robin 0+1"]
-    found += ["film 370m 7200 x1 l8,s16128,host round_robin 0+1"]
+    found += ["film 370m 7200 x1 l8,s32768,host,t32 round_robin 0+1"]
     return list(dict.fromkeys(map(Case.of, found)))
 
 
@@ -311,9 +313,9 @@ class TrainingStep:
             self.group = ranks.group(case.gpus)
             self.cut = SequenceCut((*range(0, tokens, length), tokens), case.gpus, case.schedule)
             own = self.cut.mask(self.group.rank)
-            # As few sums as keep all ranks busy exist at a time.
+            # Few sums exist at a time, but enough to keep all ranks busy.
             blocks = len(self.plan.blocks(len(model.layers)))
-            band = max(case.gpus, min(blocks, 16 // self.plan.layers_per_block))
+            band = max(case.gpus, min(blocks, 8 // self.plan.layers_per_block))
             self.plan = replace(self.plan, band=band if case.schedule == "round_robin" else 0)
         model.share_sequence(self.group)
         positions = torch.linspace(0, tokens - 1, min(LABELS, tokens)).long()
@@ -447,7 +449,15 @@ class FilmStep:
         return self.stack.engine.last_host_bytes
 
     def predicted(self) -> float:
-        return float("nan")
+        """The planner's seconds for the language model and the tower."""
+        frames = len(self.batch["pixel_values_videos"])
+        trains = {"tower_trains": True, "projector_trains": True, "tower_parameters": 0, "projector_parameters": 0}
+        shape = StackShape.of(self.stack.config)
+        work = Workload(self.columns, layer_parameters=layer_parameter_count(shape), kept=self.ANSWER)
+        if self.cut is not None:
+            work = replace(work, ranks=self.cut.ranks, segment=self.cut.longest)
+        tower = vision_seconds(VisionLoad.of(self.model.config, frames, **trains))
+        return tower + stack_seconds(shape, work, self.plan)
 
 
 class ReadingStep:
