@@ -44,7 +44,8 @@ def check(
     ] = None,
     split: Annotated[str, typer.Option(help="Of a folder or data set that has several.")] = "train",
     labels: Annotated[
-        str, typer.Option(help="What is learnt: answers, captions; for VideoMamba: classes or values.")
+        str,
+        typer.Option(help="What is learnt: answers, captions; for VideoMamba: classes, values, or pairs (captions)."),
     ] = "answers",
     merge_by_video: Annotated[
         bool, typer.Option("--merge-by-video", help="Questions about one video as one sample, as in stage 2.")
@@ -71,8 +72,8 @@ def check(
     """
     check_out_file("--json-file", out)
     check_path_or_id(path, f"{path}: no such file or folder (and it is no data set id such as owner/name)")
-    if labels in ("classes", "values"):
-        check_clip_list(path, base_dir, split, labels == "values", num_frames or 8, workers, as_json, out)
+    if labels in ("classes", "values", "pairs"):
+        check_clip_list(path, base_dir, split, labels, num_frames or 8, workers, as_json, out)
         return
     check_loading(model)
     chosen = chosen_frames(fps, num_frames, None, None)
@@ -131,28 +132,38 @@ def check_clip_list(
     path: str,
     base_dir: Path | None,
     split: str,
-    values: bool,
+    labels: str,
     num_frames: int,
     workers: int,
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Check a list of labelled clips, as VideoMamba is trained on: broken videos, classes, duplicates."""
+    """Check a list of labelled clips, or of videos with captions, as VideoMamba is trained on: broken videos, classes,
+    duplicates."""
     from video_ma2mba.modeling_video_ma2mba.state_writing import write_whole
     from video_ma2mba.trainer.videomamba.clip_checking import check_clips, label_counts
     from video_ma2mba.trainer.videomamba.clip_rows import load_clip_rows
 
-    rows = load_clip_rows(path, base_dir=base_dir, split=split, regression=values)
+    captions = 0
+    if labels == "pairs":
+        from video_ma2mba.trainer.videomamba.caption_rows import as_clip_rows, load_caption_rows
+
+        pairs = load_caption_rows(path, base_dir=base_dir, split=split)
+        rows, captions = as_clip_rows(pairs), sum(len(pair.captions) for pair in pairs)
+    else:
+        rows = load_clip_rows(path, base_dir=base_dir, split=split, regression=labels == "values")
     counts = label_counts(rows)
 
     def checks(partial: Path | None) -> Any:
         return check_clips(rows, num_frames, workers=workers, partial=partial)
 
     report = run_check(checks, len(rows), out)
-    whole = {**report.to_dict(), "classes": counts}
+    whole = {**report.to_dict(), "classes": counts} | ({"captions": captions} if captions else {})
     if as_json:
         echo_json(whole)
     else:
+        if captions:
+            typer.echo(f"{len(rows)} videos or pictures with {captions} captions")
         if counts:
             least, most = min(counts.values()), max(counts.values())
             typer.echo(f"{len(counts)} classes with {least} to {most} rows each")

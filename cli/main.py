@@ -25,6 +25,7 @@ from .init import init
 from .niah import niah
 from .plan import plan
 from .push import push
+from .retrieve import retrieve
 from .serve import serve
 from .state import app as state
 from .state import read
@@ -52,6 +53,7 @@ app.command()(niah)
 app.command()(plan)
 app.command()(push)
 app.command()(read)
+app.command()(retrieve)
 app.command()(serve)
 app.command()(train)
 app.command()(watch)

@@ -181,11 +181,11 @@ def write_shards(
         shards[-1].append(key)
         size += spec.nbytes
     if len(shards) == 1:
-        _write_file(out / "model.safetensors", shards[0], specs, read)
+        write_file(out / "model.safetensors", shards[0], specs, read)
         return [out / "model.safetensors"]
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, keys in zip(names, shards, strict=True):
-        _write_file(out / name, keys, specs, read)
+        write_file(out / name, keys, specs, read)
     index = {
         "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
         "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in sorted(keys)},
@@ -195,10 +195,17 @@ def write_shards(
     return [*(out / name for name in names), index_path]
 
 
-def _write_file(path: Path, keys: Sequence[str], specs: dict[str, TensorSpec], read: Callable[[str], Tensor]) -> None:
+def write_file(
+    path: Path,
+    keys: Sequence[str],
+    specs: dict[str, TensorSpec],
+    read: Callable[[str], Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write the tensors `keys` into one safetensors file, one in memory at a time; see `write_shards`."""
     # Wider types first keeps every tensor aligned to its own type, as the format asks for.
     keys = sorted(keys, key=lambda key: -DTYPES[specs[key].dtype].itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
     for key in keys:
         spec = specs[key]

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TOP = 1e4  # lifts re-ranked pairs above all others
+RERANKED = 1e4
+"""Lifts pairs that were compared again above all others."""
+
+
+def match_logit(logits: Tensor) -> Tensor:
+    """(pairs,) of the matching head's logits (pairs, 2): by what the release ranks."""
+    return logits[:, 1]
+
+
+def match_probability(logits: Tensor) -> Tensor:
+    """(pairs,) of the matching head's logits (pairs, 2): 0..1."""
+    return logits.softmax(-1)[:, 1]
 
 
 class Retriever:
@@ -19,10 +30,12 @@ class Retriever:
 
     Args:
         model: `VideoMambaForRetrieval` in evaluation mode. tokenizer: of its texts.
+        length: tokens of a text that are read; None is the model's own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, length: int | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.length = model.config.max_text_length if length is None else length
 
     @property
     def _device(self) -> torch.device:
@@ -39,7 +52,7 @@ class Retriever:
             list(texts),
             padding=True,
             truncation=True,
-            max_length=self.model.config.max_text_length,
+            max_length=self.length,
             return_tensors="pt",
         )
         return found["input_ids"].to(self._device), found["attention_mask"].to(self._device)
@@ -67,20 +80,21 @@ class Retriever:
         scores: Tensor,
         tokens: Callable[[int], Tensor],
         depth: int,
+        score: Callable[[Tensor], Tensor] = match_logit,
         tell: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
-        """Scores (T, V) in which each text's `depth` best videos are ordered by the matching head's logit of a match,
-        above all others, which keep their order. Of videos that look for texts: give the transpose, and take it.
+        """Scores fp64 (T, V) in which each text's `depth` best videos are ordered by the matching head: `RERANKED`
+        more than what `score` makes of its logits; all others keep theirs, below.
 
         Args:
-            scores: (T, V), at most 100 in size. tokens: of the clip of a video's number. tell: is told how many rows
-                are done.
+            scores: (T, V), less than half of `RERANKED`. tokens: of the clip of a video's number. tell: is told how
+                many rows are done.
         """
-        result = scores.clone()
+        result = scores.double()
         for row in range(len(scores)):
             best = scores[row].topk(min(depth, scores.shape[1])).indices
             found = self.match([texts[row]] * len(best), [tokens(int(column)) for column in best])
-            result[row, best] = _TOP + found[:, 1]
+            result[row, best] = RERANKED + score(found).double()
             tell(row + 1)
         return result
 
@@ -90,13 +104,14 @@ class Retriever:
         scores: Tensor,
         tokens: Callable[[int], Tensor],
         depth: int,
+        score: Callable[[Tensor], Tensor] = match_logit,
         tell: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
-        """As `reranked`, of each video's `depth` best texts: scores (T, V)."""
-        result = scores.clone()
+        """As `reranked`, of each video's `depth` best texts: scores fp64 (T, V)."""
+        result = scores.double()
         for column in range(scores.shape[1]):
             best = scores[:, column].topk(min(depth, len(scores))).indices
             found = self.match([texts[int(row)] for row in best], [tokens(column)] * len(best))
-            result[best, column] = _TOP + found[:, 1]
+            result[best, column] = RERANKED + score(found).double()
             tell(column + 1)
         return result

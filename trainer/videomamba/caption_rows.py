@@ -11,7 +11,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...files.text_files import open_text, read_json, text_lines
 from ...processing.frame_sampling import seconds_of
 from ...processing.picture_sources import IMAGE_SUFFIXES
 from ...processing.video_source_names import is_address, local_path
-from .clip_rows import LIST_SUFFIXES, VIDEO_SUFFIXES, ClipRow, StoredMedia
+from .clip_rows import LIST_SUFFIXES, VIDEO_SUFFIXES, ClipRow, ClipRows, StoredMedia
 
 _SOURCE = ("video", "image", "path", "file", "file_name", "filename", "video_path", "clip", "video_id", "videoid")
 _CAPTION = ("caption", "captions", "sentence", "sentences", "text", "description", "name")
@@ -94,6 +94,11 @@ def load_caption_rows(
     if not rows:
         raise ValueError(f"{shown or 'the data set'}: there is no video with a caption (of the split {split})")
     return rows
+
+
+def as_clip_rows(rows: Sequence[CaptionRow]) -> ClipRows:
+    """The same videos with their captions as label, for what knows labels."""
+    return ClipRows([replace(row.clip, label=" / ".join(row.captions)) for row in rows])
 
 
 Said = tuple[ClipRow, Sequence[Any]]
