@@ -23,6 +23,7 @@ from .errors import OneLineErrors
 from .eval import evaluate
 from .init import init
 from .niah import niah
+from .pipeline import pipeline
 from .plan import plan
 from .push import push
 from .retrieve import retrieve
@@ -50,6 +51,7 @@ app.command()(describe)
 app.command("eval")(evaluate)
 app.command()(init)
 app.command()(niah)
+app.command()(pipeline)
 app.command()(plan)
 app.command()(push)
 app.command()(read)

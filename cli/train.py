@@ -13,6 +13,8 @@ from .loading import while_loading
 from .options import check_path_or_id
 from .terminal import note
 
+NEEDS_TRL = "training needs TRL 1.16, and that Python 3.11: pip install 'video-ma2mba[train]'"
+
 
 def train(
     config: Annotated[
@@ -45,7 +47,7 @@ def _video_mamba(content: dict[str, Any], smoke: bool) -> tuple[Path, bool, str]
     to do with it."""
     with while_loading():
         from video_ma2mba.trainer.videomamba import recipe_run
-    _quiet_libraries()
+    quiet_libraries()
     recipe, args = recipe_run.build_recipe(content)
     result = recipe_run.run_recipe(recipe, args, smoke)
     return result, args.process_index == 0, recipe_run.what_next(recipe, result)
@@ -54,9 +56,7 @@ def _video_mamba(content: dict[str, Any], smoke: bool) -> tuple[Path, bool, str]
 def _video_ma2mba(content: dict[str, Any], smoke: bool) -> tuple[Path, bool, str]:
     """As `_video_mamba`, of a Video-Ma2mba, by TRL's trainer."""
     if find_spec("trl") is None:
-        raise ImportError(
-            "training needs TRL 1.16, and that Python 3.11: pip install 'video-ma2mba[train]'", name="trl"
-        )
+        raise ImportError(NEEDS_TRL, name="trl")
     from video_ma2mba.trainer.setting_names import BUNDLED, check_recipe
 
     if (known := check_recipe(content, smoke)) is not None:
@@ -73,12 +73,12 @@ def _video_ma2mba(content: dict[str, Any], smoke: bool) -> tuple[Path, bool, str
         from video_ma2mba.trainer.train_run import run_recipe
 
     recipe, args = build_recipe(content)
-    _quiet_libraries()
+    quiet_libraries()
     result = run_recipe(recipe, args, smoke)
     return result, args.process_index == 0, f'ask it: video-ma2mba ask VIDEO "QUESTION" --model {result}'
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Off a terminal, no short work of libraries, drawn over itself; training tells in lines how far it is."""
     if not sys.stderr.isatty():
         import datasets

@@ -16,7 +16,12 @@ CHOICES = "choices"  # the section with settings that go together, of which a ke
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package; those of a family begin with its folder, `videomamba/k400`."""
-    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
+    return shipped_in(FOLDER)
+
+
+def shipped_in(folder: Path) -> list[str]:
+    """Names of the YAML files in a folder and those below it, by their paths from there."""
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = (), smoke: bool = False) -> dict:
@@ -34,10 +39,15 @@ def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = ()
         ValueError: no YAML, an override that is none or has no value, something that cannot be chosen, or no smoke
             section.
     """
-    content = _read_yaml(source)
-    short, choices = content.pop(SMOKE, None), content.pop(CHOICES, None) or {}
-    if smoke and not isinstance(short, dict):
-        raise ValueError(f"{source} has no section {SMOKE!r}: leave --smoke away")
+    return laid_over(source, parse_overrides(overrides), smoke)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `key=value` texts say, values read as YAML.
+
+    Raises:
+        ValueError: a text that is none, has no value, or one that is not YAML.
+    """
     own: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -49,6 +59,19 @@ def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = ()
             own[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ValueError(f"{text!r} has a value that is not valid YAML: put quotes around it") from None
+    return own
+
+
+def laid_over(source: str | os.PathLike[str], own: dict[str, Any], smoke: bool = False) -> dict[str, Any]:
+    """`recipe_content` with settings of one's own as plain data.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `recipe_content`.
+    """
+    content = read_yaml(source, FOLDER, "recipe")
+    short, choices = content.pop(SMOKE, None), content.pop(CHOICES, None) or {}
+    if smoke and not isinstance(short, dict):
+        raise ValueError(f"{source} has no section {SMOKE!r}: leave --smoke away")
     layers = [content, own] if not smoke else [content, short, own]
     chosen: dict[str, Any] = {}
     for key, ways in choices.items():
@@ -61,15 +84,18 @@ def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = ()
     return {key: value for key, value in whole.items() if key not in choices}
 
 
-def _read_yaml(source: str | os.PathLike[str]) -> dict[str, Any]:
+def read_yaml(source: str | os.PathLike[str], folder: Path, kind: str) -> dict[str, Any]:
+    """Settings of a YAML file, or of the one of that name in `folder` that comes with the package.
+
+    Raises:
+        FileNotFoundError: there is neither. ValueError: no YAML, or no settings.
+    """
     path = Path(source)
     if not path.is_file():
-        shipped = FOLDER / f"{source}.yaml"
-        if str(source) not in shipped_recipes():
-            raise FileNotFoundError(
-                f"there is no recipe {source}: name a YAML file or one of {', '.join(shipped_recipes())}"
-            )
-        path = shipped
+        known = shipped_in(folder)
+        if str(source) not in known:
+            raise FileNotFoundError(f"there is no {kind} {source}: name a YAML file or one of {', '.join(known)}")
+        path = folder / f"{source}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -18,6 +18,8 @@ from typing import Any
 
 BUNDLED = "bundled"
 """As `model`: the checkpoint that comes with the package."""
+LORA_ALSO = ("projector", "embeddings", "norms")
+"""What may train whole beside adapters."""
 _LEAST = {  # what other packages say late, in words of their own, or not at all
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -37,6 +39,7 @@ _LEAST = {  # what other packages say late, in words of their own, or not at all
     "weight_decay": 0,
     "warmup_steps": 0,
 }
+_OF_ATTENTION = re.compile("rope|rotary|yarn|ntk_|max_position|position_interpolation", re.IGNORECASE)
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 # Each class with the file of which package; one after the other inherits from the next.
 _CLASSES = (
@@ -60,6 +63,8 @@ class Recipe:
         streaming: read rows as they are needed (set max_steps).
         lora_rank: train adapters of this rank beside the frozen model; None trains the model itself.
         lora_alpha, lora_dropout: as in PEFT. lora_vision: adapters in the vision tower, too.
+        lora_also: what trains whole beside them, of projector, and of the language model's embeddings and norms,
+            separated by commas.
         four_bit: QLoRA: the language model's projections are kept in 4 bits (NF4) beside the adapters, which takes
             bitsandbytes; what is merged has all its bits again.
         merge_adapter: also write the model with the adapters merged into it, to output_dir/merged.
@@ -78,6 +83,7 @@ class Recipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_vision: bool = False
+    lora_also: str = "projector"
     four_bit: bool = False
     merge_adapter: bool = True
     resume: bool = False
@@ -86,8 +92,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share} is not valid: it must be in 0..1")
+        if unknown := set(self.whole_parts) - set(LORA_ALSO):
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"lora_also={self.lora_also} is not valid: {names} is none of {', '.join(LORA_ALSO)}")
         if self.four_bit and self.lora_rank is None:
             raise ValueError("four_bit=true is for adapters, whole models do not train in 4 bits: give lora_rank, too")
+
+    @property
+    def whole_parts(self) -> tuple[str, ...]:
+        """`lora_also` as names."""
+        return tuple(part.strip() for part in (self.lora_also or "").split(",") if part.strip())
 
 
 def check_settings(content: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +115,11 @@ def check_settings(content: Mapping[str, Any], known: Mapping[str, Any]) -> dict
     """
     for key in content:
         if key not in known:
+            if _OF_ATTENTION.search(key):
+                raise ValueError(
+                    f"{key!r} has no counterpart here: a Mamba-2 language model has no rotary positions to stretch "
+                    "for longer texts. Leave it out, and raise max_length"
+                )
             close = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"{key!r} is no setting" + (f": do you mean {close[0]!r}?" if close else ""))
     return {key: _meant(key, value, _type_names(known[key])) for key, value in content.items()}

@@ -43,6 +43,24 @@ def _captioned_clips(folder: Path) -> Iterator[dict[str, Any]]:
             start += len(frames)
 
 
+def _texts_and_clips(folder: Path) -> Iterator[dict[str, Any]]:
+    """Context extension: plain texts of several lengths, and long videos made of clips, each with its caption."""
+    told = [caption for _, caption in _scenes(2 * _VIDEOS, (1, 6))]
+    for index in range(_VIDEOS):
+        yield {"id": f"text {index}", "text": " ".join(told[index : index + 1 + index])}
+    yield from _captioned_clips(folder)
+
+
+def _long_questions(folder: Path) -> Iterator[dict[str, Any]]:
+    """Long supervised fine-tuning: questions about longer videos."""
+    data = WorldDataset("train", _VIDEOS, frames=(20, 30), questions=3, seed=2)
+    for index in range(_VIDEOS):
+        sample = data[index]
+        write_video(folder / f"{index:03d}.mp4", [sample.frames])
+        for question in sample.questions:
+            yield {"video": f"{index:03d}.mp4", "question": question.text, "answer": question.answer}
+
+
 def _scenes(count: int, frames: tuple[int, int]) -> Iterator[tuple[np.ndarray, str]]:
     data = WorldDataset("train", count, frames=frames, seed=1)
     for index in range(count):
@@ -53,6 +71,8 @@ def _scenes(count: int, frames: tuple[int, int]) -> Iterator[tuple[np.ndarray, s
 SMOKE_DATA: dict[str, Callable[[Path], Iterator[dict[str, Any]]] | None] = {
     "images_and_clips": _images_and_clips,
     "captioned_clips": _captioned_clips,
+    "texts_and_clips": _texts_and_clips,
+    "long_questions": _long_questions,
     "questions": None,  # as `video-ma2mba world render` writes them
 }
 

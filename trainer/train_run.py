@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from .. import BUNDLED_CHECKPOINT
+from ..conversion.released import usable_folder
+from ..modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
 from ..modeling_video_ma2mba.state_writing import give_usual_permissions
 from ..modeling_video_ma2mba.vision_towers import TOWERS
 from .checkpoint_files import checkpoint_of_earlier_run
@@ -25,18 +27,29 @@ _TOWER_LINEAR = sorted({name for tower in TOWERS.values() for name in tower.lora
 LORA_TARGETS_VISION = LORA_TARGETS + rf"|.*vision_tower.*\.({'|'.join(_TOWER_LINEAR)})"
 
 
-def lora_config(recipe: Recipe) -> Any:
-    """PEFT's configuration of a recipe's adapters; the projector trains whole. None without `lora_rank`."""
+def lora_config(recipe: Recipe, config: Any = None) -> Any:
+    """PEFT's configuration of a recipe's adapters, with what trains whole beside them. None without `lora_rank`.
+
+    Args:
+        config: of the model that they are for; needed for norms.
+    """
     if recipe.lora_rank is None:
         return None
     from peft import LoraConfig
 
+    depth = 0 if config is None else config.text_config.num_hidden_layers
+    layers = [f"language_model.layers.{number}" for number in range(depth)]
+    whole = {
+        "projector": ["multi_modal_projector"],
+        "embeddings": ["language_model.embeddings"],
+        "norms": ["language_model.norm_f", *(f"{layer}{place}.norm" for layer in layers for place in ("", ".mixer"))],
+    }
     return LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=LORA_TARGETS_VISION if recipe.lora_vision else LORA_TARGETS,
-        modules_to_save=["multi_modal_projector"],
+        modules_to_save=[name for part in recipe.whole_parts for name in whole[part]] or None,
     )
 
 
@@ -80,6 +93,9 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
             data = str(write_smoke_data(folder, recipe.smoke_data or "questions"))
     for name, value in (("model", source), ("train_data", data)):
         require_named(name, value)
+    adapters = None
+    if recipe.lora_rank is not None:
+        adapters = lora_config(recipe, VideoMa2mbaConfig.from_pretrained(usable_folder(source)))
     if recipe.four_bit:
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": four_bit_config()}
     with args.main_process_first(desc="reading the data"):
@@ -101,7 +117,7 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         args,
         train_dataset=train,
         eval_dataset=held_out,
-        peft_config=lora_config(recipe),
+        peft_config=adapters,
         data_name=name,
     )
 
@@ -128,6 +144,17 @@ def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = Fa
     Raises:
         ValueError: the output folder holds checkpoints of another run and `resume` is off; see also `build_trainer`.
     """
+    return train_recipe(recipe, args, smoke)[0]
+
+
+def train_recipe(
+    recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = False
+) -> tuple[Path, VideoMa2mbaTrainer]:
+    """`run_recipe`, and the trainer, which knows how it went.
+
+    Raises:
+        ValueError: as of `run_recipe`.
+    """
     earlier = checkpoint_of_earlier_run(args.output_dir, recipe.resume)
     trainer = build_trainer(recipe, args, smoke)
     trainer.train(resume_from_checkpoint=earlier)
@@ -146,4 +173,4 @@ def run_recipe(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool = Fa
             give_usual_permissions(result)
             trainer.processing_class.save_pretrained(result)
             trainer.write_card(result, merged, tags=("lora",))
-    return result
+    return result, trainer

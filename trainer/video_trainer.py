@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,7 @@ class VideoMa2mbaTrainer(WholeCheckpoints, ClockedTrainer, SFTTrainer):
         self._bars: TrainingProgress | None = None
         self._retry: MemoryRetry | None = None
         self._total_frames = 0
+        self._seconds_before, self._begun = 0.0, time.monotonic()
         self._labelled = self._unlabelled = 0  # micro-batches of a training run
         packing, args.packing = args.packing, False  # TRL's own packs no videos
         super().__init__(
@@ -158,6 +160,21 @@ class VideoMa2mbaTrainer(WholeCheckpoints, ClockedTrainer, SFTTrainer):
         """The Video-Ma2mba model itself, inside whatever wraps it."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that all processes have learnt from or read to, over all resumed parts of the run."""
+        return self._total_train_tokens
+
+    @property
+    def frames_seen(self) -> int:
+        """The same of frames, at the last log."""
+        return self._total_frames
+
+    @property
+    def seconds_trained(self) -> float:
+        """Length of training so far, over all resumed parts of the run."""
+        return self._seconds_before + time.monotonic() - self._begun
 
     # ------------------------------------------------------------------------------------------------ data
     def _set_signature_columns_if_needed(self) -> None:
@@ -344,7 +361,9 @@ class VideoMa2mbaTrainer(WholeCheckpoints, ClockedTrainer, SFTTrainer):
             if totals.is_file():
                 found = json.loads(totals.read_text(encoding="utf-8"))
                 self._total_train_tokens, self._total_frames = found["num_tokens"], found["num_frames"]
+                self._seconds_before = found.get("seconds", 0.0)
         self._retry = None  # settings of checkpointing may have changed
+        self._begun = time.monotonic()
         self.throughput.restart()
         self._labelled = self._unlabelled = 0
         try:
@@ -363,8 +382,8 @@ class VideoMa2mbaTrainer(WholeCheckpoints, ClockedTrainer, SFTTrainer):
         return output
 
     def write_beside(self, folder: Path) -> None:
-        """Tokens and frames so far."""
-        totals = {"num_tokens": self._total_train_tokens, "num_frames": self._total_frames}
+        """Tokens, frames and seconds so far."""
+        totals = {"num_tokens": self.tokens_seen, "num_frames": self.frames_seen, "seconds": self.seconds_trained}
         write_whole(folder / _TOTALS, json.dumps(totals) + "\n")
 
     def create_model_card(

@@ -33,6 +33,7 @@ from .scoring import generate_answers, score_forced
 
 FIELDS = ("frames", "kind", "form", "questions", "right", "accuracy", "chance", "iou")
 """`iou`: median overlap of the spans that were answered with the right ones, over their union; of kinds with spans."""
+_FRUITLESS = 1024  # videos after which a kind of which there was no question is given up
 _BLOCK, _BLOCK_FRAMES = 64, 32768  # between two saves: videos, fewer where they have more frames than this together
 
 
@@ -135,6 +136,7 @@ def measure(settings: WorldAccuracy) -> list[dict[str, Any]]:
 def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answers: Answers) -> None:
     # Not every video settles every kind, so there is no telling beforehand how many videos it takes.
     kinds, settled = settings.kind_names, {"kinds": settings.kind_names, "begins": settings.begins}
+    settled["resolution"] = model.config.vision_config.image_size
     data = WorldDataset(
         "test", 10**9, frames=parse_frames(frames), questions=len(kinds), seed=settings.seed, **settled
     )
@@ -150,6 +152,11 @@ def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answe
                 answers.add(frames, block, rows)
                 asked.update(row["kind"] for row in rows)
             block += 1
+            if block * videos >= _FRUITLESS and (never := [kind for kind in kinds if not asked[kind]]):
+                raise ValueError(
+                    f"not one of {block * videos} videos of {frames} frames settles {', '.join(never)}: ask for longer "
+                    "videos, or leave it out of --kinds"
+                )
             tell(min(min(asked.values(), default=0), settings.per_kind))
 
 

@@ -101,6 +101,11 @@ class WorldTraining:
 
 def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     """Run or resume a training; returns the last validation accuracy per length and kind."""
+    return train_world(training)[1]
+
+
+def train_world(training: WorldTraining) -> tuple[VideoMa2mbaTrainer, dict[int, dict[str, float]]]:
+    """`train`, and the trainer, which knows how it went."""
     out = Path(training.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = get_last_checkpoint(str(out))
@@ -175,7 +180,7 @@ def train(training: WorldTraining) -> dict[int, dict[str, float]]:
     results = report.measure(model, trainer.state.global_step)
     config.vision_chunk_frames = exported_chunk
     export(model, tokenizer, out / "model", training.dtype)
-    return results
+    return trainer, results
 
 
 def pretrain_tower(model: Any, training: WorldTraining) -> None:
