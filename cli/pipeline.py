@@ -139,10 +139,7 @@ def _recipe_words(run: Any, config: Any) -> list[str]:
     except ValueError as error:
         return [*lines, f"a step of {tokens:,} tokens: {error}"]
     memory = f"{found.gpu_peak / 1e9:.1f} GB of a GPU, {found.host_peak / 1e9:.1f} GB of its host"
-    return [
-        *lines,
-        f"a step of {tokens:,} tokens takes {memory} and {found.step_seconds:.2g} s on an H200 (predicted)",
-    ]
+    return [*lines, f"predicted, a step of {tokens:,} tokens on an H200: {memory}, {found.step_seconds:.2g} s"]
 
 
 def _evaluate(wanted: dict[str, Any], model: str, out: Path) -> dict[str, Any]:

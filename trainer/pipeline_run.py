@@ -237,7 +237,7 @@ def check_data(pipeline: Pipeline, first: int, tell: Callable[[str], None]) -> N
             broken = [found for row in rows if (found := check_row(processor, row, settings)).error]
             if broken:
                 told = (
-                    f"stage {stage}: {len(broken)} of {len(rows)} samples looked at cannot be used, the first because "
+                    f"stage {stage}: {len(broken)} of {len(rows)} samples that were looked at cannot be used, such as "
                 )
                 told += f"{broken[0].id}: {broken[0].error} ({broken[0].remedy}); `video-ma2mba data check` reads all"
                 if 2 * len(broken) > len(rows):

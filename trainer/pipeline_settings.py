@@ -237,7 +237,7 @@ def _runs(
         for key in _STAGE_KEYS:
             given.pop(key, None)
         content = laid_over(stage["recipe"], given, smoke)
-        sources = [(name, _data(stages, own, name, smoke)) for name in others]
+        sources = [(name, _data(stages, common, own, name, smoke)) for name in others]
         sources.append((group[-1], _named_data(content, smoke)))
         for key in ("output_dir", "resume", "model", "train_data", "smoke_data"):
             content.pop(key, None)
@@ -250,13 +250,13 @@ def _runs(
     return runs
 
 
-def _data(stages: Mapping[str, Any], own: _Own, name: str, smoke: bool) -> Any:
+def _data(stages: Mapping[str, Any], common: Mapping[str, Any], own: _Own, name: str, smoke: bool) -> Any:
     """What another stage learns from."""
     stage = _merged(stages[name], own.stages[name])
     if "recipe" not in stage:
         raise ValueError(f"stage {name} has no data of its own that could be mixed in")
     given = {key: value for key, value in stage.items() if key not in _STAGE_KEYS}
-    given |= {**own.settings, **own.stages[name]}
+    given = {**common, **given, **own.settings, **own.stages[name]}
     for key in _STAGE_KEYS:
         given.pop(key, None)
     return _named_data(laid_over(stage["recipe"], given, smoke), smoke)

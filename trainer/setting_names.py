@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import math
 import os
 import re
@@ -209,6 +210,7 @@ def require_named(name: str, value: Any) -> None:
         raise ValueError(f"the recipe names no {name}: add {name}=...")
 
 
+@functools.cache
 def written_settings() -> dict[str, str] | None:
     """The type of every setting of a recipe as its source says, without importing it; None where the classes are
     arranged in another way than known here."""

@@ -200,7 +200,13 @@ class VideoMa2mbaTrainer(WholeCheckpoints, ClockedTrainer, SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As in transformers; processes that share samples first agree on what they have got, and count it once:
-        transformers 5.17 divides by the size of its own parallelism only, 5.23 by `get_cp_size`."""
+        transformers 5.17 divides by the size of its own parallelism only, 5.23 by `get_cp_size`.
+
+        Nothing where the run was at its end when it was interrupted: transformers would do one more step."""
+        step, clock = self.state.global_step, self.clock
+        if step >= self.state.max_steps or (clock is not None and clock.progress(step) >= 1.0):
+            self.control.should_training_stop = True
+            return [], None
         batches = epoch_iterator if self.group is None else map(self._agreed, epoch_iterator)
         samples, count = super().get_batch_samples(batches, num_batches, device)
         if self.group is not None and count is not None:

@@ -154,8 +154,8 @@ def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answe
             block += 1
             if block * videos >= _FRUITLESS and (never := [kind for kind in kinds if not asked[kind]]):
                 raise ValueError(
-                    f"not one of {block * videos} videos of {frames} frames settles {', '.join(never)}: ask for longer "
-                    "videos, or leave it out of --kinds"
+                    f"not one of {block * videos} videos of {frames} frames settles {', '.join(never)}: ask for "
+                    "longer videos, or leave it out of --kinds"
                 )
             tell(min(min(asked.values(), default=0), settings.per_kind))
 

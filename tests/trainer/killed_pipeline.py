@@ -2,7 +2,7 @@
 
 The same command is run four times, each time in a process of its own: the first is killed in the middle of a step of
 stage 2 (after a checkpoint), the second while the adapters of stage 4 are being merged, the third while what stage 5
-has made is measured; the fourth ends by itself. Every optimizer step is written to FOLDER/steps.txt.
+has made is measured; the fourth ends by itself. Every micro-batch is written to FOLDER/steps.txt.
 """
 
 import os
@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from transformers import Trainer  # noqa: E402
-
 from video_ma2mba.cli import main, niah  # noqa: E402
 from video_ma2mba.trainer import train_run  # noqa: E402
+from video_ma2mba.trainer.video_trainer import VideoMa2mbaTrainer  # noqa: E402
 from video_ma2mba.world import accuracy  # noqa: E402
 
 
@@ -25,23 +24,17 @@ def die(*_) -> None:
 
 
 def run(out: Path, where: str, arguments: list[str]) -> None:
-    create, merge, find = Trainer.create_optimizer_and_scheduler, train_run._merged, niah.niah
+    step, merge, find = VideoMa2mbaTrainer.training_step, train_run._merged, niah.niah
 
-    def noted(trainer: Trainer, *given) -> None:
-        create(trainer, *given)
-        step = trainer.optimizer.step
+    def noted(trainer: VideoMa2mbaTrainer, *given):
+        place, number = Path(trainer.args.output_dir).relative_to(out), trainer.state.global_step + 1
+        with (out / "steps.txt").open("a") as file:
+            file.write(f"{where or 'last'} {place} {number}\n")
+        if (where, number) == ("step", 4) and place.name.startswith("2_"):
+            die()
+        return step(trainer, *given)
 
-        def counted(*more, **others):
-            place = Path(trainer.args.output_dir).relative_to(out)
-            if where == "step" and str(place).startswith("2_") and trainer.state.global_step == 3:
-                die()
-            with (out / "steps.txt").open("a") as file:
-                file.write(f"{place} {trainer.state.global_step + 1}\n")
-            return step(*more, **others)
-
-        trainer.optimizer.step = counted
-
-    Trainer.create_optimizer_and_scheduler = noted
+    VideoMa2mbaTrainer.training_step = noted
     accuracy._BLOCK = 4
     train_run._merged = lambda *given: die() if where == "merge" else merge(*given)
     niah.niah = lambda **given: die() if where == "measure" and "5_" in str(given["out"]) else find(**given)
