@@ -73,7 +73,9 @@ def test_own_files_lie_over_a_shipped_pipeline(tmp_path: Path):
         "  judging: {recipe: longvila/long_sft}\norder: 1-2-3-4-5-judging\n"
         "evaluation: {needles: {frames: 64}}\n"
     )
-    plan = read_pipeline(own, ["learning_rate=1.0e-6", "short_sft.learning_rate=3.0e-6", "evaluation.needles.needles=2"])
+    plan = read_pipeline(
+        own, ["learning_rate=1.0e-6", "short_sft.learning_rate=3.0e-6", "evaluation.needles.needles=2"]
+    )
     assert [run.stages[0] for run in plan.runs if not run.part] == [*STAGES[:3], "long_sft", "judging"]
     assert {run.content["context_parallel_size"] for run in plan.runs} == {2}
     rates = {run.stages[0]: run.content["learning_rate"] for run in plan.runs}
@@ -214,7 +216,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory, make_model: Callable) -> Pa
     given = [
         f"model={folder / 'model'}",
         "max_steps=2",
-        "pretraining.max_steps=4", "pretraining.save_steps=2",
+        "pretraining.max_steps=4",
+        "pretraining.save_steps=2",
         "global_batch_size=2",
         "report_to=none",
     ]
