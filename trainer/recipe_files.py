@@ -20,8 +20,9 @@ def shipped_recipes() -> list[str]:
 
 
 def shipped_in(folder: Path) -> list[str]:
-    """Names of the YAML files in a folder and those below it, by their paths from there."""
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    """Names of the YAML files in a folder, then of those below it, by their paths from there."""
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def recipe_content(source: str | os.PathLike[str], overrides: Sequence[str] = (), smoke: bool = False) -> dict:
