@@ -1,7 +1,7 @@
 """Released VideoMamba checkpoints (`.pth` files) into this package's layout, resized and inflated, and back.
 
-Every tensor is accounted for. What a file holds beside encoder and head (decoders of pre-training, text encoders) is
-kept in a file of its own, so that the way back loses nothing.
+Every tensor is accounted for. What a file holds beside its model (decoders of pre-training, teachers) is kept in a
+file of its own, so that the way back loses nothing.
 """
 
 import fnmatch
@@ -18,14 +18,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..hub_cards.retrieval_card import retrieval_card
 from ..hub_cards.videomamba_card import videomamba_card
 from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel
+from ..modeling_video_ma2mba.modeling_videomamba_retrieval import VideoMambaForRetrieval
 from .report import ConversionError, ConversionReport, TensorRow
+from .videomamba_retrieval import retrieval_config, retrieval_names
 
 RECORD, BESIDE = "conversion.json", "other_tensors.safetensors"
 RELEASED = "OpenGVLab/VideoMamba/"  # whose licence is known
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/((?:[\w.-]+/)*[\w.-]+\.pth)")
+_KINDS = {
+    VideoMambaForVideoClassification: "classifier",
+    VideoMambaModel: "encoder",
+    VideoMambaForRetrieval: "retrieval model",
+}
 _NESTS = ("model", "module")
 _PREFIXES = ("", "module.", "backbone.", "encoder.", "vision_encoder.", "module.vision_encoder.")
 _BESIDE = re.compile(
@@ -46,7 +54,8 @@ def convert_videomamba(
     leave_out: Sequence[str] = (),
     dry_run: bool = False,
 ) -> ConversionReport:
-    """Write a directory that the auto classes load: a classifier where the file has a head, else the encoder.
+    """Write a directory that the auto classes load: a classifier where the file has a head, a retrieval model where it
+    has a text encoder, else the encoder.
 
     Args:
         source: a `.pth` file, or `owner/name/file.pth` on the Hub. Dictionaries nested under `model` or `module` and
@@ -90,18 +99,32 @@ def convert_videomamba(
     has_head = "head.weight" in tensors
     if labels is not None:
         _name_classes(config, labels, tensors.get("head.weight"), source)
-    model = _check(source, config, tensors, has_head)
+    mates, copies = retrieval_names(beside)
+    kind: Any = VideoMambaForVideoClassification if has_head else VideoMambaModel
+    if mates:
+        tensors |= {own: beside[name] for name, own in mates.items()}
+        config, kind = retrieval_config(config, tensors), VideoMambaForRetrieval
+    model = _check(source, kind, config, tensors)
 
     rows = [TensorRow(n, "kept" if n == o else "renamed", o, str(stored[n].dtype), tuple(stored[n].shape))
             for n, o in names.items()]  # fmt: skip
+    for name, own in mates.items():
+        kept = "kept" if name == own else "renamed"
+        rows.append(TensorRow(name, kept, own, str(stored[name].dtype), tuple(stored[name].shape)))
+        del beside[name]
+    for name, other in copies.items():
+        own = mates[other]
+        rows.append(TensorRow(name, "tied", own, str(stored[name].dtype), tuple(stored[name].shape)))
+        del beside[name]
+    names |= mates
     rows += [TensorRow(n, "kept beside", n, str(t.dtype), tuple(t.shape)) for n, t in beside.items()]
     rows += [TensorRow(n, "left over", None, str(stored[n].dtype), tuple(stored[n].shape)) for n in dropped]
-    report = ConversionReport([source], [f"VideoMamba {'classifier' if has_head else 'encoder'}"], rows)
+    report = ConversionReport([source], [f"VideoMamba {_KINDS[kind]}"], rows)
     report.parameters = sum(t.numel() for t in tensors.values())
     report.nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
     if dry_run:
         return report
-    record = report.to_dict() | {"way_back": {"nest": nest, "names": names}}
+    record = report.to_dict() | {"way_back": {"nest": nest, "names": names, "copies": copies}}
     _write(out, model, tensors, beside, record, source)
     return report
 
@@ -134,12 +157,13 @@ def restore_videomamba(folder: Path, out: Path) -> int:
     if out.exists():
         raise ValueError(f"{out} exists: choose another name")
     _, stored = read_videomamba(folder, str(folder))
-    own = {name.removeprefix("videomamba."): tensor for name, tensor in stored.items()}
+    own = {name.removeprefix("videomamba.").removeprefix("vision_encoder."): t for name, t in stored.items()}
     record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
     way = record.get("way_back") or {"nest": "model", "names": {}}
     official = {ours: name for name, ours in way["names"].items()}
     prefix = next((n.removesuffix("cls_token") for o, n in official.items() if o == "cls_token"), "")
     tensors = {official.get(name, prefix + name): tensor for name, tensor in own.items()}
+    tensors |= {name: tensors[other] for name, other in way.get("copies", {}).items()}
     if (folder / BESIDE).is_file():
         tensors |= load_file(folder / BESIDE)
     torch.save({way["nest"]: tensors} if way["nest"] else tensors, out)
@@ -303,11 +327,12 @@ def _name_classes(config: VideoMambaConfig, path: Path, head: Tensor | None, sou
     config.label2id = {name: number for number, name in config.id2label.items()}
 
 
-def _check(source: str, config: VideoMambaConfig, tensors: dict[str, Tensor], has_head: bool) -> Any:
+def _check(source: str, kind: Any, config: Any, tensors: dict[str, Tensor]) -> Any:
     """A model without weights for `config`, after comparing its tensors with these."""
     with torch.device("meta"):
-        model = (VideoMambaForVideoClassification if has_head else VideoMambaModel)(config)
-    wanted = {name.removeprefix("videomamba."): t.shape for name, t in model.state_dict().items()}
+        model = kind(config)
+    shapes_of = {name: tensor.shape for name, tensor in model.named_parameters()}  # each once
+    wanted = {name.removeprefix("videomamba.").removeprefix("vision_encoder."): s for name, s in shapes_of.items()}
     shapes = [f"{n} is {list(tensors[n].shape)} instead of {list(s)}" for n, s in wanted.items()
               if n in tensors and tensors[n].shape != s]  # fmt: skip
     problems = {
@@ -331,23 +356,28 @@ def _write(
     from video_ma2mba.processing.video_processing_videomamba import VideoMambaVideoProcessor
 
     config = model.config
-    start = "" if isinstance(model, VideoMambaModel) else "videomamba."
-    state = {(n if n.startswith("head.") else start + n): t.contiguous() for n, t in tensors.items()}
+    retrieval = hasattr(config, "vision_config")
+    clips = config.vision_config if retrieval else config
+    start = "vision_encoder." if retrieval else "" if isinstance(model, VideoMambaModel) else "videomamba."
+    mates = {name for name, _ in model.named_parameters()} & tensors.keys()  # named as they are, no part of an encoder
+    state = {(n if n in mates else start + n): t.contiguous() for n, t in tensors.items()}
     model.to(tensors["cls_token"].dtype)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, state_dict=state)
     VideoMambaVideoProcessor(
-        config.image_size, config.num_frames, image_mean=config.image_mean, image_std=config.image_std
+        clips.image_size, clips.num_frames, image_mean=clips.image_mean, image_std=clips.image_std
     ).save_pretrained(out)
     if beside:
         save_file({name: tensor.clone().contiguous() for name, tensor in beside.items()}, out / BESIDE)
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    card = videomamba_card(
-        config,
-        sum(parameter.numel() for parameter in model.parameters()),
-        classifier=not isinstance(model, VideoMambaModel),
-        title=out.resolve().name,
-        license="apache-2.0" if source.startswith(RELEASED) else None,
-        source=source if source.startswith(RELEASED) else Path(source).name,
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    said: dict[str, Any] = {
+        "title": out.resolve().name,
+        "license": "apache-2.0" if source.startswith(RELEASED) else None,
+        "source": source if source.startswith(RELEASED) else Path(source).name,
+    }
+    if retrieval:
+        card = retrieval_card(config, parameters, **said)
+    else:
+        card = videomamba_card(config, parameters, classifier=not isinstance(model, VideoMambaModel), **said)
     (out / "README.md").write_text(card, encoding="utf-8")
