@@ -70,10 +70,15 @@ def draw_length(rng: random.Random, top: int, shortest: int, shorter: float = SH
 
 
 def question_subject(question: Question) -> tuple[str, frozenset[str]]:
-    """What a question is about, the same for every wording and for both forms: kind and the things that it names."""
+    """What a question is about, the same for every wording and for both forms: kind and the things that it names.
+
+    Every question that tells when a thing is seen is about the same: one gives away the others.
+    """
     text = question.text if question.kind == "order" else question.text.partition(" (A)")[0]
-    if question.kind in ("moment", "between"):  # which name nothing
-        return question.kind, frozenset([question.answer])
+    if question.kind in TIMED_KINDS:
+        told = [turn.answer if turn.kind == "order" else f"{turn.text} {turn.answer}" for turn in question.before]
+        told += [question.text, question.answer]
+        return "when", frozenset(_NAMES & set(_WORDS.findall(" ".join(told))))
     if question.before:
         return question.kind, question_subject(question.before[-1])[1]
     return question.kind, frozenset(_NAMES & set(_WORDS.findall(text)))

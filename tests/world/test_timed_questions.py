@@ -13,7 +13,7 @@ from video_ma2mba.processing.video_subtitles import read_subtitles
 from video_ma2mba.trainer.data.sample_encoding import EncodingSettings, encode_row
 from video_ma2mba.world import KINDS, WorldDataset, chat
 from video_ma2mba.world.accuracy import span_overlap
-from video_ma2mba.world.batches import WorldBatches
+from video_ma2mba.world.batches import WorldBatches, choose_questions, question_subject
 from video_ma2mba.world.hf_datasets import load_world
 from video_ma2mba.world.model import SIZES, world_config, world_processor
 from video_ma2mba.world.questions import (
@@ -145,6 +145,21 @@ def test_follow_ups_ask_about_what_was_just_named():
     assert min(asked.values()) >= 5, asked
     turns = [message["content"][-1]["text"] for message in chat([question])]
     assert turns == [before.text, before.answer, question.text, question.answer]
+
+
+def test_a_training_chat_tells_of_each_thing_once_when_it_is_seen():
+    """Whatever the kind: the seconds of a second question would stand in the first one, or in its answer."""
+    rng, several = random.Random(0), 0
+    for index in range(60):
+        world, questions = DATA.asked(index)
+        chosen = choose_questions(rng, questions, 40, dict.fromkeys(ALL_KINDS, 1.0))
+        came = arrivals(listing(world))
+        told = [question_subject(question) for question in chosen if question.kind in TIMED_KINDS]
+        names = [{"card"} if name.startswith("card") else set(name.split()) for name in came]
+        assert all(set(about) in names for kind, about in told if kind == "when")
+        assert len(set(told)) == len(told) <= len(came)
+        several += len(told) > 2
+    assert several > 30
 
 
 def test_videos_begin_at_any_hour_and_are_calm_or_busy():
