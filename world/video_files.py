@@ -16,7 +16,7 @@ from ..files.progress import counted
 from ..modeling_video_ma2mba.state_writing import write_whole
 from ..processing.video_subtitles import srt_text
 from .dataset import WorldDataset
-from .questions import FORMS, KINDS
+from .questions import FOLLOW_KINDS, FORMS, KINDS
 from .render import WorldRenderer
 from .world import World
 
@@ -106,6 +106,8 @@ def render_to_folder(
     """
     if size % 2:
         raise ValueError(f"size={size}: video files need an even number of pixels.")
+    if alone := [kind for kind in kinds if kind in FOLLOW_KINDS]:
+        raise ValueError(f"rows of files hold one question each, which {', '.join(alone)} cannot be: leave them out.")
     options: dict[str, Any] = {
         "split": split,
         "seed": seed,

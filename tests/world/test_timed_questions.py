@@ -279,6 +279,8 @@ def test_files_of_a_world_that_speaks_are_training_rows(tmp_path):
     (sample,) = load_training_data(str(questions.parent), merge_by_video=True)
     text = tokenizer.decode(encode_row(processor, sample, EncodingSettings()).input_ids.tolist())
     assert all(f'"{cue.text}"' in text for cue in data.cues(data.world(0)))
+    with pytest.raises(ValueError, match="which follow cannot be"):
+        render_to_folder(tmp_path / "talk", 1, kinds=("follow", "colour"), progress=False)
     with pytest.raises(ValueError, match="hold no subtitles"):
         load_world("train", 1, kinds=SPOKEN_KINDS)
 
