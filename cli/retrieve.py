@@ -1,7 +1,9 @@
 """`video-ma2mba retrieve`: videos that texts describe, captions that videos deserve, and how often that is right."""
 
 import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +32,10 @@ def retrieve(
     model: Annotated[str, typer.Option(help="Directory or Hub id of a retrieval model.", show_default=False)] = "",
     index: Annotated[
         Path | None,
-        typer.Option(help="File that keeps what was read of the videos.", show_default="retrieval.safetensors in DIR"),
+        typer.Option(
+            help="File that keeps what was read of the videos.",
+            show_default="retrieval.safetensors in DIR; with LIST named after it",
+        ),
     ] = None,
     captions: Annotated[
         Path | None,
@@ -81,37 +86,41 @@ def retrieve(
         raise FileNotFoundError(f"--videos {videos}: no such file or folder")
     if recall is not None:
         check_path_or_id(recall, f"--recall {recall}: no such file or folder (and it is no data set id)")
-    index = _index_file(videos, index, recall)
     lines = [] if captions is None else _lines(captions)
-    rows, clips = _wanted(videos, recall, split, paragraphs)
-    with while_loading():
-        from video_ma2mba.retrieval.loading import load_retriever
-        from video_ma2mba.retrieval.search import Retriever
-    retriever: Retriever
-    picked = pick_device(device)
-    retriever, decode, identity = load_retriever(
-        model, picked, pick_dtype(dtype, picked), trust_remote_code, max_text_length
-    )
-    opened, failed = _up_to_date(index, identity, clips, retriever, decode, as_json)
-    depth = rerank if rerank is not None else (_SEARCHED if recall is None else _MEASURED)
-    if recall is not None:
-        _measure(rows, opened, retriever, depth, as_json)
-    elif captions is not None:
-        _tell_captions(lines, opened, retriever, depth, top, as_json)
-    else:
-        _tell_videos(texts, opened, retriever, depth, top, as_json)
+    with ExitStack() as stack:
+        index = _index_file(videos, index, recall, stack)
+        rows, clips = _wanted(videos, recall, split, paragraphs)
+        with while_loading():
+            from video_ma2mba.retrieval.loading import load_retriever
+        picked = pick_device(device)
+        retriever, decode, identity = load_retriever(
+            model, picked, pick_dtype(dtype, picked), trust_remote_code, max_text_length
+        )
+        opened, failed = _up_to_date(index, identity, clips, retriever, decode, as_json)
+        depth = rerank if rerank is not None else (_SEARCHED if recall is None else _MEASURED)
+        if recall is not None:
+            _measure(rows, opened, retriever, depth, as_json)
+        elif captions is not None:
+            _tell_captions(lines, opened, retriever, depth, top, as_json)
+        else:
+            _tell_videos(texts, opened, retriever, depth, top, as_json)
     if failed:
         note(f"{failed} of {failed + len(opened)} videos could not be read")
         raise typer.Exit(1)
 
 
-def _index_file(videos: Path | None, index: Path | None, recall: str | None) -> Path:
-    """Where the index is. ValueError, FileNotFoundError: there is no way to know."""
-    if index is None:
-        place = videos if videos is not None or recall is None else Path(recall)
-        if place is None or not place.exists():
-            raise ValueError("--videos is missing: name a folder of videos, or an --index that was made of one")
-        index = (place if place.is_dir() else place.parent) / "retrieval.safetensors"
+def _index_file(videos: Path | None, index: Path | None, recall: str | None, stack: ExitStack) -> Path:
+    """Where the index is; of one video it is made anew. ValueError, FileNotFoundError: there is no way to know."""
+    if index is None and recall is not None:
+        place = Path(recall)
+        folder = videos if videos is not None else place if place.is_dir() else place.parent
+        index = folder / f"{place.stem}.retrieval.safetensors"
+    elif index is None and videos is None:
+        raise ValueError("--videos is missing: name a folder of videos, or an --index that was made of one")
+    elif index is None and videos is not None:
+        folder = videos if videos.is_dir() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        index = folder / "retrieval.safetensors"
+    assert index is not None
     if videos is None and recall is None and not index.is_file():
         raise FileNotFoundError(f"--index {index}: there is no such file, and no --videos to make it of")
     check_out_file("--index", index)
@@ -185,7 +194,7 @@ def _up_to_date(
         if not is_expected(error):
             raise error
         tell_failed(clip.part, error, as_json)
-    if found.read or found.gone:
+    if (found.read or found.gone) and len(clips) > 1:
         note(f"{index}: {found.read} videos read, {found.kept} as before, {found.gone} gone")
     return found.index, len(found.failed)
 

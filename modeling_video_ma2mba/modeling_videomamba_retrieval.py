@@ -206,7 +206,7 @@ def attention_bias(attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
     bias = hidden.new_zeros(batch, 1, length, length)
     if attention_mask is None:
         return bias
-    return bias.masked_fill(attention_mask[:, None, None] == 0, torch.finfo(hidden.dtype).min)
+    return bias.masked_fill(attention_mask[:, None, None] == 0, torch.finfo(torch.float16).min)
 
 
 VideoMambaForRetrieval.register_for_auto_class("AutoModel")

@@ -92,6 +92,7 @@ def test_videos_find_captions(model, videos, tmp_path):
     assert line["video"].endswith("a.mp4") and sorted(entry["caption"] for entry in line["captions"]) == sorted(TEXTS)
     match = [entry["match"] for entry in line["captions"]]
     assert match == sorted(match, reverse=True)
+    assert not list(videos.glob("*.safetensors"))  # of one video nothing is kept
     shown = retrieve("--captions", captions, "--videos", videos, "--model", model, "--top", "1")
     assert len(shown.stdout.splitlines()) == 6  # a line a video and one for its caption
 
@@ -112,6 +113,7 @@ def test_recall_of_a_list(model, videos, tmp_path):
     )
     assert checked.exit_code == 1 and "4 videos or pictures with 4 captions" in checked.stdout
     assert "3 can be used, 1 are broken" in checked.stdout
+    assert (videos / "list.retrieval.safetensors").is_file()
     shown = retrieve(*command, "--rerank", "0")
     assert shown.stdout.splitlines()[0] == "3 texts, 3 videos" and len(shown.stdout.splitlines()) == 3
 

@@ -3,13 +3,16 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 from torch.nn import functional as F
 
 from video_ma2mba.trainer.videomamba.retrieval_losses import (
     contrastive_loss,
+    gathered,
     hard_negatives,
     hide_words,
     same_pairs,
@@ -92,45 +95,47 @@ def test_hidden_words_80_10_10():
 
 
 RANK = """
-import sys, torch
-from torch import distributed
-from torch.nn import functional as F
-from video_ma2mba.trainer.videomamba.retrieval_losses import contrastive_loss, gathered, same_pairs, similarities
+import sys
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-torch.manual_seed(0)
-weights = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-temp = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-inputs = torch.randn(2, 8, 6, dtype=torch.float64)
-keys = torch.tensor([[0, 9], [1, 9], *([n, n] for n in range(2, 8))])
+sys.path.insert(0, sys.argv[1])
+from test_retrieval_losses import contrast_of_two
 
-def loss(rows):
-    video, text = (F.normalize(each @ weight, dim=-1) for each, weight in zip(inputs[:, rows], weights, strict=True))
-    everywhere = gathered(keys[rows]) if len(keys[rows]) < 8 else keys
-    sides = [gathered(each) if len(each) < 8 else each for each in (video, text)]
-    return contrastive_loss(similarities(*sides, temp), same_pairs(everywhere, everywhere))
-
-def gradients(found):
-    return torch.autograd.grad(found, [*weights, temp])
-
-part = loss(slice(4 * rank, 4 * rank + 4))
-shared = gradients(part)
-for gradient in shared:  # as DDP does
-    distributed.all_reduce(gradient)
-    gradient /= 2
-whole = loss(slice(None))
-worst = max(float((one - two).abs().max()) for one, two in zip(shared, gradients(whole), strict=True))
-print(abs(float(part - whole)), worst)
+print(*contrast_of_two(1, sys.argv[2]))
 """
 
 
+def contrast_of_two(rank: int, folder: str) -> tuple[float, float]:
+    """How far loss and gradients (the temperature's among them, averaged as DDP does) of half the pairs in each of two
+    processes are from those of one that has all."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    weights = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    temp = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(2, 8, 6, dtype=torch.float64)
+    names = torch.tensor([[0, 9], [1, 9], *([n, n] for n in range(2, 8))])
+
+    def gradients(rows: slice, gather) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        sides = [F.normalize(each[rows] @ weight, dim=-1) for each, weight in zip(inputs, weights, strict=True)]
+        video, text, mates = (gather(each) for each in (*sides, names[rows]))
+        loss = contrastive_loss(similarities(video, text, temp), same_pairs(mates, mates))
+        return loss, list(torch.autograd.grad(loss, [*weights, temp]))
+
+    try:
+        part, shared = gradients(slice(4 * rank, 4 * rank + 4), gathered)
+        for gradient in shared:
+            distributed.all_reduce(gradient)
+            gradient /= 2
+    finally:
+        distributed.destroy_process_group()
+    whole, alone = gradients(slice(None), lambda rows: rows)
+    part, whole = part.detach(), whole.detach()
+    return abs(float(part - whole)), max(float((a - b).abs().max()) for a, b in zip(shared, alone, strict=True))
+
+
 def test_two_processes_contrast_as_one(tmp_path):
-    """Loss and gradients, the temperature's among them, averaged as DDP does."""
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    for process in ranks:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0 and all(float(each) < 1e-12 for each in said.split()), said
+    command = [sys.executable, "-c", RANK, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        own = contrast_of_two(0, str(tmp_path))
+        said, _ = other.communicate(timeout=120)
+    assert other.returncode == 0
+    assert all(float(each) < 1e-12 for each in (*own, *said.split())), (own, said)
