@@ -4,13 +4,15 @@ Autograd keeps a gradient in its parameter's type. A part that is rounded to 16 
 precision that one process keeps, so 16-bit parameters have gradients in fp32 while a step is shared.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-_BUCKET = 1 << 24  # numbers that are added up at once
+_BUCKET = 1 << 22  # numbers that are added up at once; larger gradients by themselves
+_MOST_UNDER_WAY = 4  # sums, before the first of them is waited for
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
@@ -39,19 +41,33 @@ def add_up(parameters: Iterable[nn.Parameter], group: Any = None, divisor: int =
     Args:
         group: a process group; None: all processes.
     """
+    under_way: deque[tuple[list[nn.Parameter], Tensor, Any]] = deque()
     for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
-        wide = torch.promote_types(bucket[0].dtype, torch.float32)
-        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in bucket]
-        flat = torch.cat([part.to(wide) for part in parts])
-        del parts
-        distributed.all_reduce(flat, group=group)
-        if divisor != 1:
-            flat /= divisor
-        for parameter, total in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            if parameter.grad is not None and parameter.grad.dtype == parameter.dtype:
-                parameter.grad.copy_(total.view_as(parameter))
-            else:
-                _keep(parameter, parameter.dtype, total.view_as(parameter))
+        flat = _flat(bucket)
+        under_way.append((bucket, flat, distributed.all_reduce(flat, group=group, async_op=True)))
+        if len(under_way) > _MOST_UNDER_WAY:
+            _hand_out(*under_way.popleft(), divisor)
+    while under_way:
+        _hand_out(*under_way.popleft(), divisor)
+
+
+def _flat(bucket: list[nn.Parameter]) -> Tensor:
+    """Gradients one behind the other, in at least fp32; a large one that is so already stays where it is."""
+    wide = torch.promote_types(bucket[0].dtype, torch.float32)
+    parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in bucket]
+    return parts[0].to(wide) if len(parts) == 1 else torch.cat([part.to(wide) for part in parts])
+
+
+def _hand_out(bucket: list[nn.Parameter], flat: Tensor, work: Any, divisor: int) -> None:
+    work.wait()
+    if divisor != 1:
+        flat /= divisor
+    for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+        total = part.view_as(parameter)
+        if parameter.grad is None or parameter.grad.dtype != parameter.dtype:
+            _keep(parameter, parameter.dtype, total)
+        elif parameter.grad.data_ptr() != total.data_ptr():
+            parameter.grad.copy_(total)
 
 
 def _keep(parameter: nn.Parameter, dtype: torch.dtype, gradient: Tensor | None) -> None:
@@ -63,11 +79,12 @@ def _keep(parameter: nn.Parameter, dtype: torch.dtype, gradient: Tensor | None) 
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one type and device, about `_BUCKET` numbers at a time."""
+    """Neighbours of one type and device, at most `_BUCKET` numbers or one parameter at a time."""
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
-        like = not bucket or (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
-        if not like or sum(p.numel() for p in bucket) >= _BUCKET:
+        numbers = sum(p.numel() for p in bucket) + parameter.numel()
+        like = [(p.dtype, p.device) for p in (*bucket[:1], parameter)]
+        if bucket and (like[0] != like[1] or numbers > _BUCKET):
             yield bucket
             bucket = []
         bucket.append(parameter)
