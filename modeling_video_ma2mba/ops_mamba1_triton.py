@@ -78,6 +78,24 @@ def _inputs(xz: Tensor, w: _Prepared, reverse: Sequence[bool]) -> ScanInputs:
     return ScanInputs(u, dt, bc, w.rank, z, w.a2, w.D, w.dt_bias, reverse)
 
 
+_ROWS = 2048  # of a part of a product over all tokens, of which both sides are narrow
+
+
+def _over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """`a.transpose(1, 2) @ b` over rows (K, R, .) by parts, else so small a result would keep few cores busy."""
+    rows = a.shape[1]
+    parts = rows // _ROWS
+    if parts < 2:
+        return torch.matmul(a.transpose(1, 2), b)
+    size = rows // parts
+    whole, left = parts * size, rows - parts * size
+    pieces = [t[:, :whole].unflatten(1, (parts, size)) for t in (a, b)]
+    total = torch.matmul(pieces[0].transpose(2, 3), pieces[1]).sum(dim=1, dtype=torch.float32)
+    if left:
+        total += torch.matmul(a[:, whole:].transpose(1, 2), b[:, whole:])
+    return total
+
+
 def _scan_all(xz: Tensor, w: _Prepared, reverse: Sequence[bool], keep: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the gated scans (B, S, E), and with `keep` the states that backward starts from."""
     y, _, kept = scan_forward(_inputs(xz, w, reverse), None, keep)
@@ -93,10 +111,10 @@ def _scan_all_backward(
     rank, rows = weights.dt_weight.shape[-1], (1, 2)
     ddt, u = found.ddt.flatten(*rows), given.u.flatten(*rows)
     dlow = torch.matmul(ddt, w.dt_weight)
-    ddt_weight = torch.matmul(ddt.transpose(1, 2), given.bc[..., : w.rank].flatten(*rows))[..., :rank]
+    ddt_weight = _over_rows(ddt, given.bc[..., : w.rank].flatten(*rows))[..., :rank]
     dbc = torch.cat([dlow, found.dbc.flatten(*rows).to(dlow.dtype)], dim=-1)
     du = found.du.flatten(*rows).baddbmm_(dbc, w.x_weight).view_as(given.u)
-    dx_weight = torch.matmul(dbc.transpose(1, 2), u)
+    dx_weight = _over_rows(dbc, u)
     dx_weight = torch.cat([dx_weight[:, :rank], dx_weight[:, w.rank :]], dim=1)
     dxz = torch.empty_like(xz)
     dx, dz = dxz.chunk(2, dim=-1)

@@ -38,6 +38,7 @@ class ScanSettings:
         tokens, backward_tokens: loaded together; backward holds their states in registers. They divide `chunk`.
         registers: of a thread in backward, at most; None: as many as the compiler likes.
         stages: of backward's loading of states ahead; 1: none.
+        short: backward's scratch in 16 bits for inputs in 16 bits.
     """
 
     channels: int = 64
@@ -50,6 +51,7 @@ class ScanSettings:
     backward_tokens: int = 2
     registers: int | None = None
     stages: int = 1
+    short: bool = False
 
     def block(self, width: int, backward: bool = False) -> int:
         """Channels of a program where there are `width`."""
@@ -108,7 +110,7 @@ def _numbers(ptr, N: tl.constexpr):
 def _load_states(ptr, stride, d, N: tl.constexpr):
     out = ()
     for i in tl.static_range(N):
-        out = out + (tl.load(ptr + i * stride + d),)
+        out = out + (tl.load(ptr + i * stride + d).to(tl.float32),)
     return out
 
 
@@ -166,7 +168,7 @@ def scan_forward_kernel(
     OUTPUT: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
     """One segment of one direction of one row. With OUTPUT: y and kept states; without: the segment's state from zero
-    and its summed steps. Either way the last segment (without OUTPUT: every one) writes its final state."""
+    and its summed steps, which nobody asks of the last one."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
@@ -234,8 +236,9 @@ def pass_states_kernel(
         segment = segments - 1 - number if FROM_END else number
         place = kb * segments + segment
         tl.store(out_ptr + place * N * E + tile, s)
-        total = tl.load(sum_ptr + place * E + d)
-        s = tl.exp2(total[None, :] * a2) * s + tl.load(local_ptr + place * N * E + tile)
+        if number < segments - 1:
+            total = tl.load(sum_ptr + place * E + d)
+            s = tl.exp2(total[None, :] * a2) * s + tl.load(local_ptr + place * N * E + tile)
 
 
 @triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
@@ -245,9 +248,10 @@ def scan_gradient_ends_kernel(
     N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
-    """A segment's gradient of the state before it, if nothing came from after it, and its summed steps."""
+    """A segment's gradient of the state before it, if nothing came from after it, and its summed steps; of the first
+    segment nobody asks."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    segment = tl.program_id(1)
+    segment = tl.program_id(1) + 1
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
     backwards = ((REVERSE >> k) & 1) == 1
@@ -687,7 +691,7 @@ def scan_forward(given: ScanInputs, initial: Tensor | None, keep: bool) -> tuple
     if segments > 1:
         local = torch.empty(directions * batch, segments, state, width, **fp32)
         sums = torch.empty(directions * batch, segments, width, **fp32)
-        scan_forward_kernel[grid](
+        scan_forward_kernel[(grid[0], segments - 1, grid[2])](
             *reads, local, y, kept, local, sums, *sizes, OUTPUT=False, KEEP=False, STARTS=False, **launch
         )
         starts, has_start = torch.empty_like(local), True
@@ -747,7 +751,7 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
         local = torch.empty(rows, segments, state, width, **fp32)
         sums = torch.empty(rows, segments, width, **fp32)
         light = settings.block(width)
-        scan_gradient_ends_kernel[(width // light, segments, rows)](
+        scan_gradient_ends_kernel[(width // light, segments - 1, rows)](
             given.dt, given.bc, gate, dy, given.a2, given.bias, local, sums, *sizes,
             **launch | {"CHANNELS": light, "TOKENS": settings.tokens, "num_warps": settings.warps},
         )  # fmt: skip
@@ -762,13 +766,16 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     dA = torch.empty(directions, batch, segments, state, width, **fp32)
     dskip, dbias = torch.empty(2, directions, batch, segments, width, **fp32)
     dinitial = torch.empty(directions, batch, state, width, **fp32)
+    exact = given.u.dtype == torch.float32
     scratch = torch.empty(
-        rows * segments * blocks, settings.chunk // settings.backward_tokens, state, channels, **fp32
+        (rows * segments * blocks, settings.chunk // settings.backward_tokens, state, channels),
+        dtype=torch.bfloat16 if settings.short and not exact else torch.float32,
+        device=given.u.device,
     )
     scan_backward_kernel[grid](
         given.u, given.dt, given.bc, gate, dy, given.a2, given.skip, given.bias, kept, ends if has_ends else kept,
         scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes, ENDS=has_ends,
-        EXACT=given.u.dtype == torch.float32, STAGES=settings.stages, maxnreg=settings.registers, **launch,
+        EXACT=exact, STAGES=settings.stages, maxnreg=settings.registers, **launch,
     )  # fmt: skip
     return ScanGradients(
         y=out[0],
