@@ -88,12 +88,14 @@ def _over_rows(a: Tensor, b: Tensor) -> Tensor:
     if parts < 2:
         return torch.matmul(a.transpose(1, 2), b)
     size = rows // parts
-    whole, left = parts * size, rows - parts * size
-    pieces = [t[:, :whole].unflatten(1, (parts, size)) for t in (a, b)]
-    total = torch.matmul(pieces[0].transpose(2, 3), pieces[1]).sum(dim=1, dtype=torch.float32)
-    if left:
-        total += torch.matmul(a[:, whole:].transpose(1, 2), b[:, whole:])
-    return total
+    whole = parts * size
+    total = []
+    for one, other in zip(a, b, strict=True):  # one by one: matmul would copy both sides to join the axes
+        pieces = [t[:whole].unflatten(0, (parts, size)) for t in (one, other)]
+        total.append(torch.bmm(pieces[0].transpose(1, 2), pieces[1]).sum(dim=0, dtype=torch.float32))
+        if whole < rows:
+            total[-1] += one[whole:].T @ other[whole:]
+    return torch.stack(total)
 
 
 def _scan_all(xz: Tensor, w: _Prepared, reverse: Sequence[bool], keep: bool) -> tuple[Tensor, Tensor | None]:

@@ -40,6 +40,15 @@ def test_interpreted_kernels_equal_their_twin():
             assert value < 5e-6, (case, name, value)
 
 
+@pytest.mark.parametrize("rows", [100, 4096, 6150])
+def test_products_over_all_tokens_are_the_same_in_parts(rows):
+    pytest.importorskip("triton", reason="its file needs triton")
+    from video_ma2mba.modeling_video_ma2mba.ops_mamba1_triton import _over_rows
+
+    a, b = torch.randn(2, rows, 6, dtype=torch.float64), torch.randn(2, rows, 5, dtype=torch.float64)
+    assert cases.relative(_over_rows(a, b), a.transpose(1, 2) @ b) < 1e-6  # parts are summed in fp32
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 3, 127, 128, 129, 1569, 5000])
 @pytest.mark.parametrize("channels", [384, 1536])
