@@ -217,7 +217,7 @@ class MixerBlock(torch.autograd.Function):
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_norm_kernel(
     delta_ptr, residual_ptr, weight_ptr, stream_ptr, normed_ptr, rows, width, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -236,7 +236,7 @@ def add_norm_kernel(
     tl.store(normed_ptr + at, (x * scale[:, None] * weight[None, :]).to(normed_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
     stream_ptr, weight_ptr, dnormed_ptr, dstream_ptr, total_ptr, dweight_ptr, rows, width, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr,

@@ -160,7 +160,7 @@ def _read(
     return out
 
 
-@triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
+@triton.jit(do_not_specialize=["S", "batch", "segment_chunks", "segments"])
 def scan_forward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, a2_ptr, skip_ptr, bias_ptr, start_ptr, y_ptr, kept_ptr, end_ptr, sum_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, segment_chunks, segments,
@@ -220,7 +220,7 @@ def scan_forward_kernel(
         tl.store(sum_ptr + (kb * segments + segment) * E + d, total)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["batch", "segments"])
 def pass_states_kernel(
     local_ptr, sum_ptr, a2_ptr, given_ptr, out_ptr, E, batch, segments,
     N: tl.constexpr, CHANNELS: tl.constexpr, GIVEN: tl.constexpr, FROM_END: tl.constexpr,
@@ -241,7 +241,7 @@ def pass_states_kernel(
             s = tl.exp2(total[None, :] * a2) * s + tl.load(local_ptr + place * N * E + tile)
 
 
-@triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
+@triton.jit(do_not_specialize=["S", "batch", "segment_chunks", "segments"])
 def scan_gradient_ends_kernel(
     dt_ptr, bc_ptr, z_ptr, dy_ptr, a2_ptr, bias_ptr, end_ptr, sum_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, dy_direction, segment_chunks, segments,
@@ -321,7 +321,7 @@ def _add_channel_sums(sums, v, first: tl.constexpr, COUNT: tl.constexpr, CHANNEL
     return tl.dot(picks.to(tl.bfloat16), tile.to(tl.bfloat16), sums)
 
 
-@triton.jit(do_not_specialize=["S", "segment_chunks", "segments"])
+@triton.jit(do_not_specialize=["S", "batch", "segment_chunks", "segments"])
 def scan_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, dy_ptr, a2_ptr, skip_ptr, bias_ptr, kept_ptr, ends_ptr, scratch_ptr,
     y_ptr, du_ptr, ddt_ptr, dz_ptr, dbc_ptr, dA_ptr, dskip_ptr, dbias_ptr, dstart_ptr,
@@ -486,7 +486,7 @@ def _before_silu(window, taps, offset, backwards: tl.constexpr, W: tl.constexpr)
     return out
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "batch"])
 def conv_forward_kernel(
     x_ptr, w_ptr, bias_ptr, u_ptr, S, E, batch, x_row, x_batch,
     W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr,
@@ -524,7 +524,7 @@ def conv_forward_kernel(
                 )
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "batch"])
 def conv_backward_kernel(
     x_ptr, w_ptr, bias_ptr, du_ptr, dx_ptr, dw_ptr, S, E, batch, x_row, x_batch, dx_row, dx_batch,
     W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr,
