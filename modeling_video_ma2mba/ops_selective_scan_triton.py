@@ -39,6 +39,7 @@ class ScanSettings:
         registers: of a thread in backward, at most; None: as many as the compiler likes.
         stages: of backward's loading of states ahead; 1: none.
         short: backward's scratch in 16 bits for inputs in 16 bits.
+        split: threads of backward that share a channel's states, 1 or 2, where there are 16 of them at least.
     """
 
     channels: int = 64
@@ -52,10 +53,15 @@ class ScanSettings:
     registers: int | None = None
     stages: int = 1
     short: bool = False
+    split: int = 1
 
     def block(self, width: int, backward: bool = False) -> int:
         """Channels of a program where there are `width`."""
         return min(self.backward_channels if backward else self.channels, width & -width)
+
+    def shared(self, state: int, channels: int) -> int:
+        """Threads that share a channel of backward's programs of so many channels."""
+        return self.split if state >= 8 * self.split and channels >= 16 * self.split else 1
 
 
 _TABLE = LaunchTable({(9, 0): ScanSettings()}, ScanSettings())
@@ -87,8 +93,8 @@ def _channels(ptr, row, stride, d, inside):
 
 @triton.jit
 def _numbers(ptr, N: tl.constexpr):
-    """N neighbours as fp32 scalars, read 64 bits at a time, to which they are aligned."""
-    kind: tl.constexpr = ptr.dtype.element_ty
+    """N neighbours as fp32, read 64 bits at a time, to which they are aligned; `ptr` may be a block of places."""
+    kind: tl.constexpr = ptr.dtype.scalar.element_ty
     each: tl.constexpr = 64 // kind.primitive_bitwidth
     words = ptr.to(tl.pointer_type(tl.int64))
     out = ()
@@ -310,15 +316,29 @@ def _joined(v, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _add_channel_sums(sums, v, first: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
-    """Adds to rows `first` and `first + 1` of sums (16, COUNT) the sums over channels of 2 * COUNT vectors, by the
-    matrix unit: it sums over channels and the two tokens, whose rows of the other factor pick one token each."""
-    tile = tl.reshape(_joined(v, 2 * COUNT), [2 * CHANNELS, COUNT])
-    rows, columns = tl.arange(0, 16), tl.arange(0, 2 * CHANNELS)
-    picks = tl.where(rows[:, None] == first + columns[None, :] % 2, 1.0, 0.0)
+def _add_channel_sums(
+    sums, v, first: tl.constexpr, COUNT: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr
+):
+    """Adds to SPLIT rows each of tokens `first` and `first + 1` of sums (16, COUNT) the sums over channels of
+    2 * COUNT vectors, by the matrix unit: it sums over threads and the two tokens, and the rows of the other factor
+    pick one token and one share of the states each."""
+    tile = tl.reshape(_joined(v, 2 * COUNT), [2 * THREADS, COUNT])
+    rows, columns = tl.arange(0, 16), tl.arange(0, 2 * THREADS)
+    row = SPLIT * (first + columns % 2) + columns // (2 * THREADS // SPLIT)
+    picks = tl.where(rows[:, None] == row[None, :], 1.0, 0.0)
     if EXACT:
         return tl.dot(picks, tile, sums, input_precision="tf32x3")
     return tl.dot(picks.to(tl.bfloat16), tile.to(tl.bfloat16), sums)
+
+
+@triton.jit
+def _over_shares(v, THREADS: tl.constexpr, SPLIT: tl.constexpr):
+    """The sum of what the threads of a channel have, for each of them."""
+    out = v
+    if SPLIT > 1:
+        total = tl.sum(tl.reshape(v, [SPLIT, THREADS // SPLIT]), axis=0)
+        out = tl.reshape(tl.broadcast_to(total[None, :], [SPLIT, THREADS // SPLIT]), [THREADS])
+    return out
 
 
 @triton.jit(do_not_specialize=["S", "batch", "segment_chunks", "segments"])
@@ -326,13 +346,17 @@ def scan_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, dy_ptr, a2_ptr, skip_ptr, bias_ptr, kept_ptr, ends_ptr, scratch_ptr,
     y_ptr, du_ptr, ddt_ptr, dz_ptr, dbc_ptr, dA_ptr, dskip_ptr, dbias_ptr, dstart_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, dy_direction, segment_chunks, segments,
-    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr,
-    GATED: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
+    TOKENS: tl.constexpr, GATED: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one segment of one direction of one row, from its last chunk to its first."""
+    """Gradients of one segment of one direction of one row, from its last chunk to its first. A thread has N of the
+    SPLIT * N states of a channel; neighbours in channels are neighbours among threads, shares of states are not."""
     block = tl.program_id(0)
-    own = tl.arange(0, CHANNELS)
-    d = block * CHANNELS + own
+    own = tl.arange(0, THREADS)
+    share = own // (THREADS // SPLIT)
+    d = block * (THREADS // SPLIT) + own % (THREADS // SPLIT)
+    leads = share == 0  # writes what the threads of a channel have in common
+    states_at = share * (N * E) + d
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
@@ -340,7 +364,7 @@ def scan_backward_kernel(
     sign = tl.where(backwards, -1, 1)
     chunks = tl.cdiv(S, CHUNK)
     kind: tl.constexpr = du_ptr.dtype.element_ty
-    a2 = _load_states(a2_ptr + k * N * E, E, d, N)
+    a2 = _load_states(a2_ptr + k * SPLIT * N * E, E, states_at, N)
     skip = tl.load(skip_ptr + k * E + d)
     bias = tl.load(bias_ptr + k * E + d)
     plane = kb * S * E
@@ -352,30 +376,33 @@ def scan_backward_kernel(
     dz_ptr += plane
     dy_ptr += k * dy_direction + b_row * S * E
     bc_ptr += kb * S * bc_width + rank
+    bc_own = bc_ptr + share * N if SPLIT > 1 else bc_ptr
     z_ptr += b_row * z_batch
-    dbc_ptr += (block.to(tl.int64) * tl.num_programs(2) + kb) * S * 2 * N
+    dbc_ptr += (block.to(tl.int64) * tl.num_programs(2) + kb) * S * 2 * SPLIT * N
     program = (kb * segments + segment) * tl.num_programs(0) + block
-    scratch_ptr += program * (CHUNK // TOKENS) * N * CHANNELS
+    scratch_ptr += program * (CHUNK // TOKENS) * N * THREADS
     slot = tl.arange(0, 16)
-    column = tl.arange(0, 2 * N)
-    dA = _zeros(N, CHANNELS)
-    dskip = tl.zeros([CHANNELS], tl.float32)
-    dbias = tl.zeros([CHANNELS], tl.float32)
-    ds = _load_states(ends_ptr + (kb * segments + segment) * N * E, E, d, N) if ENDS else _zeros(N, CHANNELS)
+    token, column = slot // SPLIT, tl.arange(0, 2 * N)
+    to_column = (slot % SPLIT * N)[:, None] + (column + column // N * ((SPLIT - 1) * N))[None, :]
+    dA = _zeros(N, THREADS)
+    dskip = tl.zeros([THREADS], tl.float32)
+    dbias = tl.zeros([THREADS], tl.float32)
+    place = (kb * segments + segment) * SPLIT * N * E
+    ds = _load_states(ends_ptr + place, E, states_at, N) if ENDS else _zeros(N, THREADS)
     first = segment * segment_chunks
     last = tl.minimum(first + segment_chunks, chunks)
     for number in range(0, last - first):
         chunk = last - 1 - number
-        s = _load_states(kept_ptr + (kb * chunks + chunk) * N * E, E, d, N)
+        s = _load_states(kept_ptr + (kb * chunks + chunk) * SPLIT * N * E, E, states_at, N)
         base = _first_row(chunk, backwards, S, CHUNK)
         left = tl.minimum(S - chunk * CHUNK, CHUNK)
         u_at, dt_at, y_at = u_ptr + base * E, dt_ptr + base * E, y_ptr + base * E
         du_at, ddt_at, dz_at, dy_at = du_ptr + base * E, ddt_ptr + base * E, dz_ptr + base * E, dy_ptr + base * E
-        bc_at, z_at, dbc_at = bc_ptr + base * bc_width, z_ptr + base * z_row, dbc_ptr + base * 2 * N
+        bc_at, z_at, dbc_at = bc_own + base * bc_width, z_ptr + base * z_row, dbc_ptr + base * 2 * SPLIT * N
         parts = tl.cdiv(left, TOKENS)
         # Every thread reads of the scratch what it wrote itself: one channel's states.
         for part in range(0, parts):
-            _store_states(scratch_ptr + part * N * CHANNELS, CHANNELS, own, s, N)
+            _store_states(scratch_ptr + part * N * THREADS, THREADS, own, s, N)
             given = _read(part * TOKENS, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
             for i in tl.static_range(TOKENS):
                 _, inside, raw, u, b = given[i]
@@ -384,7 +411,7 @@ def scan_backward_kernel(
         tl.debug_barrier()  # loading ahead is not ordered behind a thread's own stores
         for done in tl.range(0, parts, num_stages=STAGES):
             at = (parts - 1 - done) * TOKENS
-            s = _load_states(scratch_ptr + (parts - 1 - done) * N * CHANNELS, CHANNELS, own, N)
+            s = _load_states(scratch_ptr + (parts - 1 - done) * N * THREADS, THREADS, own, N)
             given = _read(at, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
             dys = ()
             zs = ()
@@ -404,23 +431,24 @@ def scan_backward_kernel(
                 for i in tl.static_range(pair + 1, pair - 1, -1):
                     row, inside, raw, u, b = given[i]
                     before, step, dy, z = states[i], steps[i], dys[i], zs[i]
-                    c = _numbers(bc_at + row * bc_width + N, N)
+                    here = inside & leads if SPLIT > 1 else inside
+                    c = _numbers(bc_at + row * bc_width + SPLIT * N, N)
                     x = step * u
                     a = ()
                     after = ()
                     for j in tl.static_range(N):
                         a = a + (tl.exp2(step * a2[j]),)
                         after = after + (a[j] * before[j] + x * b[j],)
-                    y = _inner(after, c, N) + skip * u
+                    y = _over_shares(_inner(after, c, N), THREADS, SPLIT) + skip * u
                     if GATED:
                         sig = _sigmoid(z)
                         dz = dy * y * sig * (1.0 + z * (1.0 - sig))
-                        tl.store(dz_at + row * E + d, dz.to(kind), mask=inside)
+                        tl.store(dz_at + row * E + d, dz.to(kind), mask=here)
                         y = y * z * sig
                         dy = dy * z * sig
-                    tl.store(y_at + row * E + d, y.to(kind), mask=inside)
-                    through = tl.zeros([CHANNELS], tl.float32)
-                    dstep = tl.zeros([CHANNELS], tl.float32)
+                    tl.store(y_at + row * E + d, y.to(kind), mask=here)
+                    through = tl.zeros([THREADS], tl.float32)
+                    dstep = tl.zeros([THREADS], tl.float32)
                     dB = ()
                     dC = ()
                     new_ds = ()
@@ -437,21 +465,23 @@ def scan_backward_kernel(
                         new_dA = new_dA + (dA[j] + q * step,)
                     ds, dA = new_ds, new_dA
                     to_sum = dB + dC + to_sum
+                    through = _over_shares(through, THREADS, SPLIT)
+                    dstep = _over_shares(dstep, THREADS, SPLIT)
                     draw = tl.where(inside, (dstep * 0.6931471805599453 + through * u) * _sigmoid(raw), 0.0)
-                    tl.store(ddt_at + row * E + d, draw.to(kind), mask=inside)
-                    tl.store(du_at + row * E + d, (through * step + skip * dy).to(kind), mask=inside)
+                    tl.store(ddt_at + row * E + d, draw.to(kind), mask=here)
+                    tl.store(du_at + row * E + d, (through * step + skip * dy).to(kind), mask=here)
                     dskip += dy * u
                     dbias += draw
-                sums = _add_channel_sums(sums, to_sum, pair, 2 * N, CHANNELS, EXACT)
-            rows = tl.minimum(at + slot, left - 1) * sign
-            there = (slot < TOKENS) & (at + slot < left)
-            tl.store(dbc_at + rows[:, None] * (2 * N) + column[None, :], sums, mask=there[:, None])
-    place = kb * segments + segment
-    _store_states(dA_ptr + place * N * E, E, d, dA, N)
-    tl.store(dskip_ptr + place * E + d, dskip)
-    tl.store(dbias_ptr + place * E + d, dbias)
+                sums = _add_channel_sums(sums, to_sum, pair, 2 * N, THREADS, SPLIT, EXACT)
+            to = dbc_at + (tl.minimum(at + token, left - 1) * sign * (2 * SPLIT * N))[:, None] + to_column
+            there = (token < TOKENS) & (at + token < left)
+            tl.store(to, sums.to(dbc_ptr.dtype.element_ty), mask=there[:, None])
+    _store_states(dA_ptr + place, E, states_at, dA, N)
+    sums_at = (kb * segments + segment) * E + d
+    tl.store(dskip_ptr + sums_at, dskip, mask=leads)
+    tl.store(dbias_ptr + sums_at, dbias, mask=leads)
     if segment == 0:
-        _store_states(dstart_ptr + kb * N * E, E, d, ds, N)
+        _store_states(dstart_ptr + kb * SPLIT * N * E, E, states_at, ds, N)
 
 
 @triton.jit
@@ -732,7 +762,9 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     """
     settings = settings_for(given.u.device)
     directions, batch, tokens, width, state = given.sizes
-    channels = settings.block(width, backward=True)
+    threads = settings.block(width, backward=True)
+    split = settings.shared(state, threads)
+    channels = threads // split
     segments, per_segment = given.plan(settings, channels)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": given.u.device}
     rows, blocks = directions * batch, width // channels
@@ -742,9 +774,7 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     dy_direction = 0 if dy.ndim == 3 else batch * tokens * width
     sizes = (tokens, width, batch, given.bc.shape[-1], given.rank, z_row, z_batch, dy_direction, per_segment, segments)
     launch: dict[str, Any] = {
-        "N": state, "CHANNELS": channels, "CHUNK": settings.chunk, "REVERSE": _mask(given.reverse),
-        "GATED": given.z is not None, "TOKENS": settings.backward_tokens,
-        "num_warps": settings.backward_warps, "num_stages": 1,
+        "CHUNK": settings.chunk, "REVERSE": _mask(given.reverse), "GATED": given.z is not None, "num_stages": 1,
     }  # fmt: skip
     ends, has_ends = dend, dend is not None
     if segments > 1:
@@ -753,29 +783,30 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
         light = settings.block(width)
         scan_gradient_ends_kernel[(width // light, segments - 1, rows)](
             given.dt, given.bc, gate, dy, given.a2, given.bias, local, sums, *sizes,
-            **launch | {"CHANNELS": light, "TOKENS": settings.tokens, "num_warps": settings.warps},
+            N=state, CHANNELS=light, TOKENS=settings.tokens, num_warps=settings.warps, **launch,
         )  # fmt: skip
         ends, has_ends = torch.empty_like(local), True
-        pass_states_kernel[(blocks, rows)](
+        pass_states_kernel[(width // light, rows)](
             local, sums, given.a2, local if dend is None else dend, ends, width, batch, segments,
-            N=state, CHANNELS=channels, GIVEN=dend is not None, FROM_END=True, num_warps=settings.backward_warps,
+            N=state, CHANNELS=light, GIVEN=dend is not None, FROM_END=True, num_warps=settings.warps,
         )  # fmt: skip
     out = [torch.empty_like(given.u) for _ in range(3)]
     dz = torch.empty_like(given.u) if given.z is not None else out[0]
-    dbc = torch.empty(blocks, directions, batch, tokens, 2 * state, **fp32)
+    dbc = given.u.new_empty(blocks, directions, batch, tokens, 2 * state)  # parts, summed in fp32
     dA = torch.empty(directions, batch, segments, state, width, **fp32)
     dskip, dbias = torch.empty(2, directions, batch, segments, width, **fp32)
     dinitial = torch.empty(directions, batch, state, width, **fp32)
     exact = given.u.dtype == torch.float32
     scratch = torch.empty(
-        (rows * segments * blocks, settings.chunk // settings.backward_tokens, state, channels),
+        (rows * segments * blocks, settings.chunk // settings.backward_tokens, state // split, threads),
         dtype=torch.bfloat16 if settings.short and not exact else torch.float32,
         device=given.u.device,
     )
     scan_backward_kernel[grid](
         given.u, given.dt, given.bc, gate, dy, given.a2, given.skip, given.bias, kept, ends if has_ends else kept,
-        scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes, ENDS=has_ends,
-        EXACT=exact, STAGES=settings.stages, maxnreg=settings.registers, **launch,
+        scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes,
+        N=state // split, THREADS=threads, SPLIT=split, TOKENS=settings.backward_tokens, ENDS=has_ends, EXACT=exact,
+        STAGES=settings.stages, maxnreg=settings.registers, num_warps=settings.backward_warps, **launch,
     )  # fmt: skip
     return ScanGradients(
         y=out[0],
