@@ -5,9 +5,11 @@
 
 Every video shows two things, of which one moves and one rests. Its labels, one of each kind: the direction of what
 moves (four), whether it or what rests comes first (two), and the shape of what moves (eight; it can only be named by
-who saw what moves). Training is transformers' `Trainer` with binary cross-entropy over all labels. `--out` holds its
-checkpoints, `accuracy.csv` (unseen videos of the test split, per kind, beside chance) and the classifier in `model/`,
-which `video-ma2mba classify` and the auto classes load.
+who saw what moves). Training is transformers' `Trainer` with binary cross-entropy over all labels; beside it a linear
+layer, thrown away afterwards, learns to say of every patch which shape stands there and how it moves: the class token
+alone, one of hundreds, learns slowly to find what it has to tell. `--out` holds its checkpoints, `accuracy.csv`
+(unseen videos of the test split, per kind, beside chance) and the classifier in `model/`, which `video-ma2mba
+classify` and the auto classes load.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -32,7 +36,8 @@ from ..trainer.training_clock import ENDLESS, ClockCallback, TrainingClock
 from .batches import imitate_mp4
 from .model import PIXEL_MEAN, PIXEL_STD
 from .render import WorldRenderer
-from .world import DIRECTIONS, SHAPES, World, WorldSettings, build_world, video_seed
+from .tower import IGNORED, cell_labels
+from .world import COLOURS, DIRECTIONS, SHAPES, World, WorldSettings, build_world, video_seed
 
 ORDER = ("what moves comes first", "what rests comes first")
 LABELS: dict[str, tuple[str, ...]] = {
@@ -46,6 +51,8 @@ SIZES = {
 }
 FRAME, SECONDS = 64, 8  # pixels of a side; a clip has a frame of every second
 _SETTINGS = WorldSettings(min_objects=2, max_objects=2, card=False)
+MOTIONS = ("nothing", "rests", *DIRECTIONS)
+_EMPTY = 0.15  # weight of a patch that shows nothing, as most do
 _TRIES = 64  # worlds until one shows what is asked; about every third does
 
 
@@ -71,15 +78,28 @@ def world_labels(world: World) -> dict[str, int]:
     }
 
 
+def patch_labels(world: World, moments: list[float], side: int) -> np.ndarray:
+    """What `side` x `side` patches of the frames at `moments` show, int64 (frames, patches, 2): the shape, 0 for none,
+    and the number in `MOTIONS`; IGNORED where a thing only touches a patch."""
+    looks = np.stack([cell_labels(world, moment, side)[0][:, :2] for moment in moments])
+    motions = np.minimum(looks[..., 0], 1)  # nothing, or IGNORED, or rests
+    for thing in world.things:
+        if thing.direction is not None:
+            own = (list(COLOURS).index(thing.colour) + 1, SHAPES.index(thing.shape) + 1)
+            motions[(looks == own).all(-1)] = MOTIONS.index(thing.direction)
+    return np.stack([looks[..., 1], motions], axis=-1)
+
+
 class MovingThings(Dataset[dict[str, torch.Tensor]]):
-    """Clips, uint8 (SECONDS, 3, FRAME, FRAME), with their labels as zeros and ones, float32 (14,).
+    """Clips, uint8 (SECONDS, 3, FRAME, FRAME), with their labels as zeros and ones, float32 (14,), and `patches`, what
+    `side` x `side` patches of each frame show (`patch_labels`).
 
     In training frames come from a random moment of each second and half the clips look as if read from an mp4 file;
     else from the middle of each second.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0) -> None:
-        self.split, self.size, self.seed = split, size, seed
+    def __init__(self, split: str, size: int, seed: int = 0, side: int = 8) -> None:
+        self.split, self.size, self.seed, self.side = split, size, seed, side
 
     def __len__(self) -> int:
         return self.size
@@ -96,7 +116,30 @@ class MovingThings(Dataset[dict[str, torch.Tensor]]):
         return {
             "pixel_values": torch.from_numpy(frames).permute(0, 3, 1, 2),
             "labels": torch.from_numpy(np.concatenate(labels)),
+            "patches": torch.from_numpy(patch_labels(world, moments, self.side)),
         }
+
+
+class TaughtClassifier(nn.Module):
+    """What is trained: the classifier, and a reading of every patch."""
+
+    def __init__(self, model: VideoMambaForVideoClassification) -> None:
+        super().__init__()
+        self.model = model
+        self.reading = nn.Linear(model.config.hidden_size, len(SHAPES) + 1 + len(MOTIONS))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Loss and logits (B, 14) of a batch of `MovingThings`: binary cross-entropy summed over the labels of a clip,
+        and the cross-entropies of its patches."""
+        found = self.model.videomamba(pixel_values)
+        logits = self.model.head(found.pooler_output)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / len(labels)
+        said = self.reading(found.last_hidden_state[:, 1:]).float().flatten(0, 1)
+        for each, wanted in zip(said.split((len(SHAPES) + 1, len(MOTIONS)), -1), patches.flatten(0, 2).T, strict=True):
+            weight = torch.ones(each.shape[-1], device=each.device)
+            weight[0] = _EMPTY
+            loss = loss + F.cross_entropy(each, wanted, weight, ignore_index=IGNORED)
+        return {"loss": loss, "logits": logits}
 
 
 def accuracy_per_kind(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -157,6 +200,7 @@ def train(training: ClassifierTraining) -> dict[str, float]:
         label2id={name: number for number, name in enumerate(names)},
     )
     model = VideoMambaForVideoClassification(config)
+    taught, side = TaughtClassifier(model), FRAME // config.patch_size
     with torch.no_grad():  # positions as loud as the content: half of what motion is about, and zero in a fresh model
         model.videomamba.pos_embed.normal_(0.0, 0.2)
         model.videomamba.temporal_pos_embedding.normal_(0.0, 0.2)
@@ -164,7 +208,7 @@ def train(training: ClassifierTraining) -> dict[str, float]:
         training.max_steps or None, training.max_seconds or None, training.warmup_steps, schedule="cosine"
     )
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.to("cuda" if cuda else "cpu"), training.weight_decay),
+        parameter_groups(taught.to("cuda" if cuda else "cpu"), training.weight_decay),
         lr=training.learning_rate,
         betas=(0.9, 0.95),
         fused=cuda,
@@ -186,10 +230,10 @@ def train(training: ClassifierTraining) -> dict[str, float]:
         seed=training.seed,
     )
     trainer = Trainer(
-        model=model,
+        model=taught,
         args=arguments,
-        train_dataset=MovingThings("train", training.videos, training.seed),
-        eval_dataset=MovingThings("test", training.test_videos),
+        train_dataset=MovingThings("train", training.videos, training.seed, side),
+        eval_dataset=MovingThings("test", training.test_videos, side=side),
         compute_metrics=_metrics,
         optimizers=(optimizer, LambdaLR(optimizer, clock)),
         callbacks=[ClockCallback(clock)],

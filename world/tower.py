@@ -30,7 +30,7 @@ from .world import CARD_SYMBOLS, COLOURS, SHAPES, SKY
 _FRAMES_PER_VIDEO = 8
 _CLASSES = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "sign": len(CARD_SYMBOLS) + 1, "sun": 2}
 _COLOURS, _SHAPES = tuple(COLOURS), SHAPES
-_IGNORED = -100
+IGNORED = -100
 
 
 def cell_labels(world: World, time: float, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,12 +57,12 @@ def cell_labels(world: World, time: float, side: int) -> tuple[np.ndarray, np.nd
         reach = thing.radius * side
         touched, held = away < 0.5 + reach, away < max(0.5, 0.8 * reach)
         classes[touched & ~held, :2] = np.where(
-            classes[touched & ~held, :2] == 0, _IGNORED, classes[touched & ~held, :2]
+            classes[touched & ~held, :2] == 0, IGNORED, classes[touched & ~held, :2]
         )
         classes[held, 0], classes[held, 1] = _COLOURS.index(thing.colour) + 1, _SHAPES.index(thing.shape) + 1
         places[held] = np.stack([off_x[held], off_y[held]], axis=1)
     if card:  # it hides the middle; what shows at its edges is not asked for
-        classes[:, :2], places[:] = _IGNORED, np.nan
+        classes[:, :2], places[:] = IGNORED, np.nan
     if world.sun:
         progress = (time + 0.5) / world.seconds
         top = y < max(SKY, 1 / side)
@@ -130,8 +130,8 @@ class TowerHeads(nn.Module):
             wanted = classes[..., column]
             logits = reading(features).float()
             # Most cells are empty: a cell with something in it counts as much as many empty ones.
-            each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=_IGNORED, reduction="none")
-            weight = torch.where(wanted.flatten() > 0, 1.0, 0.15) * (wanted.flatten() != _IGNORED)
+            each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+            weight = torch.where(wanted.flatten() > 0, 1.0, 0.15) * (wanted.flatten() != IGNORED)
             loss = loss + (each * weight).sum() / weight.sum().clamp(min=1)
             there = wanted > 0
             right[name] = (logits.argmax(-1) == wanted)[there].float().mean()

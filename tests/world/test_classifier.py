@@ -10,13 +10,15 @@ from huggingface_hub import ModelCard
 from video_ma2mba.loading import load_classifier
 from video_ma2mba.world.classifier import (
     LABELS,
+    MOTIONS,
     ClassifierTraining,
     MovingThings,
     accuracy_per_kind,
     moving_world,
+    patch_labels,
     train,
 )
-from video_ma2mba.world.world import COLOURS
+from video_ma2mba.world.world import COLOURS, SHAPES
 
 
 def centre(frame: torch.Tensor, colour: str) -> np.ndarray | None:
@@ -54,6 +56,24 @@ def test_labels_are_what_the_frames_show():
         assert said[2] == f"a {moving.shape} moves"
         checked += 1
     assert checked >= 8
+
+
+def test_patches_are_named_by_what_lies_in_their_middle():
+    seen = 0
+    for index in range(20):
+        world = moving_world("test", index)
+        moments = [second + 0.5 for second in range(8)]
+        labels = patch_labels(world, moments, 8).reshape(8, 8, 8, 2)
+        for moment, (shapes, motions) in zip(moments, labels.transpose(0, 3, 1, 2), strict=True):
+            assert ((shapes == 0) == (motions == 0)).all() and ((shapes < 0) == (motions < 0)).all()
+            there = [thing for thing in world.things if thing.start <= moment < thing.end]
+            assert set(motions[motions > 0]) == {MOTIONS.index(thing.direction or "rests") for thing in there}
+            for thing in there:
+                x, y = (int(8 * place) for place in thing.position(moment))
+                assert shapes[y, x] == SHAPES.index(thing.shape) + 1
+                assert motions[y, x] == MOTIONS.index(thing.direction or "rests")
+                seen += 1
+    assert seen > 60
 
 
 def test_training_clips_differ_and_splits_do_not_meet():
