@@ -2,10 +2,10 @@
 
     python benchmarks/videomamba_scaling.py --out videomamba_scaling.csv --plot videomamba_scaling.png
 
-Size Ti (24 blocks, width 192) on frames of 224 x 224 pixels, weights in bf16, batch 16 or the largest power of two
-that fits. `forward` runs without gradients, `training` is a forward and a backward. Speed is the median of several
-runs after two to warm up; memory is the peak above weights, gradients and pixels, for one video. The rivals see the
-same tokens:
+Size Ti (24 blocks, width 192) on frames of 224 x 224 pixels, weights in bf16, batch 16, beyond 64 frames as many
+videos as have 1,024 frames, or the largest power of two that fits. `forward` runs without gradients, `training` is a
+forward and a backward. Speed is the median of several runs after two to warm up; memory is the peak above weights,
+gradients and pixels, for one video. The rivals see the same tokens:
 
 - `attention, materialised`: joint space-time attention whose matrix is stored, the paper's rival;
 - `attention, fused`: the same by `scaled_dot_product_attention`, which the paper did not compare;
@@ -34,6 +34,7 @@ from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMam
 from video_ma2mba.modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification
 
 LENGTHS = (8, 16, 32, 64, 128, 256)
+MOST_FRAMES = 1024  # of a batch
 OURS = "ours"
 # Of training: videos/s and GB a video at the lengths above; None: out of memory, or nothing known.
 PREDICTED: dict[str, tuple[tuple[float, float] | None, ...]] = {
@@ -170,14 +171,14 @@ def measure(model: nn.Module, step: str, batch: int, frames: int) -> tuple[float
     return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / batch
 
 
-def point(name: str, step: str, frames: int, most: int) -> tuple[dict, int]:
-    """A row, and the batch that fitted (0: none)."""
+def point(name: str, step: str, frames: int, most: int) -> dict:
+    """A row: `most` videos, or as many as fit."""
     tokens = 1 + frames * 196
     row = {"implementation": name, "frames": frames, "tokens": tokens, "step": step}
     guess = PREDICTED[name][LENGTHS.index(frames)] if step == "training" and frames in LENGTHS else None
     if guess:
         row |= {"predicted_videos_per_s": guess[0], "predicted_gb_per_video": guess[1]}
-    batch = most
+    batch = most = min(most, max(MOST_FRAMES // frames, 1))
     if "materialised" in name:  # do not try what cannot fit: one matrix, or all of them
         matrices = 2 * 3 * tokens**2 * (24 if step == "training" else 3)
         fits = 0.9 * torch.cuda.get_device_properties(0).total_memory // matrices
@@ -192,11 +193,11 @@ def point(name: str, step: str, frames: int, most: int) -> tuple[dict, int]:
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     if not batch:
-        return {**row, "note": "out of memory"}, 0
+        return {**row, "note": "out of memory"}
     blocks = 12 if "12" in name else 24
     nanoseconds = seconds * 1e9 / (batch * tokens * blocks)
     row |= {"batch": batch, "videos_per_s": f"{batch / seconds:.4g}", "gb_per_video": f"{peak / 1e9:.4g}"}
-    return row | {"ns_per_token_and_block": f"{nanoseconds:.4g}"}, batch
+    return row | {"ns_per_token_and_block": f"{nanoseconds:.4g}"}
 
 
 def draw(table: Path, picture: Path) -> None:
@@ -213,7 +214,8 @@ def draw(table: Path, picture: Path) -> None:
         panels, ("videos_per_s", "gb_per_video"), ("videos per second", "GB a video"), strict=True
     ):
         for name, colour in COLOURS.items():
-            points = [(int(row["frames"]), row) for row in rows if row["implementation"] == name]
+            own = [row for row in rows if row["implementation"] == name]
+            points = [(int(row["frames"]), row) for row in sorted(own, key=lambda row: int(row["frames"]))]
             axes.plot(
                 [x for x, _ in points], [float(row[column]) for _, row in points], "o-", color=colour, label=name
             )
@@ -245,7 +247,6 @@ def main() -> None:
         sys.exit(f"error: there is no {sorted(unknown)[0]!r}; --only takes {'; '.join(PREDICTED)}")
     begun = time.monotonic()
     write = row_writer(arguments.out, FIELDS, hardware=hardware("cuda"), torch=torch.__version__)
-    largest = {(name, step): arguments.batch for name in names for step in ("training", "forward")}
     for frames in map(int, arguments.frames.split(",")):
         for name in names:
             for step in ("training", "forward"):
@@ -253,11 +254,9 @@ def main() -> None:
                     write({"implementation": name, "frames": frames, "step": step, "note": "no time left"})
                     continue
                 try:
-                    row, batch = point(name, step, frames, largest[name, step])
+                    row = point(name, step, frames, arguments.batch)
                 except (RuntimeError, ImportError) as error:  # a rival that is not there or fails is a result, too
                     row = {"implementation": name, "frames": frames, "step": step, "note": str(error)[:200]}
-                    batch = largest[name, step]
-                largest[name, step] = max(batch, 1)  # longer videos will not fit in larger batches
                 write(row)
                 torch.cuda.empty_cache()
         if arguments.plot:
