@@ -47,12 +47,12 @@ class ScanSettings:
     backward_channels: int = 32
     backward_warps: int = 1
     chunk: int = 96
-    programs: int = 4224
+    programs: int = 8448
     tokens: int = 2
     backward_tokens: int = 2
     registers: int | None = None
     stages: int = 1
-    short: bool = False
+    short: bool = True
     split: int = 1
 
     def block(self, width: int, backward: bool = False) -> int:
