@@ -93,10 +93,10 @@ def retrieve(
         with while_loading():
             from video_ma2mba.retrieval.loading import load_retriever
         picked = pick_device(device)
-        retriever, decode, identity = load_retriever(
+        retriever, decode, maker = load_retriever(
             model, picked, pick_dtype(dtype, picked), trust_remote_code, max_text_length
         )
-        opened, failed = _up_to_date(index, identity, clips, retriever, decode, as_json)
+        opened, failed = _up_to_date(index, maker, clips, retriever, decode, as_json)
         depth = rerank if rerank is not None else (_SEARCHED if recall is None else _MEASURED)
         if recall is not None:
             _measure(rows, opened, retriever, depth, as_json)
@@ -176,17 +176,17 @@ def _clip(source: Any, start: float | None = None, end: float | None = None) -> 
 
 
 def _up_to_date(
-    index: Path, identity: str, clips: list[Any] | None, retriever: Any, decode: Any, as_json: bool
+    index: Path, maker: Any, clips: list[Any] | None, retriever: Any, decode: Any, as_json: bool
 ) -> tuple[Any, int]:
     """The index, after reading what is new, and how many videos could not be read."""
     from video_ma2mba.files.progress import progress
     from video_ma2mba.retrieval.index import VideoIndex, update_index
 
     if clips is None:
-        return VideoIndex(index, identity), 0
+        return VideoIndex(index, maker), 0
     try:
         with progress("reading", "videos", len(clips), at_once=False) as tell:
-            found = update_index(index, identity, clips, decode=decode, encode=retriever.clips, tell=tell)
+            found = update_index(index, maker, clips, decode=decode, encode=retriever.clips, tell=tell)
     except KeyboardInterrupt:
         note(f"interrupted: the same command continues from {index}.parts")
         raise

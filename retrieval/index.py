@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,6 +55,14 @@ class Clip:
         return self.file + (f" from {self.start:g} s" if self.start else "")
 
 
+class Maker(NamedTuple):
+    """What makes an index: a text that tells model and clips from others, the widths of vectors and of tokens."""
+
+    name: str
+    vector: int
+    token: int
+
+
 class VideoIndex:
     """An index that is open; its tokens stay on the disk until they are asked for.
 
@@ -65,7 +73,7 @@ class VideoIndex:
         FileNotFoundError: there is none. ValueError: the file is no index, is damaged, or of another model.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], maker: Maker) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: there is no such index")
@@ -75,22 +83,28 @@ class VideoIndex:
             if facts.get("kind") != _FORMAT:
                 raise _Unusable("it is no index of video-ma2mba retrieve")
             self.clips = _clips(facts.get("clips", ""))
-            self._slots = _check_tensors(self._file, len(self.clips))
-            if facts.get("model") != identity:
+            _check_tensors(self._file, len(self.clips), maker)
+            if facts.get("model") != maker.name:
                 raise _Unusable("it was made with another model, or another number or size of frames")
             self.vectors = self._file.get_tensor(_VECTORS).float()
             if not bool(self.vectors.isfinite().all()):
                 raise _Unusable("it holds vectors that are no numbers")
         except (SafetensorError, _Unusable, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} cannot be used: {reason}. Delete it, or name another with --index") from None
+            raise self._refused(error) from None
+
+    def _refused(self, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split())[:200]
+        return ValueError(f"{self.path} cannot be used: {reason}. Delete it, or name another with --index")
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def tokens(self, number: int) -> Tensor:
-        """Tokens fp16 (patches, C) of a clip."""
-        return self._file.get_tensor(_TOKENS.format(number))
+        """Tokens fp16 (patches, C) of a clip. ValueError: they are damaged."""
+        found = self._file.get_tensor(_TOKENS.format(number))
+        if not bool(found.isfinite().all()):
+            raise self._refused(_Unusable("it holds tokens that are no numbers"))
+        return found
 
 
 class _Unusable(Exception):
@@ -110,8 +124,8 @@ def _clips(text: str) -> list[Clip]:
     return found
 
 
-def _check_tensors(file: Any, count: int) -> None:
-    """See that there is a vector and tokens for each of `count` clips, all of one size."""
+def _check_tensors(file: Any, count: int, maker: Maker) -> None:
+    """See that there is a vector and tokens for each of `count` clips, all of one size, as wide as by `maker`."""
     wanted = {_VECTORS, *(_TOKENS.format(number) for number in range(count))}
     if set(file.keys()) != wanted:
         raise _Unusable(f"it lists {count} videos, but does not hold a vector and tokens of each")
@@ -119,8 +133,9 @@ def _check_tensors(file: Any, count: int) -> None:
         (tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()) for name in wanted - {_VECTORS}
     }
     vectors = file.get_slice(_VECTORS)
-    plain = vectors.get_dtype() == "F32" and len(vectors.get_shape()) == 2 and vectors.get_shape()[0] == count
-    if len(sizes) > 1 or not plain or any(len(shape) != 2 or dtype != "F16" for shape, dtype in sizes):
+    plain = vectors.get_dtype() == "F32" and vectors.get_shape() == [count, maker.vector]
+    fitting = all(len(shape) == 2 and shape[1] == maker.token and dtype == "F16" for shape, dtype in sizes)
+    if len(sizes) > 1 or not plain or not fitting:
         raise _Unusable("its tensors have other types or shapes than an index has")
 
 
@@ -138,7 +153,7 @@ class Update:
 
 def update_index(
     path: str | os.PathLike[str],
-    identity: str,
+    maker: Maker,
     clips: Sequence[Clip],
     *,
     decode: Callable[[Clip], Tensor],
@@ -149,7 +164,7 @@ def update_index(
 
     Args:
         path: of the index. A folder `path` with `.parts` added holds what was read until all of it is there.
-        identity: of the model and the clips that it takes.
+        maker: the model and the clips that it takes.
         clips: what shall be in it. Those that it holds already, of unchanged files, are not read again.
         decode: pixels uint8 (frames, 3, H, W) of a clip; what it raises is kept for the report.
         encode: vectors (B, D) and tokens (B, patches, C) of pixels (B, frames, 3, H, W).
@@ -161,14 +176,14 @@ def update_index(
     """
     path = Path(path)
     parts = path.with_name(f"{path.name}.parts")
-    before = VideoIndex(path, identity) if path.is_file() else None
+    before = VideoIndex(path, maker) if path.is_file() else None
     known = {clip: number for number, clip in enumerate(before.clips)} if before is not None else {}
     wanted = list(dict.fromkeys(clips))
     new = [clip for clip in wanted if clip not in known]
     gone = len(known.keys() - set(wanted))
     if before is not None and not new and not gone and not parts.is_dir():
         return Update(before, 0, len(wanted), 0, [])
-    files = {clip: parts / f"{_name(clip, identity)}.safetensors" for clip in new}
+    files = {clip: parts / f"{_name(clip, maker.name)}.safetensors" for clip in new}
     missing = [clip for clip in new if _part(files[clip], _VECTORS) is None]
     failed: list[tuple[Clip, Exception]] = []
     if missing:
@@ -200,8 +215,8 @@ def update_index(
         return part
 
     if before is None or read or gone:
-        _write(path, identity, found, stored)
-        before = VideoIndex(path, identity)
+        _write(path, maker.name, found, stored)
+        before = VideoIndex(path, maker)
     shutil.rmtree(parts, ignore_errors=True)
     return Update(before, read, kept, gone, failed)
 

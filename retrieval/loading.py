@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, device, dtype
 
 from ..modeling_video_ma2mba.state_identity import weights_digest
-from .index import Clip
+from .index import Clip, Maker
 from .search import Retriever
 
 _BERT, _BERT_WORDS = "google-bert/bert-base-uncased", 30522  # which the released models read texts with
@@ -48,7 +48,7 @@ def text_tokenizer(folder: str | Path | None, words: int) -> Any:
 
 def load_retriever(
     source: str, place: device, kind: dtype, trust_remote_code: bool = False, length: int | None = None
-) -> tuple[Retriever, Callable[[Clip], Tensor], str]:
+) -> tuple[Retriever, Callable[[Clip], Tensor], Maker]:
     """A model at work; a function from a clip to its pixels uint8 (frames, 3, H, W); and what tells its index.
 
     Args:
@@ -83,5 +83,6 @@ def load_retriever(
         check_source(clip.file)
         return processor(clip.file, start=clip.start, end=clip.end)["pixel_values"][0]
 
-    identity = f"{weights_digest(model)} {vision.num_frames} x {vision.image_size}"
-    return Retriever(model, text_tokenizer(source, config.text_config.vocab_size), length), decode, identity
+    name = f"{weights_digest(model)} {vision.num_frames} x {vision.image_size}"
+    maker = Maker(name, config.projection_dim, vision.hidden_size)
+    return Retriever(model, text_tokenizer(source, config.text_config.vocab_size), length), decode, maker

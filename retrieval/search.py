@@ -64,7 +64,7 @@ class Retriever:
         return torch.cat([self.model.encode_texts(*self._read(part))[0].float().cpu() for part in parts])
 
     @torch.inference_mode()
-    def match(self, texts: Sequence[str], tokens: Sequence[Tensor], batch: int = 32) -> Tensor:
+    def match(self, texts: Sequence[str], tokens: Sequence[Tensor], batch: int = 64) -> Tensor:
         """Logits fp32 (pairs, 2) of the matching head: no match, match; of texts beside the tokens of clips."""
         found = []
         for first in range(0, len(texts), batch):

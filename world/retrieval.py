@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, HfArgumentParser, TrainerCallback, set_seed
+from transformers import AutoTokenizer, BertConfig, HfArgumentParser, TrainerCallback, set_seed
 
 from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.configuration_videomamba_retrieval import VideoMambaRetrievalConfig
@@ -84,10 +84,10 @@ class WorldPairs(Dataset[dict[str, Any]]):
 
 
 class _Curve(TrainerCallback):
-    """Seconds of training at every line of the log."""
+    """Writes losses and recall with the seconds of training, at every line of the log."""
 
-    def __init__(self) -> None:
-        self.begun, self.rows = 0.0, []  # type: ignore[var-annotated]
+    def __init__(self, path: Path) -> None:
+        self.path, self.begun, self.rows = path, 0.0, []  # type: ignore[var-annotated]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.begun = time.monotonic()
@@ -96,6 +96,7 @@ class _Curve(TrainerCallback):
         kept = ("vtc_loss", "vtm_loss", "mlm_loss", "eval_t2v_r1", "eval_v2t_r1", "eval_t2v_median_rank")
         if found := {name: f"{logs[name]:.4f}" for name in kept if name in logs}:
             self.rows.append({"step": state.global_step, "seconds": f"{time.monotonic() - self.begun:.1f}", **found})
+            _write(self.path, self.rows)
 
 
 @dataclasses.dataclass
@@ -103,6 +104,7 @@ class RetrievalTraining:
     """Everything that decides a run."""
 
     out: str = dataclasses.field(metadata={"help": "folder of the run"})
+    start: str = dataclasses.field(default="", metadata={"help": "model/ of an earlier run, to go on from"})
     size: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(SIZES)}"})
     max_steps: int = dataclasses.field(default=0, metadata={"help": "length of training in optimizer steps"})
     max_seconds: float = dataclasses.field(default=0.0, metadata={"help": "the same by the clock"})
@@ -122,6 +124,8 @@ class RetrievalTraining:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r}: must be one of {', '.join(SIZES)}.")
+        if self.start and not Path(self.start, "config.json").is_file():
+            raise FileNotFoundError(f"start={self.start}: there is no model of an earlier run")
         if self.max_steps <= 0 and self.max_seconds <= 0:
             raise ValueError("give the length of training: max_steps, max_seconds or both.")
 
@@ -158,7 +162,12 @@ def train(training: RetrievalTraining) -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
     seen, unseen = WorldPairs("train", training.clips, training.seed), WorldPairs("test", training.test_clips)
-    tokenizer = word_pieces((caption_of(seen.world(index)) for index in range(500)), 200)
+    if training.start:
+        tokenizer = AutoTokenizer.from_pretrained(training.start)
+        model = VideoMambaForRetrieval.from_pretrained(training.start)
+    else:
+        tokenizer = word_pieces((caption_of(seen.world(index)) for index in range(500)), 200)
+        model = fresh_model(training, len(tokenizer))
     args = VideoMambaTrainingConfig(
         output_dir=str(out),
         max_steps=training.max_steps or -1,
@@ -187,9 +196,7 @@ def train(training: RetrievalTraining) -> dict[str, float]:
         license="apache-2.0",
         use_cpu=not cuda,
     )
-    model = fresh_model(training, len(tokenizer))
     collator = PairCollator(tokenizer, _WORDS)
-    curve = _Curve()
     trainer = RetrievalTrainer(
         RetrievalStudent(model, args),
         args,
@@ -205,11 +212,10 @@ def train(training: RetrievalTraining) -> dict[str, float]:
         data_collator=collator,
         test_collator=collator,
         compute_metrics=pair_recall,
-        callbacks=[curve],
+        callbacks=[_Curve(out / "curve.csv")],
     )
     trainer.train()
     trainer.evaluate()
-    _write(out / "curve.csv", curve.rows)
     trainer.save_exported(out / "model")
     found = measure(Retriever(model.eval(), tokenizer), unseen, training.depth)
     facts = {"clips": len(unseen), "seed": training.seed, "steps": trainer.state.global_step}

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from video_ma2mba.retrieval.index import Clip, VideoIndex, update_index
+from video_ma2mba.retrieval.index import Clip, Maker, VideoIndex, update_index
+
+MAKER = Maker("model", 2, 5)
 
 
 class Videos:
@@ -35,9 +37,9 @@ class Videos:
         value = pixels[:, 0, 0, 0, 0].float()
         return value[:, None] * torch.tensor([[1.0, 0.5]]), value[:, None, None].expand(-1, 3, 5).half()
 
-    def update(self, *names, identity="model"):
+    def update(self, *names):
         self.decoded.clear()
-        return update_index(self.index, identity, self.clips(*names), decode=self.decode, encode=self.encode)
+        return update_index(self.index, MAKER, self.clips(*names), decode=self.decode, encode=self.encode)
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_what_is_read_is_read_once(videos):
     assert (first.index.tokens(1) == 2).all()
     again = videos.update("a", "b")
     assert videos.decoded == [] and (again.read, again.kept) == (0, 2)
-    assert VideoIndex(videos.index, "model").clips == videos.clips("a", "b")
+    assert VideoIndex(videos.index, MAKER).clips == videos.clips("a", "b")
     assert not videos.index.with_name("index.safetensors.parts").exists()
 
 
@@ -66,7 +68,7 @@ def test_new_changed_and_gone_files_are_noticed(videos):
     found = videos.update("c")
     assert videos.decoded == [] and (found.read, found.kept, found.gone) == (0, 1, 1)
     parts = [Clip.of(videos.folder / "c", start, start + 1) for start in (0.0, 1.0)]
-    found = update_index(videos.index, "model", parts, decode=videos.decode, encode=videos.encode)
+    found = update_index(videos.index, MAKER, parts, decode=videos.decode, encode=videos.encode)
     assert len(found.index) == 2 and found.index.clips[1].part.endswith("c from 1 s")
 
 
@@ -78,7 +80,7 @@ def test_what_cannot_be_read_stops_nothing(videos):
     before = videos.index.stat().st_mtime_ns
     assert len(videos.update("a", "b", "c").failed) == 1 and videos.index.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="damaged"):
-        update_index(videos.folder / "other", "model", videos.clips("b"), decode=videos.decode, encode=videos.encode)
+        update_index(videos.folder / "other", MAKER, videos.clips("b"), decode=videos.decode, encode=videos.encode)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own")
@@ -130,6 +132,8 @@ def broken(kind, tensors, facts):
             return tensors | {"more": torch.zeros(1)}, facts
         case "other shapes":
             return tensors | {"tokens.1": torch.zeros(4, 5).half()}, facts
+        case "other widths":
+            return {name: tensor[..., :1].contiguous() for name, tensor in tensors.items()}, facts
         case "other types":
             return tensors | {"vectors": torch.zeros(2, 2).int()}, facts
         case "more vectors":
@@ -151,6 +155,7 @@ def broken(kind, tensors, facts):
         ("too few tensors", "it lists 2 videos, but does not hold"),
         ("one more", "it lists 2 videos, but does not hold"),
         ("other shapes", "its tensors have other types or shapes"),
+        ("other widths", "its tensors have other types or shapes"),
         ("other types", "its tensors have other types or shapes"),
         ("more vectors", "its tensors have other types or shapes"),
         ("no numbers", "it holds vectors that are no numbers"),
@@ -167,7 +172,7 @@ def test_what_is_no_index_is_said(videos, kind, said):
         videos.index.write_bytes(content)
     else:
         save_file(content, videos.index, facts)
-    for open_it in (lambda: VideoIndex(videos.index, "model"), lambda: videos.update("a", "b")):
+    for open_it in (lambda: VideoIndex(videos.index, MAKER), lambda: videos.update("a", "b")):
         with pytest.raises(ValueError, match=said) as caught:
             open_it()
         assert str(videos.index) in str(caught.value) and "Delete it, or name another with --index" in str(
@@ -175,10 +180,21 @@ def test_what_is_no_index_is_said(videos, kind, said):
         )
 
 
+def test_tokens_that_are_no_numbers_are_said(videos):
+    index = videos.update("a").index
+    save_file(
+        load_file(videos.index) | {"tokens.0": torch.full((3, 5), torch.inf).half()},
+        videos.index,
+        index._file.metadata(),
+    )
+    with pytest.raises(ValueError, match="it holds tokens that are no numbers. Delete it"):
+        VideoIndex(videos.index, MAKER).tokens(0)
+
+
 def test_half_an_index_is_said(videos):
     videos.update("a", "b")
     videos.index.write_bytes(videos.index.read_bytes()[:-10])
     with pytest.raises(ValueError, match="cannot be used"):
-        VideoIndex(videos.index, "model")
+        VideoIndex(videos.index, MAKER)
     with pytest.raises(FileNotFoundError, match="there is no such index"):
-        VideoIndex(videos.folder / "none", "model")
+        VideoIndex(videos.folder / "none", MAKER)

@@ -331,12 +331,12 @@ def _plain_pickle(path: Path) -> dict[str, list[Any]]:
     """MSVD's captions: a dictionary of videos with lists of captions, each a text or a list of words."""
     try:
         with open(path, "rb") as file:
-            found = _NoObjects(file).load()
+            found = _NoObjects(file, encoding="utf-8", errors="replace").load()
         return {
             str(name): [" ".join(map(str, each)) if isinstance(each, list | tuple) else each for each in captions]
             for name, captions in found.items()
         }
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
         raise ValueError(f"{path} is not a pickle of plain captions by video ({error}): convert it to JSON") from None
 
 
