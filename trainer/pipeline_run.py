@@ -147,6 +147,7 @@ class Runs:
         if _first():
             stamp = json.dumps([settings, datetime.datetime.now().isoformat()])
             facts |= {
+                "max_frames": run.content.get("frames" if run.world else "max_frames"),
                 "model": os.path.relpath(model, self.out),
                 "identity": hashlib.sha256(stamp.encode()).hexdigest()[:16],
             }

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from .recipe_files import SMOKE, laid_over, parse_overrides, read_yaml, shipped_in
-from .setting_names import check_recipe
+from .setting_names import check_recipe, fields_of
 
 PIPELINES = Path(__file__).with_name("pipelines")
 RENDERED = "rendered"
 """In the place of data: rendered data of this kind, of a smoke run."""
 _BASE = "base"  # of a file of one's own: the pipeline that it changes
 _KEYS = ("output_dir", "model", "order", "stages", "settings", "evaluation", "check", _BASE, SMOKE)
+_IN_FILES = ("stages", "settings", _BASE, SMOKE)
 _STAGE_KEYS = ("recipe", "world", "parts", "mixed_with")
 _EVALUATIONS = ("start", "world", "needles", "benchmarks")
 _ODD = re.compile(r"[^\w.=-]+")
@@ -149,6 +150,8 @@ def _own(given: Mapping[str, Any], names: list[str]) -> _Own:
     for key, value in given.items():
         head, dot, rest = key.partition(".")
         if not dot:
+            if key in _IN_FILES:
+                raise ValueError(f"{key}=... belongs into a file: give STAGE.key=value, or key=value for all stages")
             (own.pipeline if key in _KEYS else own.settings)[key] = value
         elif head == "evaluation":
             place = own.evaluation
@@ -224,7 +227,8 @@ def _runs(
     numbers = tuple(list(stages).index(name) + 1 for name in group)
     settings = {key: value for key, value in stage.items() if key not in _STAGE_KEYS}
     if "world" in stage:
-        content = {**stage["world"], **own.settings, **settings}
+        content = {**common, **stage["world"], **settings, **own.settings, **own.stages[group[-1]]}
+        _known(content, _world_settings(), f"stage {group[-1]}")
         if len(group) > 1:
             raise ValueError(f"{'&'.join(group)}: stages of the rendered world are not mixed; give them other kinds")
         return [StageRun(tuple(group), numbers, "", content, True)]
@@ -248,6 +252,12 @@ def _runs(
         check_recipe({**content, "train_data": "given", "model": "given", "output_dir": "given"})
         runs.append(StageRun(tuple(group), numbers, word, content, sources=tuple(sources)))
     return runs
+
+
+def _world_settings() -> tuple[str, ...]:
+    """Names of the settings of `world.train`, without importing it."""
+    found = fields_of(Path(__file__).parents[1] / "world" / "train.py", "WorldTraining", [])
+    return tuple(name for name in found or {} if name not in ("out", "resume", "start_from"))
 
 
 def _data(stages: Mapping[str, Any], common: Mapping[str, Any], own: _Own, name: str, smoke: bool) -> Any:

@@ -217,7 +217,7 @@ def written_settings() -> dict[str, str] | None:
     found = {field.name: str(field.type) for field in fields(Recipe)}
     for (name, package, place), following in zip(_CLASSES, [*_CLASSES[1:], None], strict=True):
         folder = Path(__file__).parent if package is None else _folder(package)
-        known = folder and _fields_of(folder / place, name, [following[0]] if following else [])
+        known = folder and fields_of(folder / place, name, [following[0]] if following else [])
         if known is None:
             return None
         found = {**known, **found}
@@ -229,7 +229,7 @@ def _folder(package: str) -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
-def _fields_of(file: Path, name: str, bases: list[str]) -> dict[str, str] | None:
+def fields_of(file: Path, name: str, bases: list[str]) -> dict[str, str] | None:
     """Fields of a data class with their types as written; None unless it is there and has exactly these bases."""
     if not file.is_file():
         return None

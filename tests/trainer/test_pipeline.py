@@ -101,6 +101,7 @@ def test_own_files_lie_over_a_shipped_pipeline(tmp_path: Path):
         ([*DATA, "check=-1"], "check=-1 is not valid"),
         ([*DATA, "alignment.lora_rank=8", "alignment.lora_also=heads"], "lora_also=heads is not valid"),
         (["train_data=y"], "the pipeline names no model: add model=DIR"),
+        (["stages={}"], "stages=... belongs into a file"),
         (["model=m"], "stage alignment names no data: add alignment.train_data="),
         ([*DATA, "context_extension.length=3M"], "length=3M is not valid: this recipe knows 64k"),
     ],
@@ -289,3 +290,13 @@ def test_each_stage_hands_over_what_it_trained_and_only_that(killed: Path):
     ends = ("in_proj.weight", "out_proj.weight", "norm.weight", "norm_f.weight", "embeddings.weight")
     assert extended and all(key.startswith("model.language_model") and key.endswith(ends) for key in extended)
     assert {end for end in ends for key in extended if key.endswith(end)} == set(ends)
+
+
+def test_the_rendered_world_has_the_same_stages():
+    plan = read_pipeline("longvila_world", ["seed=3", "context_extension.frames=64..128"])
+    assert plan.model is None and [run.stages for run in plan.runs] == [(name,) for name in STAGES]
+    parts = [run.content.get("train_parts") for run in plan.runs]
+    assert parts == ["projector", "lm,projector", None, "lm", "lm,projector"]
+    assert plan.runs[3].content["frames"] == "64..128" and {run.content["seed"] for run in plan.runs} == {3}
+    with pytest.raises(ValueError, match="stage alignment: 'frmes' is unknown: do you mean 'frames'"):
+        read_pipeline("longvila_world", ["frmes=3"])
