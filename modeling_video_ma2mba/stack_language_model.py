@@ -50,6 +50,8 @@ class Ma2mbaTextModel(PreTrainedModel):
         self.prefill_segment_length = 8192
         self.engine = MultiAxisEngine()
         self.gradient_checkpointing = False
+        self.window_length: int | None = None
+        self.window_gradient = True
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -78,6 +80,21 @@ class Ma2mbaTextModel(PreTrainedModel):
         checkpointing is on for these, as `set_checkpointing` says or with a plan of the planner. None: every rank
         works alone again. `schedule` (one of `recompute_schedule.SCHEDULES`) counts where no cut is given."""
         self.engine.share(group, schedule)
+
+    def carry_state(self, window: int | None, gradient: bool = True) -> None:
+        """Read sequences in training in windows, from the state that the one before has left behind.
+
+        Args:
+            window: tokens of each; None: one window, whatever the length.
+            gradient: whether the state's gradient goes back through the borders, which gives the gradients of one
+                window, or is cut there (truncated backpropagation through time).
+
+        Raises:
+            ValueError: a window of less than one token.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"a window of {window} tokens: it must have at least 1")
+        self.window_length, self.window_gradient = window, gradient
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -191,12 +208,13 @@ class Ma2mbaTextModel(PreTrainedModel):
         layout = TokenLayout.of(attention_mask, tokens, seq_idx)
         x = layout.arrange(inputs_embeds) if cut is None else self._own_columns(inputs_embeds, layout, cut)
         keep = kept_rows(output_positions, layout)
-        if self.recomputes:
-            if hidden_states is not None:
-                raise ValueError("output_hidden_states keeps what gradient checkpointing drops: turn one off")
-            hidden, layers = self.engine.run(self, x, state, layout, keep, cut)
+        window = self.window_length if self.training and torch.is_grad_enabled() else None
+        if window is not None and tokens > window:
+            if hidden_states is not None or cut is not None:
+                raise ValueError("windows (carry_state) give no output_hidden_states, and are not shared among ranks")
+            hidden, layers = self._run_windows(x, state, layout, keep, window)
         else:
-            hidden, layers = self._run_segments(x, state, layout, keep, hidden_states)
+            hidden, layers = self._run_window(x, state, layout, keep, cut, hidden_states)
         if hidden_states is not None:
             hidden_states[:] = [layout.restore(outputs) for outputs in hidden_states]
         if keep is None:
@@ -207,6 +225,55 @@ class Ma2mbaTextModel(PreTrainedModel):
         if others is not None:
             layers = [layer.without_inputs_of(others) for layer in layers]
         return hidden, VideoState(layers, (0 if state is None else state.seen_tokens) + tokens)
+
+    def _run_window(
+        self,
+        x: Tensor,
+        state: VideoState | None,
+        layout: TokenLayout,
+        keep: Tensor | None,
+        cut: SequenceCut | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> tuple[Tensor, list[LayerState]]:
+        """All layers over x, with or without checkpointing; results as of `_run_segments`."""
+        if not self.recomputes:
+            return self._run_segments(x, state, layout, keep, hidden_states)
+        if hidden_states is not None:
+            raise ValueError("output_hidden_states keeps what gradient checkpointing drops: turn one off")
+        return self.engine.run(self, x, state, layout, keep, cut)
+
+    def _run_windows(
+        self, x: Tensor, state: VideoState | None, layout: TokenLayout, keep: Tensor | None, length: int
+    ) -> tuple[Tensor, list[LayerState]]:
+        """`_run_window` over windows of `length` tokens, each from the state of the one before (`carry_state`)."""
+        batch, tokens = x.shape[:2]
+        pieces, rows = [], []
+        layers: list[LayerState] = []
+        for start in range(0, tokens, length):
+            stop = min(start + length, tokens)
+            if start:
+                if not self.window_gradient:
+                    layers = [type(layer)._make(tensor.detach() for tensor in layer) for layer in layers]
+                same = layout.continues(start)
+                if same is not None:  # a packed sample that begins with the window knows nothing of the one before
+                    layers = [type(layer)._make(_rows_kept(tensor, same) for tensor in layer) for layer in layers]
+                state = VideoState(layers, start)
+            part = layout.window(start, stop)
+            kept = None if keep is None else keep[:, start:stop]
+            hidden, layers = self._run_window(x[:, start:stop], state, part, kept)
+            others = part.other_samples(self.config.conv_kernel - 1)
+            if others is not None:
+                layers = [layer.without_inputs_of(others) for layer in layers]
+            pieces.append(hidden)
+            if kept is not None:
+                row, column = kept.nonzero(as_tuple=True)
+                rows.append(row * tokens + column + start)
+        if keep is None:
+            return torch.cat(pieces, dim=1), layers
+        hidden = torch.cat(pieces)
+        if batch > 1:  # windows come one after the other, the result is row after row
+            hidden = hidden[sent(torch.cat(rows).argsort(), hidden.device)]
+        return hidden, layers
 
     def _own_columns(self, x: Tensor, layout: TokenLayout, cut: SequenceCut) -> Tensor:
         """This rank's columns (B, own, D), padding blanked."""
@@ -284,3 +351,8 @@ class Ma2mbaTextModel(PreTrainedModel):
                 hidden = hidden[torch.cat(rows).argsort()]
         # Layers may live on several GPUs; the state is in one place, and hooks bring its parts to where they are used.
         return hidden, [type(layer)._make(tensor.to(device) for tensor in layer) for layer in ends]
+
+
+def _rows_kept(tensor: Tensor, rows: Tensor) -> Tensor:
+    """A tensor (B, …) with zeros in the rows that `rows` (B,) bool leaves out."""
+    return tensor.masked_fill(~rows.to(tensor.device).view(-1, *(1,) * (tensor.ndim - 1)), 0)

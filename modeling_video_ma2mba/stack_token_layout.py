@@ -101,6 +101,21 @@ class TokenLayout:
             seq_idx = torch.cat([seq_idx[:, :1].expand(-1, missing), seq_idx], dim=1) if missing else seq_idx
         return lengths, seq_idx
 
+    def window(self, start: int, stop: int) -> "TokenLayout":
+        """The layout of some columns of arranged tokens, by themselves."""
+        if self.lengths is None:
+            lengths = host = None
+        else:
+            lengths = (self.lengths - start).clamp(0, stop - start)
+            host = self.host_lengths and tuple(min(max(n - start, 0), stop - start) for n in self.host_lengths)
+        return TokenLayout(None, lengths, host, None if self.seq_idx is None else self.seq_idx[:, start:stop])
+
+    def continues(self, start: int) -> Tensor | None:
+        """Whether column `start` belongs to the sample of the column before, (B,) bool; None where all do."""
+        if self.seq_idx is None:
+            return None
+        return self.seq_idx[:, start] == self.seq_idx[:, start - 1]
+
     def other_samples(self, halo: int) -> Tensor | None:
         """Which of the last `halo` tokens of each row come from packed samples before the last one, (B, halo) bool;
         None where none can: whoever continues from the state continues the last sample alone."""

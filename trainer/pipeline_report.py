@@ -15,9 +15,9 @@ from ..modeling_video_ma2mba.state_writing import whole_file, write_whole
 
 REPORT = "report.html"
 _FIELDS = (
-    "run trained learning_rate max_length max_frames steps tokens frames hours first_loss last_loss gpu_peak_gb "
-    "host_peak_gb processes device date"
-).split()
+    *("run", "trained", "learning_rate", "max_length", "max_frames", "steps", "tokens", "frames", "hours"),
+    *("first_loss", "last_loss", "gpu_peak_gb", "host_peak_gb", "processes", "device", "date"),
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto; }

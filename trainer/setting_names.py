@@ -33,6 +33,7 @@ _LEAST = {  # what other packages say late, in words of their own, or not at all
     "num_frames": 1,
     "max_frames": 1,
     "max_length": 1,
+    "carry_window": 1,
     "num_train_epochs": 0,
     "learning_rate": 0,
     "vision_learning_rate": 0,

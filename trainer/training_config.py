@@ -12,6 +12,8 @@ from ..modeling_video_ma2mba.recompute_schedule import SCHEDULES
 from .run_settings import accumulation_steps, check_clock, fit_batches_to_machine, fit_to_machine
 
 LABELS = ("answers", "captions")
+CARRIED = ("through", "cut")
+"""What may become of the state's gradient between windows."""
 
 _NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -58,6 +60,12 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
         "round_robin",
         "How these share it: round_robin, stretches, or heads (all-to-all, the number must divide heads).",
     )
+    carry_state: str | None = _option(
+        None,
+        "Read samples in windows of carry_window tokens, the state passing on: its gradient goes through the borders "
+        "(through: as in one window) or not (cut: truncated backpropagation through time).",
+    )
+    carry_window: int | None = _option(None, "Tokens of such a window.")
     labels: str = _option("answers", "What is learned: answers (of the assistant) or captions (all text).")
     fps: float = _option(1.0, "Frames read per second of video.")
     max_frames: int | None = _option(None, "Longer videos are read with this many frames, evenly spread.")
@@ -96,6 +104,7 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
                 f"context_parallel_schedule={self.context_parallel_schedule!r} is not valid: use one of "
                 f"{', '.join(SCHEDULES)}"
             )
+        self._check_windows()
         if self.global_batch_size is not None:
             groups = self.dims.batches
             name = "processes" if self.context_parallel_size == 1 else "groups of processes"
@@ -127,6 +136,17 @@ class VideoMa2mbaTrainingConfig(SFTConfig):
             )
         if self.train_sampling_strategy == "group_by_length":
             self.train_sampling_strategy = "random"  # packs are of one length
+
+    def _check_windows(self) -> None:
+        if self.carry_state not in (None, *CARRIED):
+            raise ValueError(f"carry_state={self.carry_state!r} is not valid: use {' or '.join(CARRIED)}")
+        if (self.carry_state is None) != (self.carry_window is None):
+            raise ValueError("carry_state and carry_window (tokens of a window) belong together: give both, or none")
+        if self.carry_state is not None and self.context_parallel_size > 1:
+            raise ValueError(
+                "carry_state reads one window after the other, which processes cannot share: leave it out, or "
+                "context_parallel_size=1"
+            )
 
     @property
     def dims(self) -> ParallelDims:

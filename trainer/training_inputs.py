@@ -124,10 +124,13 @@ def packed_rows(data: Any, processor: Any, args: VideoMa2mbaTrainingConfig) -> A
     from datasets import Dataset, IterableDataset
 
     from .data.lengths import TimingCache, estimated_length
-    from .data.packing import PackedRows, PackedStream
+    from .data.packing import PackedRows, PackedStream, cut_texts
     from .data.sample_encoding import EncodingSettings
 
     assert args.max_length is not None  # the arguments were checked
+    if isinstance(data, Dataset | IterableDataset) and "messages" in (data.column_names or ["messages"]):
+        with args.main_process_first(desc="texts"):
+            data = cut_texts(data, processor.tokenizer, args.max_length)
     if isinstance(data, Dataset):
         return PackedRows(data, sample_lengths(data, processor, args), args.max_length)
     if not isinstance(data, IterableDataset):

@@ -145,6 +145,7 @@ class VideoMa2mbaTrainer(WholeCheckpoints, ClockedTrainer, SFTTrainer):
         args.packing, self.train_dataset = packing, train_dataset
         self.video_model.model.freeze_unused_parameters()  # adapters may have come into layers that never run
         install_answer_scores(self.video_model, self._note_scores)
+        self.video_model.model.language_model.carry_state(args.carry_window, args.carry_state != "cut")
         self.group: SequenceGroup | None = None
         if args.context_parallel_size > 1:
             self.group = SequenceGroup.of_run(args.context_parallel_size, self.accelerator.device.type)

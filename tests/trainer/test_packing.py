@@ -1,5 +1,6 @@
 """Packed training: whole samples in rows of a length, and what is learnt from them is what each alone would teach."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensor_chats import CELLS, collate, tiny_model, tiny_processor
+from tensor_chats import CELLS, collate, losses, make_trainer, tiny_model, tiny_processor
 from tensor_chats import settings as training_settings
 from torch.utils.data import DataLoader
 
@@ -145,6 +146,48 @@ def test_streams_of_any_size_are_packed_as_they_come(rows: Dataset):
     shards = PackedStream(rows.to_iterable_dataset(num_shards=2), lambda row: 1, 2)
     found = DataLoader(shards, batch_size=None, num_workers=2, collate_fn=lambda pack: [r["id"] for r in pack[PACK]])
     assert sorted(name for pack in found for name in pack) == sorted(row["id"] for row in rows)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["in files", "streaming"])
+def test_texts_longer_than_a_pack_are_cut_and_nothing_is_lost(tmp_path: Path, streams: bool):
+    long = "Überall Wörter, 漢字 und \U0001f600 " * 40
+    table = [{"text": "short"}, {"text": long}, {"text": "end " * 9}]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    data = load_training_data(tmp_path / "texts.jsonl", streaming=streams)
+    trainer = trainer_of(tmp_path, data, max_steps=3, per_device_train_batch_size=1)
+    packs = (
+        list(trainer.train_dataset)
+        if streams
+        else [trainer.train_dataset[n] for n in range(len(trainer.train_dataset))]
+    )
+    texts = [row["messages"][0]["content"][0]["text"] for pack in packs for row in pack[PACK]]
+    pieces = [text for text in texts if text not in ("short", "end " * 9)]
+    assert len(pieces) > 8 and len(texts) == len(pieces) + 2
+    assert sorted(pieces, key=long.index)[0] == long[: len(pieces[0])] and sum(map(len, pieces)) == len(long)
+    assert all(piece in long for piece in pieces)
+    shapes = [trainer.data_collator([pack])["input_ids"].shape for pack in packs]
+    assert all(rows == 1 and tokens <= ROOM for rows, tokens in shapes), shapes
+    assert trainer.data_collator.report.broken == 0
+
+
+def test_windows_train_as_one(tmp_path: Path):
+    """carry_state: with the state's gradient the losses are those of whole samples; without it the first still is."""
+    runs = {}
+    for name, options in {"whole": {}, "through": {"carry_window": 5}, "cut": {"carry_window": 5}}.items():
+        carried = {"carry_state": name, **options} if options else {}
+        trainer = make_trainer(tmp_path / name, max_steps=3, **carried)
+        trainer.train()
+        runs[name] = losses(trainer)
+    assert runs["through"] == pytest.approx(runs["whole"], abs=2e-5)
+    assert runs["cut"][0] == pytest.approx(runs["whole"][0], abs=2e-5)
+    assert abs(runs["cut"][2] - runs["whole"][2]) > 1e-5
+    for options, words in (
+        ({"carry_state": "kept", "carry_window": 9}, "carry_state='kept' is not valid: use through or cut"),
+        ({"carry_state": "cut"}, "belong together"),
+        ({"carry_window": 9}, "belong together"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            training_settings(tmp_path, **options)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path, rows: Dataset):

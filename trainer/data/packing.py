@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
 PACK = "pack"
 """Of a row that holds others: a list of them."""
+_SPARE = 16  # tokens of a pack that a piece of a text leaves free: by itself it may be tokenised in another way
 _TOGETHER = 256  # rows of a stream among which those that fit together are looked for
 
 
@@ -48,6 +50,47 @@ def pack_places(lengths: Sequence[int], room: int) -> list[list[int]]:
             insort(rooms, left)
         of_room[left].append(pack)
     return sorted(sorted(pack) for pack in packs)
+
+
+def cut_texts(rows: Any, tokenizer: Any, room: int) -> Any:
+    """Canonical rows in which plain texts of more tokens than a pack are cut into pieces, each a row of its own.
+
+    Args:
+        rows: a data set of `datasets`, in files or streaming. tokenizer: a fast one. room: tokens of a pack.
+    """
+    columns = {"features": rows.features} if rows.features else {}
+    return rows.map(partial(_cut_batch, tokenizer=tokenizer, room=room), batched=True, batch_size=_TOGETHER, **columns)
+
+
+def _cut_batch(batch: dict[str, list[Any]], tokenizer: Any, room: int) -> dict[str, list[Any]]:
+    names = list(batch)
+    found = []
+    for values in zip(*batch.values(), strict=True):
+        row = dict(zip(names, values, strict=True))
+        pieces = _pieces(row, tokenizer, max(room - _SPARE, 1))
+        found += [row] if pieces is None else pieces
+    return {name: [row[name] for row in found] for name in names}
+
+
+def _pieces(row: dict[str, Any], tokenizer: Any, most: int) -> list[dict[str, Any]] | None:
+    """A row that is a plain text of more than `most` tokens, cut; None for any other."""
+    (message, *others) = row.get("messages") or [{}]
+    parts = message.get("content") or []
+    if others or message.get("role") != "assistant" or len(parts) != 1 or isinstance(parts, str):
+        return None
+    text = parts[0].get("text")
+    if not text or len(text.encode()) <= most:  # no token is less than a byte
+        return None
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(places) <= most:
+        return None
+    # A character that is several tokens stays whole: a piece begins where its first token does.
+    begins = [places[number][0] for number in range(0, len(places), most)] + [len(text)]
+    return [
+        row | {"id": f"{row['id']}, part {number}", "messages": [message | {"content": [parts[0] | {"text": piece}]}]}
+        for number, piece in enumerate((text[a:b] for a, b in pairwise(begins)), 1)
+        if piece.strip()
+    ]
 
 
 class PackedRows(Dataset):
