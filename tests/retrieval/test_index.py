@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from video_ma2mba.retrieval.index import Clip, Maker, VideoIndex, update_index
@@ -162,8 +163,6 @@ def broken(kind, tensors, facts):
     ],
 )
 def test_what_is_no_index_is_said(videos, kind, said):
-    from safetensors import safe_open
-
     videos.update("a", "b")
     with safe_open(str(videos.index), framework="pt") as file:
         facts = file.metadata()
@@ -181,12 +180,10 @@ def test_what_is_no_index_is_said(videos, kind, said):
 
 
 def test_tokens_that_are_no_numbers_are_said(videos):
-    index = videos.update("a").index
-    save_file(
-        load_file(videos.index) | {"tokens.0": torch.full((3, 5), torch.inf).half()},
-        videos.index,
-        index._file.metadata(),
-    )
+    videos.update("a")
+    with safe_open(str(videos.index), framework="pt") as file:
+        facts = file.metadata()
+    save_file(load_file(videos.index) | {"tokens.0": torch.full((3, 5), torch.inf).half()}, videos.index, facts)
     with pytest.raises(ValueError, match="it holds tokens that are no numbers. Delete it"):
         VideoIndex(videos.index, MAKER).tokens(0)
 
