@@ -146,7 +146,7 @@ def fresh_model(training: RetrievalTraining, words: int) -> VideoMambaForRetriev
     text = BertConfig(
         vocab_size=words, hidden_size=width, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * width,
         max_position_embeddings=_WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=width**-0.5 / 2,
+        initializer_range=width**-0.5,
     )  # fmt: skip
     config = VideoMambaRetrievalConfig(vision, text, fusion_layers=2, projection_dim=width, max_text_length=_WORDS)
     model = VideoMambaForRetrieval(config)
