@@ -12,7 +12,8 @@ somewhere in a longer film; the class is how many (chance 25 %), for which the w
   that decode as there are cores, and with one: which share of the time a step waits for its clips.
 - `start`: trained from nothing as the released models start, and with steps of time as Mamba has them.
 - `scan`: the seven orders of scanning, trained from nothing on `motion`.
-- `distil`: few clips of `motion`; a model alone, beside a smaller frozen one, and beside it for half of the steps.
+- `distil`: few clips of `motion`; a model alone, beside a smaller frozen one that learnt from the same clips (also for
+  the first half of the steps only), and beside one that learnt from all clips.
 - `masked`: pre-training beside a frozen CLIP (trained here, on single frames and sentences about them) with each mask,
   then fine-tuning on few clips; also from nothing, for as many steps of fine-tuning and for the steps of both.
 - `frames`, `length`: `count` in films of 256 seconds seen in 8 to 256 frames, and in films of 8 to 256 seconds seen
@@ -194,20 +195,20 @@ class Sizes:
     """What decides how long everything takes."""
 
     width: int = 128
-    layers: int = 6
+    layers: int = 4
     teacher_width: int = 64
     clips: int = 24000
-    few: int = 2000
+    few: int = 1000
     tests: int = 1000
     films: int = 4000
     longest: int = 256
     batch: int = 64
-    steps: int = 600
-    pretraining: int = 800
-    fine_tuning: int = 300
-    stage: int = 200
-    clip_steps: int = 800
-    learning_rate: float = 2e-3
+    steps: int = 300
+    pretraining: int = 400
+    fine_tuning: int = 200
+    stage: int = 150
+    clip_steps: int = 500
+    learning_rate: float = 1.5e-3
     frames: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -270,7 +271,7 @@ def settings(sizes: Sizes, folder: str, steps: int, seed: int, **changes: Any) -
         "max_steps": steps,
         "seed": seed,
         "per_device_train_batch_size": sizes.batch,
-        "per_device_eval_batch_size": sizes.batch,
+        "per_device_eval_batch_size": 4 * sizes.batch,
         "learning_rate": sizes.learning_rate,
         "warmup_steps": max(1, steps // 10),
         "min_learning_rate": 1e-5,
@@ -365,8 +366,29 @@ def run_teacher(now: Setting) -> None:
         train_clip(now)
         return
     model = classifier(config_of(now.sizes, hidden_size=now.sizes.teacher_width), now.run.seed)
-    now.train(model, now.sizes.steps)
-    model.save_pretrained(now.data / "small-teacher")
+    few = now.run.arm.endswith("few clips")
+    now.train(model, now.sizes.steps, data=now.clips("train", now.sizes.few if few else None))
+    keep(model, now.data / now.run.arm)
+
+
+def keep(model: Any, folder: Path) -> None:
+    """Save a teacher for the runs that wait for it."""
+    model.save_pretrained(folder)
+    (folder / "whole").touch()
+
+
+def kept(folder: Path) -> Path:
+    """The folder of a teacher, once it is there.
+
+    Raises:
+        TimeoutError: it does not come.
+    """
+    until = time.monotonic() + 300
+    while not (folder / "whole").exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{folder} does not come: do --parts teacher with this --data")
+        time.sleep(0.2)
+    return folder
 
 
 def run_distil(now: Setting) -> None:
@@ -374,9 +396,10 @@ def run_distil(now: Setting) -> None:
     student: nn.Module = classifier(config_of(now.sizes), now.run.seed)
     data, objective, changes = now.clips("train", now.sizes.few), None, {}
     if now.run.arm != "alone":
-        teacher = frozen(VideoMambaForVideoClassification.from_pretrained(now.data / "small-teacher").videomamba)
+        folder = now.data / f"smaller, {'all' if now.run.arm.endswith('all clips') else 'few'} clips"
+        teacher = frozen(VideoMambaForVideoClassification.from_pretrained(kept(folder)).videomamba)
         student = DistilledClassifier(student, teacher.config)
-        changes = {"distillation_until": 0.5} if now.run.arm == "teacher, first half" else {}
+        changes = {"distillation_until": 0.5} if now.run.arm.endswith("first half") else {}
 
         def objective(args: Any) -> Distillation:
             return Distillation(args, student.config, teacher)
@@ -390,7 +413,7 @@ def run_masked(now: Setting) -> None:
     model = classifier(config_of(sizes), now.run.seed)
     steps = sizes.fine_tuning
     if now.run.arm in MASKS:
-        clip = CLIPVisionModelWithProjection.from_pretrained(now.data / "clip")
+        clip = CLIPVisionModelWithProjection.from_pretrained(kept(now.data / "clip"))
         masked = MaskedVideoMamba(model.videomamba, clip.config.projection_dim, 1, True)
         now.train(
             *(masked, sizes.pretraining), stage="pre-training", mask=now.run.arm, mask_ratio=0.75,
@@ -421,7 +444,9 @@ def run_frames(now: Setting) -> None:
             model = larger
         told = replace(now, tell=lambda frames=frames, **row: now.tell(**{**row, "frames": frames}))
         told.tell(stage="seen", step=0, steps=0, accuracy=float(test.shown))
-        told.train(model, now.sizes.stage, stage=f"{frames} frames", data=data, test=test)
+        steps = now.sizes.stage * (2 if frames == now.sizes.frames[0] else 1)
+        half = {"per_device_train_batch_size": -(-now.sizes.batch // 2)}
+        told.train(model, steps, stage=f"{frames} frames", data=data, test=test, **half)
 
 
 def count_films(sizes: Sizes, seconds: int, frames: int) -> tuple[Films, Films]:
@@ -439,11 +464,11 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "length": run_frames,
 }
 ARMS: dict[str, Sequence[str]] = {
-    "teacher": ("clip", "small"),
+    "teacher": ("clip", "smaller, all clips", "smaller, few clips"),
     "start": ("as released", "time_step_range 0.001..0.1"),
     "scan": SCAN_ORDERS,
     "masked": ("from nothing", *MASKS, "from nothing, all steps"),
-    "distil": ("alone", "teacher", "teacher, first half"),
+    "distil": ("alone", "teacher of the same clips", "the same, first half", "teacher of all clips"),
     "frames": ("all",),
     "length": ("all",),
 }
@@ -454,7 +479,7 @@ def train_clip(now: Setting) -> None:
     kept. The row's accuracy: how often, among 64 unseen frames, a frame's own sentence is nearest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(now.run.seed)
-    width, layers = now.sizes.width, now.sizes.layers // 2
+    width, layers = now.sizes.width, max(1, now.sizes.layers - 1)
     own = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 4}
     end = _WORDS.index("end")
     ends = {"bos_token_id": 0, "eos_token_id": end, "pad_token_id": end}
@@ -468,7 +493,7 @@ def train_clip(now: Setting) -> None:
 
     def scores(clips: Clips, count: int) -> torch.Tensor:
         rows, frames = rng.integers(len(clips), size=count), rng.integers(8, size=count)
-        pixels = torch.from_numpy(np.stack([clips.pixels[row, at] for row, at in zip(rows, frames, strict=True)]))
+        pixels = torch.from_numpy(clips.pixels[rows, frames])
         pixels = normalise(pixels[:, None].to(device), looks, torch.empty(0, device=device))[:, 0]
         words = torch.from_numpy(clips.sentences[rows, frames]).to(device)
         return clip(input_ids=words, pixel_values=pixels).logits_per_image
@@ -493,10 +518,9 @@ def train_clip(now: Setting) -> None:
             about = {"step": step, "steps": steps, "loss": loss.item(), "milliseconds": spent}
             now.tell(stage="contrast", **about, accuracy=float(np.mean(hits)))
     vision_config = config.vision_config
-    kept = CLIPVisionModelWithProjection(vision_config)
-    weights = {name: value for name, value in clip.state_dict().items() if name in kept.state_dict()}
-    kept.load_state_dict(weights)
-    kept.save_pretrained(now.data / "clip")
+    seeing = CLIPVisionModelWithProjection(vision_config)
+    seeing.load_state_dict({name: value for name, value in clip.state_dict().items() if name in seeing.state_dict()})
+    keep(seeing, now.data / "clip")
 
 
 # --------------------------------------------------------------------------------------------------- the cost
@@ -552,7 +576,7 @@ def _write_film(folder: Path, index: int) -> None:
 def measure_waiting(_: Sizes, smoke: bool, workers: ProcessPoolExecutor) -> Iterator[dict[str, Any]]:
     """The recipe of Kinetics on films that are decoded and augmented while it trains."""
     cuda = torch.cuda.is_available()
-    count, steps, batch = (256, 10, 64) if cuda else (8, 4, 2)
+    count, steps, batch = (128, 10, 64) if cuda else (8, 4, 2)
     with tempfile.TemporaryDirectory() as folder:
         list(workers.map(_write_film, [Path(folder)] * count, range(count)))
         Path(folder, "train.csv").write_text("".join(f"{n}.mp4,{n % 4}\n" for n in range(count)), encoding="utf-8")
@@ -584,8 +608,8 @@ def about() -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ many runs at once
-def _work(tasks: Any, results: Any, sizes: Sizes, data: Path, threads: int) -> None:
-    torch.set_num_threads(threads)
+def _work(tasks: Any, results: Any, sizes: Sizes, data: Path) -> None:
+    torch.set_num_threads(1)
     while (run := tasks.get()) is not None:
         about = {"part": run.part, "arm": run.arm, "seed": run.seed}
         try:
@@ -614,8 +638,7 @@ def carry_out(runs: Sequence[Run], sizes: Sizes, data: Path, path: Path, at_once
     context = get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     workers = [
-        context.Process(target=_work, args=(tasks, results, sizes, data, max(1, torch.get_num_threads() // at_once)))
-        for _ in range(min(at_once, len(runs)))
+        context.Process(target=_work, args=(tasks, results, sizes, data)) for _ in range(min(at_once, len(runs)))
     ]
     for task in [*runs, *[None] * len(workers)]:
         tasks.put(task)
@@ -706,7 +729,7 @@ def main() -> None:
     parser.add_argument("--parts", default="cost,waiting,teacher,start,scan,distil,masked,frames,length")
     parser.add_argument("--only", default="", help="of the parts, only what is called so: as released,tube,random")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=10, help="runs at the same time on the GPU")
+    parser.add_argument("--at-once", type=int, default=12, help="runs at the same time on the GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, to see that it runs")
     parser.add_argument("--plot", type=Path, help="draw the table into this picture and measure nothing")
     for name in ("width", "layers", "steps", "few", "pretraining", "fine_tuning", "stage", "films", "clips", "batch"):
@@ -728,7 +751,7 @@ def main() -> None:
         data = given.data or Path(fresh)
         data.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as workers:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 32), get_context("forkserver")) as workers:
             for part in ALONE.keys() & set(parts):
                 if Run(part, "all", 0) not in done:
                     for row in [*ALONE[part](sizes, given.smoke, workers), {"arm": "all", "stage": "complete"}]:
@@ -737,16 +760,15 @@ def main() -> None:
             for films in films_needed(parts, sizes):
                 render(films, data, workers)
         print(f"clips drawn in {time.monotonic() - begun:.0f} s", flush=True)
-        # teachers first and by themselves; then the seeds one after another, so that a cut leaves whole comparisons
+        # teachers first, for which others wait; then seed after seed, so that a cut leaves whole comparisons
         teachers = [Run("teacher", arm, 0) for arm in ARMS["teacher"]] if "teacher" in parts else []
         others = [
             Run(part, arm, seed)
             for seed in range(given.seeds) for part in parts if part in PARTS and part != "teacher"
             for arm in ARMS[part] if not given.only or arm in given.only.split(",")
         ]  # fmt: skip
-        for some in (teachers, others):
-            if left := [run for run in some if run not in done]:
-                carry_out(left, sizes, data, given.out, given.at_once)
+        if left := [run for run in [*teachers, *others] if run not in done]:
+            carry_out(left, sizes, data, given.out, given.at_once)
 
 
 if __name__ == "__main__":
