@@ -83,18 +83,17 @@ _LONGEST_SENTENCE = 11
 # ------------------------------------------------------------------------------------------------- the clips
 @dataclass(frozen=True)
 class Films:
-    """Which clips: `count` of a split that show `task`, `seconds` long, seen in `frames`."""
+    """Which clips: `count` of a split that show `task`; `motion` has eight frames of a visit, `count` one a second."""
 
     task: str
     split: str
     count: int
     seconds: int = 8
-    frames: int = 8
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.task}-{self.split}-{self.count}x{self.seconds}s-{self.frames}"
+        return f"{self.task}-{self.split}-{self.count}x{self.seconds}s"
 
 
 def world_of(films: Films, index: int) -> World:
@@ -121,33 +120,32 @@ def sentence(world: World, moment: float) -> list[int]:
     return (numbers + [_WORDS.index("end")] * _LONGEST_SENTENCE)[:_LONGEST_SENTENCE]
 
 
-def draw_clip(films: Films, index: int) -> tuple[np.ndarray, int, list[list[int]], bool]:
-    """Pixels uint8 (frames, 3, SIDE, SIDE), class, a sentence a frame, and whether the frames show every thing."""
+def draw_clip(films: Films, index: int) -> tuple[np.ndarray, int, list[list[int]]]:
+    """Pixels uint8 (seconds, 3, SIDE, SIDE), class, and a sentence a frame (`motion`) or begin and end of the visit of
+    each of four things, -1 where there are fewer (`count`)."""
     world = world_of(films, index)
     rng = random.Random(f"moments {world.seed}")
     first, last = 0, films.seconds
     if films.task == "motion":
         first, last = next((thing.start, thing.end - 1) for thing in world.things if thing.direction is not None)
-    each = (last - first) / films.frames
+    each = (last - first) / films.seconds
     training = films.split == "train"
-    moments = [first + (number + (rng.random() if training else 0.5)) * each for number in range(films.frames)]
+    moments = [first + (number + (rng.random() if training else 0.5)) * each for number in range(films.seconds)]
     pixels = WorldRenderer(world, SIDE).frames(moments).transpose(0, 3, 1, 2)
     if films.task == "motion":
         label = next(DIRECTIONS.index(thing.direction) for thing in world.things if thing.direction is not None)
-        return pixels, label, [sentence(world, moment) for moment in moments], True
-    shown = all(any(thing.start <= moment < thing.end for moment in moments) for thing in world.things)
-    return pixels, len(world.things) - 1, [], shown
+        return pixels, label, [sentence(world, moment) for moment in moments]
+    visits = [[thing.start, thing.end] for thing in world.things]
+    return pixels, len(visits) - 1, visits + [[-1, -1]] * (4 - len(visits))
 
 
-def _draw_piece(films: Films, first: int, last: int, file: str) -> tuple[list[int], list[list[list[int]]], int]:
+def _draw_piece(films: Films, first: int, last: int, file: str) -> list[tuple[int, list[list[int]]]]:
     pixels = np.load(file, mmap_mode="r+")
-    labels, said, shown = [], [], 0
+    told = []
     for index in range(first, last):
-        pixels[index], label, words, whole = draw_clip(films, index)
-        labels.append(label)
-        said.append(words)
-        shown += whole
-    return labels, said, shown
+        pixels[index], *facts = draw_clip(films, index)
+        told.append(tuple(facts))
+    return told
 
 
 def render(films: Films, folder: Path, workers: ProcessPoolExecutor) -> None:
@@ -156,37 +154,44 @@ def render(films: Films, folder: Path, workers: ProcessPoolExecutor) -> None:
     if done.exists():
         return
     file = folder / f"{films.name}.npy"
-    np.lib.format.open_memmap(file, "w+", np.uint8, (films.count, films.frames, 3, SIDE, SIDE)).flush()
-    edges = [*range(0, films.count, max(1, films.count // 64)), films.count]
+    np.lib.format.open_memmap(file, "w+", np.uint8, (films.count, films.seconds, 3, SIDE, SIDE)).flush()
+    edges = [*range(0, films.count, max(1, films.count // 128)), films.count]
     pieces = [workers.submit(_draw_piece, films, *edge, str(file)) for edge in pairwise(edges)]
-    parts = [piece.result() for piece in pieces]
-    labels, said = ([item for part in parts for item in part[which]] for which in (0, 1))
-    np.savez(done, labels=labels, sentences=said, shown=sum(part[2] for part in parts) / films.count)
+    labels, facts = zip(*(told for piece in pieces for told in piece.result()), strict=True)
+    np.savez(done, labels=labels, facts=facts)
 
 
 class Clips(Dataset):
-    """Drawn clips as the trainer takes them; in training half are mirrored in time or left to right where the class
-    allows it.
+    """Drawn clips as the trainer takes them. Of `count` every so manieth frame, in training from a random first one,
+    half of the clips backwards and half of them mirrored.
 
     Args:
-        only: the first so many.
+        only: the first so many clips. frames: of a film; it divides its seconds.
     """
 
-    def __init__(self, films: Films, folder: Path, only: int | None = None) -> None:
-        self.films = films
+    def __init__(self, films: Films, folder: Path, only: int | None = None, frames: int | None = None) -> None:
+        self.films, self.step = films, films.seconds // (frames or films.seconds)
         self.pixels = np.load(folder / f"{films.name}.npy", mmap_mode="r")[:only]
         with np.load(folder / f"{films.name}.npz") as held:
-            self.labels, self.sentences, self.shown = held["labels"][:only], held["sentences"][:only], held["shown"]
+            self.labels, self.facts = held["labels"][:only], held["facts"][:only]
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        clip = torch.from_numpy(np.array(self.pixels[draw % len(self)]))
+        place, first, flips = draw % len(self), self.step // 2, []
         if self.films.task == "count" and self.films.split == "train":
             rng = np.random.default_rng(draw)
-            clip = clip.flip([axis for axis in (0, 3) if rng.random() < 0.5])
-        return {"pixel_values": clip[None], "labels": int(self.labels[draw % len(self)])}
+            first, flips = int(rng.integers(self.step)), [axis for axis in (0, 3) if rng.random() < 0.5]
+        clip = torch.from_numpy(np.array(self.pixels[place, first :: self.step])).flip(flips)
+        return {"pixel_values": clip[None], "labels": int(self.labels[place])}
+
+    def shown(self) -> float:
+        """Share of films of `count` whose test frames show every thing."""
+        seconds = np.arange(self.step // 2, self.films.seconds, self.step)
+        begin, end = self.facts[..., 0, None], self.facts[..., 1, None]
+        seen = ((begin <= seconds) & (seconds < end)).any(-1) | (self.facts[..., 0] < 0)
+        return float(seen.all(1).mean())
 
 
 # ------------------------------------------------------------------------------------------------- the models
@@ -200,7 +205,7 @@ class Sizes:
     clips: int = 24000
     few: int = 1000
     tests: int = 1000
-    films: int = 4000
+    films: int = 2500
     longest: int = 256
     batch: int = 64
     steps: int = 300
@@ -430,7 +435,7 @@ def run_frames(now: Setting) -> None:
     model = None
     for frames in now.sizes.frames:
         seconds = now.sizes.longest if now.run.part == "frames" else frames
-        data, test = (Clips(films, now.data) for films in count_films(now.sizes, seconds, frames))
+        data, test = (Clips(films, now.data, frames=frames) for films in count_films(now.sizes, seconds))
         if model is None:
             model = classifier(config_of(now.sizes, num_frames=frames), now.run.seed)
         else:
@@ -443,15 +448,15 @@ def run_frames(now: Setting) -> None:
             larger.head.load_state_dict(model.head.state_dict())
             model = larger
         told = replace(now, tell=lambda frames=frames, **row: now.tell(**{**row, "frames": frames}))
-        told.tell(stage="seen", step=0, steps=0, accuracy=float(test.shown))
+        told.tell(stage="seen", step=0, steps=0, accuracy=test.shown())
         steps = now.sizes.stage * (2 if frames == now.sizes.frames[0] else 1)
         half = {"per_device_train_batch_size": -(-now.sizes.batch // 2)}
         told.train(model, steps, stage=f"{frames} frames", data=data, test=test, **half)
 
 
-def count_films(sizes: Sizes, seconds: int, frames: int) -> tuple[Films, Films]:
+def count_films(sizes: Sizes, seconds: int) -> tuple[Films, Films]:
     """For training and for tests."""
-    return Films("count", "train", sizes.films, seconds, frames), Films("count", "test", sizes.tests, seconds, frames)
+    return Films("count", "train", sizes.films, seconds), Films("count", "test", sizes.tests // 2, seconds)
 
 
 PARTS: dict[str, Callable[[Setting], None]] = {
@@ -495,7 +500,7 @@ def train_clip(now: Setting) -> None:
         rows, frames = rng.integers(len(clips), size=count), rng.integers(8, size=count)
         pixels = torch.from_numpy(clips.pixels[rows, frames])
         pixels = normalise(pixels[:, None].to(device), looks, torch.empty(0, device=device))[:, 0]
-        words = torch.from_numpy(clips.sentences[rows, frames]).to(device)
+        words = torch.from_numpy(clips.facts[rows, frames]).to(device)
         return clip(input_ids=words, pixel_values=pixels).logits_per_image
 
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
@@ -718,7 +723,7 @@ def films_needed(parts: Sequence[str], sizes: Sizes) -> list[Films]:
     for part in ("frames", "length"):
         if part in parts:
             for frames in sizes.frames:
-                needed += count_films(sizes, sizes.longest if part == "frames" else frames, frames)
+                needed += count_films(sizes, sizes.longest if part == "frames" else frames)
     return list(dict.fromkeys(needed))
 
 
