@@ -62,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def ffmpeg() -> str:
+    """The command, beside which ffprobe is; a test whose right values are theirs is skipped where it is not there."""
+    found = shutil.which("ffmpeg")
+    if found is None or shutil.which("ffprobe") is None:
+        pytest.skip("needs the commands ffmpeg and ffprobe")
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -32,13 +32,13 @@ def processor(model, make_processor):
 
 
 @pytest.fixture(scope="module")
-def uneven_video(tmp_path_factory):
+def uneven_video(ffmpeg, tmp_path_factory):
     """Frames at uneven times, the first of which is not at 0 of the container's clock."""
     path = tmp_path_factory.mktemp("uneven") / "uneven.mkv"
     times = "setpts='(2+if(lt(N,12),N/6,2+(N-12)/3))/TB'"
     source = ["-f", "lavfi", "-i", "testsrc=d=4:r=6:s=32x32", "-vf", times, "-fps_mode", "vfr"]
     kept = ["-copyts", "-avoid_negative_ts", "disabled", "-c:v", "libx264"]
-    subprocess.run(["ffmpeg", "-v", "error", *source, *kept, str(path)], check=True)
+    subprocess.run([ffmpeg, "-v", "error", *source, *kept, str(path)], check=True)
     return path
 
 

@@ -67,7 +67,7 @@ def ffprobe(file, *entries):
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory):
+def film(ffmpeg, tmp_path_factory):
     """A film of a variable rate whose clock does not begin at 0, with a track of text; and its container's kinds."""
     folder = tmp_path_factory.mktemp("film")
     (folder / "text.srt").write_text(SRT, encoding="utf-8")
@@ -75,7 +75,7 @@ def film(tmp_path_factory):
     made = {}
     for name, codec in (("film.mkv", "srt"), ("film.mp4", "mov_text")):
         subprocess.run(
-            ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=d=3:r=10:s=64x48", "-itsoffset", "3", "-i",
+            [ffmpeg, "-v", "error", "-f", "lavfi", "-i", "testsrc=d=3:r=10:s=64x48", "-itsoffset", "3", "-i",
              str(folder / "text.srt"), "-vf", uneven, "-fps_mode", "vfr", "-c:v", "libx264", "-c:s", codec,
              "-copyts", "-avoid_negative_ts", "disabled", str(folder / name)],
             check=True,
@@ -230,13 +230,13 @@ def test_damage_of_every_kind_is_told(tmp_path, data, problem):
     assert [problem in told for told in found.problems] == [True] * bool(problem)
 
 
-def test_tracks_that_cannot_be_read_and_those_to_choose_from_are_told(tmp_path):
+def test_tracks_that_cannot_be_read_and_those_to_choose_from_are_told(ffmpeg, tmp_path):
     (tmp_path / "en.srt").write_text(srt(ONE))
     (tmp_path / "de.srt").write_text(srt((ONE[0], "eins")))
     parts = ((0x16, struct.pack(">HHBHBBBB", 32, 32, 16, 0, 128, 0, 0, 0)), (0x80, b""))  # PGS: what comes, its end
     pictures = b"".join(b"PG" + struct.pack(">IIBH", 90000, 0, kind, len(data)) + data for kind, data in parts)
     (tmp_path / "bluray.sup").write_bytes(pictures)
-    film = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=d=3:r=5:s=32x32"]
+    film = [ffmpeg, "-v", "error", "-f", "lavfi", "-i", "testsrc=d=3:r=5:s=32x32"]
     two = [
         "-map",
         "0",
