@@ -39,6 +39,13 @@ HELD_BACK = {
     "other automata": ["life=s=40x30:rule=B36/S23:ratio=0.5", "cellauto=rule=30:s=64x48"],
     "other colours": ["color=pink", "color=0x808000", "color=0xC0E0FF"],
 }
+SWAPPED = {
+    "channels swapped": [1, 2, 0],
+    "channels swapped the other way": [2, 0, 1],
+    "red and blue swapped": [2, 1, 0],
+    "green and blue swapped": [0, 2, 1],
+    "red and green swapped": [1, 0, 2],
+}
 PICTURES = {
     "photographs": [
         "gradio:media_assets/images/*.jp*g",
@@ -93,7 +100,8 @@ def drawn() -> Iterator[tuple[str, int, np.ndarray]]:
     for number in range(6):
         frames = render(data.world(number), size=128)
         yield "rendered, negative", number, 255 - frames
-        yield "rendered, channels swapped", number, np.ascontiguousarray(frames[..., [1, 2, 0]])
+        for name, order in SWAPPED.items():
+            yield f"rendered, {name}", number, np.ascontiguousarray(frames[..., order])
         yield "rendered, four times as bright", number, np.clip(frames.astype(int) * 4, 0, 255).astype(np.uint8)
         yield "rendered, tiled 3x3", number, np.tile(frames[:, ::3, ::3], (1, 3, 3, 1))[:, :128, :128]
     random = np.random.default_rng(0)

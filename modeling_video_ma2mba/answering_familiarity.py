@@ -3,12 +3,12 @@
 A small model answers whatever it is asked about whatever it is shown, and its score does not tell that it never saw
 the like. A checkpoint may ship a file `familiarity.safetensors` (named by its configuration as `familiarity`):
 
-- frames: the mean of a frame's patch features lies close to those of training in the directions in which these hardly
-  vary. `mean` (C,) and `directions` (C, K), each divided by its spread, give a distance (the root of the mean square
-  over K directions, about 1 in training), and `threshold` says from where on a frame is strange.
+- frames: the mean of a frame's patch features, and the frame itself at 8 x 8 pixels, lie close to those of training in
+  the directions in which these hardly vary. The tower hardly sees what never varied in training, such as which channel
+  is which, or that there is anything at all; the small picture does.
 - questions: the sentences that were trained, with the words that may stand in their gaps.
 
-Legend: F frames, T rows of a frame, C width of the tower, K directions.
+Legend: F frames, T rows of a frame, C numbers about a frame, K directions.
 """
 
 import difflib
@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FILE = "familiarity.safetensors"
 STRANGE_FRAMES = "unfamiliar_frames"
 """Entry of a state's metadata: how many of its "frames" look unlike training."""
+_PREFIXES = {"features": "", "pictures": "picture_"}  # of the tensors in a file
 MOST_STRANGE = 0.5
 """Share of strange frames from which on a video as a whole is one."""
 _POINTING = re.compile(r"\b(?:it|its|this|that|these|those|they|them|their|he|she|his|her|ones?|there|then)\b", re.I)
@@ -83,49 +84,78 @@ def _plain(text: str, ends: bool = True) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Familiarity:
-    """See the top of the file.
+class Likeness:
+    """How far numbers about a frame lie from those of training, in the directions in which these vary least.
 
     Attributes:
-        mean: (C,); directions: (C, K); threshold: see above. None, None: nothing is known of frames.
-        questions: None: nothing is known of questions.
-        facts: how it was fitted and what was measured, for people: names and values, JSON.
+        mean: (C,). directions: (C, K), each divided by its spread: the distance is the root of the mean square over
+            them, about 1 in training. threshold: from where on a frame is strange.
     """
 
-    mean: Tensor | None = None
-    directions: Tensor | None = None
-    threshold: float = 0.0
-    questions: QuestionForms | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    mean: Tensor
+    directions: Tensor
+    threshold: float
 
     @classmethod
-    def fit(
-        cls, features: Tensor, others: Tensor, false_alarms: float, directions: int, **known: Any
-    ) -> "Familiarity":
+    def fit(cls, seen: Tensor, others: Tensor, false_alarms: float, directions: int) -> "Likeness":
         """From frames of training.
 
         Args:
-            features: (F, C), means over the rows of frames, many more than C.
+            seen: (F, C), many more frames than C.
             others: (G, C) of frames that were not looked at in fitting, as they come from files: `threshold` leaves
                 out the share `false_alarms` of them.
-            directions: K, at most C: those in which `features` vary least.
-            known: further attributes.
+            directions: K, at most C: those in which `seen` varies least.
 
         Raises:
             ValueError: too few frames for so many directions.
         """
-        if len(features) < 4 * features.shape[1] or not 1 <= directions <= features.shape[1]:
+        if len(seen) < 4 * seen.shape[1] or not 1 <= directions <= seen.shape[1]:
             raise ValueError(
-                f"{len(features)} frames are too few for {features.shape[1]} features: give at least "
-                f"{4 * features.shape[1]} (and 1 to {features.shape[1]} directions)"
+                f"{len(seen)} frames are too few for {seen.shape[1]} features: give at least "
+                f"{4 * seen.shape[1]} (and 1 to {seen.shape[1]} directions)"
             )
-        wide = features.double()
+        wide = seen.double()
         mean = wide.mean(0)
         _, spread, axes = torch.linalg.svd(wide - mean, full_matrices=False)
         spread = (spread / len(wide) ** 0.5).clamp(min=1e-6 * float(spread[0]) / len(wide) ** 0.5)
-        found = cls(mean.float(), (axes[-directions:].T / spread[-directions:]).float())
-        threshold = float(torch.quantile(found.distance(others), 1 - false_alarms))
-        return cls(found.mean, found.directions, threshold, **known)
+        found = cls(mean.float(), (axes[-directions:].T / spread[-directions:]).float(), 0.0)
+        return replace(found, threshold=float(torch.quantile(found.distance(others), 1 - false_alarms)))
+
+    def distance(self, numbers: Tensor) -> Tensor:
+        """Distances (F,) of `numbers` (F, C), where these tensors are (`to`)."""
+        return ((numbers.float() - self.mean) @ self.directions).square().mean(-1).sqrt()
+
+    def strange(self, numbers: Tensor) -> Tensor:
+        """(F,) bool: which of `numbers` (F, C), on any device, are farther off than `threshold`."""
+        return self.to(numbers.device).distance(numbers) > self.threshold
+
+    def to(self, device: torch.device) -> "Likeness":
+        """The same on another device."""
+        if self.mean.device == device:
+            return self
+        return replace(self, mean=self.mean.to(device), directions=self.directions.to(device))
+
+
+def small_pictures(frames: Tensor) -> Tensor:
+    """(F, 192) float: raw frames `(F, 3, h, w)` uint8 at 8 x 8 pixels."""
+    return nn.functional.adaptive_avg_pool2d(frames.float(), 8).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Familiarity:
+    """See the top of the file.
+
+    Attributes:
+        features: of the means (F, C) over the tower's rows of each frame. pictures: of `small_pictures`. None: nothing
+            is known of those.
+        questions: None: nothing is known of questions.
+        facts: how it was fitted and what was measured, for people: names and values, JSON.
+    """
+
+    features: Likeness | None = None
+    pictures: Likeness | None = None
+    questions: QuestionForms | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Familiarity":
@@ -140,7 +170,13 @@ class Familiarity:
             questions = content.pop("questions", None)
             if questions is not None:
                 questions = QuestionForms(tuple(questions.pop("forms")), **questions)
-            return cls(tensors.get("mean"), tensors.get("directions"), content.pop("threshold"), questions, content)
+            found = {}
+            for name, prefix in _PREFIXES.items():  # the first is there in files of all ages
+                threshold = content.pop(f"{prefix}threshold", 0.0) if prefix else content.pop("threshold")
+                if f"{prefix}mean" in tensors:
+                    parts = tensors[f"{prefix}mean"], tensors[f"{prefix}directions"]
+                    found[name] = Likeness(*parts, threshold)
+            return cls(**found, questions=questions, facts=content)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} does not say what a model is familiar with: {error}") from error
 
@@ -148,29 +184,36 @@ class Familiarity:
         """Write one small file, tensors in half precision."""
         from safetensors.torch import save_file
 
-        content: dict[str, Any] = {**self.facts, "threshold": self.threshold}
+        content: dict[str, Any] = {**self.facts, "threshold": 0.0}
         if (known := self.questions) is not None:
             slots = {name: list(texts) for name, texts in known.slots.items()}
             content["questions"] = {"forms": list(known.forms), "slots": slots, "follow_ups": known.follow_ups}
-        tensors = {"mean": self.mean, "directions": self.directions}
-        kept = {name: tensor.half().contiguous() for name, tensor in tensors.items() if tensor is not None}
-        save_file(kept, path, metadata={"familiarity": json.dumps(content, ensure_ascii=False)})
+        tensors: dict[str, Tensor] = {}
+        for name, prefix in _PREFIXES.items():
+            likeness: Likeness | None = getattr(self, name)
+            if likeness is not None:
+                tensors[f"{prefix}mean"] = likeness.mean.half().contiguous()
+                tensors[f"{prefix}directions"] = likeness.directions.half().contiguous()
+                content[f"{prefix}threshold"] = likeness.threshold
+        save_file(tensors, path, metadata={"familiarity": json.dumps(content, ensure_ascii=False)})
 
-    def distance(self, means: Tensor) -> Tensor:
-        """Distances (F,) of frames from those of training, about 1 there.
+    def strange(self, rows: Tensor, frames: Tensor) -> Tensor:
+        """(F,) bool, where `rows` are: which frames are unlike training.
 
         Args:
-            means: (F, C) of the rows of each frame, where these numbers are (`to`).
+            rows: (F, T, C) of the tower. frames: the same frames (F, 3, h, w); only raw ones (uint8) are looked at.
         """
-        if self.mean is None or self.directions is None:
-            raise ValueError("nothing is known about frames")
-        return ((means.float() - self.mean) @ self.directions).square().mean(-1).sqrt()
+        found = rows.new_zeros(len(rows), dtype=torch.bool)
+        if self.features is not None:
+            found |= self.features.strange(rows.float().mean(1))
+        if self.pictures is not None and frames.dtype == torch.uint8:
+            found |= self.pictures.strange(small_pictures(frames)).to(rows.device, non_blocking=True)
+        return found
 
-    def to(self, device: torch.device) -> "Familiarity":
-        """The same where frames are computed."""
-        if self.mean is None or self.directions is None or self.mean.device == device:
-            return self
-        return replace(self, mean=self.mean.to(device), directions=self.directions.to(device))
+    def to(self, rows: torch.device, frames: torch.device) -> "Familiarity":
+        """The same where the tower's rows and where frames are."""
+        features, pictures = self.features, self.pictures
+        return replace(self, features=features and features.to(rows), pictures=pictures and pictures.to(frames))
 
     def unfamiliar(self, metadata: Mapping[str, str], questions: Sequence[str]) -> "Unfamiliar":
         """What of a state and of the question asked of it is unlike training.
@@ -252,14 +295,14 @@ class StrangeFrames:
     """
 
     def __init__(self, known: Familiarity | None) -> None:
-        self._known = known if known is not None and known.mean is not None else None
+        self._known = known if known is not None and (known.features or known.pictures) else None
         self._flags: list[Tensor] = []
 
-    def __call__(self, features: Tensor) -> None:
-        """Take the tower's rows (F, T, C) of the next frames; no GPU is waited for."""
+    def __call__(self, rows: Tensor, frames: Tensor) -> None:
+        """Take the tower's rows (F, T, C) of the next frames, and these (F, 3, h, w); no GPU is waited for."""
         if self._known is not None:
-            self._known = self._known.to(features.device)  # once: a copy to a GPU makes the host wait
-            self._flags.append(self._known.distance(features.mean(1)) > self._known.threshold)
+            self._known = self._known.to(rows.device, frames.device)  # once: a copy to a GPU makes the host wait
+            self._flags.append(self._known.strange(rows, frames))
 
     def counts(self, groups: int) -> list[int] | None:
         """How many of the frames since the last call were strange, in `groups` parts of as many frames each; None

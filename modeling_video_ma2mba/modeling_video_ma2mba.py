@@ -190,7 +190,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         self,
         pixel_values_videos: Tensor,
         num_frames: Tensor | Sequence[int] | None = None,
-        on_features: Callable[[Tensor], object] | None = None,
+        on_features: Callable[[Tensor, Tensor], object] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Rows that stand for the frames in the language model's input.
@@ -198,7 +198,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         Args:
             pixel_values_videos: (F, 3, h, w) on any device; uint8 is raw RGB, floating point already normalised.
             num_frames: frames of each video; only towers that look at clips of frames ask. None: all are of one.
-            on_features: called with the tower's rows (F', T, C) of some frames after the other; see `video_rows`.
+            on_features: called with the tower's rows (F', T, C) of some frames after the other, and with these frames;
+                see `video_rows`.
 
         Returns:
             (F * T, D), frame after frame, raster order inside; computed `config.vision_chunk_frames` frames at a time.

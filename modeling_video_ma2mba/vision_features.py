@@ -126,7 +126,7 @@ def video_rows(
     layout: RowLayout | None = None,
     text: Tensor | None = None,
     num_frames: Sequence[int] | None = None,
-    on_features: Callable[[Tensor], object] | None = None,
+    on_features: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Tensor:
     """Run frames through tower, pooling and projector and lay the rows out, by themselves or among text embeddings.
 
@@ -138,7 +138,7 @@ def video_rows(
         text: `(text rows, D)` embeddings to be laid out between the features.
         num_frames: frames of each video, where a tower looks at clips; None: they are all of one.
         on_features: where nothing is differentiated, called with the tower's rows (F', T, C) of some frames after the
-            other.
+            other, and with these frames (F', 3, h, w).
 
     Returns:
         `(total rows, D)`. In bounded memory beside the result unless `recompute` is off in training.
@@ -173,7 +173,7 @@ def video_rows(
     def both(piece: Tensor, first: int) -> Tensor:
         features = encode(piece, first)
         if on_features is not None:
-            on_features(features)
+            on_features(features, piece)
         return project(features, first)
 
     def job(run: Callable[[Tensor, int], Tensor]) -> ChunkJob:

@@ -15,7 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..loading import load_pipeline
-from ..modeling_video_ma2mba.answering_familiarity import FILE, MOST_STRANGE, Familiarity, QuestionForms
+from ..modeling_video_ma2mba.answering_familiarity import (
+    FILE,
+    MOST_STRANGE,
+    Familiarity,
+    Likeness,
+    QuestionForms,
+    small_pictures,
+)
 from ..modeling_video_ma2mba.reading_prompt import frames_of
 from ..modeling_video_ma2mba.state_writing import write_whole
 from .dataset import WorldDataset
@@ -33,8 +40,8 @@ from .world import CARD_SYMBOLS, COLOURS, DIRECTIONS, QUARTERS, SHAPES
 
 FALSE_ALARMS = 0.01
 """Share of a model's own frames that may be taken for strange ones."""
-DIRECTIONS_KEPT = 1 / 3
-"""Share of the tower's features in whose directions frames of training vary least."""
+DIRECTIONS_KEPT, PICTURES_KEPT = 1 / 3, 1 / 4
+"""Shares of the tower's features, and of the numbers of a small picture, in whose directions training varies least."""
 VIDEOS_FITTED, FRAMES_OF_EACH = 2_500, 8
 VIDEOS_HELD_OUT = 30
 _LENGTHS = (8, 64)
@@ -121,31 +128,54 @@ def _encode(path: Path, frames: np.ndarray, fps: int, codec: str, options: dict[
         container.mux(stream.encode())
 
 
-def features_of(pipe: Any, chunks: Iterable[Any]) -> Tensor:
-    """(F, C): the tower's features of frames, the mean over the rows of each."""
-    means: list[Tensor] = []
+class Seen(NamedTuple):
+    """What was seen of frames: means of the tower's rows (F, C), and `small_pictures` (F, 192)."""
+
+    features: Tensor
+    pictures: Tensor
+
+    @classmethod
+    def together(cls, several: Iterable[Seen]) -> Seen:
+        """All of them."""
+        return cls(*map(torch.cat, zip(*several, strict=True)))
+
+
+def look_at(pipe: Any, chunks: Iterable[Any]) -> Seen:
+    """What the pipeline's model sees of frames."""
+    seen: list[Seen] = []
+
+    def keep(rows: Tensor, frames: Tensor) -> None:
+        seen.append(Seen(rows.float().mean(1).cpu(), small_pictures(frames).cpu()))
+
     with torch.no_grad():
         for chunk in chunks:
-            pixels = frames_of(chunk)
-            pipe.model.get_video_features(pixels, on_features=lambda rows: means.append(rows.float().mean(1).cpu()))
-    return torch.cat(means)
+            pipe.model.get_video_features(frames_of(chunk), on_features=keep)
+    return Seen.together(seen)
 
 
-def features_of_file(pipe: Any, path: Path, fps: float = 1.0) -> Tensor:
-    """`features_of` a video file, at most 64 frames of it."""
+def look_at_file(pipe: Any, path: Path, fps: float = 1.0) -> Seen:
+    """`look_at` a video file, at most 64 frames of it."""
     with pipe.processor.video_processor.open(str(path), fps=fps, max_frames=64) as reader:
-        return features_of(pipe, reader.chunks(32))
+        return look_at(pipe, reader.chunks(32))
+
+
+def strange(known: Familiarity, seen: Seen) -> Tensor:
+    """(F,) bool: which frames are unlike what is known."""
+    found = torch.zeros(len(seen.features), dtype=torch.bool)
+    for likeness, numbers in ((known.features, seen.features), (known.pictures, seen.pictures)):
+        if likeness is not None:
+            found |= likeness.strange(numbers)
+    return found
 
 
 def fit_world(pipe: Any) -> Familiarity:
     """What the pipeline's model is familiar with, if it was trained on the rendered world."""
-    fitted = features_of(pipe, rendered_frames("train", VIDEOS_FITTED, FRAMES_OF_EACH))
+    fitted = look_at(pipe, rendered_frames("train", VIDEOS_FITTED, FRAMES_OF_EACH))
     with tempfile.TemporaryDirectory() as folder:
-        held_out = [
-            features_of_file(pipe, path) for _, path in encoded_videos(Path(folder), "validation", VIDEOS_HELD_OUT)
-        ]
-    facts = {"fitted": f"{len(fitted)} frames of rendered training videos, threshold from {len(torch.cat(held_out))}"}
-    return _fit(fitted, torch.cat(held_out), questions=world_questions(), facts=facts)
+        files = encoded_videos(Path(folder), "validation", VIDEOS_HELD_OUT)
+        held_out = Seen.together(look_at_file(pipe, path) for _, path in files)
+    counts = f"{len(fitted.features)} frames of rendered training videos, thresholds from {len(held_out.features)}"
+    return _fit(fitted, held_out, questions=world_questions(), facts={"fitted": counts})
 
 
 def fit_videos(pipe: Any, files: list[Path]) -> Familiarity:
@@ -156,14 +186,18 @@ def fit_videos(pipe: Any, files: list[Path]) -> Familiarity:
     """
     if len(files) < 10:
         raise ValueError(f"{len(files)} videos are too few to tell what a model is familiar with: give ten or more")
-    features = [features_of_file(pipe, path) for path in files]
-    fitted = torch.cat([found for number, found in enumerate(features) if number % 5])
-    return _fit(fitted, torch.cat(features[::5]), facts={"fitted": f"{len(fitted)} frames of {len(files)} videos"})
+    seen = [look_at_file(pipe, path) for path in files]
+    fitted = Seen.together(found for number, found in enumerate(seen) if number % 5)
+    facts = {"fitted": f"{len(fitted.features)} frames of {len(files)} videos"}
+    return _fit(fitted, Seen.together(seen[::5]), facts=facts)
 
 
-def _fit(fitted: Tensor, held_out: Tensor, **known: Any) -> Familiarity:
-    directions = max(1, round(DIRECTIONS_KEPT * fitted.shape[1]))
-    return Familiarity.fit(fitted, held_out, FALSE_ALARMS, directions, **known)
+def _fit(fitted: Seen, held_out: Seen, **known: Any) -> Familiarity:
+    found = [
+        Likeness.fit(numbers, others, FALSE_ALARMS, max(1, round(kept * numbers.shape[1])))
+        for numbers, others, kept in zip(fitted, held_out, (DIRECTIONS_KEPT, PICTURES_KEPT), strict=True)
+    ]
+    return Familiarity(*found, **known)
 
 
 def measure(pipe: Any, known: Familiarity, strange: Path | None, videos: int = 50) -> list[dict[str, Any]]:
@@ -175,10 +209,10 @@ def measure(pipe: Any, known: Familiarity, strange: Path | None, videos: int = 5
     counted: dict[str, list[tuple[int, int]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, path in encoded_videos(Path(folder), "test", videos):
-            counted.setdefault(name, []).append(_strange(known, features_of_file(pipe, path)))
+            counted.setdefault(name, []).append(_counts(known, look_at_file(pipe, path)))
     for path in sorted(strange.iterdir()) if strange is not None else ():
         kind = path.stem.partition("-")[0]
-        counted.setdefault(kind, []).append(_strange(known, features_of_file(pipe, path, fps=2)))
+        counted.setdefault(kind, []).append(_counts(known, look_at_file(pipe, path, fps=2)))
     return [
         {
             "kind": kind,
@@ -191,8 +225,8 @@ def measure(pipe: Any, known: Familiarity, strange: Path | None, videos: int = 5
     ]
 
 
-def _strange(known: Familiarity, features: Tensor) -> tuple[int, int]:
-    return len(features), int((known.distance(features) > known.threshold).sum())
+def _counts(known: Familiarity, seen: Seen) -> tuple[int, int]:
+    return len(seen.features), int(strange(known, seen).sum())
 
 
 def write_into(folder: Path, known: Familiarity) -> None:
@@ -215,7 +249,8 @@ def main() -> None:
     if options.strange is None:
         known = fit_world(pipe) if options.videos is None else fit_videos(pipe, sorted(options.videos.iterdir()))
         write_into(options.checkpoint, known)
-        print(f"{options.checkpoint / FILE}: strange from a distance of {known.threshold:.2f} on")
+        thresholds = [f"{one.threshold:.2f}" for one in (known.features, known.pictures) if one is not None]
+        print(f"{options.checkpoint / FILE}: strange from a distance of {' or '.join(thresholds)} on")
         return
     known = pipe.model.model.familiarity
     if known is None:

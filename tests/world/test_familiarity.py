@@ -15,13 +15,22 @@ from video_ma2mba.modeling_video_ma2mba.answering_familiarity import (
     FILE,
     STRANGE_FRAMES,
     Familiarity,
+    Likeness,
     QuestionForms,
     StrangeFrames,
     add_strange,
     asked_questions,
 )
-from video_ma2mba.world import WorldDataset
-from video_ma2mba.world.familiarity import encoded_videos, features_of_file, fit_videos, world_questions
+from video_ma2mba.world import WorldDataset, render
+from video_ma2mba.world.familiarity import (
+    Seen,
+    encoded_videos,
+    fit_videos,
+    look_at,
+    look_at_file,
+    strange,
+    world_questions,
+)
 from video_ma2mba.world.questions import list_things, name_option
 from video_ma2mba.world.video_files import write_video
 
@@ -103,22 +112,23 @@ def test_a_question_about_what_was_named_needs_something_named():
 def test_distances_are_those_of_a_direct_computation(tmp_path: Path):
     random = torch.Generator().manual_seed(1)
     features = torch.randn(400, 6, generator=random) * torch.tensor([9.0, 4, 3, 2, 1, 0.1]) + 5
-    known = Familiarity.fit(features, features[:100], 0.1, 2, questions=world_questions(), facts={"fitted": "here"})
+    likeness = Likeness.fit(features, features[:100], 0.1, 2)
+    known = Familiarity(likeness, questions=world_questions(), facts={"fitted": "here"})
     centred = features.double() - features.double().mean(0)
     values, vectors = np.linalg.eigh((centred.T @ centred / 400).numpy())
     along = centred.numpy() @ vectors[:, :2] / values[:2] ** 0.5
-    np.testing.assert_allclose(known.distance(features).numpy(), np.sqrt((along**2).mean(1)), rtol=1e-4)
-    assert int((known.distance(features[:100]) > known.threshold).sum()) == 10
+    np.testing.assert_allclose(likeness.distance(features).numpy(), np.sqrt((along**2).mean(1)), rtol=1e-4)
+    assert int(likeness.strange(features[:100]).sum()) == 10
     known.save(tmp_path / FILE)
     again = Familiarity.load(tmp_path / FILE)
-    torch.testing.assert_close(again.distance(features), known.distance(features), rtol=1e-2, atol=1e-2)
-    assert (again.threshold, again.facts) == (known.threshold, known.facts)
+    torch.testing.assert_close(again.features.distance(features), likeness.distance(features), rtol=1e-2, atol=1e-2)
+    assert (again.features.threshold, again.pictures, again.facts) == (likeness.threshold, None, known.facts)
     assert again.questions.knows(KNOWN) and not again.questions.knows("What is shown?")
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:50])
     with pytest.raises(ValueError, match="does not say what a model is familiar with"):
         Familiarity.load(tmp_path / FILE)
     with pytest.raises(ValueError, match="too few"):
-        Familiarity.fit(features[:20], features, 0.1, 2)
+        Likeness.fit(features[:20], features, 0.1, 2)
 
 
 def test_counts_of_an_older_state_are_not_invented():
@@ -136,8 +146,7 @@ def test_rendered_videos_are_familiar_however_they_were_encoded(bundled, tmp_pat
     known = bundled.model.model.familiarity
     shares: dict[str, list[float]] = {}
     for name, path in encoded_videos(tmp_path, "test", 2, seed=77):
-        strange = known.distance(features_of_file(bundled, path)) > known.threshold
-        shares.setdefault(name, []).append(float(strange.float().mean()))
+        shares.setdefault(name, []).append(float(strange(known, look_at_file(bundled, path)).float().mean()))
     assert len(shares) == 6 and max(map(max, shares.values())) < 0.25, shares
 
 
@@ -205,12 +214,30 @@ def test_commands_say_so(bundled, noise: Path, tmp_path: Path, monkeypatch):
     assert told.stderr.count("note: ") == 2  # once about the video, once about the question
 
 
+def measures(model) -> list[Likeness]:
+    known = model.model.familiarity
+    assert known.features is not None and known.pictures is not None
+    return [known.features, known.pictures]
+
+
+@pytest.mark.bundled
+def test_black_frames_and_worlds_in_other_colours_are_strange(bundled):
+    known, data = bundled.model.model.familiarity, WorldDataset("test", 4, frames=(8, 24), seed=41)
+    assert strange(known, look_at(bundled, [np.zeros((3, 64, 64, 3), np.uint8)])).all()
+    for number in range(4):
+        frames = render(data.world(number))
+        assert strange(known, look_at(bundled, [frames])).float().mean() < 0.25
+        for swapped in ([1, 2, 0], [2, 0, 1], [2, 1, 0], [0, 2, 1]):  # red and green alone are too close
+            assert strange(known, look_at(bundled, [np.ascontiguousarray(frames[..., swapped])])).all()
+
+
 @pytest.mark.bundled
 def test_the_file_travels_with_a_saved_model_and_goes_with_training(bundled, tmp_path: Path):
     bundled.model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["familiarity"] == FILE
     again = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path)
-    assert again.model.familiarity.threshold == bundled.model.model.familiarity.threshold
+    for one, other in zip(measures(again), measures(bundled.model), strict=True):
+        assert one.threshold == other.threshold
     again.model.familiarity = None
     (tmp_path / FILE).unlink()
     again.save_pretrained(tmp_path)
@@ -232,9 +259,9 @@ def test_other_checkpoints_can_have_it(bundled, noise: Path, tmp_path: Path, mon
     with pytest.raises(ValueError, match="too few for 192 features"):
         fit_videos(bundled, files)
     monkeypatch.setattr(
-        "video_ma2mba.world.familiarity.features_of_file",
-        lambda pipe, path: features_of_file(pipe, path).repeat(15, 1),
+        "video_ma2mba.world.familiarity.look_at_file",
+        lambda pipe, path: Seen(*(numbers.repeat(15, 1) for numbers in look_at_file(pipe, path))),
     )
     known = fit_videos(bundled, files)
     assert known.questions is None
-    assert bool((known.distance(features_of_file(bundled, noise)) > known.threshold).all())
+    assert bool(strange(known, look_at_file(bundled, noise)).all())
