@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,8 +33,17 @@ def evaluate(
         typer.Option(help="Once with each of these numbers of frames, such as 8,32,128,max, and a curve of them."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="For caption_score: a file of rows with video and caption.", show_default="the rendered world"
+        ),
+    ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Address of the judge of open answers, such as http://localhost:8000/v1.")
+        str | None,
+        typer.Option(
+            help="Judge of open answers: an address such as http://localhost:8000/v1, a folder, or a Hub id."
+        ),
     ] = None,
     judge_model: Annotated[
         str, typer.Option(help="The judge's name there. Its key is taken from OPENAI_API_KEY.")
@@ -74,8 +83,9 @@ def evaluate(
     given |= {
         "--subtitles": None if subtitles == "off" else subtitles,
         "--limit": limit,
+        "--captions": captions,
         "--judge": judge,
-        "--judge-model": judge_model if judge else None,
+        "--judge-model": judge_model if judge and judge.startswith("http") else None,
     }
     given |= {"--no-judge": no_judge, "--data": data, "--replay": replay, "--skip-unreadable": skip_unreadable}
     given |= {"--stop-repeat-ngram": None if stop_repeat_ngram == 5 else stop_repeat_ngram, "--out": out}
@@ -85,7 +95,6 @@ def evaluate(
         check_loading(model, device, dtype)
     from video_ma2mba.eval.benchmarks import expand
     from video_ma2mba.eval.harness import check_tasks, prepare_environment, quiet_harness
-    from video_ma2mba.eval.judge import Judge
     from video_ma2mba.loading import join_ranks
 
     if fps is not None and num_frames is not None:
@@ -97,6 +106,14 @@ def evaluate(
     for folder in include or ():
         if not folder.is_dir():
             raise FileNotFoundError(f"--include {folder} is no folder")
+    from video_ma2mba.eval.captions import CAPTIONS_VARIABLE, read_captions
+
+    os.environ.pop(CAPTIONS_VARIABLE, None)
+    if captions is not None:
+        if "caption_score" not in expand(tasks):
+            raise ValueError("--captions is for the task caption_score: add it to --tasks")
+        read_captions(captions)
+        os.environ[CAPTIONS_VARIABLE] = str(captions.resolve())
     if cache_dir is not None and cache_dir.exists() and not cache_dir.is_dir():
         raise ValueError(f"--cache-dir {cache_dir} is a file: name a folder")
     if not cache_gb > 0:
@@ -122,7 +139,7 @@ def evaluate(
 
     asked = None
     if judge is not None:
-        asked = Judge(judge, judge_model, os.environ.get("OPENAI_API_KEY", ""), out / "judge.jsonl")
+        asked = _judge(judge, judge_model, out / "judge.jsonl", device, dtype, trust_remote_code)
     evaluation = Evaluation(names, out, limit, None if no_judge else asked, further)
     if evaluation.judged_tasks and asked is None and not no_judge:
         raise ValueError(
@@ -167,7 +184,7 @@ def evaluate(
         about = _of_recorded_answers()
     about |= {"command": command_line("eval", given), "limit": limit}
     about["model"] = model or ("recorded answers" if replay else "bundled checkpoint")
-    about["judge"] = judge_model if asked and evaluation.judged_tasks else None
+    about["judge"] = asked.model if asked and evaluation.judged_tasks else None
     try:
         score_answers(evaluation, answers, _print_score)
     finally:  # a judge that fails does not take the other scores along
@@ -194,6 +211,22 @@ def _sweep(text: str, options: dict) -> None:
         note(f"{count} frames")
         evaluate(**options | {"num_frames": None if count == "max" else count, "out": folder})
     typer.echo(f"{write_sweep(out, folders)}")
+
+
+def _judge(judge: str, model: str, log: Path, device: str, dtype: str, trust_remote_code: bool) -> Any:
+    """The judge behind an address, or a language model of a folder or the Hub that is loaded now."""
+    import re
+
+    from video_ma2mba.eval.judge import Judge, LocalJudge
+
+    if not os.path.isdir(judge) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", judge):
+        return Judge(judge, model, os.environ.get("OPENAI_API_KEY", ""), log)
+    from video_ma2mba.loading import pick_device, pick_dtype, resolve_model
+    from video_ma2mba.trainer.data.long_models import text_generator
+
+    place = pick_device(device)
+    generate = text_generator(resolve_model(judge), place, pick_dtype(dtype, place), trust_remote_code)
+    return LocalJudge(generate, os.path.basename(judge.rstrip("/")) if os.path.isdir(judge) else judge, log)
 
 
 def _require_packages() -> None:

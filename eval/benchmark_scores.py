@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..world import KINDS
+from .captions import DIMENSIONS
 
 Samples = Mapping[str, Sequence[dict[str, Any]]]  # by task
 
@@ -133,6 +134,15 @@ def _videochatgpt(samples: Samples, results: Mapping[str, Mapping[str, Any]]) ->
     return Scores([*rows, Score("all", mean, asked)], notes=["all: mean of the five dimensions."])
 
 
+def _captions(samples: Samples, results: Any) -> Scores:
+    found = [sample for rows in samples.values() for sample in rows]
+    rows = [
+        Score(name, sum(sample[f"caption_{name}"] for sample in found) / len(found), len(found)) for name in DIMENSIONS
+    ]
+    mean = sum(row.value for row in rows) / len(rows)
+    return Scores([*rows, Score("all", mean, len(found))], notes=["all: mean of the three dimensions."])
+
+
 def _lvbench(samples: Samples, results: Any) -> Scores:
     from lmms_eval.tasks.lvbench.utils import extract_characters_regex
 
@@ -196,6 +206,7 @@ _TABLES: dict[str, Callable[[Samples, Any], Scores]] = {
     "mlvu_dev": _mlvu,
     "longtimescope": _longtimescope,
     "videomme_v2": _videomme_v2,
+    "caption_score": _captions,
     "rendered_world": _world,
 }
 

@@ -53,6 +53,7 @@ BENCHMARKS = {
         ),
         Benchmark("ovobench", "OVO-Bench", "ovobench", "kcz358/OVOBench"),
         Benchmark("timelens", "TimeLens", "timelens", "kcz358/timelens"),
+        Benchmark("caption_score", "Captions", "own", "a file of yours (--captions)", judge=True, unit="0-5"),
         Benchmark("rendered_world", "Rendered world", "own", "video-ma2mba-world"),
     )
 }

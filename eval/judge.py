@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from ..processing.video_source_names import shown_name, without_secrets
 from .answer_log import AnswerLog
 
+_LOCAL_TOKENS = 64
 _HOPELESS = (400, 401, 403, 404, 405)  # what will not change by asking again
 _PROBE = (
     "Question: Is the lamp on?\nCorrect Answer: yes\nPredicted Answer: yes\n\n"
@@ -53,7 +54,10 @@ class Judge:
         wait: float = 2.0,
     ):
         if not re.match(r"https?://", url):
-            raise ValueError(f"--judge {shown_name(url)}: give an address such as http://localhost:8000/v1")
+            raise ValueError(
+                f"--judge {shown_name(url)}: give an address such as http://localhost:8000/v1, or the folder or Hub "
+                "id of a language model"
+            )
         self.url = url if url.rstrip("/").endswith("completions") else url.rstrip("/") + "/chat/completions"
         self.model, self.key, self.tries, self.timeout, self.wait = model, key, tries, timeout, wait
         self.log = AnswerLog(log)
@@ -137,6 +141,25 @@ class Judge:
         answer = requests.request("POST", self.url, headers=headers, json=payload, timeout=self.timeout)
         answer.raise_for_status()
         return answer.json()["choices"][0]["message"]["content"]
+
+
+class LocalJudge(Judge):
+    """A language model in this process as judge.
+
+    Args:
+        generate: from a request and the most tokens to what the model says. name: of the model; its settings are those
+            of `Judge`.
+    """
+
+    def __init__(self, generate: Callable[[str, int], str], name: str, log: Path | None = None):
+        super().__init__("http://localhost", name, log=log, tries=1)  # it would say the same again
+        self.url, self.generate = "this process", generate
+        self._turn = threading.Lock()
+
+    def _ask(self, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+        request = "\n\n".join(str(message["content"]) for message in messages)
+        with self._turn:
+            return self.generate(request, int(settings.get("max_tokens") or _LOCAL_TOKENS))
 
 
 class _Reply:
