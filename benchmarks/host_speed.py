@@ -90,14 +90,14 @@ def wait(device: str) -> None:
 
 def timed(run, device: str, repeats: int) -> dict[str, float]:
     """Columns of a row: seconds of the first call, the median of the others, and what a launch took around them."""
-    seconds, launches = [], [measure_launch(device, 2000)]
+    seconds, launches = [], [measure_launch(device, 0.25)]
     for _ in range(repeats + 1):
         wait(device)
         start = time.perf_counter()
         run()
         wait(device)
         seconds.append(time.perf_counter() - start)
-    launches.append(measure_launch(device, 2000))
+    launches.append(measure_launch(device, 0.25))
     return {"seconds": round(statistics.median(seconds[1:]), 4), "first_seconds": round(seconds[0], 4),
             "launch_us": round(1e6 * statistics.mean(launches), 2)}  # fmt: skip
 

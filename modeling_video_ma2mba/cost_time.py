@@ -4,7 +4,6 @@ Every plan computes nearly the same (forward, one recomputation, backward); plan
 GPU, in the work per cell, and in copies to the host that computation cannot hide. Legend as in `cost_memory`.
 """
 
-import statistics
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,24 +90,27 @@ H200 = MeasuredCosts(
 )
 
 
-def measure_launch(device: Any = "cuda", launches: int = 10_000) -> float:
-    """Seconds that this host needs to launch one PyTorch operation, now: the median of some runs of tiny sums.
+def measure_launch(device: Any = "cuda", seconds: float = 1.0) -> float:
+    """Seconds that this host needs to launch one PyTorch operation, now: the mean over many tiny sums.
 
-    Not the fastest: a host that others use as well is as slow as it is on average.
+    Neither the fastest nor the usual: a host that others use as well stands still for some milliseconds at a time, and
+    is as slow as it is on average.
+
+    Args:
+        seconds: to measure for.
     """
     import torch
 
-    x, seconds = torch.zeros(16, device=device), []
-    for _ in range(6):
-        if x.is_cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+    x, launches, runs, began = torch.zeros(16, device=device), 1000, -1, 0.0
+    while runs < 1 or time.perf_counter() - began < seconds:
+        if runs == 0:  # the first loads the kernel
+            began = time.perf_counter()
         for _ in range(launches):
             x.add_(1)
         if x.is_cuda:
             torch.cuda.synchronize(device)
-        seconds.append((time.perf_counter() - start) / launches)
-    return statistics.median(seconds[1:])  # the first loads the kernel
+        runs += 1
+    return (time.perf_counter() - began) / (runs * launches)
 
 
 def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> float:

@@ -94,7 +94,7 @@ class StepPlanner:
         device = self.stack.norm_f.weight.device
         if device.type != "cuda" or not self._vision["tower_trains"]:
             return None
-        launch = min(max(measure_launch(device, 1000), 1e-7), 1e-4)
+        launch = min(max(measure_launch(device, 0.1), 1e-7), 1e-4)
         return H200.on_host(launch if self.group is None else -self.group.smallest(-launch)[0])
 
     @property
