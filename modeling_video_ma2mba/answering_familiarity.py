@@ -29,6 +29,7 @@ STRANGE_FRAMES = "unfamiliar_frames"
 _PREFIXES = {"features": "", "pictures": "picture_"}  # of the tensors in a file
 MOST_STRANGE = 0.5
 """Share of strange frames from which on a video as a whole is one."""
+_CLOCK = re.compile(r"(?<![\w:.])(?:\d+:)?\d{1,2}:\d{2}(?:\.\d+)?(?![\w:])")
 _POINTING = re.compile(r"\b(?:it|its|this|that|these|those|they|them|their|he|she|his|her|ones?|there|then)\b", re.I)
 
 
@@ -80,6 +81,7 @@ class QuestionForms:
 
 def _plain(text: str, ends: bool = True) -> str:
     text = re.sub(r"\s+", " ", re.sub("[\u200b\u2060\ufeff]", "", text).casefold())
+    text = _CLOCK.sub("0:00", text)  # one moment is as familiar as another
     return text.strip().rstrip("?!. ") if ends else text
 
 

@@ -56,8 +56,27 @@ ENCODINGS: dict[str, tuple[str, dict[str, str], tuple[int, int], int]] = {
 }
 
 
-def world_questions() -> QuestionForms:
-    """The forms of `questions`, those that only training asks included."""
+_TIMED_FORMS = (
+    "when is the {thing|card} in view",
+    "from when to when is the {thing|card} shown",
+    "what comes at {clock}",
+    "what appears at {clock}",
+    "what comes between {clock} and {clock}",
+    "which sign was named aloud",
+    "what sign did the voice name",
+    "which colour did the voice give the {shape}",
+    "what colour is the {shape}, says the voice",
+    'a voice says "the sign is {sign}." which sign did it name',
+    'a voice says "remember the sign {sign}." which sign did it name',
+)
+
+
+def world_questions(timed: bool = False) -> QuestionForms:
+    """The forms of `questions`, those that only training asks included.
+
+    Args:
+        timed: also those of models that read times, which know speech and follow-up questions, too.
+    """
     things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     plurals = [f"{colour} objects" for colour in COLOURS]
     plurals += ["crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES]
@@ -80,6 +99,7 @@ def world_questions() -> QuestionForms:
             "which quarter of the video first shows the {thing|card}",
             "list everything in the video",
             "which option is {colour|shape|thing|word}",
+            *(_TIMED_FORMS if timed else ()),
         ),
         slots={
             "shape": SHAPES,
@@ -89,7 +109,9 @@ def world_questions() -> QuestionForms:
             "card": ("card",),
             "end": ("first", "last"),
             "word": [*COUNTS, *DIRECTIONS, *QUARTERS, *CARD_SYMBOLS.lower()],
+            **({"clock": ("0:00",), "sign": tuple(CARD_SYMBOLS.lower())} if timed else {}),
         },
+        follow_ups=timed,
     )
 
 
@@ -175,7 +197,8 @@ def fit_world(pipe: Any) -> Familiarity:
         files = encoded_videos(Path(folder), "validation", VIDEOS_HELD_OUT)
         held_out = Seen.together(look_at_file(pipe, path) for _, path in files)
     counts = f"{len(fitted.features)} frames of rendered training videos, thresholds from {len(held_out.features)}"
-    return _fit(fitted, held_out, questions=world_questions(), facts={"fitted": counts})
+    questions = world_questions(timed=pipe.model.config.frame_times != "none")
+    return _fit(fitted, held_out, questions=questions, facts={"fitted": counts})
 
 
 def fit_videos(pipe: Any, files: list[Path]) -> Familiarity:

@@ -1,6 +1,7 @@
 """What the bundled checkpoint says about frames and questions that are unlike its training."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from video_ma2mba.modeling_video_ma2mba.answering_familiarity import (
     add_strange,
     asked_questions,
 )
+from video_ma2mba.processing.frame_times import TIMES_REQUEST
 from video_ma2mba.world import WorldDataset, render
 from video_ma2mba.world.familiarity import (
     Seen,
@@ -31,7 +33,7 @@ from video_ma2mba.world.familiarity import (
     strange,
     world_questions,
 )
-from video_ma2mba.world.questions import list_things, name_option
+from video_ma2mba.world.questions import ALL_KINDS, list_things, name_option, repeat_sign
 from video_ma2mba.world.video_files import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +82,20 @@ def test_no_trained_question_is_strange():
                 assert forms.knows(name_option(question).text), name_option(question).text
         assert forms.knows(list_things(data.world(number)).text)
     assert len(kinds) == 14
+
+
+def test_no_question_that_a_model_with_times_was_trained_on_is_strange():
+    known, untimed, kinds = Familiarity(questions=world_questions(timed=True)), world_questions(), set()
+    data = WorldDataset("train", 300, frames=(4, 90), kinds=ALL_KINDS, questions=30, begins=90_000, pace=9)
+    for number in range(300):
+        for question in data.asked(number)[1]:
+            asked = [turn.text.removesuffix(f" {TIMES_REQUEST}") for turn in (*question.before, question)]
+            kinds.add(question.kind)
+            assert not known.unfamiliar({}, asked), asked
+            assert question.kind not in ("span", "moment", "spoken", "said") or not untimed.knows(asked[-1])
+        assert known.questions.knows(repeat_sign(random.Random(number)).text)
+    assert kinds == set(ALL_KINDS)
+    assert known.unfamiliar({}, ["What comes at noon?"]).nearest == "What comes at 0:00?"
 
 
 @pytest.mark.parametrize("question", STRANGE_QUESTIONS)
