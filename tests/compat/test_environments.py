@@ -107,3 +107,20 @@ def test_names_that_the_checks_import_are_there(script: str):
             found += len(node.names)
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
     assert found > 2
+
+
+def test_a_walk_goes_on_with_what_has_not_passed_at_this_commit(tmp_path: Path):
+    spec = util.spec_from_file_location("compat_walk", FILE.with_name("walk.py"))
+    walk = util.module_from_spec(spec)
+    spec.loader.exec_module(walk)
+    table = tmp_path / "walk.csv"
+    assert walk.passed_before(table, "aa") == []
+    rows = [
+        ("aa", "1", "passed"),
+        ("aa", "2", "exit code 1"),
+        ("bb", "3", "passed"),
+        ("aa", "4", "needs [ray], as it says"),
+    ]
+    lines = [f'{commit},python3.11,60,cli,{line},1.0,"{result}"' for commit, line, result in rows]
+    table.write_text("\n".join([",".join(walk.FIELDS), *lines]) + "\n")
+    assert [row["line"] for row in walk.passed_before(table, "aa")] == ["1", "4"]

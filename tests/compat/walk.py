@@ -6,7 +6,8 @@ Makes a wheel and an environment for each Python (not editable, with the version
 block that is not marked otherwise in an empty folder beside nothing but `examples/`: `piped` (no terminal), `60` and
 `120` (a terminal of so many columns, in tmux), `plain` (80 columns, NO_COLOR). A block fails by its exit code, a
 traceback, an escape sequence where it was piped, a colour where none was wanted, or a progress bar that is wider than
-the terminal. Writes walk.csv (seconds of every block) and what each block printed. `make walk` does all of it.
+the terminal. Writes walk.csv (commit and seconds of every block) and what each block printed. Interrupted, the same
+command goes on: what passed at this commit is not run again. `make walk` does all of it.
 """
 
 import argparse
@@ -27,7 +28,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3|4|9|10)[0-7](?:;[0-9;]*)?m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>]|\x1b\][^\x07]*\x07")
 MODES = ("piped", "60", "120", "plain")
 EXTRAS = "train,plot,demo,serve"
-FIELDS = ["python", "mode", "page", "line", "seconds", "result"]
+FIELDS = ["commit", "python", "mode", "page", "line", "seconds", "result"]
 
 
 def blocks(pages: list[Path]) -> list[tuple[str, int, str, str]]:
@@ -39,6 +40,18 @@ def blocks(pages: list[Path]) -> list[tuple[str, int, str, str]]:
             if match[1] is None:
                 found.append((page.stem, text.count("\n", 0, match.start(3)) + 1, match[2], match[3]))
     return found
+
+
+def passed_before(table: Path, commit: str) -> list[dict[str, str]]:
+    """Rows of blocks that passed at this commit."""
+    if not table.exists():
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("commit") == commit and is_passed(row["result"])]
+
+
+def is_passed(result: str) -> bool:
+    return result == "passed" or result.startswith("needs")
 
 
 def make_wheel(out: Path) -> Path:
@@ -150,10 +163,15 @@ def main() -> None:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     wheel = make_wheel(out)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    before = passed_before(out / "walk.csv", commit)
+    done = {tuple(row[name] for name in ("python", "mode", "page", "line")) for row in before}
     failed = 0
     with (out / "walk.csv").open("w", encoding="utf-8", newline="") as table:
         writer = csv.DictWriter(table, FIELDS)
         writer.writeheader()
+        writer.writerows(before)
         for python in options.pythons:
             name = Path(python).name
             inside = install(python, out / f"venv-{name}", wheel)
@@ -161,6 +179,8 @@ def main() -> None:
             environment["PATH"] = f"{inside.parent}{os.pathsep}{environment['PATH']}"
             for mode in options.modes:
                 for page, line, language, code in blocks(options.pages):
+                    if (name, mode, page, str(line)) in done:
+                        continue
                     folder = out / "work" / f"{name}-{mode}-{page}-{line}"
                     command = prepared(folder, language, code, inside)
                     started = time.monotonic()
@@ -173,10 +193,10 @@ def main() -> None:
                     seconds, result = time.monotonic() - started, verdict(rc, text, mode, language)
                     (out / f"{folder.name}.txt").write_text(text, encoding="utf-8")
                     shutil.rmtree(folder, ignore_errors=True)
-                    row = {"python": name, "mode": mode, "page": page, "line": line, "seconds": f"{seconds:.1f}"}
-                    writer.writerow(row | {"result": result})
+                    row = {"commit": commit, "python": name, "mode": mode, "page": page, "line": line}
+                    writer.writerow(row | {"seconds": f"{seconds:.1f}", "result": result})
                     table.flush()
-                    failed += result != "passed" and not result.startswith("needs")
+                    failed += not is_passed(result)
                     print(f"{name} {mode:>5} {page} line {line}: {seconds:.1f} s, {result}", flush=True)
     print(f"{failed} blocks failed" if failed else "every block passed")
     raise SystemExit(failed > 0)
