@@ -200,7 +200,7 @@ def _command(verb: str, options: dict[str, Any]) -> None:
         option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     alone = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
     if (code := subprocess.run(words, env=alone, stdout=sys.stderr).returncode) != 0:
