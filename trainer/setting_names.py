@@ -28,6 +28,7 @@ _LEAST = {  # what other packages say late, in words of their own, or not at all
     "global_batch_size": 1,
     "dataloader_num_workers": 0,
     "lora_rank": 1,
+    "shuffle_buffer": 0,
     "lora_dropout": 0,
     "fps": 0.001,
     "num_frames": 1,
@@ -62,7 +63,9 @@ class Recipe:
             eval_data. base_dir: folder of the videos where it is another than the data's.
         eval_share: of the training rows, put aside for evaluation where there is no eval_data.
         merge_by_video: all questions about one video make one chat (clips of one video always make one sample).
-        streaming: read rows as they are needed (set max_steps).
+        streaming: read rows as they are needed (set max_steps); several sources take turns.
+        train_shares: chance of each source of train_data to give the next sample, [0.7, 0.3], until it ends.
+        shuffle_buffer: of rows that stream, those among which the next one is drawn; 0: as they come.
         lora_rank: train adapters of this rank beside the frozen model; None trains the model itself.
         lora_alpha, lora_dropout: as in PEFT. lora_vision: adapters in the vision tower, too.
         lora_also: what trains whole beside them, of projector, and of the language model's embeddings and norms,
@@ -81,6 +84,8 @@ class Recipe:
     eval_share: float = 0.0
     merge_by_video: bool = False
     streaming: bool = False
+    train_shares: Any = None
+    shuffle_buffer: int = 0
     lora_rank: int | None = None
     lora_alpha: int = 32
     lora_dropout: float = 0.05

@@ -82,6 +82,7 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         ValueError, FileNotFoundError: model or data are missing or make no sense, in one sentence.
     """
     from .data import load_training_data
+    from .data.loading import mix
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data is read in forked workers
     source, data = recipe.model, recipe.train_data
@@ -100,7 +101,18 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": four_bit_config()}
     with args.main_process_first(desc="reading the data"):
         options = {"base_dir": recipe.base_dir, "merge_by_video": recipe.merge_by_video}
-        train = load_training_data(data, streaming=recipe.streaming, **options)
+        options["streaming"] = recipe.streaming
+        if isinstance(data, list) and (recipe.train_shares is not None or (recipe.streaming and len(data) > 1)):
+            train = mix([load_training_data(one, **options) for one in data], recipe.train_shares, args.seed)
+        elif recipe.train_shares is not None:
+            raise ValueError("train_shares is for several sources: give train_data a list, or leave it out")
+        else:
+            train = load_training_data(data, **options)
+        if recipe.shuffle_buffer:
+            if not recipe.streaming:
+                raise ValueError("shuffle_buffer is for data that streams: other data is shuffled whole")
+            train = train.shuffle(seed=args.seed, buffer_size=recipe.shuffle_buffer)
+        options["streaming"] = False
         held_out = None
         if recipe.eval_data is not None:
             held_out = load_training_data(recipe.eval_data, **options)

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from video_ma2mba.cli.main import app
 from video_ma2mba.trainer.pipeline_run import RESULT, SETTINGS, Runs, check_data
 from video_ma2mba.trainer.pipeline_settings import first_run, read_pipeline
+from video_ma2mba.trainer.recipe import build_recipe
 from video_ma2mba.trainer.recipe_files import FOLDER
 from video_ma2mba.trainer.setting_names import Recipe, check_recipe
-from video_ma2mba.trainer.train_run import lora_config
+from video_ma2mba.trainer.train_run import build_trainer, lora_config
 
 DATA = ["model=m", "train_data=y"]
 STAGES = ("alignment", "pretraining", "short_sft", "context_extension", "long_sft")
@@ -300,3 +301,34 @@ def test_the_rendered_world_has_the_same_stages():
     assert plan.runs[3].content["frames"] == "64..128" and {run.content["seed"] for run in plan.runs} == {3}
     with pytest.raises(ValueError, match="stage alignment: 'frmes' is unknown: do you mean 'frames'"):
         read_pipeline("longvila_world", ["frmes=3"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sources_are_mixed_by_their_shares(streaming: bool, tmp_path: Path, tiny_checkpoint: Path):
+    for name, count in (("many", 60), ("few", 12)):
+        rows = [json.dumps({"id": f"{name} {n}", "text": f"{name} {n}"}) + "\n" for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("many", "few")]
+
+    def names(**given: object) -> list[str]:
+        content = {"model": str(tiny_checkpoint), "train_data": files, "streaming": streaming, "use_cpu": True}
+        content |= {"output_dir": str(tmp_path / "out"), "max_steps": 1, "report_to": "none", "disable_tqdm": True}
+        return [row["id"] for row in build_trainer(*build_recipe(content | given)).train_dataset]
+
+    mixed = names(train_shares=[3, 1])
+    assert sorted(mixed) == sorted(names()) and len(set(mixed)) == 72, "each row once"
+    assert 4 <= sum(name.startswith("few") for name in mixed[:36]) <= 12
+    assert names(train_shares=[3, 1]) == mixed and names(train_shares=[1, 1]) != mixed
+    plain = names()
+    assert [name.split()[0] for name in plain[:4]] == (["many", "few"] * 2 if streaming else ["many"] * 4)
+    if streaming:
+        drawn = names(shuffle_buffer=20)
+        assert drawn != plain and sorted(drawn) == sorted(plain)
+    for given, words in (
+        ({"train_shares": [1]}, "has 1 numbers for 2 sources"),
+        ({"train_shares": [1, 0]}, "must be a list of numbers above 0"),
+        ({"train_shares": [1, 1], "train_data": files[0]}, "train_shares is for several sources"),
+        *([] if streaming else [({"shuffle_buffer": 5}, "shuffle_buffer is for data that streams")]),
+    ):
+        with pytest.raises(ValueError, match=words):
+            names(**given)

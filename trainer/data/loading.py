@@ -69,6 +69,28 @@ def load_training_data(
     return datasets.concatenate_datasets(parts)
 
 
+def mix(parts: Sequence[Dataset | IterableDataset], shares: Sequence[float] | None, seed: int) -> Any:
+    """Data sets of one kind mixed, each until it ends, none of its rows twice.
+
+    Args:
+        shares: chance of each to give the next row, in any unit; None: they take turns.
+
+    Raises:
+        ValueError: shares that are none, or not one for each data set.
+    """
+    if shares is not None:
+        if not isinstance(shares, list | tuple) or not all(isinstance(s, int | float) and s > 0 for s in shares):
+            raise ValueError(f"train_shares={shares} is not valid: it must be a list of numbers above 0")
+        if len(shares) != len(parts):
+            raise ValueError(
+                f"train_shares={shares} has {len(shares)} numbers for {len(parts)} sources: give one each"
+            )
+        shares = [share / sum(shares) for share in shares]
+    return datasets.interleave_datasets(
+        list(parts), probabilities=shares, seed=seed, stopping_strategy="all_exhausted_without_replacement"
+    )
+
+
 def _load(source: Source, base: str | None, streaming: bool, split: str, merge: bool) -> Dataset | IterableDataset:
     if isinstance(source, Dataset | IterableDataset):
         return from_dataset(source, base, merge, "the data set")
