@@ -9,7 +9,7 @@ somewhere in a longer film; the class is how many (chance 25 %), for which the w
 
 - `cost`: memory and time of a step of masked pre-training against the share of patches that is hidden (size Ti).
 - `waiting`: the recipe `videomamba/k400` (size Ti, 8 of 300 frames of 256 x 256 pixels, H.264) with as many processes
-  that decode as there are cores, and with one: which share of the time a step waits for its clips.
+  that decode as there are cores, and with a quarter: which share of the time a step waits for its clips.
 - `start`: trained from nothing as the released models start, and with steps of time as Mamba has them.
 - `scan`: the seven orders of scanning, trained from nothing on `motion`.
 - `distil`: few clips of `motion`; a model alone, beside a smaller frozen one that learnt from the same clips (also for
@@ -585,7 +585,8 @@ def measure_waiting(_: Sizes, smoke: bool, workers: ProcessPoolExecutor) -> Iter
     with tempfile.TemporaryDirectory() as folder:
         list(workers.map(_write_film, [Path(folder)] * count, range(count)))
         Path(folder, "train.csv").write_text("".join(f"{n}.mp4,{n % 4}\n" for n in range(count)), encoding="utf-8")
-        for processes in (max(1, (os.cpu_count() or 2) - 1), 1):
+        cores = os.cpu_count() or 2
+        for processes in dict.fromkeys((max(1, cores - 1), max(1, cores // 4))):
             given = [f"data={folder}/train.csv", f"output_dir={folder}/run-{processes}", f"max_steps={steps}"]
             given += [f"dataloader_num_workers={processes}", "size=ti", "logging_steps=1", "save_strategy=no"]
             given += ["report_to=none", "disable_tqdm=true", f"global_batch_size={batch}"]
@@ -674,7 +675,28 @@ def carry_out(runs: Sequence[Run], sizes: Sizes, data: Path, path: Path, at_once
         worker.join()
 
 
-# --------------------------------------------------------------------------------------------------- the plot
+# --------------------------------------------------------------------------------------- the plot and the table
+def summary(path: Path) -> str:
+    """Markdown: the last accuracy of every run, mean of the seeds and their spread, and halfway."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["accuracy"] and row["stage"] != "seen"]
+    found: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        by_frames = f"{row['frames']} frames" if row["frames"] else row["arm"]
+        runs = found.setdefault((row["part"], by_frames, row["steps"]), {})
+        runs.setdefault(row["seed"], {})[int(row["step"])] = float(row["accuracy"])
+    lines = ["| part | | steps | halfway | at the end | seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    for (part, arm, steps), runs in found.items():
+        cells = []
+        for at in (0.5, 1.0):
+            last = [
+                run[max(step for step in run if step <= at * int(steps) or step == min(run))] for run in runs.values()
+            ]
+            cells.append(f"{np.mean(last):.1%} ({min(last):.1%} to {max(last):.1%})")
+        lines.append(f"| {part} | {arm} | {steps} | {cells[0]} | {cells[1]} | {len(runs)} |")
+    return "\n".join(lines)
+
+
 def plot(path: Path, target: Path) -> None:
     """Curves of accuracy, the mean of the seeds with their spread, one picture a part."""
     import matplotlib
@@ -736,7 +758,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=12, help="runs at the same time on the GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, to see that it runs")
-    parser.add_argument("--plot", type=Path, help="draw the table into this picture and measure nothing")
+    parser.add_argument("--plot", type=Path, help="draw --out here, print its end, measure nothing")
     for name in ("width", "layers", "steps", "few", "pretraining", "fine_tuning", "stage", "films", "clips", "batch"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(Sizes(), name)}")
     parser.add_argument("--learning-rate", type=float, help=f"default {Sizes().learning_rate}")
@@ -744,6 +766,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.plot:
         plot(given.out, given.plot)
+        print(summary(given.out))
         return
     base = SMOKE if given.smoke else Sizes()
     changed = {name: value for name, value in vars(given).items() if hasattr(base, name) and value is not None}
