@@ -33,12 +33,13 @@ import queue
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -609,8 +610,16 @@ def about() -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ many runs at once
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _work(tasks: Any, results: Any, sizes: Sizes, data: Path) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # also where the parent is killed
     while (run := tasks.get()) is not None:
         about = {"part": run.part, "arm": run.arm, "seed": run.seed}
         try:
