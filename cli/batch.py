@@ -95,6 +95,8 @@ def batch(
     from video_ma2mba.processing.video_source_names import is_address
 
     queue, out, states = _plain(queue), _plain(out), None if states is None else _plain(states)
+    if queue == out:
+        raise ValueError(f"OUT {out} is the queue itself: name another file")
     items = read_queue(queue, needs_question=states is None)
     if not items:
         raise ValueError(f"{queue} holds no questions")

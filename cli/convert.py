@@ -70,6 +70,10 @@ def convert(
     single = out.suffix == ".pth" and to == "official"
     if not dry_run and out.exists() and (single or not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists{'' if single else ' and is not an empty directory'}: choose another")
+    for source in sources:
+        folder = Path(source).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source} holds no config.json: it is not a checkpoint")
     with while_loading():
         from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
         from video_ma2mba.conversion.report import ConversionError

@@ -13,7 +13,16 @@ from video_ma2mba.loading import check_loading
 
 from .loading import while_loading
 from .make_long import make_long
-from .options import Fps, Model, NumFrames, check_frames, check_out_file, check_path_or_id, chosen_frames
+from .options import (
+    Fps,
+    Model,
+    NumFrames,
+    check_frames,
+    check_out_file,
+    check_path_or_id,
+    check_training_data,
+    chosen_frames,
+)
 from .terminal import echo_json, note
 
 app = typer.Typer(
@@ -75,6 +84,7 @@ def check(
     if labels in ("classes", "values", "pairs"):
         check_clip_list(path, base_dir, split, labels, num_frames or 8, workers, as_json, out)
         return
+    check_training_data(path)
     check_loading(model)
     chosen = chosen_frames(fps, num_frames, None, None)
     check_frames(chosen if max_frames is None else {**chosen, "max_frames": max_frames})

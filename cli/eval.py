@@ -93,7 +93,7 @@ def evaluate(
     _require_packages()
     if replay is None:
         check_loading(model, device, dtype)
-    from video_ma2mba.eval.benchmarks import expand
+    from video_ma2mba.eval.benchmarks import BENCHMARKS, expand, refuse_unjudged
     from video_ma2mba.eval.harness import check_tasks, prepare_environment, quiet_harness
     from video_ma2mba.loading import join_ranks
 
@@ -119,6 +119,8 @@ def evaluate(
     if not cache_gb > 0:
         raise ValueError(f"--cache-gb must be more than 0, not {cache_gb:g}")
     names, out = expand(tasks), out.resolve()
+    if judge is None and not no_judge:
+        refuse_unjudged([name for name in names if name in BENCHMARKS and BENCHMARKS[name].judge])
     answers = None if replay is None else replay.resolve()
     further = [str(folder.resolve()) for folder in include or ()]
     check_tasks(names, further)
@@ -141,11 +143,8 @@ def evaluate(
     if judge is not None:
         asked = _judge(judge, judge_model, out / "judge.jsonl", device, dtype, trust_remote_code)
     evaluation = Evaluation(names, out, limit, None if no_judge else asked, further)
-    if evaluation.judged_tasks and asked is None and not no_judge:
-        raise ValueError(
-            f"{', '.join(evaluation.judged_tasks)}: a language model scores these answers. Name one with --judge and "
-            "--judge-model, or give --no-judge to collect the answers now and score them later"
-        )
+    if asked is None and not no_judge:
+        refuse_unjudged(evaluation.judged_tasks)
     join_ranks(device)
     counts = evaluation.prepare()
     first = ParallelDims.of_run().first

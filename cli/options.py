@@ -101,6 +101,20 @@ def check_path_or_id(text: str, missing: str) -> None:
         raise FileNotFoundError(missing)
 
 
+def check_training_data(source: str) -> None:
+    """Refuse what can be no training data before anything is loaded that takes seconds.
+
+    Raises:
+        FileNotFoundError: no such file or folder, and no Hub id. ValueError: a file of another kind.
+    """
+    from video_ma2mba.processing.video_source_names import local_path, shown_name
+    from video_ma2mba.trainer.setting_names import check_data_file
+
+    check_path_or_id(source, f"{source}: no such file or folder (and it is no data set id such as owner/name)")
+    if local_path(source).is_file():
+        check_data_file(local_path(source), shown_name(source))
+
+
 def check_out_file(option: str, path: Path | None) -> None:
     """Refuse a file that could not be written; None is no file. Of a symbolic link, its target is meant.
 

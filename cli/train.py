@@ -10,7 +10,7 @@ import typer
 from video_ma2mba.loading import check_loading
 
 from .loading import while_loading
-from .options import check_path_or_id
+from .options import check_training_data
 from .terminal import note
 
 NEEDS_TRL = "training needs TRL 1.16, and that Python 3.11: pip install 'video-ma2mba[train]'"
@@ -65,9 +65,7 @@ def _video_ma2mba(content: dict[str, Any], smoke: bool) -> tuple[Path, bool, str
         for data in (known.train_data, known.eval_data):
             for source in data if isinstance(data, list) else [data]:
                 if isinstance(source, str):
-                    check_path_or_id(
-                        source, f"{source}: no such file or folder (and it is no data set id such as owner/name)"
-                    )
+                    check_training_data(source)
     with while_loading():
         from video_ma2mba.trainer.recipe import build_recipe
         from video_ma2mba.trainer.train_run import run_recipe

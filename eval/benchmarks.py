@@ -77,6 +77,15 @@ def expand(text: str) -> list[str]:
     return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
 
 
+def refuse_unjudged(tasks: Sequence[str]) -> None:
+    """ValueError where there are tasks whose answers a language model scores, and none was named."""
+    if tasks:
+        raise ValueError(
+            f"{', '.join(tasks)}: a language model scores these answers. Name one with --judge and --judge-model, or "
+            "give --no-judge to collect the answers now and score them later"
+        )
+
+
 def folders_of(tasks: Sequence[str]) -> list[str]:
     """Folders of those tasks that are known here, below lmms-eval's."""
     return sorted({BENCHMARKS[task].folder for task in tasks if task in BENCHMARKS} - {"own"})

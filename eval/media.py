@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..processing.picture_sources import list_directory
+from ..processing.video_source_names import list_directory
 
 _SUBTITLE_FOLDERS = ("subtitle", "subtitles")
 _SUBTITLE_ENDS = (".srt", ".vtt", ".jsonl", "_en.json", ".json")

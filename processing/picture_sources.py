@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -15,10 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from .frame_fitting import MAX_FRAME_PIXELS, check_frame_pixels
 from .frame_pixels import TRANSPARENT, on_black, picture_to_sdr
+from .video_source_names import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 _HEAD = 4096
 """Bytes of a file that tell what it is."""
 
@@ -26,22 +23,6 @@ _HEAD = 4096
 def is_picture(value: Any) -> bool:
     """Whether `value` is one picture in memory: a PIL image or an array or tensor of three axes."""
     return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 3)
-
-
-def list_directory(directory: Path) -> list[Path]:
-    """Image files of a directory in natural order (`frame2` before `frame10`).
-
-    Raises:
-        ValueError: there is none.
-    """
-
-    def natural(path: Path) -> list[tuple[int, int, str]]:
-        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
-
-    files = [path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
-    if not files:
-        raise ValueError(f"{directory}: the directory contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted((path for path in files if path.is_file()), key=natural)
 
 
 def split_array(frames: np.ndarray | torch.Tensor, name: str) -> np.ndarray | torch.Tensor:

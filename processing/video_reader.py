@@ -21,13 +21,12 @@ from .picture_sources import (
     is_image_bytes,
     is_image_file,
     is_picture,
-    list_directory,
     refuse_ambiguous_array,
     split_array,
 )
 from .video_decoding import VideoIndex, open_stream, scan_video
 from .video_playlists import LocalCopy, is_playlist
-from .video_source_names import address_to_open, check_source, is_address, local_path, shown_name
+from .video_source_names import address_to_open, check_source, is_address, list_directory, local_path, shown_name
 from .video_subtitles import choose_track, track_cues
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 _HARMLESS = re.compile(
     "channel|ch|codec|end|format|fps|height|id|index|lang|list|page|profile|quality|resolution|start|stream|subtype|t|"
     "track|v|width"
@@ -114,10 +117,11 @@ def is_address(source: Any) -> bool:
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Refuse what can be no video by its name alone: nothing is opened, and no address is asked.
+    """Refuse what can be no video without decoding anything; no address is asked.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: an address that is not fetched, a pipe or device, an empty file.
+        FileNotFoundError: no such file. ValueError: an address that is not fetched, a pipe or device, an empty file,
+            a directory without pictures, a file of text.
     """
     name = shown_name(source)
     if is_address(source):
@@ -134,6 +138,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
     if not os.path.exists(path):  # unlike Path.exists, also for names that no file can have
         raise FileNotFoundError(f"{name}: no such file")
     if path.is_dir():
+        list_directory(path)
         return
     if not path.is_file():
         raise ValueError(
@@ -142,6 +147,34 @@ def check_source(source: str | os.PathLike[str]) -> None:
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty (0 bytes)")
+    if path.suffix.lower() not in IMAGE_SUFFIXES and _is_prose(path):
+        raise ValueError(f"{name}: not a video, or its header is damaged (it holds text)")
+
+
+def _is_prose(path: Path) -> bool:
+    """Whether a file holds text that begins with a letter or a brace, and none in which FFmpeg or Pillow see pictures
+    or a list of files."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if re.match(rb"(?i)yuv4mpeg|ffconcat|webvtt|v=|p[1-7]\s|simple", head) or not re.match(rb"[A-Za-z{]", head):
+        return False
+    return re.fullmatch(rb"[\t\r\n -~]+", head) is not None
+
+
+def list_directory(directory: Path) -> list[Path]:
+    """Image files of a directory in natural order (`frame2` before `frame10`).
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def natural(path: Path) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+
+    files = [path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    if not files:
+        raise ValueError(f"{directory}: the directory contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted((path for path in files if path.is_file()), key=natural)
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:

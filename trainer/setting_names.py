@@ -17,10 +17,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 BUNDLED = "bundled"
 """As `model`: the checkpoint that comes with the package."""
 LORA_ALSO = ("projector", "embeddings", "norms")
 """What may train whole beside adapters."""
+
+
+def check_data_file(path: Path, name: str) -> None:
+    """ValueError for a file, called `name`, that can be no training data by its ending."""
+    if path.suffix not in DATA_SUFFIXES:
+        raise ValueError(f"{name}: a file of training data must end in {', '.join(DATA_SUFFIXES)}")
+
+
 _LEAST = {  # what other packages say late, in words of their own, or not at all
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,

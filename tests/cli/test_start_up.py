@@ -22,6 +22,14 @@ OLD_STATE = ROOT / "tests" / "modeling_video_ma2mba" / "data" / "format_1.state"
 VIDEO = ROOT / "world" / "examples" / "000000.mp4"
 WRONG = [
     ("ask none.mp4 Hm?", "none.mp4: no such file"),
+    ("ask {prose} Hm?", "not a video, or its header is damaged (it holds text)"),
+    ("ask {bare} Hm?", "contains no images"),
+    ("describe {prose}", "it holds text"),
+    ("batch {queue} {queue}", "is the queue itself"),
+    ("convert {bare} --out {folder}/c", "holds no config.json"),
+    ("data check {prose}", "must end in .jsonl"),
+    ("train --config lora model=bundled train_data={prose}", "must end in .jsonl"),
+    ("eval --tasks activitynetqa --out {folder}/e", "--no-judge"),
     ("ask {video} ''", "a question is empty"),
     ("ask {video} Hm? --model none", "none does not exist"),
     ("ask {video} Hm? --times", "never learnt times"),
@@ -118,8 +126,10 @@ def told(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
     """Exit code, output, and heavy modules loaded after each command, all in one process that began without any."""
     folder = tmp_path_factory.mktemp("out")
     (folder / "queue.jsonl").write_text(f'{{"video": "{VIDEO}", "question": "Hm?"}}\n')
+    (folder / "bare").mkdir()
+    (folder / "prose.txt").write_text("Once upon a time\n")
     names = {"video": VIDEO, "video_folder": VIDEO.parent, "state": OLD_STATE, "folder": folder,
-             "queue": folder / "queue.jsonl"}  # fmt: skip
+             "queue": folder / "queue.jsonl", "bare": folder / "bare", "prose": folder / "prose.txt"}  # fmt: skip
     commands = [*(command for command, _ in WRONG), "state show {state}", "state show {state} --json", *PLANS]
     typed = json.dumps([shlex.split(command.format(**names)) for command in commands])
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=typed, capture_output=True, text=True, timeout=120)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from video_ma2mba.processing.picture_sources import list_directory
 from video_ma2mba.processing.video_reader import open_video
+from video_ma2mba.processing.video_source_names import list_directory
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 
 from ...files.text_files import check_text, open_text, parse_json, read_json, text_lines
 from ...processing.video_source_names import local_path, shown_name
+from ..setting_names import DATA_SUFFIXES, TEXT_SUFFIXES, check_data_file
 from .canonical import MEDIA_COLUMNS, broken_row, canonical_row, features, merge_neighbours
 from .dataset_rows import from_dataset, merge_groups
 from .row_formats import COLUMNS, Row, detect_format
@@ -23,8 +24,6 @@ Source = str | PathLike[str] | Dataset | IterableDataset
 _VERSION = 3  # of what a row becomes; a new one sets aside what `datasets` has cached
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
-TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 PREFERRED_NAMES = ("questions", "metadata", "data", "annotations")
 _FIELD_LIMIT = 2**27  # characters of a CSV field
 
@@ -100,8 +99,7 @@ def _load(source: Source, base: str | None, streaming: bool, split: str, merge: 
             return from_dataset(_saved(path, split, streaming), base or str(path), merge, name)
         files = files_in(path, split)
     elif path.is_file():
-        if path.suffix not in DATA_SUFFIXES:
-            raise ValueError(f"{name}: a file of training data must end in {', '.join(DATA_SUFFIXES)}")
+        check_data_file(path, name)
         files = [path]
     else:
         match = _HUB_ID.fullmatch(name)

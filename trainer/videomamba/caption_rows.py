@@ -17,8 +17,7 @@ from typing import Any
 
 from ...files.text_files import open_text, read_json, text_lines
 from ...processing.frame_sampling import seconds_of
-from ...processing.picture_sources import IMAGE_SUFFIXES
-from ...processing.video_source_names import is_address, local_path
+from ...processing.video_source_names import IMAGE_SUFFIXES, is_address, local_path
 from .clip_rows import LIST_SUFFIXES, VIDEO_SUFFIXES, ClipRow, ClipRows, StoredMedia
 
 _SOURCE = ("video", "image", "path", "file", "file_name", "filename", "video_path", "clip", "video_id", "videoid")

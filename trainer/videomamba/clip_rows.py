@@ -13,8 +13,7 @@ from typing import Any
 
 from ...files.text_files import open_text, read_json, text_lines
 from ...processing.frame_sampling import seconds_of
-from ...processing.picture_sources import IMAGE_SUFFIXES
-from ...processing.video_source_names import is_address, local_path
+from ...processing.video_source_names import IMAGE_SUFFIXES, is_address, local_path
 
 VIDEO_SUFFIXES = frozenset((".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"))
 LIST_SUFFIXES = (".csv", ".txt", ".tsv", ".list", ".json", ".jsonl")
