@@ -33,7 +33,7 @@ from .sequence_plan import (
     shared_predictions,
 )
 from .sequence_simulation import Links
-from .this_machine import launch_here
+from .this_machine import known_launch, launch_here
 
 _LONGEST = 1 << 26
 # Of the host's memory, for kept activations and inputs; the rest is for frames, data loading and everybody else.
@@ -213,7 +213,9 @@ def plan(
     require(gpus_per_node >= 1, f"gpus_per_node={gpus_per_node} is not valid: it must be at least 1")
     gpu_bytes, gpu, host_memory_bytes, host = chosen_memory(gpu_memory, host_memory)
     launch_from = "as asked"
-    if launch_us is None:
+    if launch_us is None and (known := known_launch()) is not None:
+        launch_us, launch_from = 1e6 * known[0], f"measured here on {known[1]}"
+    elif launch_us is None:
         launch_us, launch_from = 1e6 * costs.launch, "assumed"
     elif isinstance(launch_us, str):
         require(launch_us == "here", f"launch_us={launch_us!r} is not valid: give microseconds, or 'here'")

@@ -1,9 +1,12 @@
 """LoRA and QLoRA in a plan, against the models that PEFT and bitsandbytes make."""
 
+from datetime import date
+
 import pytest
 import torch
 
 import video_ma2mba
+from video_ma2mba.modeling_video_ma2mba.cost_time import H200
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from video_ma2mba.planning import plan_options, this_machine
 from video_ma2mba.planning.adapters import NF4_BYTES, Adapters
@@ -101,3 +104,23 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\nexit 9\n", "utf-8")
     assert this_machine.gpu_here() is None
+
+
+def test_what_a_launch_takes_is_remembered_for_this_machine(make_config, monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(this_machine, "gpu_here", lambda: ("Some GPU", 80 << 30))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("video_ma2mba.modeling_video_ma2mba.cost_time.measure_launch", lambda: 2e-5)
+
+    def planned(**how):
+        report = video_ma2mba.plan(make_config(), frames=4, **how)
+        return report.launch_us, report.launch_from
+
+    assert planned() == (pytest.approx(1e6 * H200.launch), "assumed")
+    assert planned(launch_us="here") == (pytest.approx(20), "measured here")
+    assert planned() == (pytest.approx(20), f"measured here on {date.today().isoformat()}")
+    assert planned(launch_us=9.0) == (9, "as asked")
+    monkeypatch.setattr(this_machine.platform, "node", lambda: "another")
+    assert planned()[1] == "assumed"
+    this_machine._launches_file().write_text("broken")
+    assert planned()[1] == "assumed"
