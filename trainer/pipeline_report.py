@@ -16,7 +16,7 @@ from ..modeling_video_ma2mba.state_writing import whole_file, write_whole
 REPORT = "report.html"
 _FIELDS = (
     *("run", "trained", "learning_rate", "max_length", "max_frames", "steps", "tokens", "frames", "hours"),
-    *("first_loss", "last_loss", "gpu_peak_gb", "host_peak_gb", "processes", "device", "date"),
+    *("first_loss", "last_loss", "eval_loss", "gpu_peak_gb", "host_peak_gb", "processes", "device", "date"),
 )
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -62,7 +62,7 @@ def write_report(out: Path, name: str, runs: Sequence[Mapping[str, Any]], comman
 
 
 def _row(run: Mapping[str, Any]) -> dict[str, Any]:
-    losses = [entry["loss"] for entry in run["log"]]
+    losses, held_out = ([entry[name] for entry in run["log"] if name in entry] for name in ("loss", "eval_loss"))
     trained = ", ".join(f"{part} {count:,}" for part, count in run["trained"].items())
     row = {field: run.get(field) for field in _FIELDS}
     return row | {
@@ -71,6 +71,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
         "hours": round(run["seconds"] / 3600, 4),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
+        "eval_loss": held_out[-1] if held_out else None,
     }
 
 
@@ -105,9 +106,10 @@ def _draw_losses(figure: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     for run in runs:
         if not run.get("log"):
             continue
-        tokens = [before + entry.get("num_tokens", 0) for entry in run["log"]]
-        ax.plot(tokens, [entry["loss"] for entry in run["log"]], label=run["title"], lw=1.2, marker=".", ms=4)
-        before = max(tokens)
+        log = [entry for entry in run["log"] if "loss" in entry]
+        tokens = [before + entry.get("num_tokens", 0) for entry in log]
+        ax.plot(tokens, [entry["loss"] for entry in log], label=run["title"], lw=1.2, marker=".", ms=4)
+        before = max(tokens, default=before)
     ax.set_xlabel("tokens")
     ax.set_ylabel("loss")
     ax.grid(alpha=0.3)

@@ -41,7 +41,17 @@ from .train_run import train_recipe
 SETTINGS, RESULT, EVALUATION = "settings.json", "result.json", "evaluation.json"
 START = "0_start"
 """Folder of what is measured before the first run."""
-_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "gpu_peak_gb", "tokens_per_second")
+_LOGGED = (
+    "step",
+    "epoch",
+    "loss",
+    "eval_loss",
+    "grad_norm",
+    "learning_rate",
+    "num_tokens",
+    "gpu_peak_gb",
+    "tokens_per_second",
+)
 Evaluate = Callable[[str, Path], dict[str, Any]]
 """Given a model and a folder, measures what the pipeline asks for."""
 
@@ -264,7 +274,11 @@ def _facts(trainer: Any) -> dict[str, Any]:
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             sizes[part_of(name)] += parameter.numel()
-    log = [{key: entry[key] for key in _LOGGED if key in entry} for entry in state.log_history if "loss" in entry]
+    log = [
+        {key: entry[key] for key in _LOGGED if key in entry}
+        for entry in state.log_history
+        if {"loss", "eval_loss"} & set(entry)
+    ]
     cuda = torch.cuda.is_available() and not trainer.args.use_cpu
     return {
         "steps": state.global_step,

@@ -240,7 +240,14 @@ def _runs(
         given = {**common, **settings, **part, **own.settings, **own.stages[group[-1]]}
         for key in _STAGE_KEYS:
             given.pop(key, None)
+        if "resume" in given:
+            raise ValueError(f"stage {group[-1]}: resume is always on: the same command goes on where it was")
+        for key in ("output_dir", "model"):
+            if key in given:
+                raise ValueError(f"stage {group[-1]}: {key} is the pipeline's to decide: give {key}=... for the whole")
         content = laid_over(stage["recipe"], given, smoke)
+        if content.get("lora_rank") and content.get("merge_adapter") is False:
+            raise ValueError(f"stage {group[-1]}: merge_adapter=false leaves no model that the next stage could train")
         sources = [(name, _data(stages, common, own, name, smoke)) for name in others]
         sources.append((group[-1], _named_data(content, smoke)))
         for key in ("output_dir", "resume", "model", "train_data", "smoke_data"):
