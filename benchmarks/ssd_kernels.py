@@ -140,14 +140,14 @@ BY_HEADS = [(*t, h, r) for t in ((64, 4, 1), (64, 4, 2)) for h in (2, 4, 8) for 
 ]  # fmt: skip
 TRIED = {  # field of the settings -> operation, what to try
     "chunk_scan": ("ssd", BY_HEADS),
-    "dx": ("ssd", BY_HEADS),
+    "dx": ("ssd", [(64, 4, 1, 1, 168), (64, 4, 1, 1, 128), (64, 4, 2, 1, 168), (32, 4, 1), (128, 8, 1, 1, 168)]),
     "dscores": ("ssd", [(64, 4, 1), (64, 4, 1, 1, 168), (64, 4, 1, 1, 128), (64, 4, 2, 1, 168), (64, 4, 3, 1, 168)]),
     "chunk_state": ("ssd", [(64, 8, n, 2) for n in (1, 2, 3, 4)] + [(64, 4, n, h) for n in (2, 3) for h in (1, 2)]
                     + [(32, 8, 3, 2), (128, 8, 1, 2), (128, 8, 2, 2)]),
     "rows_by_states": ("ssd", [*TILES, (128, 8, 3), (64, 4, 1, 1, 168), (64, 4, 2, 1, 168), (64, 4, 3, 1, 168)]),
     "conv_backward": ("causal_conv", [(t, *c) for t in (32, 64, 128) for c in ((64, 1), (128, 1), (128, 2))]),
     "conv_forward": ("causal_conv", [(t, *c) for t in (16, 32, 64) for c in ((128, 1), (256, 1), (256, 2))]),
-    "gated_norm": ("gated_rms_norm", [(4, v, n, s) for v, n in ((16, 1), (8, 2)) for s in (1, 2, 3)]),
+    "gated_norm": ("gated_rms_norm", [(4, 8, 1), (4, 8, 2), (4, 8, 3), (4, 16, 2), (4, 32, 1)]),
     "add_norm": ("add_rms_norm", [(4, v, n, s) for v, n in ((2, 4), (4, 4)) for s in (1, 2, 3)]),
     "state_passing": ("ssd", [(256, 2), (512, 2), (1024, 4), (1024, 8)]),
     "programs": ("ssd", [512, 2048, 4096]),

@@ -91,6 +91,7 @@ def mixer_core(
     shape: MixerShape,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    soon: bool = False,
 ) -> tuple[Tensor, Mamba2State]:
     """The inside of a mixer between its projections: causal convolution, SSD scan and gated norm.
 
@@ -102,6 +103,7 @@ def mixer_core(
         seq_idx: (B, W-1+S) int32 sample number of each remembered row of the convolution and of each token of a packed
             sequence, not decreasing, 0 for the sample that the given state belongs to. State and convolution restart
             at every change; padding has the number of the last real token.
+        soon: backward comes next, and would hold the convolution's output anyway: it is kept, not computed again.
 
     Returns:
         y (B, S, E) ready for out_proj, the new state, an independent copy.
@@ -127,7 +129,7 @@ def mixer_core(
                        torch.is_grad_enabled())  # fmt: skip
     scan = (weights.dt_bias.to(work), weights.A_log.to(work), weights.D.to(work))
     y, *new = _FusedCore.apply(
-        zxbcdt.contiguous(), taps, bias, *scan, weights.norm.to(dtype), *state, shape, backends, lengths, seq_idx
+        zxbcdt.contiguous(), taps, bias, *scan, weights.norm.to(dtype), *state, shape, backends, lengths, seq_idx, soon
     )
     return y, Mamba2State(*new)
 
@@ -165,7 +167,8 @@ def _heads(xbc: Tensor, shape: MixerShape) -> tuple[Tensor, Tensor, Tensor]:
 
 class _FusedCore(torch.autograd.Function):
     """`mixer_core` on kernels, as one node of autograd: it keeps the projection's output and what the operations say
-    they keep, recomputes the convolution, and writes every gradient in place into one buffer."""
+    they keep, recomputes the convolution unless backward comes `soon`, and writes every gradient in place into one
+    buffer."""
 
     @staticmethod
     def forward(
@@ -183,21 +186,23 @@ class _FusedCore(torch.autograd.Function):
         backends: CoreBackends,
         lengths: Tensor | None,
         seq_idx: Tensor | None,
+        soon: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, xbc_raw, dt = zxbcdt.split(shape.parts, dim=-1)
         halo_ids = _contiguous(seq_idx)
         ids = None if seq_idx is None else _contiguous(seq_idx[:, shape.conv_kernel - 1 :])
         (xbc,), _ = backends.conv.forward(xbc_raw, taps, conv_bias, conv_state, halo_ids)
         x, b, c = _heads(xbc, shape)
+        a = -torch.exp(A_log)
         (y, new_ssm_state), ssd_kept = backends.ssd.forward(
-            x, dt, -torch.exp(A_log), b, c, D, dt_bias, ssm_state, ids, **_scan_options(shape)
+            x, dt, a, b, c, D, dt_bias, ssm_state, ids, **_scan_options(shape)
         )
         y = y.flatten(2)
         (out,), norm_kept = backends.norm.forward(y, z, norm_weight, **_norm_options(shape))
         new_conv_state = last_inputs(xbc_raw, conv_state, lengths)
         ctx.save_for_backward(
-            zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, y,
-            *ssd_kept, *norm_kept,
+            zxbcdt, taps, conv_bias, dt_bias, a, D, norm_weight, conv_state, lengths, halo_ids, ids, y,
+            xbc if soon else None, *ssd_kept, *norm_kept,
         )  # fmt: skip
         ctx.shape, ctx.backends, ctx.ssd_kept = shape, backends, len(ssd_kept)
         ctx.set_materialize_grads(False)
@@ -209,20 +214,18 @@ class _FusedCore(torch.autograd.Function):
         ctx: Any, dout: Tensor | None, dconv_out: Tensor | None, dssm_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         shape, backends = ctx.shape, ctx.backends
-        (zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, lengths, halo_ids, ids, y,
-         *kept) = ctx.saved_tensors  # fmt: skip
+        (zxbcdt, taps, conv_bias, dt_bias, a, D, norm_weight, conv_state, lengths, halo_ids, ids, y,
+         xbc, *kept) = ctx.saved_tensors  # fmt: skip
         ssd_kept, norm_kept = kept[: ctx.ssd_kept], kept[ctx.ssd_kept :]
         if dout is None:  # only a state was used
             dout = torch.zeros_like(y)
         z, xbc_raw, dt = zxbcdt.split(shape.parts, dim=-1)
         grad = torch.empty_like(zxbcdt)
         dz, dxbc_raw, ddt = grad.split(shape.parts, dim=-1)
-        # The convolution is recomputed: cheaper than keeping its output.
         conv_inputs = (xbc_raw, taps, conv_bias, conv_state, halo_ids)
-        (xbc,), _ = backends.conv.forward(*conv_inputs)
+        if xbc is None:  # cheaper than keeping it
+            (xbc,), _ = backends.conv.forward(*conv_inputs)
         x, b, c = _heads(xbc, shape)
-        a = -torch.exp(A_log)
-
         dy, _, dnorm = backends.norm.backward((y, z, norm_weight), norm_kept, (dout,), dz, **_norm_options(shape))
         dxbc = torch.empty_like(xbc)
         dx, db, dc = _heads(dxbc, shape)
@@ -235,7 +238,7 @@ class _FusedCore(torch.autograd.Function):
         if dconv_out is not None:
             add_last_inputs_gradient(dconv_out, dxbc_raw, dconv_in, lengths)
         # d(-exp(A_log)) = a, because a is its own derivative.
-        return grad, dtaps, dconv_bias, ddt_bias, da * a, dD, dnorm, dconv_in, dssm_in, None, None, None, None
+        return grad, dtaps, dconv_bias, ddt_bias, da * a, dD, dnorm, dconv_in, dssm_in, None, None, None, None, None
 
 
 class _Context:
@@ -278,6 +281,7 @@ def _compile_ahead(
             torch.zeros(shape.conv_dim, **own) if bias else None, heads, heads, heads,
             torch.zeros(shape.inner, **own), torch.zeros(1, shape.conv_dim, shape.conv_kernel - 1, **own),
             torch.zeros(1, shape.num_heads, shape.head_dim, shape.state_size, **wide), shape, backends, None, ids,
+            False,
         )  # fmt: skip
         if gradients:
             _FusedCore.backward(context, *results)
@@ -377,7 +381,7 @@ class Ma2mbaMixer(nn.Module):
         """
         conv_weight, conv_bias = self.conv1d()
         weights = CoreWeights(conv_weight, conv_bias, self.dt_bias, self.A_log, self.D, self.norm())
-        y, state = self.core(self.in_proj(u), weights, state, self.shape, lengths, seq_idx)
+        y, state = self.core(self.in_proj(u), weights, state, self.shape, lengths, seq_idx, soon=unread)
         if unread and _is_plain_linear(self.out_proj):
             return _UnreadLinear.apply(y, self.out_proj.weight.to(y.dtype)), state
         return self.out_proj(y), state

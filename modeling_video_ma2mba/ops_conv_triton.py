@@ -1,9 +1,9 @@
 """The causal convolution of `ops_conv` and its SiLU as Triton kernels, forward and backward.
 
 A program walks a stretch of tokens for a block of channels and remembers the last three inputs, so that each number is
-read once. It loads four tokens at a time: behind a store, a load would wait for it. Backward computes the convolution
-again as it walks and writes the gradient of an input three tokens later, when all that it fed is known; the weights'
-gradients are sums over the stretches in a fixed order.
+read once. It loads four tokens at a time, and the next four before it computes with these: behind a store, a load
+would wait for it. Backward computes the convolution again as it walks and writes the gradient of an input three tokens
+later, when all that it fed is known; the weights' gradients are sums over the stretches in a fixed order.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import kernel, tl, triton
+from .ops_triton_parts import kernel, sigmoid, tl, triton
 from .ops_triton_settings import settings_for
 
 
@@ -34,9 +34,13 @@ def _input(x_ptr, state_ptr, row, x_row, channel, inside, S, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _walked(ptr, at, row, channel, inside, left, TOKENS: tl.constexpr):
-    """Numbers of token `at` of a stretch, and of the three behind it; zero behind the last token."""
-    return tl.load(ptr + at * row + channel, mask=inside & (at < left) & (at < TOKENS + 3), other=0.0)
+def _four(ptr, at, row, channel, inside, left, LIMIT: tl.constexpr):
+    """Numbers of tokens `at` to `at` + 3 of a stretch; zero behind the last token, and from LIMIT on."""
+    a0 = tl.load(ptr + at * row + channel, mask=inside & (at < left) & (at < LIMIT), other=0.0)
+    a1 = tl.load(ptr + (at + 1) * row + channel, mask=inside & (at + 1 < left) & (at + 1 < LIMIT), other=0.0)
+    a2 = tl.load(ptr + (at + 2) * row + channel, mask=inside & (at + 2 < left) & (at + 2 < LIMIT), other=0.0)
+    a3 = tl.load(ptr + (at + 3) * row + channel, mask=inside & (at + 3 < left) & (at + 3 < LIMIT), other=0.0)
+    return a0, a1, a2, a3
 
 
 @triton.jit
@@ -88,11 +92,10 @@ def conv_forward_kernel(
     x2 = _input(x_ptr, state_ptr, row - 2, x_row, channel, inside, S, WIDTH)
     x3 = _input(x_ptr, state_ptr, row - 3, x_row, channel, inside, S, WIDTH)
     left = S - start
+    n0, n1, n2, n3 = _four(first, 0, x_row, channel, inside, left, TOKENS)
     for token in range(0, TOKENS, 4):
-        a0 = _walked(first, token, x_row, channel, inside, left, TOKENS)
-        a1 = _walked(first, token + 1, x_row, channel, inside, left, TOKENS)
-        a2 = _walked(first, token + 2, x_row, channel, inside, left, TOKENS)
-        a3 = _walked(first, token + 3, x_row, channel, inside, left, TOKENS)
+        a0, a1, a2, a3 = n0, n1, n2, n3
+        n0, n1, n2, n3 = _four(first, token + 4, x_row, channel, inside, left, TOKENS)
         for step in tl.static_range(4):
             at = token + step
             x0 = _of_four(a0, a1, a2, a3, step)
@@ -102,7 +105,7 @@ def conv_forward_kernel(
                 value = bias + w0 * x0 + sum1 + w3 * x3 * _same(ids_ptr, here, 3, S, WIDTH)
             else:
                 value = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            value = value / (1.0 + tl.exp(-value))
+            value *= sigmoid(value)
             tl.store(out_ptr + at * channels + channel, value.to(out_ptr.dtype.element_ty), mask=inside & (at < left))
             x3 = x2
             x2 = x1
@@ -115,7 +118,7 @@ def conv_backward_kernel(
     dout_row, dout_batch, dx_row, dx_batch, channels, BIAS: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """As forward. `sums_ptr` gets the gradients of the taps, by how far they look back, and of the bias."""
+    """As forward. `sums_ptr` gets the gradients of the taps and of the bias from this stretch, (W + 1, C)."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     start = tl.program_id(1) * TOKENS
     batch = tl.program_id(2).to(tl.int64)
@@ -143,15 +146,13 @@ def conv_backward_kernel(
     d1, d2, d3 = zero, zero, zero  # gradients in front of the SiLU, one to three tokens ago
     s0, s1, s2, s3, sums = zero, zero, zero, zero, zero
     left = S - start
+    n0, n1, n2, n3 = _four(first, 0, x_row, channel, inside, left, TOKENS + 3)
+    m0, m1, m2, m3 = _four(dout_ptr, 0, dout_row, channel, inside, left, TOKENS + 3)
     for token in range(0, TOKENS + 4, 4):  # the last round belongs to the next stretch: it ends our inputs
-        a0 = _walked(first, token, x_row, channel, inside, left, TOKENS)
-        b0 = _walked(dout_ptr, token, dout_row, channel, inside, left, TOKENS)
-        a1 = _walked(first, token + 1, x_row, channel, inside, left, TOKENS)
-        b1 = _walked(dout_ptr, token + 1, dout_row, channel, inside, left, TOKENS)
-        a2 = _walked(first, token + 2, x_row, channel, inside, left, TOKENS)
-        b2 = _walked(dout_ptr, token + 2, dout_row, channel, inside, left, TOKENS)
-        a3 = _walked(first, token + 3, x_row, channel, inside, left, TOKENS)
-        b3 = _walked(dout_ptr, token + 3, dout_row, channel, inside, left, TOKENS)
+        a0, a1, a2, a3 = n0, n1, n2, n3
+        b0, b1, b2, b3 = m0, m1, m2, m3
+        n0, n1, n2, n3 = _four(first, token + 4, x_row, channel, inside, left, TOKENS + 3)
+        m0, m1, m2, m3 = _four(dout_ptr, token + 4, dout_row, channel, inside, left, TOKENS + 3)
         for step in tl.static_range(4):
             at = token + step
             x0, dout = _of_four(a0, a1, a2, a3, step), _of_four(b0, b1, b2, b3, step)
@@ -164,7 +165,7 @@ def conv_backward_kernel(
             else:
                 y1, y2, y3 = x1, x2, x3
             value = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
-            half = 1.0 / (1.0 + tl.exp(-value))
+            half = sigmoid(value)
             d0 = dout * half * (1.0 + value * (1.0 - half))
             own = tl.where(at < TOKENS, d0, 0.0)
             s0 += own * x0
@@ -192,12 +193,12 @@ def conv_backward_kernel(
             d3 = d2
             d2 = d1
             d1 = d0
-    sums_ptr += (batch * tl.num_programs(1) + tl.program_id(1)) * 5 * channels
-    tl.store(sums_ptr + channel, s0, mask=inside)
-    tl.store(sums_ptr + channels + channel, s1, mask=inside)
-    tl.store(sums_ptr + 2 * channels + channel, s2, mask=inside)
-    tl.store(sums_ptr + 3 * channels + channel, s3, mask=inside)
-    tl.store(sums_ptr + 4 * channels + channel, sums, mask=inside)
+    sums_ptr += (batch * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1) * channels
+    tl.store(sums_ptr + (WIDTH - 1) * channels + channel, s0, mask=inside)
+    tl.store(sums_ptr + (WIDTH - 2) * channels + channel, s1, mask=inside & (WIDTH > 1))
+    tl.store(sums_ptr + (WIDTH - 3) * channels + channel, s2, mask=inside & (WIDTH > 2))
+    tl.store(sums_ptr + (WIDTH - 4) * channels + channel, s3, mask=inside & (WIDTH > 3))
+    tl.store(sums_ptr + WIDTH * channels + channel, sums, mask=inside)
 
 
 def _launch(
@@ -244,12 +245,13 @@ def conv_backward(
     dstate = torch.empty_like(state, memory_format=torch.contiguous_format)
     grid, options = _launch(x, weight, bias, ids, settings_for(x.device).conv_backward)
     ids = None if ids is None else ids.contiguous()
-    sums = torch.empty(grid[2] * grid[1], 5, x.shape[2], dtype=torch.float32, device=x.device)
+    width = weight.shape[1]
+    sums = torch.empty(grid[2] * grid[1], width + 1, x.shape[2], dtype=torch.float32, device=x.device)
     conv_backward_kernel[grid](
         x, weight.contiguous(), bias, state.contiguous(), x if ids is None else ids, dout, dx, dstate, sums,
         x.shape[1], x.stride(1), x.stride(0), dout.stride(1), dout.stride(0), dx.stride(1), dx.stride(0), x.shape[2],
         **options,
     )  # fmt: skip
-    total = sums.sum(dim=0)
-    dweight = total[: weight.shape[1]].flip(0).T.to(weight.dtype)
-    return dx, dweight, None if bias is None else total[4].to(bias.dtype), dstate, None
+    total = sums.sum(dim=0).to(weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype))
+    dbias = None if bias is None else total[width].to(bias.dtype)
+    return dx, total[:width].T.to(weight.dtype), dbias, dstate, None

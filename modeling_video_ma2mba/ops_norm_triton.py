@@ -8,13 +8,19 @@ row is a power of two of channels and a rest, so that the widths of the released
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import kernel, tl, triton
+from .ops_triton_parts import kernel, sigmoid, tl, triton
 from .ops_triton_settings import settings_for
 
 
 @triton.jit
 def _load(ptr, at, width):
     return tl.load(ptr + at, mask=at < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _ahead(ptr, row, stride, at, width, rows):
+    """Numbers of a row that is computed next, as they are; zero where there is none."""
+    return tl.load(ptr + row * stride + at, mask=(at < width) & (row < rows), other=0.0)
 
 
 @triton.jit
@@ -25,7 +31,7 @@ def _store(ptr, at, width, value):
 @triton.jit
 def _gate(z):
     """silu(z) and its derivative."""
-    half = 1.0 / (1.0 + tl.exp(-z))
+    half = sigmoid(z)
     return z * half, half * (1.0 + z * (1.0 - half))
 
 
@@ -139,9 +145,10 @@ def gated_norm_forward_kernel(
 @kernel(do_not_specialize=["rows"])
 def gated_norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, rstd_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr, y_row, z_row, dout_row, dz_row, rows,
-    width, MAIN: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
+    width, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one program, one group of channels: gradients of y and z, and of the weight from these rows."""
+    """Rows of one program, one group of channels: gradients of y and z, and of the weight from these rows. The next
+    row is on its way while one is computed."""
     program, group, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     y_ptr += group * width
     z_ptr += group * width
@@ -152,23 +159,34 @@ def gated_norm_backward_kernel(
     first = tl.arange(0, MAIN)
     weight = _load(weight_ptr, first, width)
     dweight = tl.zeros([MAIN], tl.float32)
+    y_next = _ahead(y_ptr, program, y_row, first, width, rows)
+    z_next = _ahead(z_ptr, program, z_row, first, width, rows)
+    dn_next = _ahead(dout_ptr, program, dout_row, first, width, rows)
     if REST > 0:
         later = MAIN + tl.arange(0, REST)
         weight_rest = _load(weight_ptr, later, width)
         dweight_rest = tl.zeros([REST], tl.float32)
-    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
+        y_rest_next = _ahead(y_ptr, program, y_row, later, width, rows)
+        z_rest_next = _ahead(z_ptr, program, z_row, later, width, rows)
+        dn_rest_next = _ahead(dout_ptr, program, dout_row, later, width, rows)
+    for row in range(program, rows, tl.num_programs(0)):
         rstd = tl.load(rstd_ptr + row * groups + group)
-        y = _load(y_ptr + row * y_row, first, width)
-        gate, slope = _gate(_load(z_ptr + row * z_row, first, width))
-        dn = _load(dout_ptr + row * dout_row, first, width)
+        following = row + tl.num_programs(0)
+        y, dn = y_next.to(tl.float32), dn_next.to(tl.float32)
+        gate, slope = _gate(z_next.to(tl.float32))
+        y_next = _ahead(y_ptr, following, y_row, first, width, rows)
+        z_next = _ahead(z_ptr, following, z_row, first, width, rows)
+        dn_next = _ahead(dout_ptr, following, dout_row, first, width, rows)
         x = y * gate * rstd
         dweight += dn * x
         dn *= weight
         product = tl.sum(dn * x)
         if REST > 0:
-            y_rest = _load(y_ptr + row * y_row, later, width)
-            gate_rest, slope_rest = _gate(_load(z_ptr + row * z_row, later, width))
-            dn_rest = _load(dout_ptr + row * dout_row, later, width)
+            y_rest, dn_rest = y_rest_next.to(tl.float32), dn_rest_next.to(tl.float32)
+            gate_rest, slope_rest = _gate(z_rest_next.to(tl.float32))
+            y_rest_next = _ahead(y_ptr, following, y_row, later, width, rows)
+            z_rest_next = _ahead(z_ptr, following, z_row, later, width, rows)
+            dn_rest_next = _ahead(dout_ptr, following, dout_row, later, width, rows)
             x_rest = y_rest * gate_rest * rstd
             dweight_rest += dn_rest * x_rest
             dn_rest *= weight_rest
@@ -248,7 +266,7 @@ def add_norm_backward(
     programs = _programs(total.device, len(total), each)
     dresidual = torch.empty_like(total)
     ddelta = torch.empty(total.shape, dtype=like_delta[0].dtype, device=total.device) if like_delta else None
-    dweight = torch.zeros(programs, width, dtype=torch.float32, device=total.device)
+    dweight = (torch.empty if len(total) else torch.zeros)(programs, width, dtype=torch.float32, device=total.device)
     if len(total):
         add_norm_backward_kernel[(programs,)](
             total, weight, rstd, dnormed, dtotal, dresidual, ddelta, dweight, len(total), width,
@@ -289,12 +307,12 @@ def gated_norm_backward(
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if into is None else into
     dgates = dz.view(-1, inner)
     dy = torch.empty_like(rows)
-    _, warps, each, stages = settings_for(y.device).gated_norm
+    _, warps, each = settings_for(y.device).gated_norm
     programs = _programs(y.device, len(rows), each)
-    dweight = torch.zeros(programs, inner, dtype=torch.float32, device=y.device)
+    dweight = (torch.empty if len(rows) else torch.zeros)(programs, inner, dtype=torch.float32, device=y.device)
     if len(rows):
         gated_norm_backward_kernel[(programs, groups)](
             rows, gates, weight, kept[0], dout, dy, dgates, dweight, inner, gates.stride(0), dout.stride(0),
-            dgates.stride(0), len(rows), width, num_warps=warps, STAGES=stages, **_pieces(width),
+            dgates.stride(0), len(rows), width, num_warps=warps, **_pieces(width),
         )  # fmt: skip
     return dy.view(y.shape), dz, dweight.sum(dim=0).to(weight.dtype)

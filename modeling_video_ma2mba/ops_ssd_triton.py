@@ -282,71 +282,58 @@ def chunk_scan_kernel(
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
 
 
-@kernel(do_not_specialize=["S", "each"])
+@kernel(do_not_specialize=["S"])
 def dx_kernel(
     x_ptr, b_ptr, scores_ptr, steps_ptr, total_ptr, dstates_ptr, D_ptr, ids_ptr, dy_ptr, dx_ptr, dsteps_ptr,
-    dends_ptr, dD_ptr, S, x_row, x_batch, b_row, b_batch, dy_row, dy_batch, dx_row, dx_batch, heads, groups, each,
+    dends_ptr, dD_ptr, S, x_row, x_batch, b_row, b_batch, dy_row, dy_batch, dx_row, dx_batch, heads, groups,
     PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of TILE tokens' x and steps (without what steps do through decays), of their decay to the chunk's end,
-    and of D, for `each` heads of a group, one after the other. `scores_ptr` holds B C^T."""
+    and of D. `scores_ptr` holds B C^T."""
     tiles: tl.constexpr = Q // TILE
-    first, m = (tl.program_id(0) // tiles) * each, tl.program_id(0) % tiles
+    head, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
-    group = first // (heads // groups)
+    group = head // (heads // groups)
     start = chunk.to(tl.int64) * Q
     left = S - chunk * Q
     rows = m * TILE + tl.arange(0, TILE)
     there = rows < left
     p, n = tl.arange(0, P), tl.arange(0, N)
-    x_ptr += batch * x_batch + start * x_row
-    dx_ptr += batch * dx_batch + start * dx_row
-    dy_ptr += batch * dy_batch + start * dy_row
+    x_ptr += batch * x_batch + start * x_row + head * P
+    dx_ptr += batch * dx_batch + start * dx_row + head * P
+    dy_ptr += batch * dy_batch + start * dy_row + head * P
     b_ptr += batch * b_batch + start * b_row + group * N
+    sums = ((batch * heads + head) * chunks + chunk) * Q
     scores_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
-    dstates_ptr += (batch * chunks + chunk) * heads * P * N
+    dstates_ptr += ((batch * chunks + chunk) * heads + head) * P * N
+    total, step = tl.load(total_ptr + sums + rows), tl.load(steps_ptr + sums + rows)
+    to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + tl.minimum(left, Q) - 1) - total, 0.0))
     if PACKED:
         ids_ptr += batch * S + start
         sample = _ids(ids_ptr, rows, there)
-        leaving = sample == tl.load(ids_ptr + tl.minimum(left, Q) - 1)
+        to_end = tl.where(sample == tl.load(ids_ptr + tl.minimum(left, Q) - 1), to_end, 0.0)
+    x = _tile(x_ptr, rows, x_row, p, there)
     b = _tile(b_ptr, rows, b_row, n, there)
-    for head in range(first, first + each):
-        sums = ((batch * heads + head) * chunks + chunk) * Q
-        total, step = tl.load(total_ptr + sums + rows), tl.load(steps_ptr + sums + rows)
-        # A decay that leads out of this tile is one to its last token and one from there: both are at most 1.
-        edge = tl.load(total_ptr + sums + tl.minimum(left, (m + 1) * TILE) - 1)
-        to_edge = tl.exp(tl.minimum(edge - total, 0.0))
-        to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + tl.minimum(left, Q) - 1) - edge, 0.0))
-        dstate = tl.load(dstates_ptr + head * P * N + p[None, :] * N + n[:, None])
-        gradient = tl.dot(b, dstate) * to_end
+    dstate = tl.load(dstates_ptr + p[None, :] * N + n[:, None])
+    gradient = tl.dot(b, dstate) * to_end[:, None]
+    tl.store(dends_ptr + sums + rows, tl.sum(gradient * x, axis=1) * step)
+    for token in range(m * TILE, Q, TILE):
+        at = token + tl.arange(0, TILE)
+        decay = tl.exp(tl.minimum(tl.load(total_ptr + sums + at)[None, :] - total[:, None], 0.0))
+        seen = rows[:, None] <= at[None, :]
         if PACKED:
-            gradient = tl.where(leaving[:, None], gradient, 0.0)
-        x = _tile(x_ptr + head * P, rows, x_row, p, there)
-        tl.store(dends_ptr + sums + rows, tl.sum(gradient * x, axis=1) * to_edge * step)
-        for token in range((m + 1) * TILE, Q, TILE):
-            at = token + tl.arange(0, TILE)
-            weight = tl.exp(tl.minimum(tl.load(total_ptr + sums + at) - edge, 0.0))
-            scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
-            if PACKED:
-                scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
-            dy = _tile(dy_ptr + head * P, at, dy_row, p, at < left)
-            gradient = tl.dot(scores.to(dy_ptr.dtype.element_ty), dy, gradient)
-        gradient *= to_edge[:, None]
-        decay = tl.exp(tl.minimum(tl.load(total_ptr + sums + rows)[None, :] - total[:, None], 0.0))
-        seen = rows[:, None] <= rows[None, :]
-        if PACKED:
-            seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
-        scores = tl.where(seen, tl.load(scores_ptr + rows[:, None] * Q + rows[None, :]) * decay, 0.0)
-        dy = _tile(dy_ptr + head * P, rows, dy_row, p, there)
+            seen = seen & (sample[:, None] == _ids(ids_ptr, at, at < left)[None, :])
+        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :])
+        scores = tl.where(seen, scores * decay, 0.0)
+        dy = _tile(dy_ptr, at, dy_row, p, at < left)
         gradient = tl.dot(scores.to(dy_ptr.dtype.element_ty), dy, gradient)
-        dy = dy.to(tl.float32)
-        x = _tile(x_ptr + head * P, rows, x_row, p, there).to(tl.float32)  # again: it would take too many registers
-        tl.store(dsteps_ptr + sums + rows, tl.sum(gradient * x, axis=1))
-        tl.store(dD_ptr + ((batch * chunks + chunk) * heads + head) * tiles + m, tl.sum(dy * x))
-        dx = gradient * step[:, None] + dy * tl.load(D_ptr + head).to(tl.float32)
-        out = dx_ptr + head * P + rows[:, None] * dx_row + p[None, :]
-        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=there[:, None])
+    x = _tile(x_ptr, rows, x_row, p, there).to(tl.float32)  # again: it would take too many registers
+    dy = _tile(dy_ptr, rows, dy_row, p, there).to(tl.float32)
+    tl.store(dsteps_ptr + sums + rows, tl.sum(gradient * x, axis=1))
+    tl.store(dD_ptr + ((batch * chunks + chunk) * heads + head) * tiles + m, tl.sum(dy * x))
+    dx = gradient * step[:, None] + dy * tl.load(D_ptr + head).to(tl.float32)
+    tl.store(dx_ptr + rows[:, None] * dx_row + p[None, :], dx.to(dx_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @kernel(do_not_specialize=["S", "splits"])
@@ -488,11 +475,11 @@ def finish_kernel(
 @kernel(do_not_specialize=["S"])
 def steps_backward_kernel(
     dt_ptr, a_ptr, bias_ptr, steps_ptr, dsteps_ptr, dends_ptr, dstarts_ptr, later_ptr, earlier_ptr, dcarry_ptr,
-    ddt_ptr, da_ptr, dbias_ptr, S, dt_row, dt_batch, ddt_row, ddt_batch, low, high, heads, Q: tl.constexpr,
-    TILES: tl.constexpr,
+    dD_ptr, ddt_ptr, sums_ptr, S, dt_row, dt_batch, ddt_row, ddt_batch, low, high, heads, Q: tl.constexpr,
+    TILES: tl.constexpr, D_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head's steps before bias and softplus in one chunk, and this chunk's part of those of a and
-    bias, from what was said about steps and decays.
+    """Gradients of one head's steps before bias and softplus in one chunk, and this chunk's part of those of a, bias
+    and D, from what was said about steps and decays, and about D tile by tile.
 
     A decay from j to i holds every step behind j up to i: what pairs say about a step is what they say about the ends
     behind it less what they say about the starts from it on; what was said about decays to the chunk's end comes from
@@ -522,8 +509,10 @@ def steps_backward_kernel(
     gradient = tl.where(there & (soft >= low) & (soft <= high), gradient, 0.0) / (1.0 + tl.exp(-raw))
     tl.store(ddt_ptr + token * ddt_row + head, gradient.to(ddt_ptr.dtype.element_ty), mask=there)
     out = (batch * chunks + chunk) * heads + head
-    tl.store(da_ptr + out, tl.sum(decay * step))
-    tl.store(dbias_ptr + out, tl.sum(gradient))
+    size = (tl.num_programs(2) * chunks).to(tl.int64) * heads
+    tl.store(sums_ptr + out, tl.sum(decay * step))
+    tl.store(sums_ptr + size + out, tl.sum(gradient))
+    tl.store(sums_ptr + 2 * size + out, tl.sum(tl.load(dD_ptr + out * D_TILES + tl.arange(0, D_TILES))))
 
 
 def _splits(heads: int, programs: int, wanted: int) -> int:
@@ -653,13 +642,12 @@ def ssd_backward(
     )  # fmt: skip
 
     scores = _scores(b, c, chunk_size, True, use)
-    tiles = chunk_size // min(use.dx.tile, chunk_size)
+    dx_tiles = chunk_size // min(use.dx.tile, chunk_size)
     dsteps, dends, dstarts = torch.empty(3, *steps.shape, **fp32).unbind(0)
-    dD = torch.empty(batch, chunks, heads, tiles, **fp32)
-    each = _each(heads // groups, batch * chunks * heads * tiles, use.dx, use)
-    dx_kernel[(heads // each * tiles, chunks, batch)](
+    dD = torch.empty(batch, chunks, heads, dx_tiles, **fp32)
+    dx_kernel[(heads * dx_tiles, chunks, batch)](
         x, b, scores, steps, total, dstates, D, ids, dy, dx, dsteps, dends, dD, tokens, *xs, *bs, *dys, dx.stride(1),
-        dx.stride(0), heads, groups, each, PACKED=packed, N=size, **dims, **use.dx.options(chunk_size),
+        dx.stride(0), heads, groups, PACKED=packed, N=size, **dims, **use.dx.options(chunk_size),
     )  # fmt: skip
     per_group, tiles = heads // groups, chunk_size // min(use.dscores.tile, chunk_size)
     score_splits = _splits(per_group, batch * chunks * groups * tiles * (tiles + 1) // 2, use.programs)
@@ -682,10 +670,10 @@ def ssd_backward(
             parts, dscores, other, out, tokens, other.stride(1), other.stride(0), out.stride(1), out.stride(0),
             groups, splits, score_splits, EARLIER=ends, Q=chunk_size, N=size, **use.finish.options(chunk_size),
         )  # fmt: skip
-    da, dbias = torch.empty(2, batch * chunks, heads, **fp32).unbind(0)
+    sums = torch.empty(3, batch * chunks, heads, **fp32)
     steps_backward_kernel[(heads, chunks, batch)](
-        dt, a, dt_bias, steps, dsteps, dends, dstarts, later, earlier, dcarry, ddt, da, dbias, tokens, dt.stride(1),
-        dt.stride(0), ddt.stride(1), ddt.stride(0), *dt_limit, heads, Q=chunk_size, TILES=tiles,
+        dt, a, dt_bias, steps, dsteps, dends, dstarts, later, earlier, dcarry, dD, ddt, sums, tokens, dt.stride(1),
+        dt.stride(0), ddt.stride(1), ddt.stride(0), *dt_limit, heads, Q=chunk_size, TILES=tiles, D_TILES=dx_tiles,
     )  # fmt: skip
-    dD = dD.sum(dim=(0, 1, 3)).to(D.dtype)
-    return dx, ddt, da.sum(dim=0).to(a.dtype), db, dc, dD, dbias.sum(dim=0).to(dt_bias.dtype), dstate, None
+    da, dbias, dD = (total.to(t.dtype) for total, t in zip(sums.sum(dim=1), (a, dt_bias, D), strict=True))
+    return dx, ddt, da, db, dc, dD, dbias, dstate, None

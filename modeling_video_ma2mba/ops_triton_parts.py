@@ -77,3 +77,10 @@ def softplus(x):
     e = tl.exp(tl.minimum(x, 20.0))
     small = e * (1.0 - e * (0.5 - e * 0.33333334))  # log(1 + e) loses the digits of a small e
     return tl.where(x > 20.0, x, tl.where(x < -4.0, small, tl.log(1.0 + e)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), fp32, without a division, which takes several instructions."""
+    root = tl.rsqrt(1.0 + tl.exp(-x))
+    return root * root

@@ -25,7 +25,7 @@ class KernelSettings(NamedTuple):
     """Settings of every kernel.
 
     Args:
-        add_norm, gated_norm: warps forward, warps backward, programs a multiprocessor and stages in backward.
+        add_norm, gated_norm: warps forward, warps backward, programs a multiprocessor in backward; stages there.
         conv_forward, conv_backward: tokens of a stretch, channels, warps.
         chunk_state: of one or two heads a program.
         state_passing: numbers of a state that one program takes, warps.
@@ -33,13 +33,13 @@ class KernelSettings(NamedTuple):
     """
 
     add_norm: tuple[int, int, int, int] = (4, 2, 4, 1)
-    gated_norm: tuple[int, int, int, int] = (4, 16, 1, 1)
+    gated_norm: tuple[int, int, int] = (4, 16, 1)
     conv_forward: tuple[int, int, int] = (64, 256, 1)
     conv_backward: tuple[int, int, int] = (128, 64, 1)
     scores: Tiles = Tiles(64, 4, 2)
     chunk_state: Tiles = Tiles(64, 8, 3, heads=2)
     chunk_scan: Tiles = Tiles(64, 4, 1, heads=4, registers=168)
-    dx: Tiles = Tiles(64, 4, 1, heads=4)
+    dx: Tiles = Tiles(64, 4, 1)
     dscores: Tiles = Tiles(64, 4, 1, registers=168)
     rows_by_states: Tiles = Tiles(64, 4, 3)
     finish: Tiles = Tiles(32, 4, 2)

@@ -98,8 +98,10 @@ class HeadShare:
         shape: MixerShape,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        soon: bool = False,
     ) -> tuple[Tensor, Mamba2State]:
-        """`mixer_core` of this rank's columns (B, s, …); `lengths` and `seq_idx` are of all S."""
+        """`mixer_core` of this rank's columns (B, s, …); `lengths` and `seq_idx` are of all S. Autograd keeps what it
+        needs, `soon` or not."""
         own, channels = self._heads, self._channels[self._group.rank]
         z, xbc, dt = zxbcdt.split(shape.parts, dim=-1)
         to_each = [

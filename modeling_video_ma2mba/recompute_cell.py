@@ -32,7 +32,8 @@ class CellRunner:
     Args:
         model: a `Ma2mbaTextModel`: `layers`, the final norm `norm_f`, `stream_dtype`.
         blocks: layer indices of each block. segments: first and past-the-last token of each segment.
-        keep: (B, S) bool on the model's device, positions whose result is wanted; None for all.
+        kept: of each segment, positions in its flattened (B, s) tokens whose result is wanted, int64 on the model's
+            device; None for all.
         around: as in `run_blocks`. detect_anomaly: stop at the first value that is not finite.
         heads: where ranks share heads, of whose columns x is this rank's part.
         graphs: of full-length cells (`recompute_graph`), where they serve this step.
@@ -44,16 +45,15 @@ class CellRunner:
         blocks: Sequence[range],
         segments: Sequence[tuple[int, int]],
         layout: TokenLayout,
-        keep: Tensor | None,
+        kept: Sequence[Tensor] | None,
         around: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
         detect_anomaly: bool = False,
         heads: HeadShare | None = None,
         graphs: CellGraphs | None = None,
     ) -> None:
         self.heads = heads
-        self.columns = segments if heads is None else heads.columns
         self.layers, self.norm, self.stream_dtype = model.layers, model.norm_f, model.stream_dtype
-        self.blocks, self.segments, self.layout, self.keep = blocks, segments, layout, keep
+        self.blocks, self.segments, self.layout, self.kept = blocks, segments, layout, kept
         self.around, self.detect_anomaly = around, detect_anomaly
         self.halo, self.kinds = model.config.conv_kernel - 1, layer_kinds(model.config)
         self.device = model.norm_f.weight.device
@@ -195,9 +195,9 @@ class CellRunner:
 
     def _finish(self, cell: Cell, y: Tensor, delta: Tensor) -> Tensor | None:
         """Behind the last block: normed results, (B, s, D) or the kept positions as (1, kept, D), None without any."""
-        if self.keep is not None:
-            rows = self.keep[:, slice(*self.columns[cell[1]])]
-            y, delta = y[rows].unsqueeze(0), delta[rows].unsqueeze(0)
+        if self.kept is not None:
+            rows = self.kept[cell[1]]
+            y, delta = (t.flatten(0, 1).index_select(0, rows).unsqueeze(0) for t in (y, delta))
             if y.shape[1] == 0 and self.heads is None:  # ranks that share heads go through all layers together
                 return None
         return self.norm(y, delta, self.norm.weight.dtype)[0]

@@ -150,6 +150,7 @@ class MultiAxisEngine:
         """
         sharded = ShardedLayers.of(model.layers)
         settings = self.settings or RecomputeSettings()
+        keep = None if keep is None else keep.cpu()  # the step's only wait for the GPU
         shared = None
         if cut is not None:
             if self._shared is None or self._shared.begun:
@@ -281,13 +282,14 @@ class _StackRun:
         self.places = dict(enumerate(self.segments)) if shared is None else shared.places
         self.first = min(self.places, default=-1)  # the last one of a block in backward
         self.blocks = plan.blocks(len(self.layers))
-        self.keep = None if keep is None else keep.to(self.device)
+        self.keep = keep
+        self.kept = None if keep is None else _kept_positions(keep, self.columns, self.device)
         self.store = engine.store_for(plan, self.device) if shared is None else shared.store
         # Layers that are FSDP units are gathered here, block by block, and called past their hooks.
         around = None if sharded is None else contextlib.nullcontext
         graphs = engine.graphs_for(model, x, plan) if sharded is None and shared is None else None
         self.runner = CellRunner(
-            model, self.blocks, self.segments, layout, self.keep, around, detect_anomaly, self.heads, graphs
+            model, self.blocks, self.segments, layout, self.kept, around, detect_anomaly, self.heads, graphs
         )
         # What autograd knows: shards, where layers are spread over processes.
         self.owners = [self.runner.parameters(block) for block in range(len(self.blocks))]
@@ -380,9 +382,9 @@ class _StackRun:
 
     def row_order(self, keep: Tensor) -> Tensor:
         """Row-major rank of the kept positions in the order the segments produce them."""
-        rank = torch.zeros(keep.shape, dtype=torch.int64, device=self.device)
-        rank[keep] = torch.arange(int(keep.sum()), device=self.device)
-        return torch.cat([rank[:, a:b][keep[:, a:b]] for a, b in self.columns])
+        rank = torch.zeros(keep.shape, dtype=torch.int64)
+        rank[keep] = torch.arange(int(keep.sum()))
+        return sent(torch.cat([rank[:, a:b][keep[:, a:b]] for a, b in self.columns]), self.device)
 
     # -------------------------------------------------------------------------------------------- backward
     def start_backward(self, dout: Tensor | None, *dstates: Tensor | None) -> None:
@@ -497,11 +499,11 @@ class _StackRun:
                 return [None] * len(self.segments)
             rows = self.like_input.shape[:2] if self.keep is None else (int(self.keep.sum()),)
             dout = self.norm.weight.new_zeros(*rows, self.norm.weight.shape[0])
-        if self.keep is None:
+        if self.keep is None or self.kept is None:
             return [dout[:, slice(*self.places[n])] if n in self.places else None for n in range(len(self.segments))]
         if self.keep.shape[0] > 1:
             dout = dout[self.row_order(self.keep)]
-        counts = [int(self.keep[:, a:b].sum()) for a, b in self.columns]
+        counts = [len(rows) for rows in self.kept]
         wanted = [n or self.heads is not None for n in counts]
         return [part.unsqueeze(0) if n else None for n, part in zip(wanted, dout.split(counts), strict=True)]
 
@@ -527,15 +529,58 @@ def _accumulate(sums: list[Tensor | None] | None, new: list[Tensor | None]) -> l
     """Add a segment's parameter gradients, in fp32 for 16-bit parameters."""
     if sums is None:
         return new
-    result = []
-    for total, gradient in zip(sums, new, strict=True):
+    runs, result = _runs(new), list(sums)
+    for run in runs:
+        totals, gradients = [sums[i] for i in run], [new[i] for i in run]
+        total, gradient = _joined(totals), _joined(gradients)
         if total is None or gradient is None:
-            result.append(gradient if total is None else total)
+            for i in run:
+                result[i] = _added(sums[i], new[i])
             continue
-        wide = torch.promote_types(total.dtype, torch.float32)
-        total = total if total.dtype == wide else total.to(wide)
-        result.append(total.add_(gradient))
+        whole, at = _added(total, gradient), 0
+        assert whole is not None
+        for i, part in zip(run, gradients, strict=True):
+            assert part is not None
+            result[i] = whole[at : at + part.numel()].view(part.shape)
+            at += part.numel()
     return result
+
+
+def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    if total is None or gradient is None:
+        return gradient if total is None else total
+    wide = torch.promote_types(total.dtype, torch.float32)
+    total = total if total.dtype == wide else total.to(wide)
+    return total.add_(gradient)
+
+
+def _runs(tensors: Sequence[Tensor | None]) -> list[list[int]]:
+    """Indices by data type, in order; those of nothing by themselves."""
+    found: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        found.setdefault(index if tensor is None else tensor.dtype, []).append(index)
+    return list(found.values())
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors that lie one behind the other in memory as one, (n,), which is one launch instead of many; else None."""
+    first, at = tensors[0], 0
+    if first is None:
+        return None
+    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for t in tensors:
+        if t is None or t.dtype != first.dtype or not t.is_contiguous() or t.untyped_storage().data_ptr() != storage:
+            return None
+        if t.storage_offset() != start + at:
+            return None
+        at += t.numel()
+    return first.as_strided((at,), (1,), start)
+
+
+def _kept_positions(keep: Tensor, columns: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """Of each range of columns of `keep` (B, S), on the host, where it is true among the range's flattened tokens."""
+    found = [keep[:, a:b].flatten().nonzero()[:, 0] for a, b in columns]
+    return list(sent(torch.cat(found), device).split([len(rows) for rows in found]))
 
 
 def _pinned(x: Tensor) -> bool:

@@ -203,8 +203,7 @@ class BlockGraphs:
 
     def _load(self, x: Tensor, states: Sequence[Tensor]) -> None:
         self._buffers.x.copy_(x)
-        for index, buffer in enumerate(self._buffers.states[: self._states]):
-            _fill(buffer, states[index] if states else None)
+        _fill(self._buffers.states[: self._states], states)
 
     # --------------------------------------------------------------------------------- from outside
     def forward(self, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -212,7 +211,7 @@ class BlockGraphs:
         states, which it does not. No `states` is the start of a sequence."""
         self._load(x, states)
         self.runs["forward"]()
-        return self._buffers.y, self._buffers.delta, [end.clone() for end in self._buffers.ends[: self._states]]
+        return self._buffers.y, self._buffers.delta, _copies(self._buffers.ends[: self._states])
 
     def recompute(self, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """As `forward`, and get ready for `backward`. The results only count of the stack's last block."""
@@ -227,15 +226,13 @@ class BlockGraphs:
         buffers = self._buffers
         buffers.dy.copy_(dy)
         buffers.ddelta.copy_(ddelta)
-        for index, buffer in enumerate(buffers.ends[: self._states]):
-            _fill(buffer, dstates[index] if dstates else None)
+        _fill(buffers.ends[: self._states], dstates)
         self.runs["backward"]()
         whole = {dtype: flat.clone() for dtype, flat in self._flat().items()}
         gradients: list[Tensor | None] = []
         for view, reached in zip(_views(whole, self._parameters), self._reached, strict=True):
             gradients.append(view if reached else None)
-        found: list[Tensor | None] = [state.clone() for state in buffers.states[: self._states]]
-        return buffers.dx.clone(), found, gradients
+        return buffers.dx.clone(), [*_copies(buffers.states[: self._states])], gradients
 
     # ------------------------------------------------------------------------------ what is captured
     def _forward(self) -> None:
@@ -245,8 +242,7 @@ class BlockGraphs:
             y, delta, ends = run_blocks(self._layers, buffers.x, states)
         buffers.y.copy_(y)
         buffers.delta.copy_(delta)
-        for buffer, end in zip(buffers.ends, flatten(ends), strict=False):
-            buffer.copy_(end)
+        _fill(buffers.ends[: self._states], flatten(ends))
 
     def _recompute(self) -> None:
         buffers = self._buffers
@@ -266,13 +262,9 @@ class BlockGraphs:
         wanted = [*leaves, *self._parameters]
         dx, *found = torch.autograd.grad(results, wanted, given, allow_unused=True)
         dstates, gradients = found[: self._states], found[self._states :]
-        _fill(buffers.dx, dx)
-        for buffer, gradient in zip(buffers.states, dstates, strict=False):
-            _fill(buffer, gradient)
+        _fill([buffers.dx, *buffers.states[: self._states]], [dx, *dstates])
         self._reached = [gradient is not None for gradient in gradients]
-        for view, gradient in zip(_views(self._flat(), self._parameters), gradients, strict=True):
-            if gradient is not None:
-                view.copy_(gradient)
+        _fill(_views(self._flat(), self._parameters), gradients)
 
     def _flat(self) -> dict[torch.dtype, Tensor]:
         numbers = _numbers(self._parameters)
@@ -315,8 +307,23 @@ def _views(flat: dict[torch.dtype, Tensor], parameters: Iterable[Tensor]) -> lis
     return views
 
 
-def _fill(buffer: Tensor, value: Tensor | None) -> None:
-    if value is None:
-        buffer.zero_()
-    else:
-        buffer.copy_(value)
+def _fill(buffers: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+    """Copy values into buffers, in few launches; no value, or none at all, is zero."""
+    given = dict(enumerate(values))
+    empty = [buffer for index, buffer in enumerate(buffers) if given.get(index) is None]
+    if empty:
+        torch._foreach_zero_(empty)
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for buffer, value in zip(buffers, values, strict=False):
+        if value is not None:
+            into, source = by_type.setdefault(buffer.dtype, ([], []))
+            into.append(buffer)
+            source.append(value)
+    for into, source in by_type.values():
+        torch._foreach_copy_(into, source)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    _fill(copies, tensors)
+    return copies

@@ -154,8 +154,8 @@ class HostStore:
         self._device = device
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._items: dict[Hashable, tuple[list[tuple[Tensor, Tensor]], torch.cuda.Event]] = {}
-        self._coming: dict[Hashable, tuple[list[Tensor], torch.cuda.Event]] = {}
-        self._leaving: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
+        self._coming: dict[Hashable, tuple[list[Tensor], torch.cuda.Event | None]] = {}
+        self._leaving: deque[tuple[Hashable, list[Tensor], torch.cuda.Event]] = deque()
         self.host_bytes = 0
         self._live = 0
 
@@ -176,13 +176,17 @@ class HostStore:
         self._items[key] = (slots, done)
         # A tensor may be freed, and its memory written again by later kernels, only after its copy: the computation
         # waits for old copies on the device, so neither the host nor the allocator ever has to.
-        self._leaving.append((tensors, done))
+        self._leaving.append((key, tensors, done))
         while len(self._leaving) > COPIES_IN_FLIGHT:
-            compute.wait_event(self._leaving.popleft()[1])
+            compute.wait_event(self._leaving.popleft()[-1])
 
     def prefetch(self, key: Hashable) -> None:
         """Start copying back to the device."""
         if key in self._coming or key not in self._items:
+            return
+        still_here = next((tensors for left, tensors, _ in self._leaving if left == key), None)
+        if still_here is not None:  # as where backward begins, with what forward ended with
+            self._coming[key] = still_here, None
             return
         slots, stored = self._items[key]
         compute = torch.cuda.current_stream(self._device)
@@ -199,7 +203,8 @@ class HostStore:
         """Wait, on the device, for the tensors."""
         self.prefetch(key)
         arrived, event = self._coming.pop(key)
-        torch.cuda.current_stream(self._device).wait_event(event)
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
         return arrived
 
     def take(self, key: Hashable) -> list[Tensor]:
@@ -216,7 +221,7 @@ class HostStore:
         """Let go of everything, in the order of the device."""
         compute = torch.cuda.current_stream(self._device)
         while self._leaving:
-            compute.wait_event(self._leaving.popleft()[1])
+            compute.wait_event(self._leaving.popleft()[-1])
         for slots, _ in self._items.values():
             for piece, _ in slots:
                 self._pool.give_back(piece)
