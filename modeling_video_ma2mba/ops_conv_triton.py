@@ -34,12 +34,12 @@ def _input(x_ptr, state_ptr, row, x_row, channel, inside, S, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _four(ptr, at, row, channel, inside, left, LIMIT: tl.constexpr):
-    """Numbers of tokens `at` to `at` + 3 of a stretch; zero behind the last token, and from LIMIT on."""
-    a0 = tl.load(ptr + at * row + channel, mask=inside & (at < left) & (at < LIMIT), other=0.0)
-    a1 = tl.load(ptr + (at + 1) * row + channel, mask=inside & (at + 1 < left) & (at + 1 < LIMIT), other=0.0)
-    a2 = tl.load(ptr + (at + 2) * row + channel, mask=inside & (at + 2 < left) & (at + 2 < LIMIT), other=0.0)
-    a3 = tl.load(ptr + (at + 3) * row + channel, mask=inside & (at + 3 < left) & (at + 3 < LIMIT), other=0.0)
+def _four(ptr, at, row, channel, inside, left, limit):
+    """Numbers of tokens `at` to `at` + 3 of a stretch; zero behind the last token, and from `limit` on."""
+    a0 = tl.load(ptr + at * row + channel, mask=inside & (at < left) & (at < limit), other=0.0)
+    a1 = tl.load(ptr + (at + 1) * row + channel, mask=inside & (at + 1 < left) & (at + 1 < limit), other=0.0)
+    a2 = tl.load(ptr + (at + 2) * row + channel, mask=inside & (at + 2 < left) & (at + 2 < limit), other=0.0)
+    a3 = tl.load(ptr + (at + 3) * row + channel, mask=inside & (at + 3 < left) & (at + 3 < limit), other=0.0)
     return a0, a1, a2, a3
 
 
@@ -64,14 +64,14 @@ def _same(ids_ptr, row, back: tl.constexpr, S, WIDTH: tl.constexpr):
     return tl.where(there & (now == then), 1.0, 0.0)
 
 
-@kernel(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S", "stretch"])
 def conv_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, out_ptr, S, x_row, x_batch, channels, BIAS: tl.constexpr,
-    PACKED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, out_ptr, S, stretch, x_row, x_batch, channels,
+    BIAS: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of TOKENS tokens of a block of CHANNELS channels of one row of the batch."""
+    """A stretch of so many tokens, four at a time, of a block of CHANNELS channels of one row of the batch."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    start = tl.program_id(1) * TOKENS
+    start = tl.program_id(1) * stretch
     batch = tl.program_id(2).to(tl.int64)
     inside = channel < channels
     # 64 bits for where the stretch begins; within it 32 bits do.
@@ -92,10 +92,10 @@ def conv_forward_kernel(
     x2 = _input(x_ptr, state_ptr, row - 2, x_row, channel, inside, S, WIDTH)
     x3 = _input(x_ptr, state_ptr, row - 3, x_row, channel, inside, S, WIDTH)
     left = S - start
-    n0, n1, n2, n3 = _four(first, 0, x_row, channel, inside, left, TOKENS)
-    for token in range(0, TOKENS, 4):
+    n0, n1, n2, n3 = _four(first, 0, x_row, channel, inside, left, stretch)
+    for token in range(0, stretch, 4):
         a0, a1, a2, a3 = n0, n1, n2, n3
-        n0, n1, n2, n3 = _four(first, token + 4, x_row, channel, inside, left, TOKENS)
+        n0, n1, n2, n3 = _four(first, token + 4, x_row, channel, inside, left, stretch)
         for step in tl.static_range(4):
             at = token + step
             x0 = _of_four(a0, a1, a2, a3, step)
@@ -112,15 +112,15 @@ def conv_forward_kernel(
             x1 = x0
 
 
-@kernel(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S", "stretch"])
 def conv_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, dout_ptr, dx_ptr, dstate_ptr, sums_ptr, S, x_row, x_batch,
-    dout_row, dout_batch, dx_row, dx_batch, channels, BIAS: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, ids_ptr, dout_ptr, dx_ptr, dstate_ptr, sums_ptr, S, stretch, x_row,
+    x_batch, dout_row, dout_batch, dx_row, dx_batch, channels, BIAS: tl.constexpr, PACKED: tl.constexpr,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """As forward. `sums_ptr` gets the gradients of the taps and of the bias from this stretch, (W + 1, C)."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    start = tl.program_id(1) * TOKENS
+    start = tl.program_id(1) * stretch
     batch = tl.program_id(2).to(tl.int64)
     inside = channel < channels
     far = start.to(tl.int64)
@@ -146,13 +146,13 @@ def conv_backward_kernel(
     d1, d2, d3 = zero, zero, zero  # gradients in front of the SiLU, one to three tokens ago
     s0, s1, s2, s3, sums = zero, zero, zero, zero, zero
     left = S - start
-    n0, n1, n2, n3 = _four(first, 0, x_row, channel, inside, left, TOKENS + 3)
-    m0, m1, m2, m3 = _four(dout_ptr, 0, dout_row, channel, inside, left, TOKENS + 3)
-    for token in range(0, TOKENS + 4, 4):  # the last round belongs to the next stretch: it ends our inputs
+    n0, n1, n2, n3 = _four(first, 0, x_row, channel, inside, left, stretch + 3)
+    m0, m1, m2, m3 = _four(dout_ptr, 0, dout_row, channel, inside, left, stretch + 3)
+    for token in range(0, stretch + 4, 4):  # the last round belongs to the next stretch: it ends our inputs
         a0, a1, a2, a3 = n0, n1, n2, n3
         b0, b1, b2, b3 = m0, m1, m2, m3
-        n0, n1, n2, n3 = _four(first, token + 4, x_row, channel, inside, left, TOKENS + 3)
-        m0, m1, m2, m3 = _four(dout_ptr, token + 4, dout_row, channel, inside, left, TOKENS + 3)
+        n0, n1, n2, n3 = _four(first, token + 4, x_row, channel, inside, left, stretch + 3)
+        m0, m1, m2, m3 = _four(dout_ptr, token + 4, dout_row, channel, inside, left, stretch + 3)
         for step in tl.static_range(4):
             at = token + step
             x0, dout = _of_four(a0, a1, a2, a3, step), _of_four(b0, b1, b2, b3, step)
@@ -167,7 +167,7 @@ def conv_backward_kernel(
             value = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
             half = sigmoid(value)
             d0 = dout * half * (1.0 + value * (1.0 - half))
-            own = tl.where(at < TOKENS, d0, 0.0)
+            own = tl.where(at < stretch, d0, 0.0)
             s0 += own * x0
             s1 += own * y1
             s2 += own * y2
@@ -182,7 +182,7 @@ def conv_backward_kernel(
             else:
                 dx = w0 * d3 + w1 * d2 + w2 * d1 + w3 * d0
             row = at - 3
-            done = inside & (row >= 0) & (row < TOKENS) & (row < left)
+            done = inside & (row >= 0) & (row < stretch) & (row < left)
             tl.store(dx_first + row * dx_row + channel, dx.to(dx_ptr.dtype.element_ty), mask=done)
             remembered = inside & (here - 3 < 0) & (here - 3 + WIDTH - 1 >= 0)
             slot = here - 3 + WIDTH - 1
@@ -202,14 +202,17 @@ def conv_backward_kernel(
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, settings: tuple[int, int, int]
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid and the arguments that forward and backward share."""
-    tokens, block, warps = settings
-    grid = (triton.cdiv(x.shape[2], block), triton.cdiv(x.shape[1], tokens), x.shape[0])
-    return grid, {
+    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, settings: tuple[int, int, int], wanted: int
+) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
+    """Grid, tokens of a stretch (shorter ones where programs would be fewer than wanted), and constants."""
+    stretch, block, warps = settings
+    batch, tokens, channels = x.shape
+    blocks = triton.cdiv(channels, block)
+    while stretch > 16 and batch * blocks * triton.cdiv(tokens, stretch) < wanted:
+        stretch //= 2
+    return (blocks, triton.cdiv(tokens, stretch), batch), stretch, {
         "BIAS": bias is not None, "PACKED": ids is not None, "WIDTH": weight.shape[1], "CHANNELS": block,
-        "TOKENS": tokens, "num_warps": warps,
+        "num_warps": warps,
     }  # fmt: skip
 
 
@@ -223,11 +226,12 @@ def conv_forward(
     """`causal_conv` for the registry of operations, without the new state; ids: (B, W-1+S) int32."""
     x = _neighbours(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid, options = _launch(x, weight, bias, ids, settings_for(x.device).conv_forward)
+    use = settings_for(x.device)
+    grid, stretch, options = _launch(x, weight, bias, ids, use.conv_forward, 2 * use.programs)
     ids = None if ids is None else ids.contiguous()
     conv_forward_kernel[grid](
-        x, weight.contiguous(), bias, state.contiguous(), x if ids is None else ids, out, x.shape[1], x.stride(1),
-        x.stride(0), x.shape[2], **options,
+        x, weight.contiguous(), bias, state.contiguous(), x if ids is None else ids, out, x.shape[1], stretch,
+        x.stride(1), x.stride(0), x.shape[2], **options,
     )  # fmt: skip
     return (out,), ()
 
@@ -243,14 +247,15 @@ def conv_backward(
     x, dout = _neighbours(x), _neighbours(gradients[0])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
     dstate = torch.empty_like(state, memory_format=torch.contiguous_format)
-    grid, options = _launch(x, weight, bias, ids, settings_for(x.device).conv_backward)
+    use = settings_for(x.device)
+    grid, stretch, options = _launch(x, weight, bias, ids, use.conv_backward, 2 * use.programs)
     ids = None if ids is None else ids.contiguous()
     width = weight.shape[1]
     sums = torch.empty(grid[2] * grid[1], width + 1, x.shape[2], dtype=torch.float32, device=x.device)
     conv_backward_kernel[grid](
         x, weight.contiguous(), bias, state.contiguous(), x if ids is None else ids, dout, dx, dstate, sums,
-        x.shape[1], x.stride(1), x.stride(0), dout.stride(1), dout.stride(0), dx.stride(1), dx.stride(0), x.shape[2],
-        **options,
+        x.shape[1], stretch, x.stride(1), x.stride(0), dout.stride(1), dout.stride(0), dx.stride(1), dx.stride(0),
+        x.shape[2], **options,
     )  # fmt: skip
     total = sums.sum(dim=0).to(weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype))
     dbias = None if bias is None else total[width].to(bias.dtype)

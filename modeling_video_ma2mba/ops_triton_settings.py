@@ -26,7 +26,7 @@ class KernelSettings(NamedTuple):
 
     Args:
         add_norm, gated_norm: warps forward, warps backward, programs a multiprocessor in backward; stages there.
-        conv_forward, conv_backward: tokens of a stretch, channels, warps.
+        conv_forward, conv_backward: tokens of a stretch at most, channels, warps.
         chunk_state: of one or two heads a program.
         state_passing: numbers of a state that one program takes, warps.
         programs: how many programs the heads are dealt to, at least, where there are heads enough.
