@@ -308,29 +308,40 @@ def dx_kernel(
     scores_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
     dstates_ptr += ((batch * chunks + chunk) * heads + head) * P * N
     total, step = tl.load(total_ptr + sums + rows), tl.load(steps_ptr + sums + rows)
-    to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + tl.minimum(left, Q) - 1) - total, 0.0))
+    # A decay that leads out of this tile is one to its last token and one from there: both are at most 1.
+    edge = tl.load(total_ptr + sums + tl.minimum(left, (m + 1) * TILE) - 1)
+    to_edge = tl.exp(tl.minimum(edge - total, 0.0))
+    to_end = tl.exp(tl.minimum(tl.load(total_ptr + sums + tl.minimum(left, Q) - 1) - edge, 0.0))
     if PACKED:
         ids_ptr += batch * S + start
         sample = _ids(ids_ptr, rows, there)
-        to_end = tl.where(sample == tl.load(ids_ptr + tl.minimum(left, Q) - 1), to_end, 0.0)
+        to_edge_end = tl.where(sample == tl.load(ids_ptr + tl.minimum(left, Q) - 1), to_end, 0.0)[:, None]
+    else:
+        to_edge_end = to_end
     x = _tile(x_ptr, rows, x_row, p, there)
     b = _tile(b_ptr, rows, b_row, n, there)
     dstate = tl.load(dstates_ptr + p[None, :] * N + n[:, None])
-    gradient = tl.dot(b, dstate) * to_end[:, None]
-    tl.store(dends_ptr + sums + rows, tl.sum(gradient * x, axis=1) * step)
-    for token in range(m * TILE, Q, TILE):
+    gradient = tl.dot(b, dstate) * to_edge_end
+    tl.store(dends_ptr + sums + rows, tl.sum(gradient * x, axis=1) * to_edge * step)
+    for token in range((m + 1) * TILE, Q, TILE):
         at = token + tl.arange(0, TILE)
-        decay = tl.exp(tl.minimum(tl.load(total_ptr + sums + at)[None, :] - total[:, None], 0.0))
-        seen = rows[:, None] <= at[None, :]
+        weight = tl.exp(tl.minimum(tl.load(total_ptr + sums + at) - edge, 0.0))
+        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
         if PACKED:
-            seen = seen & (sample[:, None] == _ids(ids_ptr, at, at < left)[None, :])
-        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :])
-        scores = tl.where(seen, scores * decay, 0.0)
+            scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
         dy = _tile(dy_ptr, at, dy_row, p, at < left)
         gradient = tl.dot(scores.to(dy_ptr.dtype.element_ty), dy, gradient)
+    gradient *= to_edge[:, None]
+    decay = tl.exp(tl.minimum(tl.load(total_ptr + sums + rows)[None, :] - total[:, None], 0.0))
+    seen = rows[:, None] <= rows[None, :]
+    if PACKED:
+        seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
+    scores = tl.where(seen, tl.load(scores_ptr + rows[:, None] * Q + rows[None, :]) * decay, 0.0)
+    dy = _tile(dy_ptr, rows, dy_row, p, there)
+    gradient = tl.dot(scores.to(dy_ptr.dtype.element_ty), dy, gradient)
     x = _tile(x_ptr, rows, x_row, p, there).to(tl.float32)  # again: it would take too many registers
-    dy = _tile(dy_ptr, rows, dy_row, p, there).to(tl.float32)
     tl.store(dsteps_ptr + sums + rows, tl.sum(gradient * x, axis=1))
+    dy = _tile(dy_ptr, rows, dy_row, p, there).to(tl.float32)
     tl.store(dD_ptr + ((batch * chunks + chunk) * heads + head) * tiles + m, tl.sum(dy * x))
     dx = gradient * step[:, None] + dy * tl.load(D_ptr + head).to(tl.float32)
     tl.store(dx_ptr + rows[:, None] * dx_row + p[None, :], dx.to(dx_ptr.dtype.element_ty), mask=there[:, None])
