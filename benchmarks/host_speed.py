@@ -1,6 +1,6 @@
 """What a training step takes on hosts of different speed: the language model by segment length, the tower by chunk.
 
-    python benchmarks/host_speed.py --out benchmarks/results/host_speed.csv
+    python benchmarks/host_speed.py --out benchmarks/results/host_speed.csv [--parts "language model"] [--hosts own]
 
 Random weights in bf16: 370M language model, CLIP ViT-L/14-336 and projector trainable. A row is one part of a step:
 `language model` (forward and backward under a plan), `tower` (frames forward, forward again, backward, in chunks of
@@ -47,6 +47,7 @@ from video_ma2mba.planning.planned_step import counts_and_config, describe_step
 
 FIELDS = ["hardware", "date", "model", "host", "launch_us", "part", "tokens", "frames", "chunk", "layers",
           "segment", "place", "seconds", "first_seconds", "cells"]  # fmt: skip
+PARTS = ["whole", "language model", "tower", "page-locking"]
 
 
 @contextlib.contextmanager
@@ -238,6 +239,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=192, help="at most so many, and 12 chunks")
     parser.add_argument("--video", type=int, default=512, help="frames of the whole step")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--hosts", nargs="+", default=["own", "slow"], choices=["own", "slow"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/host_speed.csv"))
     parser.add_argument("--compare", action="store_true", help="measure nothing, predict the rows of --out")
     parser.add_argument("--fit", action="store_true", help="with --compare: print the best constants")
@@ -262,24 +265,25 @@ def main() -> None:
     for segment in options.segments:  # tunes the kernels for every shape
         checkpoint(model, options.layers, segment)
         parts.language_model(segment)
-    parts.tower(max(options.chunks), True)
+    if "tower" in options.parts:
+        parts.tower(max(options.chunks), True)
     print(f"kernels tuned after {time.perf_counter() - started:.0f} s", flush=True)
     data = batch(model, options.video, device)
 
     def measure(host: str, segments: list[int], chunks: list[int], wholes: list[tuple[int, int, int]]) -> None:
-        for layers, segment, chunk in wholes:
+        for layers, segment, chunk in wholes if "whole" in options.parts else ():
             model.config.vision_chunk_frames = chunk
             checkpoint(model, layers, segment)
             row = timed(lambda: parts.whole(data), device, options.repeats)
             write(row | {"host": host, "part": "whole", "frames": options.video, "chunk": chunk, "layers": layers,
                          "segment": segment, "tokens": data["input_ids"].shape[1], "place": "host",
                          "cells": parts.cells})  # fmt: skip
-        for segment in segments:
+        for segment in segments if "language model" in options.parts else ():
             checkpoint(model, options.layers, segment)
             row = timed(lambda: parts.language_model(options.tokens), device, options.repeats)
             write(row | {"host": host, "part": "language model", "tokens": options.tokens, "segment": segment,
                          "layers": options.layers, "place": "host", "cells": parts.cells})  # fmt: skip
-        for chunk in chunks:
+        for chunk in chunks if "tower" in options.parts else ():
             for trains in (True, False):
                 # A chunk that is differentiated is a quarter of the setting.
                 model.config.vision_chunk_frames = chunk * (4 if trains else 1)
@@ -289,10 +293,12 @@ def main() -> None:
                              "chunk": chunk})  # fmt: skip
 
     longest, usual = max(options.segments), min(16384, max(options.segments))
-    measure("own", options.segments, options.chunks, [(8, usual, 32), (16, longest, 128)])
-    with slow_core() as host:
-        measure(host, [longest, min(options.segments)], options.chunks[1::2], [(8, usual, 32)])
-    if device == "cuda":
+    if "own" in options.hosts:
+        measure("own", options.segments, options.chunks, [(8, usual, 32), (16, longest, 128)])
+    if "slow" in options.hosts:
+        with slow_core() as host:
+            measure(host, [longest, min(options.segments)], options.chunks[1::2], [(8, usual, 32)])
+    if device == "cuda" and "page-locking" in options.parts:
         started, size = time.perf_counter(), 4 << 30
         torch.empty(size, dtype=torch.uint8, pin_memory=True)
         seconds = time.perf_counter() - started
