@@ -42,6 +42,7 @@ from video_ma2mba.modeling_video_ma2mba.configuration_sizes import VideoMa2mbaSi
 from video_ma2mba.modeling_video_ma2mba.cost_step import StepJob, predict_job
 from video_ma2mba.modeling_video_ma2mba.cost_time import H200, MeasuredCosts, measure_launch, vision_seconds
 from video_ma2mba.modeling_video_ma2mba.recompute_plan import RecomputePlan
+from video_ma2mba.modeling_video_ma2mba.recompute_store import PinnedPool
 from video_ma2mba.modeling_video_ma2mba.vision_features import video_rows
 from video_ma2mba.planning.planned_step import counts_and_config, describe_step
 
@@ -300,7 +301,7 @@ def main() -> None:
             measure(host, [longest, min(options.segments)], options.chunks[1::2], [(8, usual, 32)])
     if device == "cuda" and "page-locking" in options.parts:
         started, size = time.perf_counter(), 4 << 30
-        torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        PinnedPool().reserve(size)
         seconds = time.perf_counter() - started
         write({"host": "own", "part": "page-locking", "tokens": size, "seconds": round(seconds, 3)})
 
