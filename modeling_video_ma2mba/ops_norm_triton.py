@@ -205,6 +205,15 @@ def gated_norm_backward_kernel(
         _store(dweight_ptr, later, width, dweight_rest)
 
 
+@kernel(do_not_specialize=["count"])
+def sum_kernel(wide_ptr, narrow_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    """wide + narrow for a block of numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(wide_ptr + at, mask=at < count, other=0.0)
+    total += tl.load(narrow_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total, mask=at < count)
+
+
 def _pieces(width: int) -> dict[str, int]:
     """The largest power of two within a row, and what is left rounded up to one."""
     main = 1 << (width.bit_length() - 1)
@@ -316,3 +325,9 @@ def gated_norm_backward(
             dgates.stride(0), len(rows), width, num_warps=warps, **_pieces(width),
         )  # fmt: skip
     return dy.view(y.shape), dz, dweight.sum(dim=0).to(weight.dtype)
+
+
+def mixed_sum(wide: Tensor, narrow: Tensor, out: Tensor) -> None:
+    """`ops_norm.mixed_sum`, of tensors that are dense and as large."""
+    count, block = wide.numel(), 2048
+    sum_kernel[(triton.cdiv(count, block),)](wide, narrow, out, count, BLOCK=block, num_warps=4)

@@ -653,12 +653,14 @@ def ssd_backward(
     )  # fmt: skip
 
     scores = _scores(b, c, chunk_size, True, use)
-    dx_tiles = chunk_size // min(use.dx.tile, chunk_size)
+    # Triton 3.6 miscompiles tiles of 64 tokens by 32 channels here for Hopper, with states of 64 (gradients 40 % off).
+    dx_use = use.dx if width >= 64 else use.dx._replace(tile=min(use.dx.tile, 32))
+    dx_tiles = chunk_size // min(dx_use.tile, chunk_size)
     dsteps, dends, dstarts = torch.empty(3, *steps.shape, **fp32).unbind(0)
     dD = torch.empty(batch, chunks, heads, dx_tiles, **fp32)
     dx_kernel[(heads * dx_tiles, chunks, batch)](
         x, b, scores, steps, total, dstates, D, ids, dy, dx, dsteps, dends, dD, tokens, *xs, *bs, *dys, dx.stride(1),
-        dx.stride(0), heads, groups, PACKED=packed, N=size, **dims, **use.dx.options(chunk_size),
+        dx.stride(0), heads, groups, PACKED=packed, N=size, **dims, **dx_use.options(chunk_size),
     )  # fmt: skip
     per_group, tiles = heads // groups, chunk_size // min(use.dscores.tile, chunk_size)
     score_splits = _splits(per_group, batch * chunks * groups * tiles * (tiles + 1) // 2, use.programs)

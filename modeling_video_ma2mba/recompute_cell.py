@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .mixer_mamba2 import run_blocks
+from .ops_norm import mixed_sum
 from .parallel_borders import Gradients, States
 from .parallel_heads import HeadShare
 from .recompute_graph import BlockGraphs, CellGraphs
@@ -94,7 +95,7 @@ class CellRunner:
             with self._same_randomness(cell, replay=False):
                 y, delta, states = self._run(cell, x, states)
         if not self.is_last(cell[0]):
-            return y + delta, states
+            return mixed_sum(y, delta), states
         return self._finish(cell, y, delta), states
 
     def backward(

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .mixer_mamba2 import compute_dtype
+from .ops_norm import mixed_sum
 from .parallel_borders import LocalBorders, RankBorders
 from .parallel_cut import SequenceCut
 from .parallel_gradients import gradient_dtype
@@ -551,7 +552,7 @@ def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         return gradient if total is None else total
     wide = torch.promote_types(total.dtype, torch.float32)
     total = total if total.dtype == wide else total.to(wide)
-    return total.add_(gradient)
+    return mixed_sum(total, gradient, total)
 
 
 def _runs(tensors: Sequence[Tensor | None]) -> list[list[int]]:

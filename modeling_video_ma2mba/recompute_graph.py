@@ -47,7 +47,9 @@ class CellGraphs:
         self.key, self.failed = key, False
         self._buffers = _Buffers(shape, stream_dtype, device, blocks)
         self._layers, self._around = blocks, around
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # One stream for all captures: the allocator gives memory that was freed on one to no other.
+        cuda = device.type == "cuda"
+        self._place = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if cuda else None
         self._blocks: dict[int, BlockGraphs] = {}
         self._warm: set[bool] = set()
 
@@ -73,7 +75,7 @@ class CellGraphs:
             if block not in self._blocks:
                 last = block == len(self._layers) - 1
                 layers = self._layers[block]
-                self._blocks[block] = BlockGraphs(self._buffers, layers, kinds, last, self._around, self._pool)
+                self._blocks[block] = BlockGraphs(self._buffers, layers, kinds, last, self._around, self._place)
             self._blocks[block].capture(backward)
         except torch.OutOfMemoryError:
             raise
@@ -167,9 +169,9 @@ class BlockGraphs:
         kinds: Sequence[str],
         last: bool,
         around: Callable[[], AbstractContextManager[object]],
-        pool: Any,
+        place: tuple[Any, torch.cuda.Stream] | None,
     ) -> None:
-        self._buffers, self._kinds, self._last, self._around, self._pool = buffers, kinds, last, around, pool
+        self._buffers, self._kinds, self._last, self._around, self._place = buffers, kinds, last, around, place
         self._states = sum(len(KINDS[kind]._fields) for kind in kinds)
         # Parameters under other names, whose gradients autograd takes on the capturing stream and nowhere else.
         aliases: dict[int, Any] = {}
@@ -188,12 +190,12 @@ class BlockGraphs:
                 self.runs[name] = self._recorded(getattr(self, f"_{name}"))
 
     def _recorded(self, run: Callable[[], None]) -> Callable[[], object]:
-        if self._pool is None:
+        if self._place is None:
             return run
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        (pool, stream), graph = self._place, torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 run()
             finally:

@@ -136,10 +136,14 @@ class PinnedPool:
 def _present(nbytes: int) -> Tensor:
     """A uint8 buffer whose pages are there, large ones where the system has them. Page-locking would fetch them one
     after the other; threads fetch them many times as fast."""
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, the default, rarely has large pages
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, nbytes)
+    # Forked processes must not have it: what they share is copied when written to, and the copy is not page-locked.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with contextlib.suppress(OSError, AttributeError):
+            memory.madvise(getattr(mmap, advice))
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         list(threads.map(Tensor.zero_, buffer.split(1 << 26)))

@@ -20,7 +20,7 @@ from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import (
     mixer_core,
 )
 from video_ma2mba.modeling_video_ma2mba.ops_mamba_ssm import kernels_available
-from video_ma2mba.modeling_video_ma2mba.ops_norm import ADD_RMS_NORM
+from video_ma2mba.modeling_video_ma2mba.ops_norm import ADD_RMS_NORM, mixed_sum
 from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.ops_ssd import ssd
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
@@ -364,6 +364,14 @@ def test_add_rms_norm(tokens, dtype, residual_dtype, size, with_delta):
     for backend in installed():
         kernels = run_norm(values, "cuda", dtype, backend, residual_dtype)
         assert_as_good_as_torch(reference, plain, kernels, dtype)
+
+
+@pytest.mark.parametrize("count", [1, 2047, 2**20 + 3])
+def test_sums_of_two_types_are_pytorchs(count):
+    wide, narrow = torch.randn(count, device="cuda"), torch.randn(count, device="cuda").bfloat16()
+    expected = wide + narrow
+    assert torch.equal(mixed_sum(wide, narrow), expected)
+    assert mixed_sum(wide, narrow, wide) is wide and torch.equal(wide, expected)
 
 
 def test_the_backend_is_chosen_by_device_and_type():
