@@ -10,7 +10,8 @@ of this process on one core, beside a busy process on that core's other hyperthr
 none, on that core itself (`shared`). `launch_us` is the mean of `cost_time.measure_launch` before and after the row;
 seconds are the median of the runs after the first. Kernels are tuned before anything is timed. `cells` of rows with a
 language model are `launched`, kernel by kernel, as all were until 2026-11-28, or `replayed`: full-length ones were
-CUDA graphs (`recompute_graph`). Each row is compared with the prediction for its own kind.
+CUDA graphs (`recompute_graph`). `kernels` is "first" where the language model ran on the first version of our kernels,
+else "triton". Each row is compared with the prediction for its own kind.
 
     python benchmarks/host_speed.py --compare
 
@@ -33,7 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from planner_accuracy import RESULTS, descend, update_page
+from planner_accuracy import BEFORE, RESULTS, descend, update_page
 from random_models import SIZES, TINY_TOWER, video_model
 from result_tables import hardware, row_writer
 from whole_model_step import ANSWER, batch
@@ -47,7 +48,7 @@ from video_ma2mba.modeling_video_ma2mba.vision_features import video_rows
 from video_ma2mba.planning.planned_step import counts_and_config, describe_step
 
 FIELDS = ["hardware", "date", "model", "host", "launch_us", "part", "tokens", "frames", "chunk", "layers",
-          "segment", "place", "seconds", "first_seconds", "cells"]  # fmt: skip
+          "segment", "place", "seconds", "first_seconds", "cells", "kernels"]  # fmt: skip
 PARTS = ["whole", "language model", "tower", "page-locking"]
 
 
@@ -161,6 +162,7 @@ def job_of(row: dict[str, str]) -> StepJob:
 
 def predicted(row: dict[str, str], costs: MeasuredCosts = H200) -> float:
     """Seconds that the planner predicts for a row, on a host that needs its `launch_us`."""
+    costs = replace(costs, **BEFORE) if row["kernels"] == "first" else costs
     job, costs = job_of(row), costs.on_host(float(row["launch_us"]) / 1e6)
     if row["part"] in ("tower", "frozen tower"):
         assert job.vision is not None
@@ -178,9 +180,8 @@ def two_hours() -> tuple[float, float]:
     with (RESULTS / "whole_model_step.csv").open(encoding="utf-8", newline="") as file:
         (row,) = (row for row in csv.DictReader(file) if row["model"] == "370m" and row["frames"] == "7200")
     layers, segment = (int(word) for word in re.match(r"(\d+) layers x (\d+) tokens", row["plan"]).groups())
-    prediction = predict_job(
-        job_of(row | {"part": "whole", "cells": "launched"}), RecomputePlan(layers, segment, True)
-    )
+    job, plan = job_of(row | {"part": "whole", "cells": "launched"}), RecomputePlan(layers, segment, True)
+    prediction = predict_job(job, plan, replace(H200, **BEFORE))
     return float(row["seconds"]), prediction.step_seconds + prediction.host_peak / H200.page_lock
 
 
@@ -261,7 +262,7 @@ def main() -> None:
     model.train()
     parts = Parts(model, device)
     write = row_writer(options.out, FIELDS, hardware=hardware(device), date=datetime.date.today().isoformat(),
-                       model=options.model)  # fmt: skip
+                       model=options.model, kernels="triton")  # fmt: skip
     started = time.perf_counter()
     for segment in options.segments:  # tunes the kernels for every shape
         checkpoint(model, options.layers, segment)
