@@ -5,6 +5,8 @@ kernels may be at most a little worse than PyTorch. mamba-ssm's are tested where
 sizes (P 64, N 128, chunks of 256), because they are tuned anew for every other.
 """
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -529,6 +531,29 @@ def test_replayed_cells_give_the_same_bits(training_case, offload, monkeypatch):
     for number, (replayed, plain) in enumerate(zip(found[True], found[False], strict=True)):
         for name, gradient in plain.items():
             assert torch.equal(gradient, replayed[name]), (number, name)
+
+
+def test_graphs_hold_the_memory_of_one_block(training_case):
+    """Whatever the number of blocks: what one graph has done with, the next one uses."""
+
+    def graph_bytes() -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+
+    x, labels, head = training_case["inputs"]
+    held = []
+    for layers in (2, 8):
+        before = graph_bytes()
+        model = text_model(layers, torch.bfloat16)
+        model.set_checkpointing(True, segment_length=1024, layers_per_block=2, offload=False)
+        for _ in range(2):
+            training_gradients(model, x[:, :8192], labels[:8192], head)
+        assert model.engine.graphs.captured == 3 * layers // 2
+        held.append(graph_bytes() - before)
+        del model
+    assert 0 < held[1] <= 1.2 * held[0], held
 
 
 def test_inputs_on_the_host(training_case):
