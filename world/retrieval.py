@@ -148,7 +148,14 @@ def fresh_model(training: RetrievalTraining, words: int) -> VideoMambaForRetriev
         max_position_embeddings=_WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=width**-0.5,
     )  # fmt: skip
-    config = VideoMambaRetrievalConfig(vision, text, fusion_layers=2, projection_dim=width, max_text_length=_WORDS)
+    config = VideoMambaRetrievalConfig(
+        vision,
+        text,
+        fusion_layers=2,
+        projection_dim=width,
+        max_text_length=_WORDS,
+        temperature_range=(0.02, 0.1),  # before anything is learnt, a high one is what pays, and holds learning up
+    )
     model = VideoMambaForRetrieval(config)
     with torch.no_grad():  # positions as loud as the content: order and motion are half of what captions say
         model.vision_encoder.pos_embed.normal_(0.0, 0.2)
