@@ -154,7 +154,7 @@ def fresh_model(training: RetrievalTraining, words: int) -> VideoMambaForRetriev
         fusion_layers=2,
         projection_dim=width,
         max_text_length=_WORDS,
-        temperature_range=(0.02, 0.1),  # before anything is learnt, a high one is what pays, and holds learning up
+        temperature_range=(0.001, 0.1),  # before anything is learnt, a high one is what pays, and holds learning up
     )
     model = VideoMambaForRetrieval(config)
     with torch.no_grad():  # positions as loud as the content: order and motion are half of what captions say
