@@ -17,8 +17,8 @@ somewhere in a longer film; the class is how many (chance 25 %), for which the w
 - `masked`: pre-training beside a frozen CLIP (trained here, on single frames and sentences about them) with each mask,
   then fine-tuning on few clips; also from nothing, for as many steps of fine-tuning and for the steps of both.
 - `frames`, `length`: `count` in films of 256 seconds seen in 8 to 256 frames, and in films of 8 to 256 seconds seen
-  once a second; every model starts from the one before, positions interpolated. `seen` is the share of films whose
-  frames show every thing: what a perfect observer is sure of.
+  once a second; every model starts from the one before, positions interpolated, the first one of `frames` from films
+  of 8 seconds. `seen` is the share of films whose frames show every thing: what a perfect observer is sure of.
 
 Everything runs in the package's own trainer and objectives, several runs at once. Rows are written as they are
 measured; a run that is complete in the table is not repeated. Seeds decide weights, order and masks; clips are the
@@ -431,8 +431,10 @@ def run_masked(now: Setting) -> None:
 def run_frames(now: Setting) -> None:
     """`count` with more and more frames: of one film (`frames`), or of longer and longer ones (`length`)."""
     model = None
-    for frames in now.sizes.frames:
-        seconds = now.sizes.longest if now.run.part == "frames" else frames
+    stages = [(frames, now.sizes.longest if now.run.part == "frames" else frames) for frames in now.sizes.frames]
+    if now.run.part == "frames":  # few frames of a long film show too little to begin with
+        stages.insert(0, (now.sizes.frames[0], now.sizes.frames[0]))
+    for number, (frames, seconds) in enumerate(stages):
         data, test = (Clips(films, now.data, frames=frames) for films in count_films(now.sizes, seconds))
         if model is None:
             model = classifier(config_of(now.sizes, num_frames=frames), now.run.seed)
@@ -445,11 +447,13 @@ def run_frames(now: Setting) -> None:
             larger.videomamba.load_state_dict(weights)
             larger.head.load_state_dict(model.head.state_dict())
             model = larger
-        told = replace(now, tell=lambda frames=frames, **row: now.tell(**{**row, "frames": frames}))
-        told.tell(stage="seen", step=0, steps=0, accuracy=test.shown())
-        steps = now.sizes.stage * (2 if frames == now.sizes.frames[0] else 1)
+        first = len(stages) > len(now.sizes.frames) and number == 0
+        told = now if first else replace(now, tell=lambda frames=frames, **row: now.tell(**{**row, "frames": frames}))
+        if not first:
+            told.tell(stage="seen", step=0, steps=0, accuracy=test.shown())
+        steps = now.sizes.stage * (2 if number == 0 else 1)
         half = {"per_device_train_batch_size": -(-now.sizes.batch // 2)}
-        told.train(model, steps, stage=f"{frames} frames", data=data, test=test, **half)
+        told.train(model, steps, stage="begin" if first else f"{frames} frames", data=data, test=test, **half)
 
 
 def count_films(sizes: Sizes, seconds: int) -> tuple[Films, Films]:
@@ -684,13 +688,25 @@ def carry_out(runs: Sequence[Run], sizes: Sizes, data: Path, path: Path, at_once
 
 
 # --------------------------------------------------------------------------------------- the plot and the table
-def summary(path: Path) -> str:
-    """Markdown: the last accuracy of every run, mean of the seeds and their spread, and halfway."""
+def ended(path: Path) -> list[dict[str, str]]:
+    """Rows with an accuracy, of trainings that came to their end."""
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["accuracy"] and row["stage"] != "seen"]
+        rows = [row for row in csv.DictReader(file) if row["accuracy"]]
+
+    def training(row: dict[str, str]) -> tuple[str, ...]:
+        return row["part"], row["arm"], row["seed"], row["stage"], row["frames"]
+
+    whole = {training(row) for row in rows if row["step"] == row["steps"]}
+    return [row for row in rows if training(row) in whole]
+
+
+def summary(path: Path) -> str:
+    """Markdown: the last accuracy of what came to its end and that halfway, mean of the seeds and their spread."""
+    rows = [row for row in ended(path) if row["stage"] != "seen"]
     found: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
     for row in rows:
-        by_frames = f"{row['frames']} frames" if row["frames"] else row["arm"]
+        begun = row["stage"] if row["stage"] == "begin" else row["arm"]
+        by_frames = f"{row['frames']} frames" if row["frames"] else begun
         runs = found.setdefault((row["part"], by_frames, row["steps"]), {})
         runs.setdefault(row["seed"], {})[int(row["step"])] = float(row["accuracy"])
     lines = ["| part | | steps | halfway | at the end | seeds |", "| --- | --- | --- | --- | --- | --- |"]
@@ -711,8 +727,7 @@ def plot(path: Path, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["accuracy"]]
+    rows = ended(path)
     parts = [part for part in ARMS if part != "teacher" and any(row["part"] == part for row in rows)]
     figure, axes = pyplot.subplots(2, (len(parts) + 1) // 2, figsize=(4.6 * ((len(parts) + 1) // 2), 7.6))
     for axis in axes.flat[len(parts) :]:
@@ -721,7 +736,7 @@ def plot(path: Path, target: Path) -> None:
         by_frames = part in ("frames", "length")
         groups: dict[str, dict[int, list[float]]] = {}
         for row in rows:
-            if row["part"] == part and (not by_frames or row["step"] == row["steps"]):
+            if row["part"] == part and (not by_frames or (row["frames"] and row["step"] == row["steps"])):
                 arm = ("what is seen" if row["stage"] == "seen" else "accuracy") if by_frames else row["arm"]
                 at = int(row["frames"] if by_frames else row["step"])
                 groups.setdefault(arm, {}).setdefault(at, []).append(float(row["accuracy"]))
@@ -749,10 +764,11 @@ def films_needed(parts: Sequence[str], sizes: Sizes) -> list[Films]:
     needed = []
     if set(parts) & {"teacher", "scan", "distil", "masked"}:
         needed += [Films("motion", "train", sizes.clips), Films("motion", "test", sizes.tests)]
-    for part in ("frames", "length"):
-        if part in parts:
-            for frames in sizes.frames:
-                needed += count_films(sizes, sizes.longest if part == "frames" else frames)
+    for part in {"frames", "length"} & set(parts):
+        for frames in sizes.frames if part == "length" else sizes.frames[:1]:
+            needed += count_films(sizes, frames)
+    if "frames" in parts:
+        needed += count_films(sizes, sizes.longest)
     return list(dict.fromkeys(needed))
 
 
@@ -802,7 +818,8 @@ def main() -> None:
             for seed in range(given.seeds) for part in parts if part in PARTS and part != "teacher"
             for arm in ARMS[part] if not given.only or arm in given.only.split(",")
         ]  # fmt: skip
-        if left := [run for run in [*teachers, *others] if run not in done]:
+        gone = [run for run in teachers if not (data / run.arm / "whole").exists()]  # of a table begun elsewhere
+        if left := [run for run in [*teachers, *others] if run not in done or run in gone]:
             carry_out(left, sizes, data, given.out, given.at_once)
 
 
