@@ -46,7 +46,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "shape": tuple(f"a {shape} moves" for shape in SHAPES),
 }
 SIZES = {
-    "small": {"hidden_size": 128, "num_hidden_layers": 8, "patch_size": 8},
+    "small": {"hidden_size": 128, "num_hidden_layers": 8, "patch_size": 16},
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "patch_size": 16},
 }
 FRAME, SECONDS = 64, 8  # pixels of a side; a clip has a frame of every second
