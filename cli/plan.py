@@ -249,6 +249,8 @@ def show(report) -> None:
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in prediction.seconds.items())
     console.print(f"forward and backward: {prediction.step_seconds:.1f} s ({parts})")
     known = report.launch_from + ("; --launch-us here measures it" if report.launch_from == "assumed" else "")
+    if report.core_share < 0.95:
+        known += f"; others use its core, of which a process gets {report.core_share:.0%}"
     pace = f"constants of {report.hardware}; {report.launch_us:.1f} µs a launch ({known})"
     locking = f", and host memory is page-locked, about {report.page_lock_seconds:.0f} s"
     locking = locking if report.page_lock_seconds >= 0.5 else ""

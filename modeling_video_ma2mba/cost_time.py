@@ -54,19 +54,27 @@ class MeasuredCosts:
     slack: float
     context: int
 
-    def on_host(self, launch: float) -> "MeasuredCosts":
+    def on_host(self, launch: float, share: float = 1.0) -> "MeasuredCosts":
         """The same GPU in a machine whose CPU needs `launch` seconds to launch an operation.
 
+        Args:
+            share: part of its core that the process gets. While another has it the GPU runs dry, whatever it computes
+                (host_speed.csv, half a core: parts of a step took 2.0 times as long, 1.4 to 2.6).
+
         Raises:
-            ValueError: it is not between a tenth of a microsecond and a tenth of a millisecond.
+            ValueError: `launch` is not between a tenth of a microsecond and a tenth of a millisecond.
         """
         if not 1e-7 <= launch <= 1e-4:
             raise ValueError(f"launch_us={1e6 * launch:g} is not valid: a launch takes some microseconds")
-        ratio, names = launch / self.launch, ("launch_forward", "launch_backward", "cell", "tower_launch_forward")
-        slower = {name: ratio * getattr(self, name) for name in (*names, "tower_launch_backward")}
-        return replace(self, launch=launch, **slower)
+        on_cpu = {name: getattr(self, name) * launch / self.launch for name in _ON_CPU}
+        longer = {name: getattr(self, name) / share for name in _SECONDS} | {n: on_cpu[n] / share for n in _ON_CPU}
+        slower = {name: getattr(self, name) * share for name in _PER_SECOND}
+        return replace(self, launch=launch, **longer, **slower)
 
 
+_ON_CPU = ("launch_forward", "launch_backward", "cell", "tower_launch_forward", "tower_launch_backward")
+_SECONDS = ("scan_forward", "scan_backward", "layer")
+_PER_SECOND = ("matmul", "device_memory", "host_copy", "tower", "tower_backward")
 H200 = MeasuredCosts(
     hardware="NVIDIA H200",
     date="2026-11-21",
@@ -90,8 +98,17 @@ H200 = MeasuredCosts(
 )
 
 
-def measure_launch(device: Any = "cuda", seconds: float = 1.0) -> float:
-    """Seconds that this host needs to launch one PyTorch operation, now: the mean over many tiny sums.
+@dataclass(frozen=True)
+class HostPace:
+    """What `measure_host` found: seconds of CPU time that launching one PyTorch operation takes, and the part of its
+    core that the process got (about 1 where nobody else wants it)."""
+
+    launch: float
+    share: float
+
+
+def measure_host(device: Any = "cuda", seconds: float = 1.0) -> HostPace:
+    """How fast this host launches PyTorch operations, now: the mean over many tiny sums.
 
     Neither the fastest nor the usual: a host that others use as well stands still for some milliseconds at a time, and
     is as slow as it is on average.
@@ -101,16 +118,24 @@ def measure_launch(device: Any = "cuda", seconds: float = 1.0) -> float:
     """
     import torch
 
-    x, launches, runs, began = torch.zeros(16, device=device), 1000, -1, 0.0
+    x, launches, runs, began, worked = torch.zeros(16, device=device), 1000, -1, 0.0, 0.0
     while runs < 1 or time.perf_counter() - began < seconds:
         if runs == 0:  # the first loads the kernel
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.thread_time()
         for _ in range(launches):
             x.add_(1)
         if x.is_cuda:
             torch.cuda.synchronize(device)
         runs += 1
-    return (time.perf_counter() - began) / (runs * launches)
+    passed, worked = time.perf_counter() - began, time.thread_time() - worked
+    share = min(1.0, worked / passed) if worked > 0 else 1.0  # some systems' clocks of threads stand still
+    return HostPace(passed * share / (runs * launches), share)
+
+
+def measure_launch(device: Any = "cuda", seconds: float = 1.0) -> float:
+    """Seconds that one launch takes on this host, now, with those in which others had its core (`measure_host`)."""
+    pace = measure_host(device, seconds)
+    return pace.launch / pace.share
 
 
 def stack_seconds(shape: StackShape, work: Workload, plan: RecomputePlan | None, costs: MeasuredCosts = H200) -> float:

@@ -33,9 +33,10 @@ from .sequence_plan import (
     shared_predictions,
 )
 from .sequence_simulation import Links
-from .this_machine import known_launch, launch_here
+from .this_machine import known_launch, pace_here
 
 _LONGEST = 1 << 26
+_ALONE = 0.95  # of a core: the system itself takes the rest
 # Of the host's memory, for kept activations and inputs; the rest is for frames, data loading and everybody else.
 _PINNED_SHARE = 0.85
 
@@ -77,6 +78,7 @@ class PlanReport:
         gpu, host: where these come from: "as asked", this machine, or "assumed".
         hardware: the GPU on which the constants behind the seconds were measured. launch_us: microseconds that the
             host is taken to need for launching one operation; launch_from: "as asked", "measured here", or "assumed".
+        core_share: part of its core that the process got when it measured; with less than all, steps take longer.
         page_lock_seconds: that the first step takes longer, for host memory that is used for the first time.
         adapters: what trains beside a frozen model.
         shared: how several GPUs share the step; None for one. `prediction` is then that of the GPU with the most.
@@ -98,6 +100,7 @@ class PlanReport:
     hardware: str
     launch_us: float
     launch_from: str
+    core_share: float
     page_lock_seconds: float
     adapters: Adapters | None = None
     shared: SharedPlan | None = None
@@ -156,6 +159,7 @@ class PlanReport:
             "host_memory_from": self.host,
             "launch_us": round(self.launch_us, 2),
             "launch_from": self.launch_from,
+            "core_share": round(self.core_share, 2),
             "page_lock_seconds": round(self.page_lock_seconds, 1),
             "seconds_measured_on": self.hardware,
             "shared": self.shared and self.shared.to_dict(),
@@ -212,15 +216,16 @@ def plan(
     require(gpus >= 1, f"gpus={gpus} is not valid: it must be at least 1")
     require(gpus_per_node >= 1, f"gpus_per_node={gpus_per_node} is not valid: it must be at least 1")
     gpu_bytes, gpu, host_memory_bytes, host = chosen_memory(gpu_memory, host_memory)
-    launch_from = "as asked"
+    launch_from, core_share = "as asked", 1.0
     if launch_us is None and (known := known_launch()) is not None:
         launch_us, launch_from = 1e6 * known[0], f"measured here on {known[1]}"
     elif launch_us is None:
         launch_us, launch_from = 1e6 * costs.launch, "assumed"
     elif isinstance(launch_us, str):
         require(launch_us == "here", f"launch_us={launch_us!r} is not valid: give microseconds, or 'here'")
-        launch_us, launch_from = 1e6 * launch_here(), "measured here"
-    costs = costs.on_host(launch_us / 1e6)
+        pace = pace_here()
+        launch_us, launch_from, core_share = 1e6 * pace.launch, "measured here", pace.share
+    costs = costs.on_host(launch_us / 1e6, core_share if core_share < _ALONE else 1.0)
     adapters = chosen_adapters(lora_rank, lora_vision, four_bit, train)
     counts, config = counts_and_config(model_or_config, train if adapters is None else ("projector",))
     per_frame = getattr(config, "tokens_per_frame", None)
@@ -288,6 +293,7 @@ def plan(
         shared=shared,
         launch_us=launch_us,
         launch_from=launch_from,
+        core_share=core_share,
         page_lock_seconds=best.prediction.host_peak / costs.page_lock,
         adapters=adapters,
     )

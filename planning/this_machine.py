@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ..modeling_video_ma2mba.cost_time import HostPace, measure_host
 from ..modeling_video_ma2mba.state_writing import write_whole
 
 
@@ -39,29 +40,29 @@ def host_memory_here() -> int | None:
         return None
 
 
-def launch_here() -> float:
-    """Seconds that this machine needs to launch an operation on its GPU, measured for a second and remembered.
+def pace_here() -> HostPace:
+    """What this machine needs to launch an operation on its GPU, measured for a second and remembered, and the part of
+    its core that this process gets now.
 
     Raises:
         ValueError: it has no CUDA GPU.
     """
     import torch
 
-    from ..modeling_video_ma2mba.cost_time import measure_launch
-
     if not torch.cuda.is_available():
         raise ValueError("launch_us=here: this machine has no CUDA GPU to measure with; give a number of microseconds")
-    launch = measure_launch()
+    pace = measure_host()
     with contextlib.suppress(OSError):  # what cannot be remembered is measured again
         file = _launches_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = _launches() | {platform.node(): [launch, datetime.date.today().isoformat()]}
+        found = _launches() | {platform.node(): [pace.launch, datetime.date.today().isoformat()]}
         write_whole(file, json.dumps(found))
-    return launch
+    return pace
 
 
 def known_launch() -> tuple[float, str] | None:
-    """What `launch_here` last found on this machine, and the day; None where it did not, or the GPU is gone."""
+    """What a launch took when `pace_here` last measured on this machine, and the day; None where it never did, or
+    where there is no GPU any more."""
     if gpu_here() is None:
         return None
     launch, day = _launches().get(platform.node(), (None, ""))

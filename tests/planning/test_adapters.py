@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import video_ma2mba
-from video_ma2mba.modeling_video_ma2mba.cost_time import H200
+from video_ma2mba.modeling_video_ma2mba.cost_time import H200, HostPace
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from video_ma2mba.planning import plan_options, this_machine
 from video_ma2mba.planning.adapters import NF4_BYTES, Adapters
@@ -110,7 +110,9 @@ def test_what_a_launch_takes_is_remembered_for_this_machine(make_config, monkeyp
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(this_machine, "gpu_here", lambda: ("Some GPU", 80 << 30))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("video_ma2mba.modeling_video_ma2mba.cost_time.measure_launch", lambda: 2e-5)
+    monkeypatch.setattr("video_ma2mba.planning.this_machine.measure_host", lambda: HostPace(2e-5, share[0]))
+
+    share = [1.0]
 
     def planned(**how):
         report = video_ma2mba.plan(make_config(), frames=4, **how)
@@ -120,6 +122,10 @@ def test_what_a_launch_takes_is_remembered_for_this_machine(make_config, monkeyp
     assert planned(launch_us="here") == (pytest.approx(20), "measured here")
     assert planned() == (pytest.approx(20), f"measured here on {date.today().isoformat()}")
     assert planned(launch_us=9.0) == (9, "as asked")
+    alone, share[0] = video_ma2mba.plan(make_config(), frames=4, launch_us="here"), 0.5
+    beside = video_ma2mba.plan(make_config(), frames=4, launch_us="here")
+    assert beside.prediction.step_seconds == pytest.approx(2 * alone.prediction.step_seconds, rel=1e-6)
+    assert planned()[0] == pytest.approx(20)  # others may be gone
     monkeypatch.setattr(this_machine.platform, "node", lambda: "another")
     assert planned()[1] == "assumed"
     this_machine._launches_file().write_text("broken")
