@@ -53,6 +53,8 @@ def pipeline(
 
     plan = read_pipeline(config, overrides or [], smoke)
     first = 0 if from_stage is None else first_run(plan, from_stage)
+    if plan.output_dir.exists() and not plan.output_dir.is_dir():
+        raise ValueError(f"output_dir={plan.output_dir} is a file: name a folder")
     _check_paths(plan)
     if show:
         _show(plan)

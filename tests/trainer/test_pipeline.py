@@ -127,6 +127,8 @@ def test_missing_files_and_stages_are_named(tmp_path: Path, tiny_checkpoint: Pat
     assert "--from-stage 7: the stages of this pipeline are 1 (alignment)" in told(
         *given, "train_data=o/d", "--from-stage", "7"
     )
+    (tmp_path / "file").touch()
+    assert "is a file: name a folder" in told("--config", "longvila", "--smoke", f"output_dir={tmp_path / 'file'}")
     (tmp_path / "bad.yaml").write_text("stages: {one: {fps: 1}}")
     assert "stage one needs either `recipe: NAME` or `world: {...}`" in told("--config", str(tmp_path / "bad.yaml"))
 
