@@ -298,9 +298,9 @@ def _span(world: World, rng: random.Random) -> _Draft | None:
         return None
     name, start, end = pick(rng, visits)
     text = pick(rng, ("When is the {} in view?", "From when to when is the {} shown?"))
-    return _Draft(
-        text.format(name.partition(" ")[0] if name.startswith("card ") else name), span_text(start, end), (), ()
-    )
+    text = text.format(name.partition(" ")[0] if name.startswith("card ") else name)
+    text += pick(rng, ("", f" {TIMES_REQUEST}"))  # who wants all answers with times asks so, too
+    return _Draft(text, span_text(start, end), (), ())
 
 
 def _moment(world: World, rng: random.Random) -> _Draft | None:
