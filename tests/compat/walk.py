@@ -112,7 +112,8 @@ def run_in_tmux(
     command: str, folder: Path, environment: dict[str, str], limit: float, columns: int
 ) -> tuple[int, str]:
     """Exit code and every byte that the terminal got."""
-    session, raw, ended = f"walk{os.getpid()}", folder / "terminal.raw", folder / "exit.code"
+    # A server of its own for each block: one that is still ending refuses the next session.
+    session, raw, ended = f"walk{os.getpid()}-{folder.name}", folder / "terminal.raw", folder / "exit.code"
     given = " ".join(
         f"{name}={shlex.quote(environment[name])}" for name in ("PATH", "HOME", "NO_COLOR") if name in environment
     )
