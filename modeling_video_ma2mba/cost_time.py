@@ -15,8 +15,9 @@ from .recompute_plan import RecomputePlan
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Constants measured on one kind of GPU: those of the language model by `benchmarks/planner_accuracy.py --fit`,
-    those of the tower and of the host by `benchmarks/host_speed.py --compare --fit`.
+    """Constants measured on one kind of GPU: those of the language model by `benchmarks/planner_accuracy.py --fit` (of
+    the scan and a layer with the kernels of 2026-11-28, from what docs/speed.md tells, others a week before), those
+    of the tower and of the host by `benchmarks/host_speed.py --compare --fit`.
 
     Attributes:
         matmul: multiply-adds count two; operations per second in matrix products (16 bits).
@@ -77,13 +78,13 @@ _SECONDS = ("scan_forward", "scan_backward", "layer")
 _PER_SECOND = ("matmul", "device_memory", "host_copy", "tower", "tower_backward")
 H200 = MeasuredCosts(
     hardware="NVIDIA H200",
-    date="2026-11-21",
+    date="2026-11-28",
     matmul=757e12,
-    scan_forward=1.95e-11,
-    scan_backward=3.9e-11,
+    scan_forward=1.59e-11,
+    scan_backward=2.55e-11,
     launch_forward=2e-4,
     launch_backward=2.8e-3,
-    layer=0.0,
+    layer=8.4e-5,
     cell=2e-4,
     device_memory=3.5e12,
     host_copy=45e9,
