@@ -9,34 +9,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    """Accuracy against frames after each stage, and needles by depth."""
+    """Needles found by depth, and accuracy by frames after each stage, where that was measured."""
     with (ROOT / "benchmarks" / "results" / "longvila.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    counts = sorted({int(row["frames"]) for row in rows if row["measure"] == "accuracy"})
-    for name in dict.fromkeys((row["run"], row["after"]) for row in rows if row["measure"] == "accuracy"):
-        own = [row for row in rows if (row["run"], row["after"]) == name and row["measure"] == "accuracy"]
+        rows = [row | {"share": 100 * int(row["right"]) / int(row["questions"])} for row in csv.DictReader(file)]
+    needles = [row for row in rows if row["measure"] == "needles" and row["distractors"] == "0"]
+    accuracy = [row for row in rows if row["measure"] == "accuracy"]
+    figure = Figure(figsize=(11 if accuracy else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if accuracy else 1, squeeze=False)[0]
+    for run, after, frames in dict.fromkeys((row["run"], row["after"], row["frames"]) for row in needles):
+        own = [row for row in needles if (row["run"], row["after"], row["frames"]) == (run, after, frames)]
+        label = f"{int(frames):,} frames, {run}"
+        axes[0].plot([float(row["depth"]) for row in own], [row["share"] for row in own], "o-", label=label)
+    axes[0].set(xlabel="depth of the needle", ylabel="found, %", ylim=(-3, 103))
+    counts = sorted({int(row["frames"]) for row in accuracy})
+    for run, after in dict.fromkeys((row["run"], row["after"]) for row in accuracy):
+        own = [row for row in accuracy if (row["run"], row["after"]) == (run, after)]
         places = [counts.index(int(row["frames"])) for row in own]
-        style = "o-" if name[0] == "from nothing" else "s--"
-        left.plot(
-            places, [100 * int(r["right"]) / int(r["questions"]) for r in own], style, label=f"{name[0]}: {name[1]}"
-        )
-    left.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
-    left.set(xlabel="frames of a video", ylabel="right answers, %", ylim=(0, 102))
-    longest = max(int(row["frames"]) for row in rows if row["measure"] == "needles")
-    for name in dict.fromkeys((row["run"], row["after"]) for row in rows if row["measure"] == "needles"):
-        own = [
-            row
-            for row in rows
-            if (row["run"], row["after"]) == name and row["measure"] == "needles" and int(row["frames"]) == longest
-        ]
-        own = [row for row in own if row["distractors"] == "0"]
-        if own:
-            found = [100 * int(row["right"]) / int(row["questions"]) for row in own]
-            right.plot([float(row["depth"]) for row in own], found, "o-", label=f"{name[0]}: {name[1]}")
-    right.set(xlabel=f"depth of the needle among {longest:,} frames", ylabel="found, %", ylim=(-2, 102))
-    for ax in (left, right):
+        axes[1].plot(places, [row["share"] for row in own], "o-", label=f"{run}: {after}")
+    if accuracy:
+        axes[1].set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+        axes[1].set(xlabel="frames of a video", ylabel="right answers, %", ylim=(-3, 103))
+    for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     figure.savefig(ROOT / "docs" / "images" / "longvila.png", dpi=110)
