@@ -25,6 +25,7 @@ _PIPELINE_SETTINGS = "settings given to the pipeline's constructor, which it kee
 _TRAINER = "transformers' Trainer has no public hook at this place"
 _TRL = "TRL's trainers fill their model card from it"
 _TORCH = "PyTorch's own: modules have no public way to ask for it"
+_FOREACH = "many small tensors in one launch, as torch.optim does; PyTorch documents these functions under this name"
 
 ALLOWED: dict[str, str] = {
     "_init_weights": _CLASS,
@@ -66,6 +67,8 @@ ALLOWED: dict[str, str] = {
     "_DropoutNd": _TORCH,
     "_forward_hooks": _TORCH,
     "_forward_pre_hooks": _TORCH,
+    "_foreach_copy_": _FOREACH,
+    "_foreach_zero_": _FOREACH,
 }
 
 NO_PRIVATE = {
