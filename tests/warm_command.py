@@ -84,6 +84,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "RUN":
         raise SystemExit(run(sys.argv[2], sys.argv[3:]))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command's entry point says
+    del sys.path[0]  # the folder of this file, whose names are none of the command's
     imports()
     told = serve(sys.argv[2])
     os.chdir(told["folder"])
