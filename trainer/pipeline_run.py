@@ -15,13 +15,13 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # comes with accelerate
 import torch
 import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -306,13 +306,13 @@ def _forget_peaks() -> None:
 
 
 def _host_peak() -> float:
-    """GB of memory that this process has had at most, since it began; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak if sys.platform == "darwin" else 1024 * peak) / 1e9
+    """GB of memory that this process had at most since it began; on macOS, which tells no peak, what it has now."""
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1]) / 1e9
+    held = psutil.Process().memory_info()
+    return getattr(held, "peak_wset", held.rss) / 1e9
 
 
 def _first() -> bool:
