@@ -16,9 +16,7 @@ from ..data.broken_samples import BrokenSamples
 from ..data.collator import describe
 from .augmentation import Augmentation
 from .caption_rows import CaptionRow
-from .clip_data import training_clip
-
-_TRIES = 10  # rows after a broken one that may take its place
+from .clip_data import first_readable, training_clip
 
 
 def pair_keys(video: str, caption: str) -> Tensor:
@@ -46,6 +44,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
     ) -> None:
         self.rows, self.num_frames, self.augmentation, self.seed = rows, num_frames, augmentation, seed
         self.pictures = np.array([row.is_picture for row in rows])
+        self.alike = {kind: np.flatnonzero(self.pictures == kind) for kind in (False, True)}
         self.report = BrokenSamples() if report is None else report
 
     def __len__(self) -> int:
@@ -54,20 +53,16 @@ class TrainingPairs(Dataset[dict[str, Any]]):
     def __getitem__(self, draw: int) -> dict[str, Any]:
         place = draw % len(self)
         rng = np.random.default_rng((self.seed, draw))
-        alike = np.flatnonzero(self.pictures == self.pictures[place])
-        first = int(np.searchsorted(alike, place))
+        alike = self.alike[bool(self.pictures[place])]
         frames = 1 if self.pictures[place] else self.num_frames
-        self.report.count("seen")
-        for step in range(_TRIES):
-            row = self.rows[alike[(first + step) % len(alike)]]
-            try:
-                pixels = training_clip(row.clip, frames, self.augmentation, 1, rng)[0]
-            except Exception as error:
-                self.report.add("broken", {"id": row.name}, describe(error), counts=step == 0)
-                continue
-            caption = row.captions[int(rng.integers(len(row.captions)))]
-            return {"pixel_values": pixels, "text": caption, "keys": pair_keys(row.key, caption)}
-        raise ValueError(f"{row.name} and the {_TRIES - 1} rows before it cannot be read: look with `data check`")
+        first = int(np.searchsorted(alike, place))
+        row, pixels = first_readable(
+            lambda step: self.rows[alike[(first + step) % len(alike)]],
+            lambda row: training_clip(row.clip, frames, self.augmentation, 1, rng)[0],
+            self.report,
+        )
+        caption = row.captions[int(rng.integers(len(row.captions)))]
+        return {"pixel_values": pixels, "text": caption, "keys": pair_keys(row.key, caption)}
 
 
 class TestPairs(Dataset[dict[str, Any]]):

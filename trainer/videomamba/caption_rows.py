@@ -17,14 +17,15 @@ from typing import Any
 
 from ...files.text_files import open_text, read_json, text_lines
 from ...processing.frame_sampling import seconds_of
-from ...processing.video_source_names import IMAGE_SUFFIXES, is_address, local_path
-from .clip_rows import LIST_SUFFIXES, VIDEO_SUFFIXES, ClipRow, ClipRows, StoredMedia
+from ...processing.video_source_names import IMAGE_SUFFIXES, is_address
+from .clip_rows import LIST_SUFFIXES, VIDEO_SUFFIXES, ClipRow, ClipRows, StoredMedia, read_source
 
 _SOURCE = ("video", "image", "path", "file", "file_name", "filename", "video_path", "clip", "video_id", "videoid")
 _CAPTION = ("caption", "captions", "sentence", "sentences", "text", "description", "name")
 _START, _END = ("start", "time_start", "begin"), ("end", "time_end", "stop")
 _LSMDC_TIMES = re.compile(r"_\d\d\.\d\d\.\d\d\.\d+-\d\d\.\d\d\.\d\d\.\d+$")
 _DIDEMO_SECONDS = 30.0  # of a video are described
+_MEDIA = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 _SPLITS = {"val": ("val", "validate", "validation"), "train": ("train", "training"), "test": ("test", "testing")}
 
 
@@ -82,7 +83,8 @@ def load_caption_rows(
     base = None if base_dir is None else Path(base_dir)
     rows, empty = [], 0
     for one in sources:
-        for clip, said in _read(one, base, split):
+        found = read_source(one, base, split, dataset=_from_dataset, file=_from_file, folder=_from_folder)
+        for clip, said in found:
             captions = [caption for each in said if (caption := " ".join(str(each).split()))]
             empty += len(said) - len(captions)
             if captions:
@@ -103,40 +105,20 @@ def as_clip_rows(rows: Sequence[CaptionRow]) -> ClipRows:
 Said = tuple[ClipRow, Sequence[Any]]
 
 
-def _read(source: Any, base: Path | None, split: str) -> Iterable[Said]:
-    if hasattr(source, "column_names"):
-        return _from_dataset(source, base, "the data set")
-    path = local_path(source)
-    if path.is_dir():
-        if any((path / mark).exists() for mark in ("dataset_info.json", "state.json", "dataset_dict.json")):
-            import datasets
-
-            found = datasets.load_from_disk(str(path))
-            return _from_dataset(found[split] if isinstance(found, dict) else found, base or path, str(path))
-        return _from_folder(path, base, split)
-    if path.is_file():
-        base = base or path.parent
-        if path.suffix in (".pkl", ".pickle"):
-            return _of_split(_plain_pickle(path), path, base, split)
-        if path.suffix not in LIST_SUFFIXES:
-            raise ValueError(f"{path}: a list of videos with captions must end in {', '.join(LIST_SUFFIXES)} or .pkl")
-        if path.suffix in (".json", ".jsonl"):
-            return _from_json(path, base, split)
-        return _from_text(path, base, split)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        import datasets
-
-        return _from_dataset(datasets.load_dataset(str(source), split=split), base, str(source))
-    raise FileNotFoundError(f"{source}: no such file or folder (and it is no data set id such as owner/name)")
+def _from_file(path: Path, base: Path, split: str) -> Iterable[Said]:
+    if path.suffix in (".pkl", ".pickle"):
+        return _of_split(_plain_pickle(path), path, base, split)
+    if path.suffix not in LIST_SUFFIXES:
+        raise ValueError(f"{path}: a list of videos with captions must end in {', '.join(LIST_SUFFIXES)} or .pkl")
+    if path.suffix in (".json", ".jsonl"):
+        return _from_json(path, base, split)
+    return _from_text(path, base, split)
 
 
-def _from_folder(folder: Path, base: Path | None, split: str) -> Iterable[Said]:
-    """A list named after the split, or videos with a text beside each."""
-    for suffix in LIST_SUFFIXES:
-        if (folder / f"{split}{suffix}").is_file():
-            return _read(folder / f"{split}{suffix}", base or folder, split)
+def _from_folder(folder: Path, split: str) -> Iterable[Said]:
+    """Videos with a text beside each."""
     root = folder / split if (folder / split).is_dir() else folder
-    media = sorted(path for path in root.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES)
+    media = sorted(path for path in root.iterdir() if path.suffix.lower() in _MEDIA)
     texts = [path.with_suffix(".txt") for path in media]
     found = [
         (ClipRow(str(one)), list(text_lines(text))) for one, text in zip(media, texts, strict=True) if text.is_file()
@@ -154,26 +136,22 @@ def _files_of(folder: Path) -> dict[str, str]:
     """Videos and pictures of a folder by their names without suffix."""
     if not folder.is_dir():
         return {}
-    known = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-    return {entry.stem: str(entry) for entry in folder.iterdir() if entry.suffix.lower() in known}
+    return {entry.stem: str(entry) for entry in folder.iterdir() if entry.suffix.lower() in _MEDIA}
 
 
 def _located(name: Any, base: Path, *inside: str) -> Any:
     """The file that a list calls `name`, with or without suffix, in `base` or its folders `inside`."""
     if not isinstance(name, str) or is_address(name) or Path(name).is_absolute():
         return name
-    if Path(name).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and (base / name).is_file():
+    suffix = Path(name).suffix if Path(name).suffix.lower() in _MEDIA else ""
+    if suffix and (base / name).is_file():
         return str(base / name)
-    stem = (
-        name if Path(name).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES else name[: -len(Path(name).suffix)]
-    )
+    stem = name.removesuffix(suffix)
     for folder in (*inside, ""):
         whole = base / folder / stem
         if (found := _files_of(whole.parent).get(whole.name)) is not None:
             return found
-    return (
-        str(base / name) if Path(name).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES else str(base / f"{name}.mp4")
-    )
+    return str(base / (name if suffix else f"{name}.mp4"))
 
 
 def _grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:

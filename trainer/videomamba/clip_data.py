@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from .augmentation import Augmentation
 from .clip_rows import ClipRow, ClipRows
 
 _TRIES = 10  # rows after a broken one that may take its place
+Row = TypeVar("Row", bound=Any)
 
 
 def _bounded(size: int) -> Any:
@@ -39,6 +40,25 @@ def training_clip(
     frames, places = read_clips(row.open(), num_frames, repeats, fit=fit, rng=rng, start=row.start, end=row.end)
     clips = [augmentation([frames[place] for place in clip], rng) for clip in places]
     return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3)
+
+
+def first_readable(
+    candidate: Callable[[int], Row], read: Callable[[Row], Tensor], report: BrokenSamples
+) -> tuple[Row, Tensor]:
+    """The first of `candidate(0)`, `candidate(1)`, … that can be read, and what `read` gives; those that cannot are
+    listed in `report`.
+
+    Raises:
+        ValueError: none of `_TRIES` rows can.
+    """
+    report.count("seen")
+    for step in range(_TRIES):
+        row = candidate(step)
+        try:
+            return row, read(row)
+        except Exception as error:
+            report.add("broken", {"id": row.name}, describe(error), counts=step == 0)
+    raise ValueError(f"{row.name} and the {_TRIES - 1} rows before it cannot be read: look with `data check`")
 
 
 class TrainingClips(Dataset[dict[str, Any]]):
@@ -68,16 +88,13 @@ class TrainingClips(Dataset[dict[str, Any]]):
     def __getitem__(self, draw: int) -> dict[str, Any]:
         place = draw % len(self)
         rng = np.random.default_rng((self.seed, draw))
-        self.report.count("seen")
-        for step in range(_TRIES):
-            row = self.rows.rows[(place + step) % len(self)]
-            try:
-                pixels = training_clip(row, self.num_frames, self.augmentation, self.repeats, rng)
-            except Exception as error:
-                self.report.add("broken", {"id": row.name}, describe(error), counts=step == 0)
-                continue
-            return {"pixel_values": pixels, "labels": row.label}
-        raise ValueError(f"{row.name} and the {_TRIES - 1} rows before it cannot be read: look with `data check`")
+
+        row, pixels = first_readable(
+            lambda step: self.rows.rows[(place + step) % len(self)],
+            lambda row: training_clip(row, self.num_frames, self.augmentation, self.repeats, rng),
+            self.report,
+        )
+        return {"pixel_values": pixels, "labels": row.label}
 
 
 class TestClips(Dataset[dict[str, Any]]):

@@ -6,10 +6,10 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...files.text_files import open_text, read_json, text_lines
 from ...processing.frame_sampling import seconds_of
@@ -21,6 +21,7 @@ _SOURCE = ("video", "path", "file", "filename", "file_name", "video_path", "imag
 _LABEL = ("label", "class", "class_id", "target", "value", "category", "action")
 _START, _END, _LENGTH = ("start", "time_start", "begin"), ("end", "time_end", "stop"), ("duration", "seconds")
 _DIGITS = re.compile(r"-?\d+")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,12 @@ def load_clip_rows(
         there is no row.
     """
     sources = source if isinstance(source, list | tuple) else [source]
-    rows = [row for one in sources for row in _read(one, None if base_dir is None else Path(base_dir), split)]
+    base = None if base_dir is None else Path(base_dir)
+    rows = [
+        row
+        for one in sources
+        for row in read_source(one, base, split, dataset=_from_dataset, file=_from_file, folder=_from_folder)
+    ]
     if not rows:
         raise ValueError(f"{source}: there are no rows in it")
     if window is not None:
@@ -144,36 +150,57 @@ def _numbered(rows: list[ClipRow], classes: Sequence[str] | None) -> ClipRows:
 
 
 # ------------------------------------------------------------------------------------------------ forms
-def _read(source: Any, base: Path | None, split: str) -> Iterable[ClipRow]:
+def read_source(
+    source: Any,
+    base: Path | None,
+    split: str,
+    *,
+    dataset: Callable[[Any, Path | None, str], Iterable[Row]],
+    file: Callable[[Path, Path, str], Iterable[Row]],
+    folder: Callable[[Path, str], Iterable[Row]],
+) -> Iterable[Row]:
+    """Rows of a data set (given, saved in a folder, or by its Hub id), a file, or a folder.
+
+    Args:
+        base: where the files are that rows name; None is where the source is.
+        dataset: makes rows of a data set of `datasets`, the files' folder and a name for messages. file: of a file,
+            the files' folder and the split. folder: of a folder that holds no list named after the split.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+    """
     if hasattr(source, "column_names"):
-        return _from_dataset(source, base, "the data set")
+        return dataset(source, base, "the data set")
     path = local_path(source)
     if path.is_dir():
         if any((path / mark).exists() for mark in ("dataset_info.json", "state.json", "dataset_dict.json")):
             import datasets
 
             found = datasets.load_from_disk(str(path))
-            return _from_dataset(found[split] if isinstance(found, dict) else found, base or path, str(path))
-        return _from_folder(path, base, split)
+            return dataset(found[split] if isinstance(found, dict) else found, base or path, str(path))
+        for suffix in LIST_SUFFIXES:
+            if (path / f"{split}{suffix}").is_file():
+                return file(path / f"{split}{suffix}", base or path, split)
+        return folder(path, split)
     if path.is_file():
-        if path.suffix not in LIST_SUFFIXES:
-            raise ValueError(f"{path}: a list of videos must end in {', '.join(LIST_SUFFIXES)}")
-        base = base or path.parent
-        if path.suffix in (".json", ".jsonl"):
-            return _from_json(path, base, split)
-        return _from_text(path, base)
+        return file(path, base or path.parent, split)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         import datasets
 
-        return _from_dataset(datasets.load_dataset(str(source), split=split), base, str(source))
+        return dataset(datasets.load_dataset(str(source), split=split), base, str(source))
     raise FileNotFoundError(f"{source}: no such file or folder (and it is no data set id such as owner/name)")
 
 
-def _from_folder(folder: Path, base: Path | None, split: str) -> Iterable[ClipRow]:
-    """A list named after the split, or a folder for every class."""
-    for suffix in LIST_SUFFIXES:
-        if (folder / f"{split}{suffix}").is_file():
-            return _read(folder / f"{split}{suffix}", base or folder, split)
+def _from_file(path: Path, base: Path, split: str) -> Iterable[ClipRow]:
+    if path.suffix not in LIST_SUFFIXES:
+        raise ValueError(f"{path}: a list of videos must end in {', '.join(LIST_SUFFIXES)}")
+    if path.suffix in (".json", ".jsonl"):
+        return _from_json(path, base, split)
+    return _from_text(path, base)
+
+
+def _from_folder(folder: Path, split: str) -> Iterable[ClipRow]:
+    """A folder for every class."""
     root = folder / split if (folder / split).is_dir() else folder
     rows = []
     for kind in sorted(part for part in root.iterdir() if part.is_dir()):
