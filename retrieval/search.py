@@ -90,13 +90,11 @@ class Retriever:
             scores: (T, V), less than half of `RERANKED`. tokens: of the clip of a video's number. tell: is told how
                 many rows are done.
         """
-        result = scores.double()
-        for row in range(len(scores)):
-            best = scores[row].topk(min(depth, scores.shape[1])).indices
-            found = self.match([texts[row]] * len(best), [tokens(int(column)) for column in best])
-            result[row, best] = RERANKED + score(found).double()
-            tell(row + 1)
-        return result
+
+        def compare(row: int, best: list[int]) -> Tensor:
+            return score(self.match([texts[row]] * len(best), [tokens(column) for column in best]))
+
+        return _reranked(scores, depth, compare, tell)
 
     def reranked_back(
         self,
@@ -108,10 +106,20 @@ class Retriever:
         tell: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
         """As `reranked`, of each video's `depth` best texts: scores fp64 (T, V)."""
-        result = scores.double()
-        for column in range(scores.shape[1]):
-            best = scores[:, column].topk(min(depth, len(scores))).indices
-            found = self.match([texts[int(row)] for row in best], [tokens(column)] * len(best))
-            result[best, column] = RERANKED + score(found).double()
-            tell(column + 1)
-        return result
+
+        def compare(column: int, best: list[int]) -> Tensor:
+            return score(self.match([texts[row] for row in best], [tokens(column)] * len(best)))
+
+        return _reranked(scores.T, depth, compare, tell).T
+
+
+def _reranked(
+    scores: Tensor, depth: int, compare: Callable[[int, list[int]], Tensor], tell: Callable[[int], None]
+) -> Tensor:
+    """Scores fp64 (R, C) in which the `depth` best of every row stand `RERANKED` above what `compare` gives them."""
+    result = scores.double()
+    for row in range(len(scores)):
+        best = scores[row].topk(min(depth, scores.shape[1])).indices
+        result[row, best] = RERANKED + compare(row, best.tolist()).double()
+        tell(row + 1)
+    return result
