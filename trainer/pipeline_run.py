@@ -88,7 +88,7 @@ class Runs:
             ValueError: a run was begun with other settings, which are named; see also `train_recipe`.
         """
         found: list[dict[str, Any]] = []
-        begin = _Begin(self._start_model(), f"model {self.pipeline.model}")
+        begin = _Begin(_start_model(self.pipeline), f"model {self.pipeline.model}")
         if self.pipeline.evaluation.get("start") and begin.model is not None and first == 0:
             folder = self.out / START
             found.append({"title": "start", "folder": START, "evaluation": self._evaluation(begin.model, folder)})
@@ -123,10 +123,6 @@ class Runs:
             **result,
             "evaluation": read_json(file) if file.is_file() else {},
         }
-
-    def _start_model(self) -> str | None:
-        model = self.pipeline.model
-        return str(BUNDLED_CHECKPOINT) if model == BUNDLED else model
 
     def _end(self, result: Mapping[str, Any]) -> _Begin:
         return _Begin(str(self.out / result["model"]), result["identity"])
@@ -220,9 +216,9 @@ def check_data(pipeline: Pipeline, first: int, tell: Callable[[str], None]) -> N
     from .data.sample_encoding import EncodingSettings
 
     runs = [run for run in pipeline.runs[first:] if not run.world]
-    if not runs or pipeline.model is None:
+    model = _start_model(pipeline)
+    if not runs or model is None:
         return
-    model = str(BUNDLED_CHECKPOINT) if pipeline.model == BUNDLED else pipeline.model
     processor = VideoMa2mbaProcessor.from_pretrained(usable_folder(model))
     seen = set()
     for run in runs:
@@ -234,26 +230,31 @@ def check_data(pipeline: Pipeline, first: int, tell: Callable[[str], None]) -> N
                 continue
             seen.add(key)
             try:
-                rows = load_training_data(data, streaming=bool(run.content.get("streaming")), **options)
-                rows = (
-                    list(itertools.islice(rows, pipeline.check))
-                    if not hasattr(rows, "__len__")
-                    else [
-                        rows[place]
-                        for place in sorted({n * len(rows) // pipeline.check for n in range(pipeline.check)})
-                    ]
-                )
+                loaded = load_training_data(data, streaming=bool(run.content.get("streaming")), **options)
+                rows = _some_rows(loaded, pipeline.check)
             except (ValueError, OSError) as error:
                 raise ValueError(f"stage {stage}: {error}") from error
             broken = [found for row in rows if (found := check_row(processor, row, settings)).error]
             if broken:
                 told = (
                     f"stage {stage}: {len(broken)} of {len(rows)} samples that were looked at cannot be used, such as "
+                    f"{broken[0].id}: {broken[0].error} ({broken[0].remedy}); `video-ma2mba data check` reads all"
                 )
-                told += f"{broken[0].id}: {broken[0].error} ({broken[0].remedy}); `video-ma2mba data check` reads all"
                 if 2 * len(broken) > len(rows):
                     raise ValueError(told)
                 tell(told)
+
+
+def _some_rows(data: Any, count: int) -> list[Any]:
+    """At most `count` rows, from all parts of the data; of a stream the first."""
+    if not hasattr(data, "__len__"):
+        return list(itertools.islice(data, count))
+    return [data[place] for place in sorted({n * len(data) // count for n in range(count)})]
+
+
+def _start_model(pipeline: Pipeline) -> str | None:
+    """Folder or Hub id of what the first run begins with; None where it makes a new model."""
+    return str(BUNDLED_CHECKPOINT) if pipeline.model == BUNDLED else pipeline.model
 
 
 def _train_world(run: StageRun, folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:

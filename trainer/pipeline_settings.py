@@ -225,8 +225,8 @@ def _runs(
     if ("recipe" in stage) == ("world" in stage):
         raise ValueError(f"stage {group[-1]} needs either `recipe: NAME` or `world: {{...}}`")
     numbers = tuple(list(stages).index(name) + 1 for name in group)
-    settings = {key: value for key, value in stage.items() if key not in _STAGE_KEYS}
     if "world" in stage:
+        settings = {key: value for key, value in stage.items() if key not in _STAGE_KEYS}
         content = {**common, **stage["world"], **settings, **own.settings, **own.stages[group[-1]]}
         _known(content, _world_settings(), f"stage {group[-1]}")
         if len(group) > 1:
@@ -237,9 +237,7 @@ def _runs(
     others = list(dict.fromkeys([*group[:-1], *mixed]))
     runs = []
     for part in stage.get("parts") or [{}]:
-        given = {**common, **settings, **part, **own.settings, **own.stages[group[-1]]}
-        for key in _STAGE_KEYS:
-            given.pop(key, None)
+        given = _settings(stage, part, common, own, group[-1])
         if "resume" in given:
             raise ValueError(f"stage {group[-1]}: resume is always on: the same command goes on where it was")
         for key in ("output_dir", "model"):
@@ -272,11 +270,15 @@ def _data(stages: Mapping[str, Any], common: Mapping[str, Any], own: _Own, name:
     stage = _merged(stages[name], own.stages[name])
     if "recipe" not in stage:
         raise ValueError(f"stage {name} has no data of its own that could be mixed in")
-    given = {key: value for key, value in stage.items() if key not in _STAGE_KEYS}
-    given = {**common, **given, **own.settings, **own.stages[name]}
-    for key in _STAGE_KEYS:
-        given.pop(key, None)
-    return _named_data(laid_over(stage["recipe"], given, smoke), smoke)
+    return _named_data(laid_over(stage["recipe"], _settings(stage, {}, common, own, name), smoke), smoke)
+
+
+def _settings(
+    stage: Mapping[str, Any], part: Mapping[str, Any], common: Mapping[str, Any], own: _Own, name: str
+) -> dict[str, Any]:
+    """What is laid over the recipe of a stage, or of a part of it."""
+    given = {**common, **stage, **part, **own.settings, **own.stages[name]}
+    return {key: value for key, value in given.items() if key not in _STAGE_KEYS}
 
 
 def _named_data(content: Mapping[str, Any], smoke: bool) -> Any:
