@@ -67,6 +67,7 @@ from video_ma2mba.trainer.videomamba.recipe_run import build_recipe, build_train
 from video_ma2mba.trainer.videomamba.self_distillation import Distillation, DistilledClassifier
 from video_ma2mba.trainer.videomamba.starting_model import frozen
 from video_ma2mba.trainer.videomamba.training_settings import VideoMambaTrainingConfig
+from video_ma2mba.world.clip_encoders import loud_positions_
 from video_ma2mba.world.model import PIXEL_MEAN, PIXEL_STD
 from video_ma2mba.world.render import WorldRenderer
 from video_ma2mba.world.video_files import write_video
@@ -232,13 +233,6 @@ def config_of(sizes: Sizes, released: bool = False, **fields: Any) -> VideoMamba
         own |= {"time_step_range": (0.001, 0.1), "initializer_range": sizes.width**-0.5}
     own |= {"image_size": SIDE, "patch_size": PATCH, "image_mean": PIXEL_MEAN, "image_std": PIXEL_STD}
     return VideoMambaConfig(**{**own, **sizes.model, **fields})
-
-
-def loud_positions_(encoder: VideoMambaModel) -> None:
-    """Positions as loud as the content: half of what motion is about, and next to nothing in a fresh model."""
-    with torch.no_grad():
-        encoder.pos_embed.normal_(0.0, 0.2)
-        encoder.temporal_pos_embedding.normal_(0.0, 0.2)
 
 
 def classifier(config: VideoMambaConfig, seed: int, released: bool = False) -> VideoMambaForVideoClassification:

@@ -29,12 +29,10 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from ..hub_cards.videomamba_card import videomamba_card
-from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification, parameter_groups
-from ..processing.video_processing_videomamba import VideoMambaVideoProcessor
 from ..trainer.training_clock import ENDLESS, ClockCallback, TrainingClock
 from .batches import imitate_mp4
-from .model import PIXEL_MEAN, PIXEL_STD
+from .clip_encoders import FRAME, SECONDS, clip_processor, eager_config, loud_positions_
 from .render import WorldRenderer
 from .tower import IGNORED, cell_labels
 from .world import COLOURS, DIRECTIONS, SHAPES, World, WorldSettings, build_world, video_seed
@@ -49,7 +47,6 @@ SIZES = {
     "small": {"hidden_size": 128, "num_hidden_layers": 8, "patch_size": 16},
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "patch_size": 16},
 }
-FRAME, SECONDS = 64, 8  # pixels of a side; a clip has a frame of every second
 _SETTINGS = WorldSettings(min_objects=2, max_objects=2, card=False)
 MOTIONS = ("nothing", "rests", *DIRECTIONS)
 _EMPTY = 0.15  # weight of a patch that shows nothing, as most do
@@ -186,24 +183,15 @@ def train(training: ClassifierTraining) -> dict[str, float]:
     cuda = torch.cuda.is_available()
     set_seed(training.seed)
     names = [name for each in LABELS.values() for name in each]
-    config = VideoMambaConfig(
+    config = eager_config(
         **SIZES[training.size],
-        image_size=FRAME,
-        num_frames=SECONDS,
-        # The class token stands before the first frame: at the released start it would not see the second one.
-        time_step_range=(0.001, 0.1),
-        initializer_range=SIZES[training.size]["hidden_size"] ** -0.5,
-        image_mean=PIXEL_MEAN,
-        image_std=PIXEL_STD,
         problem_type="multi_label_classification",
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
     )
     model = VideoMambaForVideoClassification(config)
     taught, side = TaughtClassifier(model), FRAME // config.patch_size
-    with torch.no_grad():  # positions as loud as the content: half of what motion is about, and zero in a fresh model
-        model.videomamba.pos_embed.normal_(0.0, 0.2)
-        model.videomamba.temporal_pos_embedding.normal_(0.0, 0.2)
+    loud_positions_(model.videomamba)
     clock = TrainingClock(
         training.max_steps or None, training.max_seconds or None, training.warmup_steps, schedule="cosine"
     )
@@ -264,9 +252,7 @@ def save(
         parameter.data = parameter.data.to(torch.float32 if kept else torch.float16)
     model.config.dtype = torch.float32
     model.eval().save_pretrained(folder)
-    VideoMambaVideoProcessor(
-        size=FRAME, num_frames=SECONDS, image_mean=list(PIXEL_MEAN), image_std=list(PIXEL_STD)
-    ).save_pretrained(folder)
+    clip_processor().save_pretrained(folder)
     rows = [f"| {kind} | {share:.1%} | {1 / len(LABELS[kind]):.1%} |" for kind, share in accuracy.items()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     card = videomamba_card(

@@ -23,10 +23,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, BertConfig, HfArgumentParser, TrainerCallback, set_seed
 
-from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.configuration_videomamba_retrieval import VideoMambaRetrievalConfig
 from ..modeling_video_ma2mba.modeling_videomamba_retrieval import VideoMambaForRetrieval
-from ..processing.video_processing_videomamba import VideoMambaVideoProcessor
 from ..retrieval.recall import recall_both_ways
 from ..retrieval.search import Retriever
 from ..trainer.videomamba.caption_data import PairCollator, pair_keys
@@ -36,7 +34,7 @@ from ..trainer.videomamba.retrieval_training import RetrievalObjective, Retrieva
 from ..trainer.videomamba.training_settings import VideoMambaTrainingConfig
 from ..trainer.videomamba.word_pieces import word_pieces
 from .batches import imitate_mp4
-from .model import PIXEL_MEAN, PIXEL_STD
+from .clip_encoders import FRAME, SECONDS, clip_processor, eager_config, loud_positions_
 from .render import WorldRenderer
 from .world import World, WorldSettings, build_world, video_seed
 
@@ -44,7 +42,6 @@ SIZES = {
     "small": ({"hidden_size": 128, "num_hidden_layers": 6, "patch_size": 8}, 128),
     "tiny": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "patch_size": 16}, 32),
 }
-FRAME, SECONDS = 64, 8  # pixels of a side; a clip has a frame of every second
 _SETTINGS = WorldSettings(min_objects=3, max_objects=3, card=False)
 _WORDS = 32  # tokens of a caption
 
@@ -133,23 +130,13 @@ class RetrievalTraining:
 def fresh_model(training: RetrievalTraining, words: int) -> VideoMambaForRetrieval:
     """A model with fresh weights that learns from clips at once."""
     sizes, width = SIZES[training.size]
-    vision = VideoMambaConfig(
-        **sizes,
-        image_size=FRAME,
-        num_frames=SECONDS,
-        # The class token stands before the first frame: at the released start it would not see the second one.
-        time_step_range=(0.001, 0.1),
-        initializer_range=sizes["hidden_size"] ** -0.5,
-        image_mean=PIXEL_MEAN,
-        image_std=PIXEL_STD,
-    )
     text = BertConfig(
         vocab_size=words, hidden_size=width, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * width,
         max_position_embeddings=_WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=width**-0.5,
     )  # fmt: skip
     config = VideoMambaRetrievalConfig(
-        vision,
+        eager_config(**sizes),
         text,
         fusion_layers=2,
         projection_dim=width,
@@ -157,9 +144,7 @@ def fresh_model(training: RetrievalTraining, words: int) -> VideoMambaForRetriev
         temperature_range=(0.001, 0.1),  # before anything is learnt, a high one is what pays, and holds learning up
     )
     model = VideoMambaForRetrieval(config)
-    with torch.no_grad():  # positions as loud as the content: order and motion are half of what captions say
-        model.vision_encoder.pos_embed.normal_(0.0, 0.2)
-        model.vision_encoder.temporal_pos_embedding.normal_(0.0, 0.2)
+    loud_positions_(model.vision_encoder)
     return model
 
 
@@ -210,9 +195,7 @@ def train(training: RetrievalTraining) -> dict[str, float]:
         RetrievalObjective(args, model.config, None, tokenizer.all_special_ids, tokenizer.mask_token_id),
         seen,
         unseen,
-        processing_class=VideoMambaVideoProcessor(
-            size=FRAME, num_frames=SECONDS, image_mean=list(PIXEL_MEAN), image_std=list(PIXEL_STD)
-        ),
+        processing_class=clip_processor(),
         tokenizer=tokenizer,
         data_name="the rendered world",
         export=lambda trained: trained.retrieval,  # type: ignore[arg-type, return-value]
