@@ -1,21 +1,23 @@
 """Train a small VideoMamba classifier on the rendered world: what can only be told from several frames.
 
-    python -m video_ma2mba.world.classifier --out DIR --max-seconds 150                     # a GPU
-    python -m video_ma2mba.world.classifier --out DIR --size tiny --max-steps 20 --batch 8  # a CPU, to see it run
+    python -m video_ma2mba.world.classifier --out DIR --max-seconds 150                                   # a GPU
+    python -m video_ma2mba.world.classifier --out DIR --size tiny --max-steps 20 --batch 8 --videos 100   # a CPU
 
 Every video shows two things, of which one moves and one rests. Its labels, one of each kind: the direction of what
 moves (four), whether it or what rests comes first (two), and the shape of what moves (eight; it can only be named by
 who saw what moves). Training is transformers' `Trainer` with binary cross-entropy over all labels; beside it a linear
 layer, thrown away afterwards, learns to say of every patch which shape stands there and how it moves: the class token
-alone, one of hundreds, learns slowly to find what it has to tell. `--out` holds its checkpoints, `accuracy.csv`
-(unseen videos of the test split, per kind, beside chance) and the classifier in `model/`, which `video-ma2mba
-classify` and the auto classes load.
+alone, one of hundreds, learns slowly to find what it has to tell. Every training video is drawn once and kept in a
+file while the run lasts, since drawing takes longer than learning; half the times it is seen in a mirror. In the end
+`--out` holds `accuracy.csv` (unseen videos of the test split, per kind, beside chance) and the classifier in `model/`,
+which `video-ma2mba classify` and the auto classes load.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import random
 import time
 from pathlib import Path
@@ -44,8 +46,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "shape": tuple(f"a {shape} moves" for shape in SHAPES),
 }
 SIZES = {
-    "small": {"hidden_size": 128, "num_hidden_layers": 8, "patch_size": 16},
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "patch_size": 16},
+    "small": {"hidden_size": 128, "num_hidden_layers": 8},
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
 }
 _SETTINGS = WorldSettings(min_objects=2, max_objects=2, card=False)
 MOTIONS = ("nothing", "rests", *DIRECTIONS)
@@ -117,6 +119,53 @@ class MovingThings(Dataset[dict[str, torch.Tensor]]):
         }
 
 
+class KeptClips(Dataset[dict[str, torch.Tensor]]):
+    """The same as `clips`, each drawn when it is first asked for and read from `file` afterwards, also by other
+    workers; half the times it is asked for left and right have changed places.
+
+    The file is as large as all clips, about 100 kB each, but takes room on the disk only for those that were drawn.
+    """
+
+    def __init__(self, clips: MovingThings, file: Path) -> None:
+        self.clips, self.file = clips, file
+        fields = [(name, value.numpy().dtype, tuple(value.shape)) for name, value in clips[0].items()]
+        self.row = np.dtype([*fields, ("drawn", np.bool_)])
+        self.rows: np.ndarray | None = None  # opened by each worker for itself
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as opened:
+            opened.truncate(len(clips) * self.row.itemsize)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.rows is None:
+            self.rows = np.memmap(self.file, self.row, "r+", shape=len(self))
+        row = self.rows[index]
+        if not row["drawn"]:
+            for name, value in self.clips[index].items():
+                row[name] = value.numpy()
+            row["drawn"] = True  # last: another worker may look
+        item = {name: torch.from_numpy(row[name].copy()) for name in self.row.names if name != "drawn"}
+        return mirrored(item) if random.random() < 0.5 else item
+
+
+def mirrored(item: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An item of `MovingThings` as a mirror shows it. All shapes look the same there."""
+    side = math.isqrt(item["patches"].shape[1])
+    patches = item["patches"].unflatten(1, (side, side)).flip(2).flatten(1, 2)
+    left, right = (MOTIONS.index(way) for way in ("left", "right"))
+    motions = patches[..., 1]
+    turned = torch.where(motions == left, right, torch.where(motions == right, left, motions))
+    labels = item["labels"].clone()
+    labels[:2] = labels[:2].flip(0)  # left and right
+    return {
+        "pixel_values": item["pixel_values"].flip(-1),
+        "labels": labels,
+        "patches": torch.stack([patches[..., 0], turned], dim=-1),
+    }
+
+
 class TaughtClassifier(nn.Module):
     """What is trained: the classifier, and a reading of every patch."""
 
@@ -159,13 +208,15 @@ class ClassifierTraining:
 
     out: str = dataclasses.field(metadata={"help": "folder of the run"})
     size: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(SIZES)}"})
+    scan_order: str = dataclasses.field(default="temporal_first", metadata={"help": "of the model's tokens"})
+    patch: int = dataclasses.field(default=16, metadata={"help": "pixels of a patch's side"})
     max_steps: int = dataclasses.field(default=0, metadata={"help": "length of training in optimizer steps"})
     max_seconds: float = dataclasses.field(default=0.0, metadata={"help": "the same by the clock"})
     batch: int = dataclasses.field(default=128, metadata={"help": "videos of an optimizer step"})
     learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "highest learning rate"})
     weight_decay: float = dataclasses.field(default=0.05, metadata={"help": "of matrices"})
     warmup_steps: int = dataclasses.field(default=100, metadata={"help": "steps of warm-up"})
-    videos: int = dataclasses.field(default=2_000_000, metadata={"help": "different training videos"})
+    videos: int = dataclasses.field(default=60_000, metadata={"help": "training videos, 100 kB of disk each"})
     test_videos: int = dataclasses.field(default=2000, metadata={"help": "unseen videos to measure accuracy on"})
     workers: int = dataclasses.field(default=14, metadata={"help": "processes that draw videos"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of weights and training videos"})
@@ -185,6 +236,8 @@ def train(training: ClassifierTraining) -> dict[str, float]:
     names = [name for each in LABELS.values() for name in each]
     config = eager_config(
         **SIZES[training.size],
+        scan_order=training.scan_order,
+        patch_size=training.patch,
         problem_type="multi_label_classification",
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
@@ -212,21 +265,26 @@ def train(training: ClassifierTraining) -> dict[str, float]:
         logging_steps=100 if cuda else 1,
         save_strategy="no",
         dataloader_num_workers=training.workers,
+        dataloader_persistent_workers=training.workers > 0,
         dataloader_pin_memory=cuda,
         report_to="none",
         disable_tqdm=True,
         seed=training.seed,
     )
+    clips = KeptClips(MovingThings("train", training.videos, training.seed, side), out / "clips")
     trainer = Trainer(
         model=taught,
         args=arguments,
-        train_dataset=MovingThings("train", training.videos, training.seed, side),
+        train_dataset=clips,
         eval_dataset=MovingThings("test", training.test_videos, side=side),
         compute_metrics=_metrics,
         optimizers=(optimizer, LambdaLR(optimizer, clock)),
         callbacks=[ClockCallback(clock)],
     )
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        clips.file.unlink()
     measured = trainer.evaluate()
     found = {kind: measured[f"eval_{kind}"] for kind in LABELS}
     with (out / "accuracy.csv").open("w", newline="") as file:
@@ -265,11 +323,18 @@ def save(
         "| kind | accuracy | chance |\n| --- | --- | --- |\n" + "\n".join(rows),
         recipe="Videos of eight seconds show two things, of which one moves: which way, whether it comes first, and "
         "what shape it has are the labels.\n\n```bash\n"
-        f"python -m video_ma2mba.world.classifier --size {training.size} "
-        f"--max-steps {steps} --batch {training.batch} --seed {training.seed} --out DIR\n```\n\n"
+        f"python -m video_ma2mba.world.classifier --out DIR {_options(training, steps)}\n```\n\n"
         f"{steps:,} steps of {training.batch} videos, measured on {device} with torch {torch.__version__}.",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _options(training: ClassifierTraining, steps: int) -> str:
+    """The command line that repeats a run in as many steps as it took, whatever the machine."""
+    asked = dataclasses.replace(training, max_steps=steps, max_seconds=0.0)
+    fields = (field for field in dataclasses.fields(asked) if field.name not in ("out", "workers"))
+    values = ((field.name, field.default, getattr(asked, field.name)) for field in fields)
+    return " ".join(f"--{name} {value}" for name, default, value in values if value != default)
 
 
 if __name__ == "__main__":

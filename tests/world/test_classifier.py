@@ -1,6 +1,9 @@
 """The small classifier: its labels are what its frames show, and a run leaves a folder that classifies."""
 
 import csv
+import dataclasses
+import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +15,15 @@ from video_ma2mba.world.classifier import (
     LABELS,
     MOTIONS,
     ClassifierTraining,
+    KeptClips,
     MovingThings,
     accuracy_per_kind,
+    mirrored,
     moving_world,
     patch_labels,
     train,
 )
+from video_ma2mba.world.render import WorldRenderer
 from video_ma2mba.world.world import COLOURS, SHAPES
 
 
@@ -83,6 +89,48 @@ def test_training_clips_differ_and_splits_do_not_meet():
     assert torch.equal(first["pixel_values"], again["pixel_values"])
 
 
+def test_a_mirror_changes_left_and_right_of_frames_patches_and_labels():
+    data, turned = MovingThings("test", 30), 0
+    for index in range(30):
+        item = data[index]
+        seen = mirrored(item)
+        assert torch.equal(seen["pixel_values"].flip(-1), item["pixel_values"])
+        swap = [1, 0, 2, 3, *range(4, 14)]
+        assert torch.equal(seen["labels"], item["labels"][swap])
+        names = torch.tensor([0, 1, 3, 2, 4, 5])  # of MOTIONS
+        before, after = (each["patches"].unflatten(1, (8, 8)) for each in (item, seen))
+        assert torch.equal(after[..., 0].flip(-1), before[..., 0])
+        known = before[..., 1] >= 0
+        assert torch.equal(after[..., 1].flip(2)[known], names[before[..., 1][known]])
+        assert torch.equal(after[..., 1].flip(2) < 0, ~known)
+        turned += int(item["labels"][:2].sum())
+    assert 5 < turned < 25
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_look_the_same_in_a_mirror(shape):
+    world = next(world for world in map(partial(moving_world, "test"), range(200)) if world.things[0].shape == shape)
+    thing = dataclasses.replace(world.things[0], pattern="solid", x=0.5, y=0.5, direction=None, radius=0.25)
+    world = dataclasses.replace(world, things=(thing,), clutter=False, sun=False)
+    frame = WorldRenderer(world, 64).frames([thing.start])[0].astype(int)
+    there = np.abs(frame - np.array(COLOURS[thing.colour])).max(-1) < 100
+    assert 100 < there.sum() < 1100 and (there != there[:, ::-1]).mean() < 0.02
+
+
+def test_clips_are_drawn_once_and_then_read_from_the_file(tmp_path, monkeypatch):
+    fresh = MovingThings("train", 3)
+    kept, again = (KeptClips(MovingThings("train", 3), tmp_path / "clips") for _ in range(2))
+    random.seed(0)
+    drawn = [kept[2] for _ in range(8)]
+    monkeypatch.setattr(MovingThings, "__getitem__", lambda *_: pytest.fail("drawn again"))
+    drawn += [again[2] for _ in range(8)]  # another worker
+    monkeypatch.undo()
+    both = [fresh[2], mirrored(fresh[2])]
+    found = [[all(torch.equal(item[name], one[name]) for name in one) for one in both] for item in drawn]
+    assert [sum(column) for column in zip(*found, strict=True)] == [9, 7]
+    assert len(kept) == 3
+
+
 def test_accuracy_is_counted_within_each_kind():
     labels = np.zeros((4, 14))
     labels[:, 1] = labels[:, 5] = labels[:, 9] = 1
@@ -100,13 +148,15 @@ def test_a_run_leaves_a_classifier_with_its_card(tmp_path):
             out=str(tmp_path), size="tiny", max_steps=2, batch=2, test_videos=4, workers=0, videos=8, warmup_steps=1
         )
     )
+    assert not (tmp_path / "clips").exists()
     with (tmp_path / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["kind"]: float(row["accuracy"]) for row in rows} == {k: round(v, 4) for k, v in found.items()}
     assert [float(row["chance"]) for row in rows] == [0.25, 0.5, 0.125]
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.pipeline_tag == "video-classification"
-    assert "--max-steps 2" in card.text and "| direction |" in card.text and "14: moves left" in card.text
+    assert "--size tiny --max_steps 2 --batch 2 --warmup_steps 1 --videos 8 --test_videos 4" in card.text
+    assert "| direction |" in card.text and "14: moves left" in card.text
     classify = load_classifier(str(tmp_path / "model"), device="cpu")
     named = classify("examples/videos/000000.mp4", top=14)
     assert {entry["label"] for entry in named} == {name for each in LABELS.values() for name in each}
