@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .. import BUNDLED_CHECKPOINT
 from ..modeling_video_ma2mba.vision_features import encode_frames, used_tower_modules, whole_clips
+from ..trainer.setting_names import BUNDLED
 from . import World, WorldDataset
 from .batches import imitate_mp4, only_item
 from .world import CARD_SYMBOLS, COLOURS, SHAPES, SKY
@@ -175,6 +177,26 @@ def tower_costs(model: Any, pixels: Tensor, repeats: int = 5) -> dict[str, float
         found[f"{name} frames/s"] = len(pixels) / sorted(seconds)[repeats // 2]
     tower.zero_grad(set_to_none=True)
     return found
+
+
+def take_tower_(model: Any, source: str, frames: int, seed: int) -> Tensor:
+    """Give `model` the tower of the trained model `source`, a folder or `bundled`; returns the pixels of a batch of
+    `frames` frames, uint8 (F, 3, h, w).
+
+    Raises:
+        ValueError: that tower is of another kind or size.
+    """
+    folder = BUNDLED_CHECKPOINT if source == BUNDLED else source
+    other = type(model).from_pretrained(folder, dtype=torch.float32)
+    tower, wanted = other.model.vision_tower.state_dict(), model.model.vision_tower.state_dict()
+    if {name: value.shape for name, value in tower.items()} != {name: value.shape for name, value in wanted.items()}:
+        raise ValueError(f"tower_from={source}: its vision tower is of another kind or size than this model's")
+    model.model.vision_tower.load_state_dict(tower)
+    config = model.config
+    side = math.isqrt(config.tokens_per_frame)
+    batches = TowerFrames(frames, side, seed, config.vision_config.image_size, config.clip_frames)
+    pixels = batches.batch(random.Random(f"tower {seed}"))["pixels"]
+    return pixels.to(next(model.parameters()).device)
 
 
 def train_tower(

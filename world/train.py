@@ -34,7 +34,7 @@ from .model import SIZES, TOWERS, fit_projector_, start_for_recall_, world_confi
 from .questions import check_kinds
 from .report import WorldReport
 from .tokenizer import build_world_tokenizer
-from .tower import clips_of, tower_costs, train_tower
+from .tower import clips_of, take_tower_, tower_costs, train_tower
 
 _SINGLE_PRECISION = ("A_log", "D", "dt_bias")  # what decides how long is remembered stays in fp32
 
@@ -49,7 +49,12 @@ class WorldTraining:
 
     out: str = dataclasses.field(metadata={"help": "folder of the run"})
     size: str = _option("bundled", f"one of {', '.join(SIZES)}")
+    state: int | None = _option(None, "state size of each head of the language model; unset: the size's")
+    head: int | None = _option(None, "channels of each head; fewer channels, more heads; unset: the size's")
     tower: str = _option("vit", f"vision tower, one of {', '.join(TOWERS)}")
+    tower_from: str | None = _option(
+        None, "trained model, or `bundled`, whose tower is taken instead of a first stage"
+    )
     start_from: str | None = _option(None, "folder of a trained model to go on from: no first stage, its size")
     train_parts: str | None = _option(None, "parts that train, of lm, projector, vision; unset: all of them")
     memory_budget: str | None = _option(None, "GPU memory of a step above weights, such as 4GB; unset: what is free")
@@ -184,16 +189,20 @@ def train_world(training: WorldTraining) -> tuple[VideoMa2mbaTrainer, dict[int, 
 
 
 def pretrain_tower(model: Any, training: WorldTraining) -> None:
-    """The first stage, see `world/tower.py`; the projector is then scaled to what the tower gives."""
-    batch = train_tower(
-        model,
-        seconds=training.tower_seconds,
-        steps=training.tower_steps,
-        frames_per_batch=training.tower_frames,
-        workers=training.workers,
-        seed=training.seed,
-        rate=training.tower_rate,
-    )
+    """The first stage, see `world/tower.py`, or the tower of another model; the projector is then scaled to what it
+    gives."""
+    if training.tower_from is not None:
+        batch = take_tower_(model, training.tower_from, training.tower_frames, training.seed)
+    else:
+        batch = train_tower(
+            model,
+            seconds=training.tower_seconds,
+            steps=training.tower_steps,
+            frames_per_batch=training.tower_frames,
+            workers=training.workers,
+            seed=training.seed,
+            rate=training.tower_rate,
+        )
     with torch.no_grad():
         clips = clips_of(model.config, len(batch))
         fit_projector_(model, encode_frames(model.model.vision_tower, model.config, batch, clips))
@@ -205,7 +214,9 @@ def pretrain_tower(model: Any, training: WorldTraining) -> None:
 def _model(training: WorldTraining, tokenizer: Any) -> VideoMa2mbaForConditionalGeneration:
     """A new model of the size asked for, or the trained one to go on from, in fp32."""
     if training.start_from is None:
-        model = VideoMa2mbaForConditionalGeneration(world_config(SIZES[training.size], tokenizer, training.tower))
+        own = {name: value for name in ("state", "head") if (value := getattr(training, name)) is not None}
+        size = dataclasses.replace(SIZES[training.size], **own)
+        model = VideoMa2mbaForConditionalGeneration(world_config(size, tokenizer, training.tower))
         start_for_recall_(model)
         return model
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(training.start_from, dtype=torch.float32)

@@ -3,13 +3,14 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from video_ma2mba.world import WorldDataset, render
 from video_ma2mba.world.model import SIZES, world_config
 from video_ma2mba.world.tokenizer import build_world_tokenizer
-from video_ma2mba.world.tower import TowerFrames, cell_labels, tower_costs, train_tower
+from video_ma2mba.world.tower import TowerFrames, cell_labels, take_tower_, tower_costs, train_tower
 from video_ma2mba.world.world import CARD_SYMBOLS, COLOURS, SHAPES
 
 
@@ -89,3 +90,20 @@ def test_the_tower_learns_colours(capsys):
     assert not torch.equal(before, model.model.vision_tower.embeddings.patch_embedding.weight)
     told = capsys.readouterr().out.split()
     assert float(told[told.index("colour") + 1]) > 0.4  # of eight, by a tower of one layer
+
+
+def test_a_tower_is_taken_from_another_model(tmp_path):
+    tokenizer = build_world_tokenizer()
+    other = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], tokenizer))
+    other.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], tokenizer))
+    words = model.get_input_embeddings().weight.clone()
+    pixels = take_tower_(model, str(tmp_path), 16, seed=0)
+    assert pixels.shape == (16, 3, 64, 64) and pixels.dtype == torch.uint8
+    taken, wanted = model.model.vision_tower.state_dict(), other.model.vision_tower.state_dict()
+    assert all(torch.equal(taken[name], wanted[name]) for name in wanted)
+    assert torch.equal(model.get_input_embeddings().weight, words), "nothing else is taken"
+    model = VideoMa2mbaForConditionalGeneration(world_config(SIZES["tiny"], tokenizer, "videomamba"))
+    with pytest.raises(ValueError, match="its vision tower is of another kind or size"):
+        take_tower_(model, str(tmp_path), 16, seed=0)
