@@ -28,6 +28,7 @@ from ..processing.frame_times import parse_span
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from . import FORMS, KINDS, Question, WorldDataset, parse_frames
 from .chance import chance_levels
+from .endless import ENDLESS_KINDS
 from .questions import check_kinds
 from .scoring import generate_answers, score_forced
 
@@ -56,6 +57,9 @@ class WorldAccuracy:
     seed: int = dataclasses.field(default=0, metadata={"help": "of the test videos"})
     kinds: str = dataclasses.field(default=",".join(KINDS), metadata={"help": "of question, separated by commas"})
     begins: int = dataclasses.field(default=0, metadata={"help": "seconds at which videos may begin"})
+    streams: bool = dataclasses.field(
+        default=False, metadata={"help": "streams without end, asked about the last minute, instead of whole videos"}
+    )
 
     def __post_init__(self) -> None:
         if self.method not in ("generate", "forced"):
@@ -63,6 +67,8 @@ class WorldAccuracy:
         if self.per_kind < 1:
             raise ValueError(f"per_kind={self.per_kind}: must be at least 1.")
         self.kind_names = check_kinds(self.kinds.split(","))
+        if self.streams:
+            self.kind_names = tuple(kind for kind in self.kind_names if kind in ENDLESS_KINDS)
         cuda = torch.cuda.is_available()
         self.device = self.device or ("cuda" if cuda else "cpu")
         self.dtype = self.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
@@ -125,6 +131,8 @@ def measure(settings: WorldAccuracy) -> list[dict[str, Any]]:
         0,
     ):  # answers of before there were others stay valid
         about |= {"kinds": list(asked[0]), "begins": asked[1]}
+    if settings.streams:
+        about |= {"streams": True}
     answers = Answers(out.with_suffix(".answers.jsonl"), about)
     for frames in settings.frames:
         _ask(model, processor, settings, frames, answers)
@@ -136,6 +144,7 @@ def measure(settings: WorldAccuracy) -> list[dict[str, Any]]:
 def _ask(model: Any, processor: Any, settings: WorldAccuracy, frames: str, answers: Answers) -> None:
     # Not every video settles every kind, so there is no telling beforehand how many videos it takes.
     kinds, settled = settings.kind_names, {"kinds": settings.kind_names, "begins": settings.begins}
+    settled["streams"] = float(settings.streams)
     settled["resolution"] = model.config.vision_config.image_size
     data = WorldDataset(
         "test", 10**9, frames=parse_frames(frames), questions=len(kinds), seed=settings.seed, **settled

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..trainer.data import VideoChatCollator
-from . import Question, WorldDataset, chat, render
+from . import Question, WorldDataset, chat
 from .questions import TIMED_KINDS, list_things, list_times, name_option, repeat_sign
 from .speech import TimedFrames
 from .world import COLOURS, SHAPES, whole
@@ -164,17 +164,17 @@ class WorldBatches(IterableDataset):
             mark, listed = rng.random(), list_things(world)
             if timed and rng.random() < 0.7:
                 listed = list_times(world, self.dataset.speaks)
-            if mark < _LIST_ALONE * lists or not asked:
+            if (mark < _LIST_ALONE * lists and not world.earlier) or not asked:
                 turns = [listed]
             else:
                 turns = choose_questions(rng, asked, self.questions_per_video(frames), weights)
                 spare = [question for question in asked if question.options and question not in turns]
                 turns += [name_option(question) for question in spare[:_NAMED_OPTIONS]]
-                if mark < (_LIST_ALONE + _LIST_LAST) * lists:
+                if mark < (_LIST_ALONE + _LIST_LAST) * lists and not world.earlier:
                     turns.append(listed)
                 elif self.dataset.speaks:  # behind everything about what the video's voice says
                     turns += [repeat_sign(rng) for _ in range(_NAMED_OPTIONS)]
-            video = render(world, self.dataset.fps, self.dataset.resolution)
+            video = self.dataset.drawn(index, world)
             video = imitate_mp4(video, index % 2**32) if place < files * len(indices) else video
             shown = TimedFrames.of_world(video, world, self.dataset.fps)
             rows.append({"id": str(index), "messages": chat(turns, shown, self.dataset.cues(world))})

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..processing.frame_times import Cue
+from .endless import ENDLESS_KINDS, LONGEST_STRETCH, EndlessWorld
 from .questions import FORMS, KINDS, SPOKEN_KINDS, Question, ask, check_kinds
 from .render import render
 from .speech import TimedFrames, speech_of
@@ -79,6 +80,8 @@ class WorldDataset:
         many between one and ten minutes as between ten and a hundred. So every digit of a time is seen.
     variety: share of calm worlds, of one or two things before a still backdrop, and of busy ones, of up to twelve:
         half of it each.
+    streams: share of videos that are the beginning of a world without end (`EndlessWorld`): one scene after the other,
+        much more to be seen than in others; asked is about the last minute.
     pace: seconds between what a video of one frame a second shows, in slow motion: 1 for half, up to this for the
         others. So a short video spans minutes, and what minute it is depends on the frame.
     """
@@ -99,6 +102,7 @@ class WorldDataset:
         begins: int = 0,
         pace: int = 1,
         variety: float = 0.0,
+        streams: float = 0.0,
     ):
         low, high = frames
         if not 1 <= low <= high:
@@ -111,12 +115,14 @@ class WorldDataset:
             raise ValueError(f"begins={begins}, pace={pace}: must be begins >= 0 and pace >= 1 second.")
         if not 0 <= variety <= 1:
             raise ValueError(f"variety={variety}: must be a share from 0 to 1.")
+        if not 0 <= streams <= 1 or (streams and (fps != 1 or begins or pace > 1)):
+            raise ValueError(f"streams={streams}: must be a share from 0 to 1; with fps=1, begins=0 and pace=1 only.")
         video_seed(split, size - 1, seed)  # refuses a wrong split or seed
         self.split, self.size, self.frames, self.questions = split, size, (low, high), questions
         self.kinds, self.forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
         self.seed, self.resolution, self.fps = seed, resolution, fps
         self.settings, self.begins, self.pace = settings or WorldSettings(), begins, pace
-        self.variety = variety
+        self.variety, self.streams = variety, streams
         self.speaks = any(kind in SPOKEN_KINDS for kind in self.kinds)
 
     def __len__(self) -> int:
@@ -132,6 +138,8 @@ class WorldDataset:
         """What video `index` shows; `frames` overrides its length."""
         frames = self.length(index) if frames is None else frames
         seconds = max(-int(-frames // self.fps), 1)
+        if (stream := self._stream(index)) is not None:
+            return stream.between(max(seconds - LONGEST_STRETCH, 0), seconds)
         seed = video_seed(self.split, index, self.seed)
         world = build_world(seed, seconds, self._settings(seed))
         if not self.begins and self.pace == 1:
@@ -139,6 +147,13 @@ class WorldDataset:
         rng = random.Random(world.seed + (1 << 91))
         begin = 0 if rng.random() < 0.5 else round((self.begins + 1) ** rng.random()) - 1
         return replace(world, begin=begin, pace=1 if rng.random() < 0.5 else whole(rng, 1, self.pace))
+
+    def _stream(self, index: int) -> EndlessWorld | None:
+        """The world without end that video `index` is the beginning of, where it is one."""
+        seed = video_seed(self.split, index, self.seed)
+        if not self.streams or random.Random(seed + (1 << 93)).random() >= self.streams:
+            return None
+        return EndlessWorld(seed, self.split)
 
     def _settings(self, seed: int) -> WorldSettings:
         mark = random.Random(seed + (1 << 92)).random() if self.variety else 1.0
@@ -148,19 +163,25 @@ class WorldDataset:
 
     def cues(self, world: World) -> tuple[Cue, ...]:
         """What is said in a world of this data set."""
-        return speech_of(world).cues if self.speaks else ()
+        return speech_of(world).cues if self.speaks and not world.earlier else ()
 
     def asked(self, index: int, frames: int | None = None) -> tuple[World, list[Question]]:
         """World and questions of video `index`, nothing drawn."""
         self._check(index)
         world = self.world(index, frames)
-        return world, ask(world, self.questions, self.kinds, self.forms)
+        kinds = self.kinds if self._stream(index) is None else [kind for kind in self.kinds if kind in ENDLESS_KINDS]
+        return world, ask(world, self.questions, kinds, self.forms) if kinds else []
+
+    def drawn(self, index: int, world: World) -> np.ndarray:
+        """Frames of video `index`, uint8 (F, H, W, 3), of which `world` is the whole or the latest part."""
+        if (stream := self._stream(index)) is not None:
+            return np.concatenate(list(stream.chunks(world.earlier + world.seconds, self.resolution)))
+        return render(world, self.fps, self.resolution)
 
     def sample(self, index: int, frames: int | None = None) -> WorldSample:
         """Video `index`, drawn; `frames` overrides its length (the same index at another length is another video)."""
         world, questions = self.asked(index, frames)
-        frames = render(world, self.fps, self.resolution)
-        return WorldSample(frames, tuple(questions), world, self.cues(world), self.fps)
+        return WorldSample(self.drawn(index, world), tuple(questions), world, self.cues(world), self.fps)
 
     def __getitem__(self, index: int) -> WorldSample:
         return self.sample(index)

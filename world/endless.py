@@ -18,6 +18,8 @@ from .render import WorldRenderer
 from .world import COLOURS, SHAPES, Thing, World, WorldSettings, build_world, video_seed
 
 SCENE_SECONDS = 32
+LONGEST_STRETCH = 2 * SCENE_SECONDS
+"""Seconds of the longest stretch in which nothing comes twice."""
 ENDLESS_KINDS = tuple(kind for kind in KINDS if kind != "time")  # there are no quarters of what does not end
 _TRIES = 1000
 _APART = 3  # scenes after which the same look may come again
@@ -26,14 +28,14 @@ _APART = 3  # scenes after which the same look may come again
 class EndlessWorld:
     """The scenes that `seed` decides, of `SCENE_SECONDS` seconds each; any of them can be made without the others."""
 
-    def __init__(self, seed: int = 0):
-        self.seed = seed
+    def __init__(self, seed: int = 0, split: str = "test"):
+        self.seed, self.split = seed, split
         self.scene = lru_cache(maxsize=16)(self._scene)
 
     def _scene(self, number: int) -> World:
         settings = WorldSettings(min_objects=1, max_objects=2, card=number % _APART == 0)
         for attempt in range(_TRIES):
-            world = build_world(video_seed("test", number * _TRIES + attempt, self.seed), SCENE_SECONDS, settings)
+            world = build_world(video_seed(self.split, number * _TRIES + attempt, self.seed), SCENE_SECONDS, settings)
             if all(_look_class(thing) == number % _APART for thing in world.things):
                 return world
         raise RuntimeError(f"scene {number}: none of {_TRIES} seeds gives the looks that are its own")
@@ -45,13 +47,13 @@ class EndlessWorld:
             yield WorldRenderer(self.scene(number), size).frames(range(count))
 
     def between(self, start: int, end: int) -> World:
-        """What is seen during `start <= t < end`, as one world whose time begins at `start`.
+        """What is seen during `start <= t < end`, as one world whose time begins at `start`; `earlier` says so.
 
         Raises:
             ValueError: the stretch is empty, or longer than two scenes (it could show the same thing twice).
         """
-        if not 0 <= start < end <= start + 2 * SCENE_SECONDS:
-            raise ValueError(f"{start} to {end} s: a stretch has 1 to {2 * SCENE_SECONDS} s")
+        if not 0 <= start < end <= start + LONGEST_STRETCH:
+            raise ValueError(f"{start} to {end} s: a stretch has 1 to {LONGEST_STRETCH} s")
         things, card = [], None
         for number in range(start // SCENE_SECONDS, -(-end // SCENE_SECONDS)):
             scene, shift = self.scene(number), number * SCENE_SECONDS - start
@@ -62,8 +64,9 @@ class EndlessWorld:
                     things.append(replace(thing, start=first, end=last))
             if scene.card is not None and 0 <= scene.card.start + shift < end - start:
                 card = replace(scene.card, start=scene.card.start + shift)
-        seed = video_seed("test", start, self.seed)
-        return World(seed, end - start, tuple(things), card, backdrops=(), sun=True, clutter=True)
+        seed = video_seed(self.split, start, self.seed)
+        about = {"begin": start, "earlier": start}
+        return World(seed, end - start, tuple(things), card, backdrops=(), sun=True, clutter=True, **about)
 
     def ask(self, start: int, end: int, count: int, forms: tuple[str, ...] = FORMS) -> list[Question]:
         """Up to `count` different questions about a stretch, each with exactly one right answer."""

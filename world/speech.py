@@ -70,8 +70,8 @@ class TimedFrames:
 
     @classmethod
     def of_world(cls, pixels: np.ndarray, world: World, fps: float = 1.0) -> TimedFrames:
-        """Frames of a world at `fps`, in a video that ends with it."""
-        times = world.moment(np.arange(len(pixels)) / fps)
+        """Frames of a world, and of what was earlier, at `fps`, in a video that ends with it."""
+        times = world.moment(np.arange(len(pixels)) / fps - world.earlier)
         return cls(pixels, times, float(world.moment(world.seconds)))
 
     def __enter__(self) -> TimedFrames:

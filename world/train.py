@@ -83,6 +83,7 @@ class WorldTraining:
     begins: int = _option(0, "seconds at which videos may begin, as parts of longer ones, so that late times are seen")
     pace: int = _option(1, "most seconds between two frames, so that short videos span minutes; half keep to 1")
     variety: float = _option(0.0, "share of videos that are calm, of one or two things, or busy, of up to twelve")
+    streams: float = _option(0.0, "share of videos that are streams without end, asked about the last minute")
     learning_rate: float = _option(1.5e-3, "highest learning rate")
     weight_decay: float = _option(0.05, "of matrices")
     warmup_steps: int = _option(200, "steps of warm-up")
@@ -147,6 +148,7 @@ def train_world(training: WorldTraining) -> tuple[VideoMa2mbaTrainer, dict[int, 
             begins=training.begins,
             pace=training.pace,
             variety=training.variety,
+            streams=training.streams,
         ),
         processor,
         training.tokens_per_batch,

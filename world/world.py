@@ -133,6 +133,8 @@ class World:
     """Second of the video at which it begins: it may be the end of a longer one, of which only that is looked at."""
     pace: int = 1
     """Seconds of the video that each of its own takes: slow motion, looked at every `pace` seconds."""
+    earlier: int = 0
+    """Seconds of the video before it that are looked at, too: it is the latest part of a stream."""
 
     def moment(self, second: Any) -> Any:
         """Second of the video, of a number or an array of its own seconds."""
