@@ -5,7 +5,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from video_ma2mba.world import WorldDataset, parse_frames
+from video_ma2mba.world.endless import ENDLESS_KINDS
 from video_ma2mba.world.hf_datasets import load_world
+from video_ma2mba.world.world import COLOURS
 
 
 def test_samples():
@@ -53,6 +55,27 @@ def test_messages_hold_the_video_once():
     assert messages[0]["content"][0] == {"type": "video", "video": "a.mp4"}
     assert [part["type"] for message in messages[1:] for part in message["content"]] == ["text"] * 5
     assert messages[3]["content"][0]["text"] == sample.questions[1].answer
+
+
+def test_streams_are_asked_about_their_last_minute():
+    data = WorldDataset("train", 40, frames=(200, 200), questions=6, streams=0.5)
+    samples = [data[index] for index in range(12)]
+    streams = [sample for sample in samples if sample.world.earlier]
+    assert 2 <= len(streams) <= 10 and len(data[0].frames) == 200
+    for sample in streams:
+        assert sample.frames.shape == (200, 64, 64, 3)
+        assert (sample.world.earlier, sample.world.seconds) == (136, 64)
+        assert {question.kind for question in sample.questions} <= set(ENDLESS_KINDS)
+        assert (sample.timed_frames.timestamps == np.arange(200)).all() and sample.timed_frames.duration == 200
+        assert len({thing.name for thing in sample.world.things}) == len(sample.world.things)
+        for thing in sample.world.things:  # its colour is there when it should be, of which questions are made
+            shown = np.abs(sample.frames[136 + thing.start].astype(int) - np.array(COLOURS[thing.colour])).sum(axis=2)
+            card = sample.world.card
+            assert (shown < 60).any() or (card is not None and card.start == thing.start)
+    one, other = (WorldDataset(split, 1, frames=(40, 40), streams=1.0)[0].frames for split in ("train", "test"))
+    assert not np.array_equal(one, other)
+    with pytest.raises(ValueError, match="streams=0.5: must be a share from 0 to 1; with fps=1"):
+        WorldDataset(streams=0.5, fps=2.0)
 
 
 def test_loader_workers_draw_the_same():

@@ -155,6 +155,15 @@ def test_batches_follow_from_their_number(processor):
     assert not torch.equal(one["pixel_values_videos"][:8], later["pixel_values_videos"][:8])
 
 
+def test_chats_about_streams_do_not_list_all_that_was_seen(processor):
+    made = batches(processor, progress=torch.zeros(1))
+    for streams, lists in ((1.0, False), (0.0, True)):
+        made.dataset = WorldDataset("train", 1000, frames=(100, 100), questions=4, streams=streams)
+        ids = made.batch(range(6), 100)["input_ids"]
+        assert ids.shape[0] == 6
+        assert any("List everything" in text for text in processor.tokenizer.batch_decode(ids)) == lists
+
+
 def test_pictures_as_from_a_file_stay_close():
     frames = WorldDataset(frames=(8, 8))[3].frames
     rough = imitate_mp4(frames, 5)
