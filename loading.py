@@ -256,6 +256,10 @@ def load_classifier(
         pixels = processor(video, num_frames=config.num_frames, return_tensors="pt", **views)["pixel_values"]
         with torch.inference_mode():
             logits = loaded(pixels.to(picked)).logits[0].float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"{source} does not answer with numbers: its weights are damaged, or too large for {loaded.dtype}"
+            )
         scores = {"regression": lambda x: x, "multi_label_classification": torch.sigmoid}.get(
             config.problem_type, lambda x: x.softmax(-1)
         )(logits)

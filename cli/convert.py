@@ -1,5 +1,6 @@
 """`video-ma2mba convert`: released checkpoints into this package's layout, and back."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -74,6 +75,12 @@ def convert(
         folder = Path(source).expanduser()
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{source} holds no config.json: it is not a checkpoint")
+        if to == "official" and source.endswith(".pth"):
+            raise ValueError(f"{source} has the official layout already: --to official is for directories of ours")
+        if folder.is_dir() and len(sources) == 1 and not single:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+            if str(kind).startswith("videomamba"):
+                raise ValueError(f"{source} is a VideoMamba of ours; back goes --to official --out FILE.pth")
     with while_loading():
         from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
         from video_ma2mba.conversion.report import ConversionError

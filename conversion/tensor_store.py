@@ -3,14 +3,17 @@
 Reading never runs code from a file: safetensors hold none, and pickles are loaded with `weights_only`.
 """
 
+import argparse
 import json
 import math
 import pickle
+import re
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -140,14 +143,44 @@ def _files(path: Path, name: str) -> tuple[list[Path], set[str]]:
 
 
 def _unpickle(file: Path, name: str) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split(". ")[0].splitlines()[0]
-        raise ValueError(f"{file.name} of {name} cannot be loaded as plain tensors: {reason}") from error
+    loaded = load_pickle(file, f"{file.name} of {name}")
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{file.name} of {name} holds other things than named tensors: it is no checkpoint")
     return loaded
+
+
+def load_pickle(file: Path, shown: str) -> Any:
+    """What `torch.save` wrote, tensors on the CPU, without running code of the file.
+
+    Command lines that training scripts store beside their weights (`argparse.Namespace`) are read, too.
+
+    Raises:
+        ValueError: the file, which messages call `shown`, is none of `torch.save`, damaged, or holds other objects.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(64)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Files of PyTorch before 1.6 are no archives, which alone can be mapped.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        if kind := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            # The reader takes what is no pickle at all for one with strange objects.
+            raise ValueError(
+                f"{shown} cannot be loaded as plain tensors: it holds {kind[1]}; where you trust the file, save its "
+                "tensors alone and convert those"
+            ) from error
+        raise ValueError(f"{shown} cannot be loaded as plain tensors: {_why_not(start, error)}") from error
+
+
+def _why_not(start: bytes, error: Exception) -> str:
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
+    if start.startswith(b"PK"):
+        return f"it is damaged or not whole ({str(error).split('. ')[0].splitlines()[0]})"
+    return "it was not written by torch.save"
 
 
 def write_shards(

@@ -7,7 +7,6 @@ file of its own, so that the way back loses nothing.
 import fnmatch
 import json
 import math
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files.text_files import check_text, read_json, text_lines
 from ..hub_cards.retrieval_card import retrieval_card
 from ..hub_cards.videomamba_card import videomamba_card
 from ..modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ..modeling_video_ma2mba.modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel
 from ..modeling_video_ma2mba.modeling_videomamba_retrieval import VideoMambaForRetrieval
 from .report import ConversionError, ConversionReport, TensorRow
+from .tensor_store import load_pickle
 from .videomamba_retrieval import retrieval_config, retrieval_names
 
 RECORD, BESIDE = "conversion.json", "other_tensors.safetensors"
@@ -34,7 +35,7 @@ _KINDS = {
     VideoMambaModel: "encoder",
     VideoMambaForRetrieval: "retrieval model",
 }
-_NESTS = ("model", "module")
+_NESTS = ("model", "module", "state_dict")
 _PREFIXES = ("", "module.", "backbone.", "encoder.", "vision_encoder.", "module.vision_encoder.")
 _BESIDE = re.compile(
     r"^(?:module\.)?(?:vision_encoder\.)?(?:clip_decoder|pool_norm|distill_head|text_encoder|vision_proj|text_proj|temp$|"
@@ -58,8 +59,8 @@ def convert_videomamba(
     has a text encoder, else the encoder.
 
     Args:
-        source: a `.pth` file, or `owner/name/file.pth` on the Hub. Dictionaries nested under `model` or `module` and
-            prefixed names are understood.
+        source: a `.pth` file, or `owner/name/file.pth` on the Hub. Dictionaries nested under `model`, `module` or
+            `state_dict`, also in each other, and prefixed names are understood.
         num_frames: frames of a clip, if others than the file's: temporal positions are interpolated linearly. For an
             image model: makes it a video model; its patch embedding is inflated and its head left aside.
         image_size: side of frames in pixels, if another: spatial positions are interpolated (bicubic).
@@ -95,6 +96,12 @@ def convert_videomamba(
                 del tensors[own], names[name]
                 beside[name] = stored[name]
         config.num_labels = 0
+    if tubelet_size != 1 and (config.is_video or num_frames is None):
+        is_one = (
+            f"is a video model, {config.tubelet_size} frames a token" if config.is_video else "stays one of pictures"
+        )
+        raise ValueError(f"--tubelet {tubelet_size} is for a model of pictures that --num-frames makes one of videos, "
+                         f"but {source} {is_one}")  # fmt: skip
     config = resize_clips(config, tensors, num_frames, image_size, tubelet_size, inflate)
     has_head = "head.weight" in tensors
     if labels is not None:
@@ -166,28 +173,28 @@ def restore_videomamba(folder: Path, out: Path) -> int:
     tensors |= {name: tensors[other] for name, other in way.get("copies", {}).items()}
     if (folder / BESIDE).is_file():
         tensors |= load_file(folder / BESIDE)
-    torch.save({way["nest"]: tensors} if way["nest"] else tensors, out)
+    nested: dict[str, Any] = tensors
+    for key in reversed(way["nest"].split(".") if way["nest"] else []):
+        nested = {key: nested}
+    torch.save(nested, out)
     return len(tensors)
 
 
 def _load(source: str) -> tuple[dict[str, Tensor], str | None]:
-    """Tensors by their stored names, and the key they were nested under."""
+    """Tensors by their stored names, and the keys they were nested under, with dots between them."""
     path = Path(source).expanduser()
     if not path.is_file():
         hub = _HUB_FILE.fullmatch(source)
         if hub is None or path.is_absolute() or source.startswith("."):
             raise FileNotFoundError(f"{source}: no such file (and no file of the Hub such as owner/name/file.pth)")
         path = _fetch(*hub.groups())
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split(". ")[0].splitlines()[0]
-        raise ValueError(f"{source} cannot be loaded as plain tensors: {reason}") from error
-    nest = next((key for key in _NESTS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), None)
-    tensors = loaded[nest] if nest else loaded
+    tensors, nests = load_pickle(path, source), []
+    while isinstance(tensors, dict) and (key := next((k for k in _NESTS if isinstance(tensors.get(k), dict)), None)):
+        tensors = tensors[key]
+        nests.append(key)
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{source} holds other things than named tensors: it is no VideoMamba checkpoint")
-    return tensors, nest
+    return tensors, ".".join(nests) or None
 
 
 def _fetch(repo: str, file: str) -> Path:
@@ -207,7 +214,8 @@ def _split_tensors(
     source: str, stored: dict[str, Tensor], prefix: str, leave_out: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, Tensor], list[str]]:
     """Stored name -> ours for encoder and head; tensors kept beside; names left over."""
-    names, beside, dropped, unknown = {}, {}, [], []
+    names: dict[str, str] = {}
+    beside, dropped, unknown, twice = {}, [], [], []
     for name, tensor in stored.items():
         own = name.removeprefix(prefix) if name.startswith(prefix) else name
         if own in ("norm.weight", "norm_f.weight"):
@@ -218,6 +226,8 @@ def _split_tensors(
             own,
         )
         if known and (name.startswith(prefix) or own.startswith("head.")):
+            if own in names.values():
+                twice.append(f"{name}, beside {next(n for n, o in names.items() if o == own)}")
             names[name] = own
         elif _BESIDE.match(name):
             beside[name] = tensor
@@ -225,8 +235,9 @@ def _split_tensors(
             dropped.append(name)
         else:
             unknown.append(name)
-    if unknown:
-        raise ConversionError(source, {"unknown": unknown}, "--leave-out drops tensors by pattern")
+    if unknown or twice:
+        advice = "--leave-out drops tensors by pattern" if unknown else ""
+        raise ConversionError(source, {"unknown": unknown, "there twice": twice}, advice)
     return names, beside, dropped
 
 
@@ -258,6 +269,7 @@ def _config(source: str, tensors: dict[str, Tensor]) -> VideoMambaConfig:
         tubelet_size=tubelet,
         num_frames=(temporal.shape[1] if temporal is not None else 8) * (tubelet or 1),
         num_labels=0 if head is None else len(head),
+        problem_type="regression" if head is not None and len(head) == 1 else None,  # likes and views of LVU
     )
 
 
@@ -276,11 +288,17 @@ def resize_clips(
         Their configuration.
     """
     fields = config.to_dict()
-    if image_size is not None and image_size != config.image_size:
+    becomes_video = num_frames is not None and not config.is_video
+    if image_size is not None:
         fields["image_size"] = image_size
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], image_size // config.patch_size)
-    if num_frames is not None and not config.is_video:
-        fields |= {"tubelet_size": tubelet_size, "num_frames": num_frames}
+    if becomes_video:
+        fields["tubelet_size"] = tubelet_size
+    if num_frames is not None:
+        fields["num_frames"] = num_frames
+    wanted = VideoMambaConfig.from_dict(fields)  # which refuses what cannot be
+    if wanted.image_size != config.image_size:
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], wanted.image_size // wanted.patch_size)
+    if becomes_video:
         kernel = tensors["patch_embed.proj.weight"]
         inflated = kernel.unsqueeze(2).repeat(1, 1, tubelet_size, 1, 1)
         if inflate == "center":
@@ -289,9 +307,6 @@ def resize_clips(
         else:
             inflated = inflated / tubelet_size
         tensors["patch_embed.proj.weight"] = inflated
-    elif num_frames is not None:
-        fields["num_frames"] = num_frames
-    wanted = VideoMambaConfig.from_dict(fields)
     if wanted.is_video:
         frames, width = wanted.grid[0], wanted.hidden_size
         before = tensors.get("temporal_pos_embedding")
@@ -312,18 +327,39 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     return torch.cat([first, grid.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)], dim=1)
 
 
+def read_class_names(path: Path) -> list[str]:
+    """Names of classes by number: lines of text, or JSON: a list, names by number, or numbers by name.
+
+    Raises:
+        ValueError: it is none of these, or the numbers are not 0, 1, ... OSError: it cannot be read.
+    """
+    if path.suffix.lower() != ".json":
+        lines = [line.strip() for line in text_lines(path)]
+        try:
+            check_text("".join(lines))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return [line for line in lines if line]
+    found = read_json(path)
+    if isinstance(found, list) and all(isinstance(name, str | int) for name in found):
+        return [str(name) for name in found]
+    if isinstance(found, dict):
+        pairs = [(k, v) if re.fullmatch(r"\d+", k) else (v, k) for k, v in found.items()]
+        by_number = {int(k): v for k, v in pairs if re.fullmatch(r"\d+", str(k)) and isinstance(v, str)}
+        if sorted(by_number) == list(range(len(found))):
+            return [by_number[number] for number in range(len(found))]
+    raise ValueError(
+        f'{path} must be a list of names, or {{"0": name, ...}} or {{name: 0, ...}} with every number once'
+    )
+
+
 def _name_classes(config: VideoMambaConfig, path: Path, head: Tensor | None, source: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        found = json.loads(text)
-        names = [found[str(i)] for i in range(len(found))] if isinstance(found, dict) else list(found)
-    else:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = read_class_names(path)
     if head is None:
-        raise ValueError(f"{source} has no head: there are no classes to name")
+        raise ValueError(f"{source} has no head, or loses it with its pictures: there are no classes to name")
     if len(names) != len(head):
         raise ValueError(f"{path} names {len(names)} classes, the head of {source} has {len(head)}")
-    config.id2label = dict(enumerate(map(str, names)))
+    config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in config.id2label.items()}
 
 
@@ -360,7 +396,10 @@ def _write(
     clips = config.vision_config if retrieval else config
     start = "vision_encoder." if retrieval else "" if isinstance(model, VideoMambaModel) else "videomamba."
     mates = {name for name, _ in model.named_parameters()} & tensors.keys()  # named as they are, no part of an encoder
-    state = {(n if n in mates else start + n): t.contiguous() for n, t in tensors.items()}
+    # Copies: a file may hold two names of one piece of memory, which safetensors do not.
+    state = {
+        (n if n in mates else start + n): t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
+    }
     model.to(tensors["cls_token"].dtype)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, state_dict=state)

@@ -235,37 +235,49 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             tokens = tokens + self.temporal_pos_embedding[:, :frames, None]
         return torch.cat([first, tokens.flatten(1, 2)], dim=1)
 
-    def run_blocks(self, tokens: Tensor, layers: int | None = None) -> tuple[Tensor | None, Tensor]:
+    def run_blocks(
+        self, tokens: Tensor, layers: int | None = None, seen: list[Tensor] | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         """`embed`'s tokens through the first `layers` blocks (default: all): residual stream and the last delta; the
-        stream after the blocks is their sum."""
+        stream after the blocks is their sum. `seen` takes the stream before each of the blocks."""
         temporal = spatial = None
         if self.temporal:
             patches = self.config.grid[1]
             temporal, spatial = temporal_order((tokens.shape[1] - 1) // patches, patches, tokens.device)
         delta, residual = tokens, None
         for block in self.layers[:layers]:
+            if seen is not None:
+                seen.append(add_to_residual(residual, delta, self.config).to(tokens.dtype))
             delta, residual = block(delta, residual, temporal, spatial)
         return residual, delta
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Encode clips of exactly `config.num_frames` frames.
 
         Args:
             pixel_values: (B, T, 3, H, W), for an image model also (B, 3, H, W); uint8 is raw RGB, floating point is
                 already normalised.
+            output_hidden_states: give `hidden_states`; None: as the configuration says.
 
         Returns:
-            `last_hidden_state` (B, S, C), class token first; `pooler_output` (B, C), the class token.
+            `last_hidden_state` (B, S, C), class token first; `pooler_output` (B, C), the class token; `hidden_states`,
+            the stream before the first block and after each, (B, S, C) without the last norm.
 
         Raises:
             ValueError: another number of frames, or frames of another size.
         """
         tokens = self.embed(check_clip(pixel_values, self.config))
-        residual, delta = self.run_blocks(tokens)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        seen: list[Tensor] | None = [] if wanted else None
+        residual, delta = self.run_blocks(tokens, seen=seen)
         delta = drop_path(delta, drop_path_rates(self.config)[-1], self.training)
-        hidden = self.norm_f(add_to_residual(residual, delta, self.config))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden[:, 0])
+        stream = add_to_residual(residual, delta, self.config)
+        hidden = self.norm_f(stream)
+        states = None if seen is None else (*seen, stream.to(hidden.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden[:, 0], hidden_states=states)
 
 
 class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
@@ -284,23 +296,24 @@ class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
         Args:
             pixel_values: as in `VideoMambaModel`, or several views of each clip, (B, views, T, 3, H, W): their
                 softmaxes (sigmoids, values of a regression) are averaged, and `logits` are those of the average.
-            labels: (B,) class numbers, or as `config.problem_type` says.
+            labels: (B,) class numbers or (B, classes) probabilities, or as `config.problem_type` says.
+            kwargs: `output_hidden_states`, as in `VideoMambaModel`.
 
         Returns:
-            `loss` where labels are given; `logits` (B, classes).
+            `loss` where labels are given; `logits` (B, classes); `hidden_states` of all views.
         """
         views = 1
         if pixel_values.ndim == 6:
             views = pixel_values.shape[1]
             pixel_values = pixel_values.flatten(0, 1)
-        pooled = self.videomamba(pixel_values).pooler_output
-        logits = self.head(F.dropout(pooled, self.config.classifier_dropout, self.training))
+        found = self.videomamba(pixel_values, output_hidden_states=kwargs.get("output_hidden_states"))
+        logits = self.head(F.dropout(found.pooler_output, self.config.classifier_dropout, self.training))
         if views > 1:
             logits = average_views(logits.unflatten(0, (-1, views)), self.config.problem_type)
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
 
 
 def average_views(logits: Tensor, problem_type: str | None) -> Tensor:
@@ -330,7 +343,11 @@ def classification_loss(logits: Tensor, labels: Tensor, config: Any) -> Tensor:
             f"labels go from {int(labels.min())} to {int(labels.max())}, the model has {config.num_labels} classes "
             "(0 first): set num_labels, and ignore_mismatched_sizes=True to load a checkpoint with another head"
         )
-    return F.cross_entropy(logits.float(), labels)
+    shares = labels.is_floating_point()
+    if labels.shape != (logits.shape if shares else logits.shape[:1]):
+        kind = "classes, as whole numbers (or a share for every class)"
+        raise ValueError(f"labels must be {len(logits)} {kind}, not {tuple(labels.shape)} of {labels.dtype}")
+    return F.cross_entropy(logits.float(), labels.float() if shares else labels.long())
 
 
 def check_clip(pixels: Tensor, config: VideoMambaConfig) -> Tensor:

@@ -72,7 +72,10 @@ class _TheseFrames(Sampling):
         shown = times - times[0]
         first, last = np.searchsorted(shown, [self.start or 0.0, np.inf if self.end is None else self.end])
         if first == last:
-            raise ValueError(f"{name}: there is no frame from {self.start} to {self.end} s")
+            until = "on" if self.end is None else f"to {self.end} s"
+            raise ValueError(
+                f"{name}: there is no frame from {self.start or 0} s {until}, the last is at {shown[-1]:.1f} s"
+            )
         self.clips[:] = [first + sparse_frames(int(last - first), self.count, self.segments, self.rng)]
         return np.unique(self.clips[0])
 
@@ -258,8 +261,8 @@ class VideoMambaImageProcessor(BaseImageProcessor):
 
 
 def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value}")
+    if isinstance(value, bool | str) or int(value) != value or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     return int(value)
 
 

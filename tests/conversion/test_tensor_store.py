@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from video_ma2mba.conversion.tensor_store import TensorStore, write_shards
+from video_ma2mba.conversion.tensor_store import TensorStore, load_pickle, write_shards
 
 SOME = {
     "scalar": torch.tensor(1.5),
@@ -124,3 +124,32 @@ def test_memory_is_that_of_one_file(tmp_path: Path):
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 6 * megabytes * 2**20
     assert int(done.stdout.splitlines()[-1]) < 1.5 * megabytes * 2**20
+
+
+class Strange:
+    """An object that a file may not bring along."""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "f.pth cannot be loaded as plain tensors: it is empty"),
+        (b"<!DOCTYPE html><html>404</html>", "it was not written by torch.save"),
+        (b"hello world" * 50, "it was not written by torch.save"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
+        (lambda: Strange(), r"it holds [\w.]*Strange; where you trust the file, save its tensors alone"),
+        (lambda: torch.zeros(4000), "it is damaged or not whole"),
+    ],
+    ids=["empty", "page", "text", "pointer", "object", "half"],
+)
+def test_what_is_no_file_of_tensors_is_told_by_what_it_is(tmp_path: Path, content, said: str):
+    file = tmp_path / "f.pth"
+    if callable(content):
+        torch.save(content(), file)
+        if "damaged" in said:
+            file.write_bytes(file.read_bytes()[:6000])
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_pickle(file, "f.pth")
+    assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Released VideoMamba files, synthetic ones of their exact names and shapes, into our layout and back."""
 
+import argparse
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModel, AutoModelForImageClassification, AutoModelFo
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
-from video_ma2mba.conversion.videomamba_checkpoint import convert_videomamba, restore_videomamba
+from video_ma2mba.conversion.videomamba_checkpoint import convert_videomamba, read_class_names, restore_videomamba
 
 WIDTH, LAYERS, CLASSES = 32, 2, 6
 
@@ -64,7 +65,12 @@ KINDS = {
     "backbone": lambda: {"model": {f"backbone.{n}": t for n, t in released().items()}},
     "masked": lambda: {"model": released("masked")},
     "multi-modal": lambda: {"module": released("multi-modal")},
-}
+    "lightning": lambda: {"state_dict": {f"backbone.{n}": t for n, t in released().items()}, "epoch": 2},
+    "nested twice": lambda: {"model": {"module": released("image")}},
+    "with arguments": lambda: {"model": released(), "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {}}},
+    "two names of one": lambda: {"model": released() | {"layers.1.mixer.D_b": (t := torch.ones(64)),
+                                                        "layers.1.mixer.D": t}},
+}  # fmt: skip
 
 
 def saved(tmp_path, checkpoint, name: str = "videomamba.pth") -> str:
@@ -73,7 +79,8 @@ def saved(tmp_path, checkpoint, name: str = "videomamba.pth") -> str:
 
 
 def inner_tensors(checkpoint: dict) -> dict[str, torch.Tensor]:
-    return next((checkpoint[key] for key in ("model", "module") if key in checkpoint), checkpoint)
+    inside = next((checkpoint[key] for key in ("model", "module", "state_dict") if key in checkpoint), None)
+    return checkpoint if inside is None else inner_tensors(inside)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,13 +89,12 @@ def test_every_released_kind_converts_and_comes_back_bit_for_bit(tmp_path, kind)
     report = convert_videomamba(saved(tmp_path, checkpoint), tmp_path / "out")
     before = inner_tensors(checkpoint)
     assert {row.name for row in report.rows} == before.keys() and "left over" not in report.counts()
-    auto = {"masked": AutoModel, "multi-modal": AutoModel, "image": AutoModelForImageClassification}.get(
-        kind, AutoModelForVideoClassification
-    )
+    pictures = dict.fromkeys(("image", "nested twice"), AutoModelForImageClassification)
+    auto = ({"masked": AutoModel, "multi-modal": AutoModel} | pictures).get(kind, AutoModelForVideoClassification)
     model, loading = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert f"({report.parameters:,})" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")  # its model card
-    prefix = {"backbone": "backbone.", "multi-modal": "vision_encoder."}.get(kind, "")
+    prefix = {"backbone": "backbone.", "lightning": "backbone.", "multi-modal": "vision_encoder."}.get(kind, "")
     for name, tensor in model.state_dict().items():
         own = name.removeprefix("videomamba.")
         stored = before.get(prefix + own, before.get(prefix + own.replace("norm_f.", "norm.")))
@@ -157,8 +163,9 @@ def test_the_command_converts_names_classes_and_goes_back(tmp_path):
         (lambda t: t.update({"layers.1.mixer.D": torch.zeros(3)}), r"1 mis-shaped: layers.1.mixer.D is \[3\]"),
         (lambda t: t.update({"pos_embed": torch.zeros(1, 7, WIDTH)}), "pos_embed: not one position more"),
         (lambda t: t.clear() or t.update({"x": torch.zeros(1)}), "no VideoMamba checkpoint"),
+        (lambda t: t.update({"norm.weight": t["norm_f.weight"]}), "1 there twice: norm.weight, beside norm_f.weight"),
     ],
-    ids=["missing", "unknown", "mis-shaped", "positions", "other"],
+    ids=["missing", "unknown", "mis-shaped", "positions", "other", "twice"],
 )
 def test_damaged_files_are_refused_with_names(tmp_path, change, message):
     tensors = released()
@@ -181,3 +188,74 @@ def test_files_that_cannot_be_had_are_named_with_where_they_are(tmp_path, monkey
     source = saved(tmp_path, {"model": released()})
     with pytest.raises(ValueError, match="names 2 classes, the head of"):
         convert_videomamba(source, tmp_path / "out", labels=tmp_path / "two.txt")
+
+
+def test_files_of_old_pytorch_are_read(tmp_path):
+    torch.save({"model": released()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    report = convert_videomamba(str(tmp_path / "old.pth"), tmp_path / "out", dry_run=True)
+    assert len(report.rows) == len(released())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"image_size": 10}, "patch_size=16 is not valid: it must divide image_size=10"),
+        ({"num_frames": 7, "tubelet_size": 2}, "--tubelet 2 is for a model of pictures"),
+        ({"inflate": "max"}, "use 'center' or 'mean'"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(tmp_path, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        convert_videomamba(saved(tmp_path, {"model": released()}), tmp_path / "out", **sizes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_with_one_output_predicts_a_value(tmp_path):
+    one = {name: tensor[:1] if name.startswith("head.") else tensor for name, tensor in released().items()}
+    convert_videomamba(saved(tmp_path, {"model": one}), tmp_path / "out")
+    assert AutoModelForVideoClassification.from_pretrained(tmp_path / "out").config.problem_type == "regression"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names.txt", b"\xef\xbb\xbfa b\r\n\r\nc\r\n"),
+        ("names.txt", "a b\nc\n".encode("utf-16")),
+        ("list.json", b'["a b", "c"]'),
+        ("numbers.json", b'{"1": "c", "0": "a b"}'),
+        ("ssv2.json", b'{"c": "1", "a b": "0"}'),
+        ("ids.JSON", b'{"c": 1, "a b": 0}'),
+    ],
+)
+def test_names_of_classes_are_read_as_they_are_published(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text)
+    assert read_class_names(tmp_path / name) == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("n.txt", "caf\xe9".encode("latin1"), "n.txt: the byte 0xe9 is not UTF-8"),
+        ("n.json", b'["a"', "n.json: this is not JSON"),
+        ("n.json", b"3", "n.json must be a list of names, or"),
+        ("n.json", b'{"0": "a", "2": "b"}', "with every number once"),
+        ("n.json", b'{"a": 0, "b": 0}', "with every number once"),
+        ("n.json", b'[["a"], "b"]', "must be a list of names"),
+    ],
+)
+def test_names_that_are_none_are_refused_with_the_file(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        read_class_names(tmp_path / name)
+
+
+def test_the_command_says_what_has_which_layout(tmp_path):
+    source, out = saved(tmp_path, {"model": released()}), str(tmp_path / "out")
+    convert_videomamba(source, tmp_path / "ours")
+    for arguments, said in (
+        ([source, "--to", "official", "--out", f"{out}.pth"], "has the official layout already"),
+        ([str(tmp_path / "ours"), "--out", out], "back goes --to official --out FILE.pth"),
+        ([str(tmp_path / "ours"), "--to", "official", "--out", out], "back goes --to official --out FILE.pth"),
+    ):
+        result = CliRunner().invoke(app, ["convert", *arguments])
+        assert result.exit_code == 2 and said in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -365,9 +365,33 @@ def test_clips_of_another_shape_are_refused_in_one_line(pixels, message):
     assert "\n" not in str(refused.value)
 
 
+def test_labels_of_any_whole_numbers_and_shares_of_classes_give_the_same_loss():
+    model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
+    wanted = torch.nn.functional.cross_entropy(model(clips).logits, torch.tensor([3, 0]))
+    for labels in (torch.tensor([3, 0], dtype=torch.int32), torch.eye(5)[[3, 0]], torch.eye(5).double()[[3, 0]]):
+        assert torch.equal(model(clips, labels=labels).loss, wanted)
+
+
+def test_hidden_states_are_the_stream_before_and_after_each_block():
+    model, clips = small_model(), torch.randn(2, 4, 3, 32, 32)
+    found = model(clips, output_hidden_states=True)
+    encoder = model.videomamba
+    assert len(found.hidden_states) == 4 and torch.equal(found.hidden_states[0], encoder.embed(clips))
+    for layers, stream in enumerate(found.hidden_states[1:], 1):
+        residual, delta = encoder.run_blocks(encoder.embed(clips), layers)
+        torch.testing.assert_close(stream, residual + delta)
+    last = encoder(clips).last_hidden_state
+    assert torch.equal(encoder.norm_f(found.hidden_states[-1]), last) and encoder(clips).hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(clips).hidden_states) == 4
+
+
 def test_wrong_classes_and_settings_are_refused_in_one_line():
     with pytest.raises(ValueError, match="labels go from 5 to 5, the model has 5 classes"):
         small_model()(torch.zeros(1, 4, 3, 32, 32), labels=torch.tensor([5]))
+    for labels in (torch.tensor([1.0]), torch.tensor([1, 2]), torch.tensor([[1]]), torch.ones(1, 4)):
+        with pytest.raises(ValueError, match="labels must be 1 classes, as whole numbers"):
+            small_model()(torch.zeros(1, 4, 3, 32, 32), labels=labels)
     for field, value in (("scan_order", "zigzag"), ("tubelet_size", 3), ("patch_size", 15), ("hidden_size", 0)):
         with pytest.raises(ValueError, match=f"{field}={value!r} is not valid"):
             VideoMambaConfig(**{**SMALL, field: value})

@@ -84,6 +84,10 @@ def test_seeds_decide_on_training_clips_and_bad_settings_are_refused():
     assert torch.equal(one, same) and not torch.equal(one, other)
     with pytest.raises(ValueError, match="num_frames must be a whole number of at least 1, not 0"):
         VideoMambaVideoProcessor(num_frames=0)
+    with pytest.raises(ValueError, match="num_segments must be a whole number of at least 1, not '2'"):
+        processor(pictures(4), num_segments="2")
+    with pytest.raises(ValueError, match=r"there is no frame from 99 s on, the last is at \d"):
+        processor(pictures(4), start=99)
     with pytest.raises(TypeError):
         processor(pictures(4), colour="red")
 
@@ -155,6 +159,15 @@ def test_one_broken_video_does_not_stop_the_others(classifier, video_file, tmp_p
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert result.exit_code == 1 and ["error" in line for line in lines] == [True, False, True]
     assert result.stderr.endswith("1 of 3 videos classified, 2 failed\n") and "none.mp4: no such file" in result.stderr
+
+
+def test_a_model_that_gives_no_numbers_is_told(classifier, video_file, tmp_path):
+    model = VideoMambaForVideoClassification.from_pretrained(classifier)
+    model.head.bias.data[3] = float("nan")
+    for saved in (model, VideoMambaVideoProcessor(size=32, num_frames=4)):
+        saved.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["classify", video_file, "--model", str(tmp_path), "--json"])
+    assert result.exit_code == 2 and "does not answer with numbers" in result.stderr and not result.stdout
 
 
 def test_other_models_are_refused_in_one_line(tmp_path, video_file):

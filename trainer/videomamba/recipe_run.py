@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...conversion.videomamba_checkpoint import read_class_names
 from ...modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from ...modeling_video_ma2mba.modeling_videomamba import VideoMambaModel
 from ...modeling_video_ma2mba.state_writing import give_usual_permissions
@@ -86,7 +87,7 @@ def _rows(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig) -> tuple[Cli
     """Training rows and held-out ones."""
     names = None
     if recipe.class_names is not None:
-        names = [line.strip() for line in Path(recipe.class_names).read_text(encoding="utf-8").splitlines() if line]
+        names = read_class_names(Path(recipe.class_names))
     options: dict[str, Any] = {
         "base_dir": recipe.base_dir,
         "regression": recipe.task == "regression",
