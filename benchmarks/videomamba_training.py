@@ -16,9 +16,9 @@ somewhere in a longer film; the class is how many (chance 25 %), for which the w
   the first half of the steps only), and beside one that learnt from all clips.
 - `masked`: pre-training beside a frozen CLIP (trained here, on single frames and sentences about them) with each mask,
   then fine-tuning on few clips; also from nothing, for as many steps of fine-tuning and for the steps of both.
-- `frames`, `length`: `count` in films of 256 seconds seen in 8 to 256 frames, and in films of 8 to 256 seconds seen
-  once a second; every model starts from the one before, positions interpolated, the first one of `frames` from films
-  of 8 seconds. `seen` is the share of films whose frames show every thing: what a perfect observer is sure of.
+- `count`: the task of that name in longer and longer films, 8 to 256 seconds seen once a second; then the longest ones
+  in fewer and fewer frames, down to 8. Every model starts from the one before, positions interpolated. `seen` is the
+  share of films whose frames show every thing: what a perfect observer is sure of.
 
 Everything runs in the package's own trainer and objectives, several runs at once. Rows are written as they are
 measured; a run that is complete in the table is not repeated. Seeds decide weights, order and masks; clips are the
@@ -208,13 +208,13 @@ class Sizes:
     clips: int = 24000
     few: int = 1000
     tests: int = 1000
-    films: int = 2500
-    longest: int = 256
+    films: int = 1500
     batch: int = 64
     steps: int = 240
     pretraining: int = 300
     fine_tuning: int = 200
-    stage: int = 120
+    begin: int = 800
+    stage: int = 150
     clip_steps: int = 500
     learning_rate: float = 1.5e-3
     frames: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
@@ -222,7 +222,7 @@ class Sizes:
 
 
 SMOKE = Sizes(
-    *(16, 2, 8, 48, 16, 8, 12, 16, 4, 2, 2, 2, 1, 2), frames=(8, 16), model={"state_size": 4, "num_hidden_layers": 2}
+    *(16, 2, 8, 48, 16, 8, 12, 4, 2, 2, 2, 2, 1, 2), frames=(8, 16), model={"state_size": 4, "num_hidden_layers": 2}
 )
 
 
@@ -422,37 +422,32 @@ def run_masked(now: Setting) -> None:
     now.train(model, steps, stage="fine-tuning", data=few)
 
 
-def run_frames(now: Setting) -> None:
-    """`count` with more and more frames: of one film (`frames`), or of longer and longer ones (`length`)."""
-    model = None
-    stages = [(frames, now.sizes.longest if now.run.part == "frames" else frames) for frames in now.sizes.frames]
-    if now.run.part == "frames":  # few frames of a long film show too little to begin with
-        stages.insert(0, (now.sizes.frames[0], now.sizes.frames[0]))
-    for number, (frames, seconds) in enumerate(stages):
+def run_count(now: Setting) -> None:
+    """`count` in longer and longer films, then the longest ones in fewer and fewer frames."""
+    counts, model = now.sizes.frames, None
+    for seconds, frames in [*zip(counts, counts, strict=True), *((counts[-1], count) for count in counts[-2::-1])]:
         data, test = (Clips(films, now.data, frames=frames) for films in count_films(now.sizes, seconds))
+        steps = now.sizes.stage
         if model is None:
-            model = classifier(config_of(now.sizes, num_frames=frames), now.run.seed)
+            steps, model = now.sizes.begin, classifier(config_of(now.sizes, num_frames=frames), now.run.seed)
         else:
             weights = model.videomamba.state_dict()
             config = resize_clips(model.config, weights, frames, SIDE, 1)
-            larger = VideoMambaForVideoClassification(
+            resized = VideoMambaForVideoClassification(
                 VideoMambaConfig.from_dict({**config.to_dict(), "num_labels": 4})
             )
-            larger.videomamba.load_state_dict(weights)
-            larger.head.load_state_dict(model.head.state_dict())
-            model = larger
-        first = len(stages) > len(now.sizes.frames) and number == 0
-        told = now if first else replace(now, tell=lambda frames=frames, **row: now.tell(**{**row, "frames": frames}))
-        if not first:
-            told.tell(stage="seen", step=0, steps=0, accuracy=test.shown())
-        steps = now.sizes.stage * (2 if number == 0 else 1)
-        half = {"per_device_train_batch_size": -(-now.sizes.batch // 2)}
-        told.train(model, steps, stage="begin" if first else f"{frames} frames", data=data, test=test, **half)
+            resized.videomamba.load_state_dict(weights)
+            resized.head.load_state_dict(model.head.state_dict())
+            model = resized
+        told = replace(now, tell=lambda frames=frames, **row: now.tell(**row, frames=frames))
+        told.tell(stage=f"seen of {seconds} s", step=0, steps=0, accuracy=test.shown())
+        told.train(model, steps, stage=f"{seconds} s", data=data, test=test)
 
 
 def count_films(sizes: Sizes, seconds: int) -> tuple[Films, Films]:
-    """For training and for tests."""
-    return Films("count", "train", sizes.films, seconds), Films("count", "test", sizes.tests // 2, seconds)
+    """For training (of short ones up to four times as many) and for tests."""
+    more = min(4, sizes.frames[-1] // seconds)
+    return Films("count", "train", more * sizes.films, seconds), Films("count", "test", sizes.tests // 2, seconds)
 
 
 RELEASED = "spatial_first as released"
@@ -461,16 +456,14 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "scan": run_scan,
     "distil": run_distil,
     "masked": run_masked,
-    "frames": run_frames,
-    "length": run_frames,
+    "count": run_count,
 }
 ARMS: dict[str, Sequence[str]] = {
     "teacher": ("clip", "smaller of all clips", "smaller of few clips"),
     "scan": (*SCAN_ORDERS, RELEASED),
     "masked": ("from nothing", *MASKS, "from nothing for all steps"),
     "distil": ("alone", "teacher of the same clips", "the same for half of the steps", "teacher of all clips"),
-    "frames": ("all",),
-    "length": ("all",),
+    "count": ("all",),
 }
 
 
@@ -696,12 +689,11 @@ def ended(path: Path) -> list[dict[str, str]]:
 
 def summary(path: Path) -> str:
     """Markdown: the last accuracy of what came to its end and that halfway, mean of the seeds and their spread."""
-    rows = [row for row in ended(path) if row["stage"] != "seen"]
+    rows = [row for row in ended(path) if not row["stage"].startswith("seen")]
     found: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
     for row in rows:
-        begun = row["stage"] if row["stage"] == "begin" else row["arm"]
-        by_frames = f"{row['frames']} frames" if row["frames"] else begun
-        runs = found.setdefault((row["part"], by_frames, row["steps"]), {})
+        arm = f"{row['stage']} in {row['frames']} frames" if row["frames"] else row["arm"]
+        runs = found.setdefault((row["part"], arm, row["steps"]), {})
         runs.setdefault(row["seed"], {})[int(row["step"])] = float(row["accuracy"])
     lines = ["| part | | steps | halfway | at the end | seeds |", "| --- | --- | --- | --- | --- | --- |"]
     for (part, arm, steps), runs in found.items():
@@ -722,29 +714,35 @@ def plot(path: Path, target: Path) -> None:
     from matplotlib import pyplot
 
     rows = ended(path)
-    parts = [part for part in ARMS if part != "teacher" and any(row["part"] == part for row in rows)]
-    figure, axes = pyplot.subplots(2, (len(parts) + 1) // 2, figsize=(4.6 * ((len(parts) + 1) // 2), 7.6))
-    for axis in axes.flat[len(parts) :]:
+    parts = [part for part in ARMS if part not in ("teacher", "count") and any(row["part"] == part for row in rows)]
+    pictures = [(part, "step") for part in parts]
+    if longest := max((int(row["frames"]) for row in rows if row["frames"]), default=0):
+        pictures += [("count", "seconds of a film, a frame each"), ("count", f"frames of a film of {longest} seconds")]
+    columns = (len(pictures) + 1) // 2
+    figure, axes = pyplot.subplots(2, columns, figsize=(4.6 * columns, 7.6))
+    for axis in axes.flat[len(pictures) :]:
         axis.axis("off")
-    for axis, part in zip(axes.flat, parts, strict=False):
-        by_frames = part in ("frames", "length")
+    for axis, (part, across) in zip(axes.flat, pictures, strict=False):
         groups: dict[str, dict[int, list[float]]] = {}
         for row in rows:
-            if row["part"] == part and (not by_frames or (row["frames"] and row["step"] == row["steps"])):
-                arm = ("what is seen" if row["stage"] == "seen" else "accuracy") if by_frames else row["arm"]
-                at = int(row["frames"] if by_frames else row["step"])
-                groups.setdefault(arm, {}).setdefault(at, []).append(float(row["accuracy"]))
+            if row["part"] != part:
+                continue
+            arm, at = row["arm"], int(row["step"])
+            if part == "count":
+                at, seconds = int(row["frames"]), int(row["stage"].split()[-2])
+                if row["step"] != row["steps"] or seconds != (at if across.startswith("seconds") else longest):
+                    continue
+                arm = "films that show all" if row["stage"].startswith("seen") else "accuracy"
+            groups.setdefault(arm, {}).setdefault(at, []).append(float(row["accuracy"]))
         for arm in sorted(groups):
             at = sorted(groups[arm])
             values = [groups[arm][each] for each in at]
             (line,) = axis.plot(at, [np.mean(each) for each in values], marker=".", label=arm)
             low, high = ([pick(each) for each in values] for pick in (min, max))
             axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
-        if by_frames:
+        if part == "count":
             axis.set_xscale("log", base=2)
-        axis.set_xlabel(
-            {"frames": "frames of a film", "length": "seconds of a film, one frame each"}.get(part, "step")
-        )
+        axis.set_xlabel(across)
         axis.set_ylabel("accuracy on unseen clips")
         axis.set_title(part)
         axis.axhline(0.25, color="grey", linewidth=0.8, linestyle=":")
@@ -758,25 +756,34 @@ def films_needed(parts: Sequence[str], sizes: Sizes) -> list[Films]:
     needed = []
     if set(parts) & {"teacher", "scan", "distil", "masked"}:
         needed += [Films("motion", "train", sizes.clips), Films("motion", "test", sizes.tests)]
-    for part in {"frames", "length"} & set(parts):
-        for frames in sizes.frames if part == "length" else sizes.frames[:1]:
-            needed += count_films(sizes, frames)
-    if "frames" in parts:
-        needed += count_films(sizes, sizes.longest)
-    return list(dict.fromkeys(needed))
+    for seconds in sizes.frames if "count" in parts else ():
+        needed += count_films(sizes, seconds)
+    return needed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("videomamba_training.csv"), help="table to add to")
     parser.add_argument("--data", type=Path, help="folder of the drawn clips and the teachers (default: a fresh one)")
-    parser.add_argument("--parts", default="cost,waiting,teacher,scan,distil,masked,frames,length")
+    parser.add_argument("--parts", default="cost,waiting,teacher,scan,distil,masked,count")
     parser.add_argument("--only", default="", help="of the parts, only what is called so: tube,random")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=12, help="runs at the same time on the GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, to see that it runs")
     parser.add_argument("--plot", type=Path, help="draw --out here, print its end, measure nothing")
-    for name in ("width", "layers", "steps", "few", "pretraining", "fine_tuning", "stage", "films", "clips", "batch"):
+    for name in (
+        "width",
+        "layers",
+        "steps",
+        "few",
+        "pretraining",
+        "fine_tuning",
+        "begin",
+        "stage",
+        "films",
+        "clips",
+        "batch",
+    ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(Sizes(), name)}")
     parser.add_argument("--learning-rate", type=float, help=f"default {Sizes().learning_rate}")
     parser.add_argument("--frames", type=lambda text: tuple(map(int, text.split(","))), help="default 8,16,...,256")
