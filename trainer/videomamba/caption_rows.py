@@ -4,7 +4,6 @@ file and what is said of it. Nothing is decoded here."""
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import os
 import pickle
@@ -18,15 +17,23 @@ from typing import Any
 from ...files.text_files import open_text, read_json, text_lines
 from ...processing.frame_sampling import seconds_of
 from ...processing.video_source_names import IMAGE_SUFFIXES, is_address
-from .clip_rows import LIST_SUFFIXES, VIDEO_SUFFIXES, ClipRow, ClipRows, StoredMedia, read_source
+from .clip_rows import (
+    LIST_SUFFIXES,
+    MEDIA_SUFFIXES,
+    SPLITS,
+    ClipRow,
+    ClipRows,
+    StoredMedia,
+    folder_of_split,
+    located,
+    read_source,
+)
 
 _SOURCE = ("video", "image", "path", "file", "file_name", "filename", "video_path", "clip", "video_id", "videoid")
 _CAPTION = ("caption", "captions", "sentence", "sentences", "text", "description", "name")
 _START, _END = ("start", "time_start", "begin"), ("end", "time_end", "stop")
 _LSMDC_TIMES = re.compile(r"_\d\d\.\d\d\.\d\d\.\d+-\d\d\.\d\d\.\d\d\.\d+$")
 _DIDEMO_SECONDS = 30.0  # of a video are described
-_MEDIA = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-_SPLITS = {"val": ("val", "validate", "validation"), "train": ("train", "training"), "test": ("test", "testing")}
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ def load_caption_rows(
         FileNotFoundError: no such file or folder. ValueError: the form is not understood, or there is no row.
     """
     sources = source if isinstance(source, list | tuple) else [source]
-    if split not in _SPLITS:
-        raise ValueError(f"split={split!r} is not valid: use one of {', '.join(_SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not valid: use one of {', '.join(SPLITS)}")
     base = None if base_dir is None else Path(base_dir)
     rows, empty = [], 0
     for one in sources:
@@ -106,19 +113,19 @@ Said = tuple[ClipRow, Sequence[Any]]
 
 
 def _from_file(path: Path, base: Path, split: str) -> Iterable[Said]:
-    if path.suffix in (".pkl", ".pickle"):
+    if path.suffix.lower() in (".pkl", ".pickle"):
         return _of_split(_plain_pickle(path), path, base, split)
-    if path.suffix not in LIST_SUFFIXES:
+    if path.suffix.lower() not in LIST_SUFFIXES:
         raise ValueError(f"{path}: a list of videos with captions must end in {', '.join(LIST_SUFFIXES)} or .pkl")
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl"):
         return _from_json(path, base, split)
     return _from_text(path, base, split)
 
 
 def _from_folder(folder: Path, split: str) -> Iterable[Said]:
     """Videos with a text beside each."""
-    root = folder / split if (folder / split).is_dir() else folder
-    media = sorted(path for path in root.iterdir() if path.suffix.lower() in _MEDIA)
+    root = folder_of_split(folder, split)
+    media = sorted(path for path in root.iterdir() if path.suffix.lower() in MEDIA_SUFFIXES)
     texts = [path.with_suffix(".txt") for path in media]
     found = [
         (ClipRow(str(one)), list(text_lines(text))) for one, text in zip(media, texts, strict=True) if text.is_file()
@@ -131,27 +138,12 @@ def _from_folder(folder: Path, split: str) -> Iterable[Said]:
     return found
 
 
-@functools.lru_cache(maxsize=64)
-def _files_of(folder: Path) -> dict[str, str]:
-    """Videos and pictures of a folder by their names without suffix."""
-    if not folder.is_dir():
-        return {}
-    return {entry.stem: str(entry) for entry in folder.iterdir() if entry.suffix.lower() in _MEDIA}
-
-
 def _located(name: Any, base: Path, *inside: str) -> Any:
     """The file that a list calls `name`, with or without suffix, in `base` or its folders `inside`."""
     if not isinstance(name, str) or is_address(name) or Path(name).is_absolute():
         return name
-    suffix = Path(name).suffix if Path(name).suffix.lower() in _MEDIA else ""
-    if suffix and (base / name).is_file():
-        return str(base / name)
-    stem = name.removesuffix(suffix)
-    for folder in (*inside, ""):
-        whole = base / folder / stem
-        if (found := _files_of(whole.parent).get(whole.name)) is not None:
-            return found
-    return str(base / (name if suffix else f"{name}.mp4"))
+    whole = name if Path(name).suffix.lower() in MEDIA_SUFFIXES else f"{name}.mp4"
+    return located(name, base, *inside) or str(base / whole)
 
 
 def _grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
@@ -163,7 +155,7 @@ def _grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
 
 def _of_split(captions: dict[str, list[Any]], path: Path, base: Path, split: str) -> Iterator[Said]:
     """Videos of a form that does not say to which split they belong: those that a list beside it names, or all."""
-    for name in _SPLITS[split]:
+    for name in SPLITS[split]:
         if (chosen := path.with_name(f"{name}_list.txt")).is_file():
             wanted = {line.strip() for line in text_lines(chosen) if line.strip()}
             captions = {video: said for video, said in captions.items() if video in wanted}
@@ -174,7 +166,7 @@ def _of_split(captions: dict[str, list[Any]], path: Path, base: Path, split: str
 
 # ------------------------------------------------------------------------------------------------ JSON
 def _from_json(path: Path, base: Path, split: str) -> Iterable[Said]:
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         found: Any = [json.loads(line) for line in text_lines(path) if line.strip()]
     else:
         found = read_json(path)
@@ -201,7 +193,7 @@ def _msrvtt(found: dict[str, Any], base: Path, split: str) -> Iterator[Said]:
     said = _grouped((entry["video_id"], entry["caption"]) for entry in found["sentences"])
     splits = {entry.get("split") for entry in found["videos"]}
     for entry in found["videos"]:
-        if len(splits) == 1 or entry.get("split") in _SPLITS[split]:
+        if len(splits) == 1 or entry.get("split") in SPLITS[split]:
             yield ClipRow(_located(entry["video_id"], base)), said.get(entry["video_id"], [])
 
 

@@ -4,6 +4,8 @@ ImageNet come, as rows that name a file and what is to be learnt of it. Nothing 
 from __future__ import annotations
 
 import csv
+import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +19,13 @@ from ...processing.video_source_names import IMAGE_SUFFIXES, is_address, local_p
 
 VIDEO_SUFFIXES = frozenset((".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"))
 LIST_SUFFIXES = (".csv", ".txt", ".tsv", ".list", ".json", ".jsonl")
-_SOURCE = ("video", "path", "file", "filename", "file_name", "video_path", "image", "clip", "name")
-_LABEL = ("label", "class", "class_id", "target", "value", "category", "action")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+SPLITS = {"val": ("val", "validate", "validation"), "train": ("train", "training"), "test": ("test", "testing")}
+_SOURCE = (
+    *("video", "path", "file", "filename", "file_name", "filepath", "file_path", "video_path", "video_name", "image"),
+    *("clip", "name", "video_id", "videoid"),
+)
+_LABEL = ("label", "class", "class_id", "class_name", "label_name", "target", "value", "category", "action")
 _START, _END, _LENGTH = ("start", "time_start", "begin"), ("end", "time_end", "stop"), ("duration", "seconds")
 _DIGITS = re.compile(r"-?\d+")
 Row = TypeVar("Row")
@@ -120,9 +127,12 @@ def windows(row: ClipRow, length: float, stride: float) -> Iterator[ClipRow]:
 
 def _value(row: ClipRow) -> float:
     try:
-        return float(row.label)  # type: ignore[arg-type]
+        value = float(row.label)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise ValueError(f"{row.name}: the value to predict must be a number, not {row.label!r}") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{row.name}: the value to predict must be a number, not {row.label!r}")
+    return value
 
 
 def _numbered(rows: list[ClipRow], classes: Sequence[str] | None) -> ClipRows:
@@ -169,6 +179,7 @@ def read_source(
     Raises:
         FileNotFoundError: there is no such source.
     """
+    _files_of.cache_clear()
     if hasattr(source, "column_names"):
         return dataset(source, base, "the data set")
     path = local_path(source)
@@ -178,9 +189,9 @@ def read_source(
 
             found = datasets.load_from_disk(str(path))
             return dataset(found[split] if isinstance(found, dict) else found, base or path, str(path))
-        for suffix in LIST_SUFFIXES:
-            if (path / f"{split}{suffix}").is_file():
-                return file(path / f"{split}{suffix}", base or path, split)
+        lists = (path / f"{name}{suffix}" for name in names_of_split(split) for suffix in LIST_SUFFIXES)
+        if (found := next((each for each in lists if each.is_file()), None)) is not None:
+            return file(found, base or path, split)
         return folder(path, split)
     if path.is_file():
         return file(path, base or path.parent, split)
@@ -192,19 +203,19 @@ def read_source(
 
 
 def _from_file(path: Path, base: Path, split: str) -> Iterable[ClipRow]:
-    if path.suffix not in LIST_SUFFIXES:
+    if path.suffix.lower() not in LIST_SUFFIXES:
         raise ValueError(f"{path}: a list of videos must end in {', '.join(LIST_SUFFIXES)}")
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl"):
         return _from_json(path, base, split)
     return _from_text(path, base)
 
 
 def _from_folder(folder: Path, split: str) -> Iterable[ClipRow]:
     """A folder for every class."""
-    root = folder / split if (folder / split).is_dir() else folder
+    root = folder_of_split(folder, split)
     rows = []
     for kind in sorted(part for part in root.iterdir() if part.is_dir()):
-        files = sorted(path for path in kind.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES)
+        files = sorted(path for path in kind.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES)
         rows += [ClipRow(str(path), kind.name) for path in files]
     if not rows:
         raise FileNotFoundError(
@@ -214,10 +225,44 @@ def _from_folder(folder: Path, split: str) -> Iterable[ClipRow]:
     return rows
 
 
+def names_of_split(split: str) -> tuple[str, ...]:
+    """How else `split` is called."""
+    return next((names for names in SPLITS.values() if split in names), (split,))
+
+
+def folder_of_split(folder: Path, split: str) -> Path:
+    """The folder inside `folder` that is called as `split`, or `folder`."""
+    return next((folder / name for name in names_of_split(split) if (folder / name).is_dir()), folder)
+
+
+@functools.lru_cache(maxsize=4096)
+def _files_of(folder: Path) -> dict[str, str]:
+    """Videos and pictures of a folder by their names, and by those without suffix."""
+    if not folder.is_dir():
+        return {}
+    media = [entry for entry in folder.iterdir() if entry.suffix.lower() in MEDIA_SUFFIXES]
+    return {entry.stem: str(entry) for entry in media} | {entry.name: str(entry) for entry in media}
+
+
+def located(name: Any, base: Path, *inside: str) -> str | None:
+    """The file that a list calls `name`, with this suffix, another or none, in folders `inside` of `base` or in it;
+    None where there is none."""
+    suffix = Path(name).suffix if Path(name).suffix.lower() in MEDIA_SUFFIXES else ""
+    for folder in (*inside, ""):
+        whole = base / folder / name
+        there = _files_of(whole.parent)
+        if (found := there.get(whole.name) or there.get(whole.name.removesuffix(suffix))) is not None:
+            return found
+    return None
+
+
 def _located(name: Any, base: Path) -> Any:
     if not isinstance(name, str) or is_address(name) or Path(name).is_absolute():
         return name
-    return str(base / name)
+    whole = base / name
+    if whole.suffix.lower() in MEDIA_SUFFIXES or whole.is_dir():  # not looked for: lists are long, disks are far
+        return str(whole)
+    return located(name, base) or str(whole)
 
 
 def _from_text(path: Path, base: Path) -> list[ClipRow]:
@@ -236,12 +281,19 @@ def _from_text(path: Path, base: Path) -> list[ClipRow]:
                 )
                 for number, record in enumerate(csv.DictReader(text, delimiter=separator), 1)
             ]
+    second = lines[1][1].split(separator)[0].strip().strip('"') if len(lines) > 1 else ""
+    if Path(second).suffix.lower() in MEDIA_SUFFIXES and not any(Path(cell).suffix or "/" in cell for cell in cells):
+        raise ValueError(
+            f"{path.name}, line 1 names no file: of a header one of {', '.join(_SOURCE)} is understood, "
+            f"with one of {', '.join(_LABEL)}"
+        )
     rows = []
     for number, line in lines:
         parts = next(csv.reader([line], delimiter=separator))
         parts = [part.strip() for part in parts if part.strip()]
-        while separator == " " and len(parts) > 2 and not _is_number(parts[-2]):  # a path with blanks in it
-            parts[:-1] = [" ".join(parts[:-1])]
+        if separator == " " and len(parts) > 2:  # a path with blanks in it
+            path_words = len(parts) - (2 if _is_number(parts[-2]) and _is_number(parts[-1]) else 1)
+            parts[:path_words] = [" ".join(parts[:path_words])]
         if len(parts) == 1:
             rows.append(ClipRow(_located(parts[0], base)))
         elif len(parts) == 2:
@@ -276,10 +328,14 @@ def _from_record(record: dict[str, Any], base: Path, where: str) -> ClipRow:
 
     source, label = first(_SOURCE), first(_LABEL)
     start, end = (seconds_of(first(names), names[0]) for names in (_START, _END))
-    if source is None and record.get("youtube_id"):  # Kinetics' own lists, and the names that its crawler gives
+    if source is None and record.get("youtube_id"):  # Kinetics' own lists, and the names that its crawlers give
         name = f"{record['youtube_id']}_{int(start or 0):06d}_{int(end or 0):06d}.mp4"
-        inside = base / str(label) / name
-        return ClipRow(str(inside if inside.is_file() else base / name), label)
+        kinds = [str(label), str(label).replace(" ", "_")]
+        inside = [
+            *kinds,
+            *(f"{part}/{kind}" for part in names_of_split(str(record.get("split", ""))) for kind in (*kinds, "")),
+        ]
+        return ClipRow(located(name, base, *inside) or str(base / name), label)
     if source is None:
         raise ValueError(f"{where}: there is no field that names a file ({', '.join(_SOURCE)})")
     return ClipRow(_located(source, base), label, start, end, seconds_of(first(_LENGTH), "duration"))
@@ -287,20 +343,19 @@ def _from_record(record: dict[str, Any], base: Path, where: str) -> ClipRow:
 
 def _from_json(path: Path, base: Path, split: str) -> list[ClipRow]:
     """Something-Something's list, COIN's data base, or objects with named fields."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         import json
 
         found: Any = [json.loads(line) for line in text_lines(path) if line.strip()]
     else:
         found = read_json(path)
     if isinstance(found, dict) and isinstance(found.get("database"), dict):
-        wanted = {"train": "training", "training": "training"}.get(split, "testing")
+        wanted = "training" if split in SPLITS["train"] else "testing"
         rows = []
         for name, entry in found["database"].items():
             if entry.get("subset") == wanted:
-                places = [base / str(entry.get("recipe_type", "")) / f"{name}.mp4", base / f"{name}.mp4"]
-                place = next((each for each in places if each.is_file()), places[-1])
-                rows.append(ClipRow(str(place), entry.get("class"), seconds=entry.get("duration")))
+                place = located(f"{name}.mp4", base, str(entry.get("recipe_type", ""))) or str(base / f"{name}.mp4")
+                rows.append(ClipRow(place, entry.get("class"), seconds=entry.get("duration")))
         return rows
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise ValueError(f"{path}: it must hold a list of objects, or COIN's data base")
@@ -314,7 +369,8 @@ def _from_json(path: Path, base: Path, split: str) -> list[ClipRow]:
             said = re.sub(r"[\[\]]", "", str(entry["template"]))
             if names and said not in names:
                 raise ValueError(f"{path.name}: {said!r} is no class of labels.json")
-            rows.append(ClipRow(str(base / f"{entry['id']}.webm"), names.get(said, said)))
+            name = f"{entry['id']}.webm"
+            rows.append(ClipRow(located(name, base) or str(base / name), names.get(said, said)))
         return rows
     return [_from_record(entry, base, f"{path.name}[{number}]") for number, entry in enumerate(found)]
 

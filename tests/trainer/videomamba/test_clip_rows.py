@@ -47,9 +47,10 @@ def test_lvu_lists_have_lengths_and_are_cut_into_windows(tmp_path):
     values = load_clip_rows(tmp_path / "train.csv", regression=True)
     assert [r.label for r in values.rows] == [2.0, 0.0] and values.classes == ()
     assert list(windows(ClipRow("x"), 60, 16)) == [ClipRow("x")], "a length that is not known"
-    (tmp_path / "bad.csv").write_text("a.mp4,many\n")
-    with pytest.raises(ValueError, match="the value to predict must be a number, not 'many'"):
-        load_clip_rows(tmp_path / "bad.csv", regression=True)
+    for value in ("many", "nan", "-inf"):
+        (tmp_path / "bad.csv").write_text(f"a.mp4,{value}\n")
+        with pytest.raises(ValueError, match=f"the value to predict must be a number, not '{value}'"):
+            load_clip_rows(tmp_path / "bad.csv", regression=True)
 
 
 def test_kinetics_something_and_coin_lists(tmp_path):
@@ -68,6 +69,39 @@ def test_kinetics_something_and_coin_lists(tmp_path):
     (tmp_path / "COIN.json").write_text(json.dumps({"database": entries}))
     assert rows_of(tmp_path / "COIN.json") == ([(str(tmp_path / "v1.mp4"), 0)], ("PlantTree",))
     assert rows_of(tmp_path / "COIN.json", split="test")[1] == ("MakeTea",)
+
+
+def test_files_are_found_as_crawlers_and_converters_left_them(tmp_path):
+    """Something-Something as mp4, Kinetics in folders of split and class with other suffixes, blanks as underscores,
+    COIN by number; a folder's list of the split, however the split is called."""
+    for name in (
+        "7.mp4",
+        "train/air_drumming/x1_000020_000030.mkv",
+        "val/x2_000001_000011.mp4",
+        "4/v1.webm",
+        "b/c.avi",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "validation.json").write_text('[{"id": "7", "template": "Holding [something]"}]')
+    assert rows_of(tmp_path, split="val") == ([(str(tmp_path / "7.mp4"), 0)], ("Holding something",))
+    (tmp_path / "kinetics.CSV").write_text(
+        "label,youtube_id,time_start,time_end,split\nair drumming,x1,20,30,train\nplay,x2,1,11,validate\n"
+    )
+    found = [source for source, _ in rows_of(tmp_path / "kinetics.CSV")[0]]
+    assert found == [
+        str(tmp_path / "train/air_drumming/x1_000020_000030.mkv"),
+        str(tmp_path / "val/x2_000001_000011.mp4"),
+    ]
+    entry = {"class": "PlantTree", "recipe_type": 4, "subset": "training", "duration": 9.5}
+    (tmp_path / "COIN.json").write_text(json.dumps({"database": {"v1": entry}}))
+    assert rows_of(tmp_path / "COIN.json")[0] == [(str(tmp_path / "4/v1.webm"), 0)]
+    (tmp_path / "bare.txt").write_text("b/c 1\nmy clip 12 3\n")
+    whole = load_clip_rows(tmp_path / "bare.txt").rows
+    assert [row.source for row in whole] == [str(tmp_path / "b/c.avi"), str(tmp_path / "my clip")]
+    assert [(row.label, row.seconds) for row in whole] == [(1, None), (12, 3.0)]
+    (tmp_path / "named.csv").write_text("video_name,class_name\na.mp4,run\n")
+    assert rows_of(tmp_path / "named.csv") == ([(str(tmp_path / "a.mp4"), 0)], ("run",))
 
 
 def test_folders_of_frames_folders_of_classes_and_data_sets(tmp_path):
@@ -99,6 +133,7 @@ def test_mistakes_are_said_in_one_sentence(tmp_path):
     (tmp_path / "odd.csv").write_text("a.mp4,1,2,3\n")
     (tmp_path / "some.csv").write_text("a.mp4,1\nb.mp4\n")
     (tmp_path / "minus.csv").write_text("a.mp4,-1\n")
+    (tmp_path / "head.csv").write_text("movie,mood\na.mp4,glad\n")
     (tmp_path / "x.parquet").write_bytes(b"")
     (tmp_path / "none").mkdir()
     for name, kind, message in (
@@ -106,6 +141,7 @@ def test_mistakes_are_said_in_one_sentence(tmp_path):
         ("odd.csv", ValueError, "odd.csv, line 1: it must be path,label"),
         ("some.csv", ValueError, "b.mp4 has no label, others have one"),
         ("minus.csv", ValueError, "there is no class -1, they begin at 0"),
+        ("head.csv", ValueError, "head.csv, line 1 names no file: of a header one of video, path, .* is understood"),
         ("x.parquet", ValueError, "a list of videos must end in .csv"),
         ("none", FileNotFoundError, "holds neither a list"),
         ("gone.csv", FileNotFoundError, "no such file or folder"),

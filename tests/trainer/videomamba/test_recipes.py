@@ -70,10 +70,13 @@ def test_settings_are_those_of_the_tables(name, chosen, expected):
     assert (args.mixup, args.cutmix, args.label_smoothing, args.random_erasing) == (0.8, 1.0, 0.1, 0.25)
     assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
     videos = name != "imagenet"
-    # the released scripts: 0.75 is what their program takes unless told, 0.8 what masked models' and the long videos' tell
+    # the released scripts: 0.75 is what their program takes unless told; masked models and long videos' M tell 0.8
     slower = "size=m_masked" in chosen or ("size=m" in chosen and name in ("breakfast", "coin"))
     assert args.layer_decay == ((0.8 if slower else 0.75) if videos else 1.0)
-    assert args.layer_decay_of == ("embeddings" if videos else "layers") and args.lr_scheduler_type == "cosine_warmup_with_min_lr"
+    assert (
+        args.layer_decay_of == ("embeddings" if videos else "layers")
+        and args.lr_scheduler_type == "cosine_warmup_with_min_lr"
+    )
     least, first = (5e-6, 5e-7) if not videos else (1e-6, 1e-6)
     scale = args.clips_a_step / (256 if videos else 512)
     assert args.lr_scheduler_kwargs["min_lr"] == pytest.approx(least * scale)
