@@ -20,6 +20,7 @@ from ...processing.video_source_names import IMAGE_SUFFIXES, is_address
 from .clip_rows import (
     LIST_SUFFIXES,
     MEDIA_SUFFIXES,
+    SOURCE_FIELDS,
     SPLITS,
     ClipRow,
     ClipRows,
@@ -27,9 +28,9 @@ from .clip_rows import (
     folder_of_split,
     located,
     read_source,
+    refuse_unknown_header,
 )
 
-_SOURCE = ("video", "image", "path", "file", "file_name", "filename", "video_path", "clip", "video_id", "videoid")
 _CAPTION = ("caption", "captions", "sentence", "sentences", "text", "description", "name")
 _START, _END = ("start", "time_start", "begin"), ("end", "time_end", "stop")
 _LSMDC_TIMES = re.compile(r"_\d\d\.\d\d\.\d\d\.\d+-\d\d\.\d\d\.\d\d\.\d+$")
@@ -73,10 +74,10 @@ def load_caption_rows(
         source: ActivityNet Captions' JSON (the sentences of a video are one paragraph), DiDeMo's (likewise; the first
             30 s count), MSRVTT's `MSRVTT_data.json` or its CSV with `video_id` (and `sentence`, or that JSON beside
             it), LSMDC's lines of six fields, MSVD's CSV, `AllVideoDescriptions.txt` or pickle (a list named after the
-            split beside it, `test_list.txt`, chooses); COCO's captions; WebVid's CSV; a table with `video` or
-            `image` and `caption`, JSON objects with the same (a caption may be a list), or lines of `path,caption`; a
-            folder with such a list, named after the split, or with a `.txt` of captions beside every video; a data set
-            of `datasets`; or several of all these.
+            split beside it, `test_list.txt`, chooses); COCO's captions; WebVid's CSV; a dictionary of captions by
+            video; a table with `video` or `image` and `caption`, JSON objects with the same (a caption may be a
+            list), or lines of `path,caption`; a folder with such a list, named after the split, or with a `.txt` of
+            captions beside every video; a data set of `datasets`; or several of all these.
         base_dir: where the files are; by default the list's folder.
         split: train, val or test, where a form holds several.
         paragraphs: several captions of a row are one text.
@@ -181,6 +182,9 @@ def _from_json(path: Path, base: Path, split: str) -> Iterable[Said]:
             (ClipRow(_located(name, base), seconds=entry.get("duration")), [" ".join(map(str, entry["sentences"]))])
             for name, entry in found.items()
         ]
+    if isinstance(found, dict) and found and all(isinstance(said, str | list) for said in found.values()):
+        captions = {video: said if isinstance(said, list) else [said] for video, said in found.items()}
+        return _of_split(captions, path, base, split)
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise ValueError(f"{path}: it is none of the forms of captions that are known (see docs/retrieval.md)")
     if found and all("description" in entry and "video" in entry for entry in found) and "times" in found[0]:
@@ -203,10 +207,12 @@ def _from_record(record: dict[str, Any], base: Path, where: str) -> Said:
     def first(names: Iterable[str]) -> Any:
         return next((record[name] for name in names if record.get(name) not in (None, "")), None)
 
-    source, caption = first(_SOURCE), first(_CAPTION)
+    source, caption = first(SOURCE_FIELDS), first(_CAPTION)
+    if caption is None and not {*record}.isdisjoint(_CAPTION):
+        caption = ""  # counted with the empty ones
     if source is None or caption is None:
         lacks = "names a file" if source is None else "says a caption"
-        names = _SOURCE if source is None else _CAPTION
+        names = SOURCE_FIELDS if source is None else _CAPTION
         raise ValueError(f"{where}: there is no field that {lacks} ({', '.join(names)})")
     start, end = (seconds_of(first(names), names[0]) for names in (_START, _END))
     folders = [str(record[name]) for name in ("page_dir",) if record.get(name)]
@@ -232,13 +238,14 @@ def _from_text(path: Path, base: Path, split: str) -> Iterable[Said]:
     cells = [cell.strip().strip('"').lower() for cell in first.split(separator or ",")]
     if {"videoid", "start", "end", "description"} <= {*cells}:
         return _msvd_table(path, base, separator, split)
-    if {*cells} & {*_SOURCE} and ({*cells} & {*_CAPTION} or cells == ["video_id"]):
+    if {*cells} & {*SOURCE_FIELDS} and ({*cells} & {*_CAPTION} or cells == ["video_id"]):
         return _table(path, base, separator or ",", cells, split)
     if separator == "\t" and first.count("\t") == 5:
         return _lsmdc(lines, base, path)
     if first.startswith("#") or not separator or re.match(r"^[\w-]{11}_\d+_\d+ ", first):  # MSVD: name, blank, text
         said = _grouped(tuple(line.strip().split(" ", 1)) for _, line in lines if " " in line and line[0] != "#")  # type: ignore[misc]
         return _of_split(said, path, base, split)
+    refuse_unknown_header(path, cells, [line for _, line in lines[1:2]], separator, SOURCE_FIELDS, _CAPTION)
     rows = []
     for number, line in lines:
         name, mark, caption = line.strip().partition(separator)
@@ -246,7 +253,10 @@ def _from_text(path: Path, base: Path, split: str) -> Iterable[Said]:
             raise ValueError(
                 f"{path.name}, line {number}: it must be path{separator}caption, not {line.strip()[:80]!r}"
             )
-        rows.append((ClipRow(_located(name.strip(), base)), [caption.strip().strip('"')]))
+        if name.startswith('"') or caption.lstrip().startswith('"'):
+            name, *parts = next(csv.reader([line.strip()], delimiter=separator, skipinitialspace=True))
+            caption = separator.join(parts)
+        rows.append((ClipRow(_located(name.strip(), base)), [caption]))
     return _merged(rows)
 
 
@@ -312,7 +322,7 @@ def _plain_pickle(path: Path) -> dict[str, list[Any]]:
 def _from_dataset(data: Any, base: Path | None, name: str) -> Iterator[Said]:
     import datasets
 
-    media = next((column for column in (*_SOURCE, "mp4", "jpg") if column in data.column_names), None)
+    media = next((column for column in (*SOURCE_FIELDS, "mp4", "jpg") if column in data.column_names), None)
     caption = next((column for column in _CAPTION if column in data.column_names), None)
     if media is None or caption is None:
         lacks = "names a video or image" if media is None else "says a caption"

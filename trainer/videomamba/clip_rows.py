@@ -21,10 +21,11 @@ VIDEO_SUFFIXES = frozenset((".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mp
 LIST_SUFFIXES = (".csv", ".txt", ".tsv", ".list", ".json", ".jsonl")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 SPLITS = {"val": ("val", "validate", "validation"), "train": ("train", "training"), "test": ("test", "testing")}
-_SOURCE = (
-    *("video", "path", "file", "filename", "file_name", "filepath", "file_path", "video_path", "video_name", "image"),
-    *("clip", "name", "video_id", "videoid"),
+SOURCE_FIELDS = (
+    *("video", "image", "path", "file", "filename", "file_name", "filepath", "file_path", "video_path", "video_name"),
+    *("clip", "video_id", "videoid"),
 )
+_SOURCE = (*SOURCE_FIELDS, "name")
 _LABEL = ("label", "class", "class_id", "class_name", "label_name", "target", "value", "category", "action")
 _START, _END, _LENGTH = ("start", "time_start", "begin"), ("end", "time_end", "stop"), ("duration", "seconds")
 _DIGITS = re.compile(r"-?\d+")
@@ -281,12 +282,7 @@ def _from_text(path: Path, base: Path) -> list[ClipRow]:
                 )
                 for number, record in enumerate(csv.DictReader(text, delimiter=separator), 1)
             ]
-    second = lines[1][1].split(separator)[0].strip().strip('"') if len(lines) > 1 else ""
-    if Path(second).suffix.lower() in MEDIA_SUFFIXES and not any(Path(cell).suffix or "/" in cell for cell in cells):
-        raise ValueError(
-            f"{path.name}, line 1 names no file: of a header one of {', '.join(_SOURCE)} is understood, "
-            f"with one of {', '.join(_LABEL)}"
-        )
+    refuse_unknown_header(path, cells, [line for _, line in lines[1:2]], separator, _SOURCE, _LABEL)
     rows = []
     for number, line in lines:
         parts = next(csv.reader([line], delimiter=separator))
@@ -310,6 +306,18 @@ def _from_text(path: Path, base: Path) -> list[ClipRow]:
                 f"not {line[:80]!r}"
             )
     return rows
+
+
+def refuse_unknown_header(
+    path: Path, cells: list[str], following: Sequence[str], separator: str, sources: Sequence[str], said: Sequence[str]
+) -> None:
+    """ValueError where the first line's `cells` name no file, but the line `following` it does."""
+    first = next((line.split(separator)[0].strip().strip('"') for line in following), "")
+    if Path(first).suffix.lower() in MEDIA_SUFFIXES and not any(Path(cell).suffix or "/" in cell for cell in cells):
+        raise ValueError(
+            f"{path.name}, line 1 names no file: of a header one of {', '.join(sources)} is understood, with one of "
+            f"{', '.join(said)}"
+        )
 
 
 def _is_number(text: str) -> bool:

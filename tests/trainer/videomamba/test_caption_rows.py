@@ -124,6 +124,10 @@ def test_simple_lists(folder, tmp_path):
     lines = folder("lines.csv", "a.mp4,a red ball, rolling\nb.mp4,a dog\na.mp4,a ball\n", ["a.mp4", "b.mp4"])
     expected = [("a.mp4", ("a red ball, rolling", "a ball"), None), ("b.mp4", ("a dog",), None)]
     assert shown(load_caption_rows(lines)) == expected
+    quoted = folder("quoted.csv", '"a.mp4", "a red ball, rolling"\nb.mp4,a dog\na.mp4,"a ball"\n')
+    assert shown(load_caption_rows(quoted)) == expected
+    by_name = folder("by_name.json", {"a": ["a red ball, rolling", "a ball"], "b.mp4": "a dog"})
+    assert shown(load_caption_rows(by_name)) == expected
     for name, said in {"a.txt": "a red ball, rolling\na ball\n", "b.txt": "a dog\n"}.items():
         (tmp_path / name).write_text(said, encoding="utf-8")
     assert shown(load_caption_rows(tmp_path)) == expected
@@ -131,7 +135,7 @@ def test_simple_lists(folder, tmp_path):
     assert [(row.clip.start, row.clip.end) for row in load_caption_rows(parts)] == [(1.0, 3.0)]
     with pytest.warns(UserWarning, match="1 captions are empty and left out"):
         assert len(
-            load_caption_rows(folder("some.json", [{"video": "a", "caption": " "}, {"video": "b", "caption": "c"}]))
+            load_caption_rows(folder("some.json", [{"video": "a", "caption": ""}, {"video": "b", "caption": "c"}]))
         )
 
 
@@ -140,6 +144,7 @@ def test_simple_lists(folder, tmp_path):
     [
         ("a.json", [{"video": "a.mp4"}], r"a.json\[0\]: there is no field that says a caption"),
         ("b.json", {"a": 1}, "none of the forms of captions that are known"),
+        ("e.csv", "movie,said\na.mp4,a dog\n", "e.csv, line 1 names no file: of a header one of video, image, "),
         ("c.csv", "", "there is no video with a caption"),
         ("d.csv", "video_id\nvideo1\n", "has no captions: put MSRVTT_data.json beside it"),
     ],

@@ -141,7 +141,7 @@ def test_mistakes_are_said_in_one_sentence(tmp_path):
         ("odd.csv", ValueError, "odd.csv, line 1: it must be path,label"),
         ("some.csv", ValueError, "b.mp4 has no label, others have one"),
         ("minus.csv", ValueError, "there is no class -1, they begin at 0"),
-        ("head.csv", ValueError, "head.csv, line 1 names no file: of a header one of video, path, .* is understood"),
+        ("head.csv", ValueError, "head.csv, line 1 names no file: of a header one of video, image, .* is understood"),
         ("x.parquet", ValueError, "a list of videos must end in .csv"),
         ("none", FileNotFoundError, "holds neither a list"),
         ("gone.csv", FileNotFoundError, "no such file or folder"),
