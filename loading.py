@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,16 +124,27 @@ def join_ranks(device: str = "auto") -> str:
     """Meet the other processes that torchrun (or `accelerate launch`, or SLURM) started; returns this one's device.
 
     To be called before anything makes an Accelerator, as lmms-eval does: the first one decides, and without being told
-    it takes several processes on CPU for one each.
+    it takes several processes on CPU for one each. Whichever GPU `device` names, each process gets one of its own.
+
+    Raises:
+        ValueError: no such device on this machine, or fewer GPUs than processes.
     """
     from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
 
     if ParallelDims.of_run().world == 1:
         return device
+    picked = pick_device(device)
+    if device == "mps":
+        raise ValueError("--device mps: several processes cannot share one Metal GPU; use cpu, or start one process")
     import torch
     from accelerate import Accelerator
 
-    on_cuda = torch.cuda.is_available() and device != "cpu"
+    on_cuda, here = picked.type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_cuda and here > torch.cuda.device_count():
+        raise ValueError(
+            f"{here} processes were started on this machine, which has {torch.cuda.device_count()} CUDA devices: "
+            "start as many, or pass --device cpu"
+        )
     accelerator = Accelerator(cpu=not on_cuda)
     return str(accelerator.device) if on_cuda else "cpu"
 

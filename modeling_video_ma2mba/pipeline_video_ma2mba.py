@@ -14,6 +14,7 @@ from transformers import Pipeline
 from .answering_batches import answer_together
 from .answering_familiarity import asked_questions
 from .answering_questions import VIDEO_SETTINGS, chunks_of_all, report_frames
+from .parallel_dims import process_group_exists
 from .stack_weights import execution_device
 from .state_identity import check_times, identity_facts
 from .state_video import VideoState
@@ -57,6 +58,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
     # The prompt is read before generate() starts: generation settings are passed on, not prepared by the base class.
     _pipeline_calls_generate = False
+
+    def __init__(self, model: Any, *args: Any, device: Any = None, **kwargs: Any) -> None:
+        if device is not None and process_group_exists() and getattr(model, "hf_device_map", None) is None:
+            # Among several processes transformers takes the model's device for the pipeline's, whatever `device` says,
+            # and the model would stay on the CPU.
+            model.to("cpu" if isinstance(device, int) and device < 0 else device)
+        super().__init__(model, *args, device=device, **kwargs)
 
     def _sanitize_parameters(
         self,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
-from video_ma2mba.loading import load_pipeline, pick_device, pick_dtype
+from video_ma2mba.loading import join_ranks, load_pipeline, pick_device, pick_dtype
 
 COMMAND = str(Path(sys.executable).parent / "video-ma2mba")
 QUICK = ["--device", "cpu", "--max-new-tokens", "4"]
@@ -145,3 +146,20 @@ def test_devices_and_dtypes():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="CUDA devices"):
         pick_device("cuda:99")
+
+
+def test_each_of_several_processes_takes_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: SimpleNamespace(device="cpu" if cpu else "cuda:1"))
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for there in (0, 1, 2):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
+        assert join_ranks("cpu") == "cpu"
+        if there == 0:
+            assert join_ranks("auto") == "cpu"
+        for device in ("auto", "cuda", "cuda:0") if there == 2 else ():
+            assert join_ranks(device) == "cuda:1"
+        for device in ("cuda", "cuda:0") if there < 2 else ("mps", "cuda:2"):
+            with pytest.raises(ValueError, match="1 CUDA dev" if there == 1 else "use cpu"):
+                join_ranks(device)

@@ -239,3 +239,19 @@ def test_an_open_file_is_a_video(pipe, tiny_video):
         assert pipe({"video": file, "question": ASKED}) == expected
     with pytest.raises(ValueError, match="opened as text"), open(__file__, encoding="utf-8") as file:
         pipe(file, ASKED)
+
+
+def test_device_also_counts_among_several_processes(make_model, make_processor):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for device in ("meta", torch.device("meta")):  # another one than the CPU that every machine has
+            model = make_model()
+            processor = make_processor(model.config)
+            made = VideoQuestionAnsweringPipeline(model=model, processor=processor, device=device)
+            assert made.device.type == made.model.device.type == "meta"
+        model = make_model()
+        for device in (None, -1, "cpu"):
+            made = VideoQuestionAnsweringPipeline(model=model, processor=processor, device=device)
+            assert made.device.type == made.model.device.type == "cpu"
+    finally:
+        torch.distributed.destroy_process_group()
