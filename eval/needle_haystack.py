@@ -14,12 +14,12 @@ import numpy as np
 
 from ..processing.frame_fitting import fit_frame
 from ..world import Question, World, WorldRenderer, WorldSettings, ask, build_world, video_seed
+from ..world.render import TILES, cut_up
 from ..world.world import CARD_SYMBOLS, Backdrop, Card
 from .needle_grid import SYNTHETIC, check_haystack
 
 _SMALLEST = 32  # pixels: the rendered world draws no smaller; smaller models get its frames scaled down
 CHUNK = 64  # frames
-_TILES = 8  # on each side of a card that is cut up
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,9 @@ def _mixed(picture: np.ndarray, bare: np.ndarray, rng: random.Random) -> np.ndar
     """A picture (h, w, 3) whose part that differs from a `bare` one is cut into tiles, which change places."""
     rows, columns = np.nonzero((picture != bare).any(-1))
     top, left = rows.min(), columns.min()
-    high, wide = (int(span) // _TILES for span in (rows.max() + 1 - top, columns.max() + 1 - left))
+    part = slice(top, rows.max() + 1), slice(left, columns.max() + 1)
     mixed = picture.copy()
-    tiles = [(top + y * high, left + x * wide) for y in range(_TILES) for x in range(_TILES)]
-    for (y, x), (from_y, from_x) in zip(tiles, rng.sample(tiles, len(tiles)), strict=True):
-        mixed[y : y + high, x : x + wide] = picture[from_y : from_y + high, from_x : from_x + wide]
+    mixed[part] = cut_up(picture[part], rng.sample(range(TILES**2), TILES**2))
     return mixed
 
 

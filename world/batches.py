@@ -17,15 +17,19 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..processing.frame_times import TIME_TOKENS
 from ..trainer.data import VideoChatCollator
 from . import Question, WorldDataset, chat
 from .questions import TIMED_KINDS, list_things, list_times, name_option, repeat_sign
 from .speech import TimedFrames
+from .stretch import STRETCH, calm_frames, token_stretch
 from .world import COLOURS, SHAPES, whole
 
 _TURN_TOKENS = 20  # of one question with its answer, on average
 _NAMED_OPTIONS = 2  # turns of a chat that say which option is right and ask for its letter, at most
 _LIST_ALONE, _LIST_LAST = 0.3, 0.5  # shares of chats that only list the things, and that end with the list, at first
+_FRAMES_AT_ONCE = 32  # of what is computed on them: as much as a cache holds
+MOST_STRETCHED = 64  # frames that one calm frame counts as, at most
 SHORTER = 0.15  # share of batches below the shortest length asked for, once training is past that length
 # Later turns could be answered from the words of earlier ones ("the red star" gives away a colour and a shape), so
 # kinds that give away little come first.
@@ -43,12 +47,18 @@ def imitate_mp4(frames: np.ndarray, noise_seed: int) -> np.ndarray:
     The model is trained on pictures from memory and used on files; this keeps it from depending on the difference.
     """
     height, width = frames.shape[1:3]
+    noise = np.random.RandomState(noise_seed).randint(-3, 4, size=(1, height, width)).astype(np.float32)
+    return np.concatenate(
+        [_imitate(frames[at : at + _FRAMES_AT_ONCE], noise) for at in range(0, len(frames), _FRAMES_AT_ONCE)]
+    )
+
+
+def _imitate(frames: np.ndarray, noise: np.ndarray) -> np.ndarray:
     wide = frames.astype(np.float32)
     light = wide @ np.array([0.299, 0.587, 0.114], np.float32)
     colour = wide - light[..., None]
     quarters = (colour[:, row::2, column::2] for row in (0, 1) for column in (0, 1))
     colour = (sum(quarters) / 4).repeat(2, axis=1).repeat(2, axis=2)
-    noise = np.random.RandomState(noise_seed).randint(-3, 4, size=(1, height, width)).astype(np.float32)
     return np.clip(light[..., None] + colour + noise[..., None], 0, 255).astype(np.uint8)
 
 
@@ -120,11 +130,13 @@ class WorldBatches(IterableDataset):
         ramp: float = 0.5,
         ramp_from: int = 2,
         shorter: float = SHORTER,
+        stretch: int = 0,
     ):
         self.dataset, self.processor, self.tokens_per_batch = dataset, processor, tokens_per_batch
         self.collator = VideoChatCollator(processor, ends="first", on_broken="raise")
         self.progress, self.weights, self.first_batch = progress, weights, first_batch
-        self.ramp, self.ramp_from, self.shorter = ramp, ramp_from, shorter
+        self.ramp, self.ramp_from, self.shorter, self.stretch = ramp, ramp_from, shorter, stretch
+        self.stamps = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(TIME_TOKENS)))
         stamp = sum(len(ids) for _, ids in processor.frame_text().texts([0.0]))
         self.frame_tokens = processor.tokens_per_frame + stamp * min(
             1 / (dataset.fps * processor.frame_times_every), 1
@@ -142,7 +154,9 @@ class WorldBatches(IterableDataset):
             length = frames * self.frame_tokens + (self.questions_per_video(frames) + 3) * _TURN_TOKENS
             videos = max(int(self.tokens_per_batch // length), 1)
             indices = [int(rng.random() * len(self.dataset)) for _ in range(videos)]
-            yield self.batch(indices, frames, files=0.5)
+            longest_calm = math.log(min(max(self.stretch / frames, 1), MOST_STRETCHED))
+            amount = longest_calm * rng.random() if rng.random() < 0.5 else 0.0
+            yield self.batch(indices, frames, files=0.5, stretch=amount)
             number += workers
 
     def _longest(self, longest: int) -> int:
@@ -152,12 +166,16 @@ class WorldBatches(IterableDataset):
         """Questions about a video of `frames`: more where reading the video costs more."""
         return min(4 + frames // 3, self.dataset.questions)
 
-    def batch(self, indices: Sequence[int], frames: int, files: float = 0.0) -> dict[str, torch.Tensor]:
-        """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files."""
+    def batch(
+        self, indices: Sequence[int], frames: int, files: float = 0.0, stretch: float = 0.0
+    ) -> dict[str, torch.Tensor]:
+        """Videos `indices`, each `frames` frames long; a share `files` of them as if read from mp4 files.
+
+        Each calm frame counts as `exp(stretch)` (`stretch.py`)."""
         weights = dict(zip(self.dataset.kinds, self.weights.tolist(), strict=True))
         lists = 1 - 0.7 * float(self.progress)
         timed = any(kind in TIMED_KINDS for kind in self.dataset.kinds)
-        rows = []
+        rows, calm = [], []
         for place, index in enumerate(indices):
             world, asked = self.dataset.asked(index, frames)
             rng = random.Random(f"turns {world.seed} {frames}")
@@ -177,8 +195,13 @@ class WorldBatches(IterableDataset):
             video = self.dataset.drawn(index, world)
             video = imitate_mp4(video, index % 2**32) if place < files * len(indices) else video
             shown = TimedFrames.of_world(video, world, self.dataset.fps)
+            calm.append(calm_frames(world, self.dataset.fps))
             rows.append({"id": str(index), "messages": chat(turns, shown, self.dataset.cues(world))})
-        return self.collator(rows)
+        made = self.collator(rows)
+        if stretch:
+            token = self.processor.video_token_id
+            made[STRETCH] = token_stretch(made["input_ids"], torch.stack(calm), stretch, token, self.stamps)
+        return made
 
 
 def only_item(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

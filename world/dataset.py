@@ -14,7 +14,7 @@ from .endless import ENDLESS_KINDS, LONGEST_STRETCH, EndlessWorld
 from .questions import FORMS, KINDS, SPOKEN_KINDS, Question, ask, check_kinds
 from .render import render
 from .speech import TimedFrames, speech_of
-from .world import World, WorldSettings, build_world, video_seed, whole
+from .world import World, WorldSettings, build_world, video_seed, whole, with_decoys
 
 _CALM: dict[str, Any] = {"min_objects": 1, "max_objects": 2, "clutter": False}
 _BUSY: dict[str, Any] = {"min_objects": 6, "max_objects": 12}
@@ -81,7 +81,8 @@ class WorldDataset:
     variety: share of calm worlds, of one or two things before a still backdrop, and of busy ones, of up to twelve:
         half of it each.
     streams: share of videos that are the beginning of a world without end (`EndlessWorld`): one scene after the other,
-        much more to be seen than in others; asked is about the last minute.
+        much more to be seen than in others; asked is about the last minute. They begin at 0 and keep to a second.
+    decoys: half of the worlds hold up to so many cards whose sign is cut up, beside the one that can be read.
     pace: seconds between what a video of one frame a second shows, in slow motion: 1 for half, up to this for the
         others. So a short video spans minutes, and what minute it is depends on the frame.
     """
@@ -103,6 +104,7 @@ class WorldDataset:
         pace: int = 1,
         variety: float = 0.0,
         streams: float = 0.0,
+        decoys: int = 0,
     ):
         low, high = frames
         if not 1 <= low <= high:
@@ -113,16 +115,18 @@ class WorldDataset:
             raise ValueError(f"size={size}, questions={questions}: both must be at least 1.")
         if begins < 0 or pace < 1:
             raise ValueError(f"begins={begins}, pace={pace}: must be begins >= 0 and pace >= 1 second.")
+        if decoys < 0:
+            raise ValueError(f"decoys={decoys}: must be a number of cards, 0 for none.")
         if not 0 <= variety <= 1:
             raise ValueError(f"variety={variety}: must be a share from 0 to 1.")
-        if not 0 <= streams <= 1 or (streams and (fps != 1 or begins or pace > 1)):
-            raise ValueError(f"streams={streams}: must be a share from 0 to 1; with fps=1, begins=0 and pace=1 only.")
+        if not 0 <= streams <= 1 or (streams and fps != 1):
+            raise ValueError(f"streams={streams}: must be a share from 0 to 1, with fps=1 only.")
         video_seed(split, size - 1, seed)  # refuses a wrong split or seed
         self.split, self.size, self.frames, self.questions = split, size, (low, high), questions
         self.kinds, self.forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")
         self.seed, self.resolution, self.fps = seed, resolution, fps
         self.settings, self.begins, self.pace = settings or WorldSettings(), begins, pace
-        self.variety, self.streams = variety, streams
+        self.variety, self.streams, self.decoys = variety, streams, decoys
         self.speaks = any(kind in SPOKEN_KINDS for kind in self.kinds)
 
     def __len__(self) -> int:
@@ -141,7 +145,7 @@ class WorldDataset:
         if (stream := self._stream(index)) is not None:
             return stream.between(max(seconds - LONGEST_STRETCH, 0), seconds)
         seed = video_seed(self.split, index, self.seed)
-        world = build_world(seed, seconds, self._settings(seed))
+        world = with_decoys(build_world(seed, seconds, self._settings(seed)), self.decoys)
         if not self.begins and self.pace == 1:
             return world
         rng = random.Random(world.seed + (1 << 91))

@@ -6,14 +6,16 @@ frame costs a copy and a few pastes. Only what is asked for is drawn, so hours c
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from .world import COLOURS, SKY, Backdrop, Card, Thing, World
+from .world import COLOURS, SKY, Backdrop, Card, Thing, World, shuffled
 
+TILES = 8  # on each side of a card that is cut up
 _SUPERSAMPLE = 4
 _SUN = (255, 250, 210)
 _NIGHT = (18, 22, 40)
@@ -31,6 +33,7 @@ class WorldRenderer:
         self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
         self._sprites: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._card: tuple[slice, slice, np.ndarray] | None = None
+        self._decoys = {decoy.start: decoy for decoy in world.decoys}
 
     def frames(self, times: Sequence[float]) -> np.ndarray:
         """Frames at `times` (seconds, each `0 <= t < world.seconds`), uint8 (F, H, W, 3)."""
@@ -55,6 +58,10 @@ class WorldRenderer:
                     self._card = _card_picture(card, size)
                 rows, columns, picture = self._card
                 frame[rows, columns] = picture
+            if (decoy := self._decoys.get(int(time))) is not None:
+                rows, columns, picture = _card_picture(decoy, size)
+                mixed = shuffled(random.Random(world.seed + (decoy.start << 100)), range(TILES * TILES))
+                frame[rows, columns] = cut_up(picture, mixed)
         return out
 
     def chunks(self, fps: float = 1.0, chunk: int = 32) -> Iterator[np.ndarray]:
@@ -205,6 +212,17 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         u, v = x * 1.2, -y * 1.2 + 0.12
         return (u * u + v * v - 1) ** 3 - u * u * v**3 < 0
     raise ValueError(f"shape {shape!r} cannot be drawn.")
+
+
+def cut_up(picture: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """A picture (h, w, 3) cut into `TILES` x `TILES` tiles that change places: `order` says whose part each shows."""
+    high, wide = (side // TILES for side in picture.shape[:2])
+    corners = [(y * high, x * wide) for y in range(TILES) for x in range(TILES)]
+    mixed = picture.copy()
+    for (y, x), number in zip(corners, order, strict=True):
+        from_y, from_x = corners[number]
+        mixed[y : y + high, x : x + wide] = picture[from_y : from_y + high, from_x : from_x + wide]
+    return mixed
 
 
 def _card_picture(card: Card, size: int) -> tuple[slice, slice, np.ndarray]:

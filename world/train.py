@@ -33,6 +33,7 @@ from .batches import SHORTER, WorldBatches, only_item
 from .model import SIZES, TOWERS, fit_projector_, start_for_recall_, world_config, world_processor
 from .questions import check_kinds
 from .report import WorldReport
+from .stretch import StretchedTrainer
 from .tokenizer import build_world_tokenizer
 from .tower import clips_of, take_tower_, tower_costs, train_tower
 
@@ -84,6 +85,10 @@ class WorldTraining:
     pace: int = _option(1, "most seconds between two frames, so that short videos span minutes; half keep to 1")
     variety: float = _option(0.0, "share of videos that are calm, of one or two things, or busy, of up to twelve")
     streams: float = _option(0.0, "share of videos that are streams without end, asked about the last minute")
+    decoys: int = _option(0, "most cards of a video that cannot be read, beside the one that can; half have none")
+    stretch: int = _option(
+        0, "frames to which calm stretches of videos are lengthened in half of the batches (see stretch.py); 0: never"
+    )
     learning_rate: float = _option(1.5e-3, "highest learning rate")
     weight_decay: float = _option(0.05, "of matrices")
     warmup_steps: int = _option(200, "steps of warm-up")
@@ -149,6 +154,7 @@ def train_world(training: WorldTraining) -> tuple[VideoMa2mbaTrainer, dict[int, 
             pace=training.pace,
             variety=training.variety,
             streams=training.streams,
+            decoys=training.decoys,
         ),
         processor,
         training.tokens_per_batch,
@@ -158,6 +164,7 @@ def train_world(training: WorldTraining) -> tuple[VideoMa2mbaTrainer, dict[int, 
         ramp=training.ramp,
         ramp_from=training.ramp_from,
         shorter=training.shorter,
+        stretch=training.stretch,
     )
     validation = WorldDataset(
         "validation",
@@ -169,8 +176,9 @@ def train_world(training: WorldTraining) -> tuple[VideoMa2mbaTrainer, dict[int, 
         begins=training.begins,
         pace=training.pace,
         variety=training.variety,
+        decoys=training.decoys,
     )
-    trainer = VideoMa2mbaTrainer(
+    trainer = StretchedTrainer(
         model=model,
         args=arguments,
         train_dataset=batches,
@@ -248,7 +256,10 @@ def _arguments(training: WorldTraining, cuda: bool) -> VideoMa2mbaTrainingConfig
         output_dir=training.out,
         train_parts=training.train_parts,
         gradient_checkpointing=True,  # chosen per batch: none where it is not needed
-        gradient_checkpointing_kwargs={"method": "multi_axis", "memory_budget": training.memory_budget},
+        gradient_checkpointing_kwargs={
+            "method": "per_layer" if training.stretch else "multi_axis",
+            "memory_budget": training.memory_budget,
+        },
         per_device_train_batch_size=1,  # an item of the data set is a batch
         max_steps=training.steps or ENDLESS,
         max_seconds=training.max_seconds,

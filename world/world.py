@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -135,6 +135,8 @@ class World:
     """Seconds of the video that each of its own takes: slow motion, looked at every `pace` seconds."""
     earlier: int = 0
     """Seconds of the video before it that are looked at, too: it is the latest part of a stream."""
+    decoys: tuple[Card, ...] = ()
+    """Cards that nobody can read: their signs are shown cut up and mixed."""
 
     def moment(self, second: Any) -> Any:
         """Second of the video, of a number or an array of its own seconds."""
@@ -206,6 +208,23 @@ def build_world(seed: int, seconds: int, settings: WorldSettings | None = None) 
         sun=settings.sun,
         clutter=settings.clutter,
     )
+
+
+def with_decoys(world: World, most: int) -> World:
+    """The world with up to `most` decoys, few more often than many, at seconds that show nothing else.
+
+    Half of the worlds stay as they are, and so do those without a card.
+    """
+    rng = random.Random(world.seed + (1 << 94))
+    if not most or world.card is None or rng.random() < 0.5:
+        return world
+    shown = {world.card.start}.union(*(range(thing.start, thing.end) for thing in world.things))
+    free = [second for second in range(world.seconds) if second not in shown]
+    count = min(round(most ** rng.random()), len(free) // 2)
+    starts: set[int] = set()
+    while len(starts) < count:
+        starts.add(pick(rng, free))
+    return replace(world, decoys=tuple(replace(_card(rng, world.seconds), start=start) for start in sorted(starts)))
 
 
 def _card(rng: random.Random, seconds: int) -> Card:
