@@ -120,7 +120,7 @@ class WorldDataset:
         if not 0 <= variety <= 1:
             raise ValueError(f"variety={variety}: must be a share from 0 to 1.")
         if not 0 <= streams <= 1 or (streams and fps != 1):
-            raise ValueError(f"streams={streams}: must be a share from 0 to 1, with fps=1 only.")
+            raise ValueError(f"streams={streams}: must be a share from 0 to 1; with fps=1 only.")
         video_seed(split, size - 1, seed)  # refuses a wrong split or seed
         self.split, self.size, self.frames, self.questions = split, size, (low, high), questions
         self.kinds, self.forms = check_kinds(kinds), check_kinds(forms, FORMS, "form")

@@ -23,7 +23,7 @@ STRETCH = "stretch"
 
 
 def calm_frames(world: World, fps: float = 1.0) -> Tensor:
-    """Which frames of a world show nothing but the backdrop, (F,) bool; none of a stream, where there is always more."""
+    """Which frames of a world show nothing but the backdrop, (F,) bool; none of a stream, where more always comes."""
     if world.earlier:
         return torch.zeros(world.earlier + world.seconds, dtype=torch.bool)
     calm = torch.ones(max(int(world.seconds * fps + 1e-6), 1), dtype=torch.bool)
