@@ -57,8 +57,15 @@ class Stretch:
     def __init__(self, model: nn.Module):
         self.now: Tensor | None = None
         mixers = [module for module in model.modules() if hasattr(module, "dt_bias") and hasattr(module, "in_proj")]
-        for mixer in mixers:
+        self.hooks = [
             mixer.in_proj.register_forward_hook(lambda _, inputs, out, mixer=mixer: self._lengthened(mixer, out))
+            for mixer in mixers
+        ]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _lengthened(self, mixer: Any, projected: Tensor) -> Tensor | None:
         if self.now is None:
