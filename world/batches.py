@@ -136,7 +136,8 @@ class WorldBatches(IterableDataset):
         self.collator = VideoChatCollator(processor, ends="first", on_broken="raise")
         self.progress, self.weights, self.first_batch = progress, weights, first_batch
         self.ramp, self.ramp_from, self.shorter, self.stretch = ramp, ramp_from, shorter, stretch
-        self.stamps = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(TIME_TOKENS)))
+        known = processor.tokenizer.get_vocab()
+        self.stamps = torch.tensor([known[name] for name in TIME_TOKENS if name in known], dtype=torch.long)
         stamp = sum(len(ids) for _, ids in processor.frame_text().texts([0.0]))
         self.frame_tokens = processor.tokens_per_frame + stamp * min(
             1 / (dataset.fps * processor.frame_times_every), 1

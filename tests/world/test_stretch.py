@@ -51,7 +51,7 @@ def test_a_lengthened_frame_is_much_as_if_it_had_stayed(bundled):
     assert 8 <= calm.sum() < 24
     with torch.no_grad():
         rows = encode_frames(model.model.vision_tower, model.config, torch.from_numpy(render(world)).movedim(3, 1))
-        rows = model.model.projector(rows).view(24, 16, -1)
+        rows = model.model.multi_modal_projector(rows).view(24, 16, -1)
 
     def state(frames, lengthened=None):
         stretch.now = lengthened
