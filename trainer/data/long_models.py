@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -10,12 +11,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ...modeling_video_ma2mba.state_video import VideoState
 from ...processing.frame_times import Cue
 from ...processing.video_reader import open_video
-from .long_videos import LONGEST, QUESTION_KINDS, SUMMARY, captions_text
+from .long_videos import LONGEST, QUESTION_KINDS, SUMMARY, UnusableReply, captions_text
 
 CAPTION_REQUEST = "Describe in one or two sentences what is seen, what happens, and any text that can be read."
 _SCHEMA = {
@@ -29,6 +31,13 @@ _SCHEMA = {
 }
 _TOKENS = {"caption": 128, "writing": 512}
 _CLIP_FRAMES = 10
+_PROBE = "Say hello."
+_MARK = r"[ \t*_#>-]*(?:\d+[.)][ \t]*)?[*_]*\b"  # of a line, before its first word
+_COLON = r"[*_ ]*\d*[*_ ]*:"
+_PAIRS = (
+    re.compile(rf"{_MARK}question{_COLON}(.+?)\s*{_MARK}answer{_COLON}(.+)", re.IGNORECASE | re.DOTALL),
+    re.compile(rf"^{_MARK}q{_COLON}(.+?)\s*^{_MARK}a{_COLON}(.+)", re.IGNORECASE | re.DOTALL | re.MULTILINE),
+)
 
 
 def is_endpoint(name: str) -> bool:
@@ -51,14 +60,56 @@ def writing_request(cues: Sequence[Cue], kind: str, shape: str) -> str:
 
 def parse_pair(text: str) -> tuple[str, str]:
     """Question and answer that a writer wrote: JSON, or lines that begin with Question: and Answer:. Empty: none."""
-    if match := re.search(r"\{.*\}", text, re.DOTALL):
+    for start in (match.start() for match in re.finditer(r"\{", text)):
         try:
-            found = json.loads(match[0])
-            return str(found.get("question") or ""), str(found.get("answer") or "")
+            found, _ = json.JSONDecoder().raw_decode(text, start)
         except ValueError:
-            pass
-    match = re.search(r"question\s*:\s*(.+?)\s*\banswer\s*:\s*(.+)", text, re.IGNORECASE | re.DOTALL)
-    return (match[1], match[2]) if match else ("", "")
+            continue
+        values = {str(name).lower(): value for name, value in found.items()}
+        if {"question", "answer"} & set(values):
+            return _as_text(values.get("question")), _as_text(values.get("answer"))
+    match = next(filter(None, (form.search(text) for form in _PAIRS)), None)
+    return (match[1].strip("*_ \n"), match[2].strip("*_ \n")) if match else ("", "")
+
+
+def _as_text(value: Any) -> str:
+    """A value of JSON as somebody would answer."""
+    if value is None:
+        return ""
+    return {True: "Yes", False: "No"}[value] if isinstance(value, bool) else str(value)
+
+
+def spoken(text: str) -> str:
+    """What a model says, without what it thinks aloud before that.
+
+    Raises:
+        UnusableReply: it has not come to an end with thinking.
+    """
+    text = re.split(r"</(?:think|thinking|thought|reasoning)>", text)[-1]
+    if re.match(r"\s*<(?:think|thinking|thought|reasoning)>", text):
+        raise UnusableReply("it was still thinking when its tokens were used up")
+    return text.strip()
+
+
+def whole_sentences(text: str) -> str:
+    """A text that was cut off, up to its last whole sentence.
+
+    Raises:
+        UnusableReply: it has none.
+    """
+    ends = [match.end() for match in re.finditer(r"[.!?。！？]['\"”)]*(?=\s|$)", text)]
+    if not ends:
+        raise UnusableReply("it was cut off before the end of its first sentence")
+    return text[: ends[-1]]
+
+
+def _said(text: str, tokenizer: Any, most: int) -> str:
+    """What a model in this process has said within `most` tokens, which may have cut it off."""
+    text = spoken(text)
+    if len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= most:
+        with contextlib.suppress(UnusableReply):
+            return whole_sentences(text)  # where it writes sentences
+    return text
 
 
 class LocalCaptioner:
@@ -74,7 +125,8 @@ class LocalCaptioner:
     def __call__(self, video: Path, begin: float, end: float) -> str:
         """A caption of the seconds `begin` to `end`."""
         state = self.pipe.read(str(video), start=begin, end=end)
-        return self.pipe.ask(state, CAPTION_REQUEST, max_new_tokens=_TOKENS["caption"])
+        text = self.pipe.ask(state, CAPTION_REQUEST, max_new_tokens=_TOKENS["caption"])
+        return _said(text, self.pipe.processor.tokenizer, _TOKENS["caption"])
 
 
 class LocalWriter:
@@ -97,7 +149,11 @@ class LocalWriter:
 def blind_generator(model: Any, processor: Any) -> Callable[[str, int], str]:
     """As `text_generator`, of a Video-Ma2mba model that is loaded: it answers without having seen anything."""
     nothing = VideoState.zeros(model.config.text_config, 1, model.device, model.dtype)
-    return lambda request, most: model.answer(nothing, request, processor, max_new_tokens=most)
+
+    def generate(request: str, most: int) -> str:
+        return _said(model.answer(nothing, request, processor, max_new_tokens=most), processor.tokenizer, most)
+
+    return generate
 
 
 def text_generator(model: str, device: Any, dtype: Any, trust_remote_code: bool = False) -> Callable[[str, int], str]:
@@ -114,10 +170,15 @@ def text_generator(model: str, device: Any, dtype: Any, trust_remote_code: bool 
     made = pipeline("text-generation", model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if made.tokenizer is None or made.tokenizer.chat_template is None:
         raise ValueError(f"{model} has no chat template: name a model that is made for conversations")
+    room = getattr(made.model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(request: str, most: int) -> str:
         chat = [{"role": "user", "content": request}]
-        return made(chat, max_new_tokens=most, do_sample=False, return_full_text=False)[0]["generated_text"]
+        asked = made.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if room is not None and len(asked) + most > room:
+            raise UnusableReply(f"with {len(asked)} tokens, the captions leave no room for an answer within {room}")
+        text = made(chat, max_new_tokens=most, do_sample=False, return_full_text=False)[0]["generated_text"]
+        return _said(text, made.tokenizer, most)
 
     return generate
 
@@ -144,7 +205,8 @@ class Endpoint:
         self.address, _, model = address.partition("#")
         key = key or os.environ.get("OPENAI_API_KEY") or "none"
         self._client = openai.OpenAI(base_url=self.address, api_key=key, max_retries=4, timeout=600.0)
-        self._schemas = True
+        self._schemas, self._greedy, self._limit = True, True, "max_tokens"
+        self._understands: set[bool] = set()  # requests with pictures (True), and without, that it has answered
         try:
             self.model = model or self._client.with_options(max_retries=0).models.list().data[0].id
         except openai.APIConnectionError as error:
@@ -155,7 +217,7 @@ class Endpoint:
     def caption(self, video: Path, begin: float, end: float) -> str:
         """A caption of the seconds `begin` to `end`, from up to ten frames."""
         frames = open_video(video, num_frames=_CLIP_FRAMES, start=begin, end=end).read().pixels
-        parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _jpeg(frame)}} for frame in frames]
+        parts = [_picture(frame) for frame in frames]
         request = f"These are frames of a clip, in order. {CAPTION_REQUEST}"
         return self._ask([*parts, {"type": "text", "text": request}], _TOKENS["caption"])
 
@@ -167,28 +229,76 @@ class Endpoint:
             form = {"type": "json_schema", "json_schema": {"name": "question", "strict": True, "schema": _SCHEMA}}
             request = writing_request(cues, kind, 'Write JSON: {"question": …, "answer": …}')
             try:
-                return parse_pair(self._ask(request, _TOKENS["writing"], response_format=form))
-            except self._errors.BadRequestError:
-                self._schemas = False  # a server that knows no schemas
+                return parse_pair(self._ask(request, _TOKENS["writing"], form))
+            except _NoSchemas:
+                self._schemas = False
         request = writing_request(cues, kind, "Write two lines: Question: … and Answer: …")
         return parse_pair(self._ask(request, _TOKENS["writing"]))
 
-    def _ask(self, content: Any, tokens: int, **settings: Any) -> str:
-        messages: Any = [{"role": "user", "content": content}]
+    def _ask(self, content: Any, tokens: int, form: dict[str, Any] | None = None) -> str:
+        """What the model says.
+
+        Raises:
+            UnusableReply: nothing that could be used, to this request. ConnectionError: to no request.
+        """
         try:
-            made = self._client.chat.completions.create(
-                model=self.model, messages=messages, temperature=0, max_tokens=tokens, **settings
-            )
-        except self._errors.BadRequestError:
-            if settings:
-                raise
-            return ""  # what it refuses to look at or to speak of is refused here, too
-        except self._errors.OpenAIError as error:
-            raise ConnectionError(f"{self.address}: {error}; the same command goes on from here") from None
-        return made.choices[0].message.content or ""
+            made = self._complete(content, tokens, form)
+        except UnusableReply as error:
+            pictures = isinstance(content, list)
+            probe: Any = {"type": "text", "text": _PROBE}
+            probe = [_picture(np.full((64, 64, 3), 128, np.uint8)), probe] if pictures else _PROBE
+            if pictures not in self._understands:  # is it this request, or all of them?
+                try:
+                    self._complete(probe, tokens, None)
+                except UnusableReply:
+                    what = "a grey picture" if pictures else "a plain question"
+                    raise ConnectionError(f"{self.address} does not answer {what} either: {error}") from None
+                self._understands.add(pictures)
+            raise
+        self._understands.add(isinstance(content, list))
+        try:
+            choice = made.choices[0]
+            said = choice.message.content
+        except (AttributeError, IndexError, TypeError):
+            told = f"{getattr(made, 'error', None) or made!s:.200}"
+            raise ConnectionError(f"{self.address} gives no chat completion: {told}") from None
+        if isinstance(said, list):  # parts, of which some servers make an answer
+            said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
+        if not said:
+            told = getattr(choice.message, "refusal", None) or f"it ends with {choice.finish_reason!r}"
+            raise UnusableReply(f"the model says nothing: {told}")
+        said = spoken(said)
+        return whole_sentences(said) if choice.finish_reason == "length" else said
+
+    def _complete(self, content: Any, tokens: int, form: dict[str, Any] | None) -> Any:
+        """The server's answer, asked in the words that it knows."""
+        while True:
+            settings: dict[str, Any] = {self._limit: tokens}
+            settings |= {"temperature": 0} if self._greedy else {}
+            settings |= {"response_format": form} if form else {}
+            messages: Any = [{"role": "user", "content": content}]
+            try:
+                return self._client.chat.completions.create(model=self.model, messages=messages, **settings)
+            except (self._errors.BadRequestError, self._errors.UnprocessableEntityError) as error:
+                if "max_completion_tokens" in str(error) and self._limit == "max_tokens":
+                    self._limit = "max_completion_tokens"
+                elif "temperature" in str(error) and self._greedy:
+                    self._greedy = False
+                elif form:
+                    raise _NoSchemas from None
+                else:
+                    raise UnusableReply(f"the server refuses the request: {error}") from None
+            except self._errors.OpenAIError as error:
+                raise ConnectionError(f"{self.address}: {error}; the same command goes on from here") from None
 
 
-def _jpeg(frame: Any) -> str:
+class _NoSchemas(Exception):
+    """A server that knows no schemas, or refuses a request that has one."""
+
+
+def _picture(frame: Any) -> dict[str, Any]:
+    """Part of a message: a frame, uint8 (h, w, 3), as JPEG."""
     buffer = BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,15 +35,25 @@ QUESTION_KINDS = {
 SUMMARY, SUMMARY_REQUEST = "summary", "Summarize the video."
 LONGEST = {"caption": 2000, "question": 400, "answer": 2000}
 """Characters."""
+_REFUSAL = re.compile(
+    r"\W*(?:i['’]?m |i am )?(?:sorry|unable to|not able to)\b|\W*i (?:cannot|can['’]?t|can not)\b|\W*as an ai\b",
+    re.IGNORECASE,
+)
 _SEEN = re.compile(r"\b(captions?|clips?|transcripts?|as an ai)\b", re.IGNORECASE)
 CAPTIONS, WRITTEN, REFUSED = "captions.jsonl", "written.jsonl", "refused.jsonl"
 OURS, LONGVILA = "train.jsonl", "longvila.json"
 _SETTINGS = "made_with.json"
 
+
+class UnusableReply(ValueError):
+    """What a captioner or writer has said cannot be used, or it says nothing: why. The piece of work is refused."""
+
+
 Captioner = Callable[[Path, float, float], str]
-"""From a video and the seconds where a clip begins and ends to a caption of it."""
+"""From a video and the seconds where a clip begins and ends to a caption of it; may raise `UnusableReply`."""
 Writer = Callable[[Path, Sequence[Cue], str], tuple[str, str]]
-"""From a video's captions and a kind to a question and its answer; of `SUMMARY` the answer alone counts."""
+"""From a video's captions and a kind to a question and its answer; of `SUMMARY` the answer alone counts. May raise
+`UnusableReply`."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,12 @@ def clips_of(seconds: float, length: float) -> list[tuple[float, float]]:
     return [(seconds * n / count, seconds * (n + 1) / count) for n in range(count)]
 
 
+def one_line(text: str) -> str:
+    """A text as it can be kept and learnt: in one line, without control characters and halves of characters."""
+    whole = text.encode("utf-8", "replace").decode()
+    return " ".join("".join(" " if unicodedata.category(sign) == "Cc" else sign for sign in whole).split())
+
+
 def caption_fault(text: str) -> str:
     """Why a caption is of no use; "" where it is."""
     words = re.findall(r"\w+", text.lower())
@@ -90,6 +107,8 @@ def caption_fault(text: str) -> str:
         return "it is empty"
     if len(text) > LONGEST["caption"]:
         return f"it has more than {LONGEST['caption']} characters"
+    if _REFUSAL.match(text):
+        return "it says that it cannot be told"
     if len(words) >= 12 and Counter(words).most_common(1)[0][1] > len(words) / 2:
         return "it says one word over and over"
     return ""
@@ -185,9 +204,13 @@ class LongVideos:
         clips = clips_of(seconds, self.settings.clip_seconds)
         for number, (begin, end) in enumerate(clips):
             if (name, number) not in self.captions:
-                text = " ".join(captioner(video, begin, end).split())
-                record = {"video": name, "clip": number, "start": round(begin, 3), "end": round(end, 3)}
-                record |= {"caption": text, "refused": caption_fault(text), "by": self.settings.captioner}
+                record = {"video": name, "clip": number, "start": round(begin, 3), "end": round(end, 3), "caption": ""}
+                try:
+                    record["caption"] = text = one_line(captioner(video, begin, end))
+                    record["refused"] = caption_fault(text)
+                except UnusableReply as error:
+                    record["refused"] = one_line(str(error))
+                record["by"] = self.settings.captioner
                 self._captions.add(record)
                 self.captions[name, number] = record
             yield Unit(name, "caption", self.captions[name, number]["refused"])
@@ -201,13 +224,16 @@ class LongVideos:
                 else:
                     earlier = [self.written.get((name, other)) for other in (SUMMARY, *self.settings.kinds)]
                     asked = [one["question"] for one in earlier if one is not None]
-                    record |= self._row(kind, *writer(video, cues, kind), asked)
+                    try:
+                        record |= self._row(kind, *writer(video, cues, kind), asked)
+                    except UnusableReply as error:
+                        record["refused"] = one_line(str(error))
                 self._written.add(record)
                 self.written[name, kind] = record
             yield Unit(name, kind, self.written[name, kind]["refused"])
 
     def _row(self, kind: str, question: str, answer: str, asked: Sequence[str]) -> dict[str, str]:
-        question, answer = " ".join(question.split()), " ".join(answer.split())
+        question, answer = one_line(question), one_line(answer)
         if kind == SUMMARY:
             return {"question": SUMMARY_REQUEST, "answer": answer, "refused": question_fault("", answer)}
         fault = question_fault(question, answer, asked) if question else "there is no question"

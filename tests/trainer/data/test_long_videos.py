@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,9 @@ from video_ma2mba.trainer.data.long_models import (
     LocalCaptioner,
     LocalWriter,
     parse_pair,
+    spoken,
     text_generator,
+    whole_sentences,
     writing_request,
 )
 from video_ma2mba.trainer.data.long_videos import (
@@ -34,8 +37,10 @@ from video_ma2mba.trainer.data.long_videos import (
     WRITTEN,
     LongSettings,
     LongVideos,
+    UnusableReply,
     caption_fault,
     clips_of,
+    one_line,
     question_fault,
 )
 from video_ma2mba.world.dataset import WorldDataset
@@ -51,6 +56,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     render_to_folder(folder, 3, frames=(35, 35), seed=4, progress=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of a `Scripted` server."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}/v1"
+        served.shutdown()
 
 
 def run(*words: object) -> Any:
@@ -178,6 +192,7 @@ def test_a_folder_is_one_data_set(world: Path, tmp_path: Path):
         ("Who?", "he " * 40, "over and over"),
         ("Asked before?", "Yes.", "asked already"),
         ("?", "Yes.", "question is empty"),
+        ("Who sits?", "I'm sorry, but I cannot say.", "cannot be told"),
     ],
 )
 def test_rows_that_are_bad_are_refused(question: str, answer: str, words: str):
@@ -192,7 +207,11 @@ def test_rows_that_are_bad_are_refused(question: str, answer: str, words: str):
         ('{"question": "A?", "answer": "B"}', ("A?", "B")),
         ('Sure! ```json\n{"question": "A?", "answer": "B"}\n```', ("A?", "B")),
         ("Question: A?\nAnswer: B\nC", ("A?", "B\nC")),
-        ("**question:** A? **answer:** B", ("** A? **", "** B")),
+        ("**question:** A? **answer:** B", ("A?", "B")),
+        ("1. **Question**: A?\n2. **Answer**: B", ("A?", "B")),
+        ("Q: Is Q: a sign?\n- A: B", ("Is Q: a sign?", "B")),
+        ('I weigh {"a": 1}. {"Question": "A?", "Answer": 0} Right?', ("A?", "0")),
+        ('[{"question": "A?", "answer": true}]', ("A?", "Yes")),
         ('{"question": "A?"', ("", "")),
         ('{"question": null, "answer": ["B"]}', ("", "['B']")),
         ("nothing", ("", "")),
@@ -225,16 +244,78 @@ def test_local_checkpoints(world: Path, tmp_path: Path, tiny_checkpoint: Path):
         text_generator(str(tmp_path / "llama"), "cpu", torch.float32)
 
 
+def test_a_reply_is_used_as_far_as_it_is_one(monkeypatch: pytest.MonkeyPatch):
+    assert one_line("A \ud83d sits\x00\n down 😀.") == "A ? sits down 😀."
+    assert spoken("<think>{Well}</think>\n\nA man.") == spoken("Well…</think>A man.") == "A man."
+    assert whole_sentences('It is 3.5 m wide. He says "Stop!" And th') == 'It is 3.5 m wide. He says "Stop!"'
+    for cut in (spoken, whole_sentences):
+        with pytest.raises(UnusableReply, match="used up" if cut is spoken else "cut off"):
+            cut("<think>Well, what")
+
+
+def _reply(content: Any, end: str = "stop", **more: Any) -> dict[str, Any]:
+    return {
+        "choices": [{"index": 0, "finish_reason": end, "message": {"role": "assistant", "content": content, **more}}]
+    }
+
+
+def _refusing(*names: str) -> Any:
+    """A server that knows neither these settings nor, where None is one of them, pictures."""
+
+    def answer(body: Any) -> tuple[int, Any]:
+        for name in names:
+            if name in body:
+                hint = "use max_completion_tokens" if name == "max_tokens" else "is not supported"
+                return 422 if name == "response_format" else 400, {"error": {"message": f"{name} {hint}"}}
+        return 200, _reply("Q: Who sits?\nA: He.")
+
+    return answer
+
+
+def _too_long(body: Any) -> tuple[int, Any]:
+    return (400, {"error": {"message": "too long"}}) if len(str(body)) > 500 else (200, _reply("Hello."))
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (_refusing("max_tokens", "temperature", "response_format"), ("Who sits?", "He.")),
+        (lambda body: (200, _reply([{"type": "text", "text": '{"question": "A?", "answer": "B"}'}])), ("A?", "B")),
+        (lambda body: (200, _reply("<think>{A?}</think>Question: A?\nAnswer: B")), ("A?", "B")),
+        (lambda body: (200, _reply("Question: A?\nAnswer: B. And", "length")), ("A?", "B.")),
+        (lambda body: (200, _reply("<think>Well", "length")), "was still thinking"),
+        (lambda body: (200, _reply(None, refusal="No.")), "says nothing: No."),
+        (_too_long, "refuses the request: .* too long"),
+        (lambda body: (200, {"error": "busy"}), ConnectionError("gives no chat completion: busy")),
+        (lambda body: (200, {"choices": []}), ConnectionError("gives no chat completion")),
+        (lambda body: (200, "<html>"), ConnectionError("gives no chat completion: <html>")),
+        (lambda body: (400, {"error": {"message": "broke"}}), ConnectionError("a plain question either: .* broke")),
+    ],
+)
+def test_servers_that_differ(answer: Any, found: Any, server: str, monkeypatch: pytest.MonkeyPatch):
+    """Settings that a server does not know are left away; what is no answer is told as what it is."""
+    monkeypatch.setattr(Scripted, "answer", staticmethod(answer))
+    writer = Endpoint(server)
+    if isinstance(found, tuple):
+        assert writer.write(Path("a.mp4"), CUES, "action") == found
+        return
+    with pytest.raises(UnusableReply if isinstance(found, str) else ConnectionError, match=str(found)):
+        writer.write(Path("a.mp4"), CUES, "action")
+
+
 class Scripted(http.server.BaseHTTPRequestHandler):
     """A server of OpenAI's API that knows no schemas, and is busy once."""
 
     asked: ClassVar[list[Any]] = []
+    answer: ClassVar[Any] = None  # from a request to status and body, in place of the usual
 
     def do_GET(self) -> None:
         self._say(200, {"object": "list", "data": [{"id": "writer", "object": "model"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.answer is not None:
+            return self._say(*self.answer(body))
         self.asked.append((self.headers["Authorization"], body))
         if "response_format" in body:
             return self._say(400, {"error": {"message": "no schemas", "type": "invalid_request_error"}})
@@ -246,9 +327,9 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         self._say(200, {"id": "1", "object": "chat.completion", "choices": [{"index": 0, "message": message}]})
 
     def _say(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Retry-After-Ms", "1")
         self.end_headers()
