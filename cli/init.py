@@ -42,6 +42,8 @@ def init(
     check_parts(language_model, vision_tower, preset)
     check_loading(None, dtype=dtype)
     for source in (language_model, vision_tower, tokenizer):
+        if source is not None and source.endswith(".pth") and Path(source).is_file():
+            raise ValueError(f"{source} is a file: video-ma2mba convert {source} --out DIR makes a directory of it")
         if source is not None and not re.fullmatch(r"videomamba-\w+", source):
             check_path_or_id(source, f"there is no directory {source} (and it is no Hub id such as owner/name)")
     with while_loading():

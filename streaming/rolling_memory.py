@@ -6,6 +6,7 @@ between 60 and 120 seconds ago, and a second one stands ready to take its place:
 passes the vision tower once and the language model as two rows of one batch.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +49,9 @@ class RollingMemory:
         state: what was read before the stream began.
         cues: subtitles of the stream, in its seconds.
 
-    Where the model reads time stamps, a state begins with one: up to that much later than `remember` says.
+    Where the model reads time stamps, a state begins with one: up to that much later than `remember` says. Where its
+    tower looks at clips, clips end where they would in a file, however frames arrive: those of an unfinished one wait,
+    and a state begins with a clip. Who asks meanwhile gets them as a short clip, read into a copy.
     """
 
     def __init__(
@@ -72,16 +75,41 @@ class RollingMemory:
         check_times(model.config, processor)
         self._text = replace(processor.frame_text(), cues=tuple(cues))
         self._previous: float | None = None  # time of the last frame
+        self._waiting: tuple[np.ndarray, np.ndarray] | None = None  # frames of an unfinished clip, and their seconds
+        self._ahead: Remembered | None = None  # what is remembered with them
+
+    @property
+    def waits(self) -> bool:
+        """Whether frames of an unfinished clip wait: `newest` then needs the model."""
+        return self._waiting is not None
 
     @property
     def newest(self) -> Remembered | None:
         """What answers come from: all that was read, or the older of the two rows. None before the first frame."""
-        return self._rows[0] if self._rows else None
+        if self._waiting is None:
+            return self._rows[0] if self._rows else None
+        if self._ahead is None:
+            other = copy.copy(self)
+            other._batch = None if self._batch is None else self._batch.fork()
+            other._read(*self._waiting)
+            self._ahead = other._rows[0]
+        return self._ahead
 
     def read(self, pixels: np.ndarray, seconds: np.ndarray) -> None:
         """Read frames, uint8 `(n, h, w, 3)` at the model's size, shown at `seconds` `(n,)` of the stream."""
+        if self._waiting is not None:
+            pixels, seconds = (np.concatenate(pair) for pair in zip(self._waiting, (pixels, seconds), strict=True))
+        whole = len(pixels) // self.model.config.clip_frames * self.model.config.clip_frames
+        self._read(pixels[:whole], seconds[:whole])
+        self._waiting = (pixels[whole:], seconds[whole:]) if whole < len(pixels) else None
+        self._ahead = None
+
+    def _read(self, pixels: np.ndarray, seconds: np.ndarray) -> None:
+        """Frames from the begin of a clip on; the last clip may be short."""
         start = 0
         for place, moment in enumerate(seconds.tolist()):
+            if place % self.model.config.clip_frames:
+                continue
             if self._batch is None or self._turns(moment, float(seconds[place - 1]) if place else self._previous):
                 self._advance(pixels[start:place], seconds[start:place])
                 self._begin(moment)
@@ -89,7 +117,11 @@ class RollingMemory:
         self._advance(pixels[start:], seconds[start:])
 
     def end(self) -> None:
-        """The stream has ended: what is said behind its last frame is read, once."""
+        """The stream has ended: frames of an unfinished clip are read as a short one, and once what is said behind
+        the last frame."""
+        if self._waiting is not None:
+            self._read(*self._waiting)
+            self._waiting = self._ahead = None
         ending = [] if self._previous is None else self._text.ending(self._previous)
         self._text = replace(self._text, cues=())
         if ending and self._batch is not None:

@@ -102,7 +102,10 @@ class VideoSession:
     @property
     def seen(self) -> Remembered | None:
         """What answers come from at this moment; None before the first frame has been read."""
-        return self._memory.newest
+        if not self._memory.waits:
+            return self._memory.newest
+        with self._turn():
+            return self._memory.newest
 
     def counters(self) -> dict[str, Any]:
         """The report's counters, with the number of frames that wait now."""

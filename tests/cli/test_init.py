@@ -49,3 +49,11 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path):
     result = run("--language-model", missing, "--vision-tower", missing, "--out", str(tmp_path / "model"))
     assert result.exit_code == 2
     assert missing in result.stderr.replace("\n", "")
+
+
+def test_a_released_file_is_sent_to_convert(tmp_path: Path):
+    (tmp_path / "videomamba.pth").write_bytes(b"PK")
+    result = run(
+        "--preset", "370m", "--vision-tower", str(tmp_path / "videomamba.pth"), "--out", str(tmp_path / "out")
+    )
+    assert result.exit_code == 2 and "is a file: video-ma2mba convert" in result.stderr

@@ -150,6 +150,44 @@ def test_the_rolling_memory_is_a_reading_of_the_last_while(model, processor, fra
         assert session._memory._batch.batch_size == 2
 
 
+def test_clips_end_where_they_do_in_a_file_however_frames_arrive(make_model, frames):
+    tower = dict(model_type="videomamba", hidden_size=12, num_hidden_layers=1, state_size=4, image_size=16)
+    model = make_model(dtype=torch.float64, vision=tower | dict(patch_size=8, num_frames=4), vision_feature_layer=-1)
+    pictures = VideoMa2mbaVideoProcessor(size={"height": 16, "width": 16})
+    processor = VideoMa2mbaProcessor(build_byte_tokenizer(), pictures, tokens_per_frame=model.config.tokens_per_frame)
+    model.generation_config.max_new_tokens = 2
+
+    def plain(first, count):
+        return model.read_video(list(frames[first:count]), processor)
+
+    short = [plain(0, 4).ssm, model.read_video(list(frames[:3]), processor, state=plain(0, 1)).ssm]
+    assert (short[0] - short[1]).abs().max() > 1e-3  # borders matter
+    for groups in ([1] * 11, [3, 5, 3], [11], [2, 9]):
+        count = 0
+        with VideoSession(model, processor, policy="queue") as session:
+            for number in groups:
+                session.push(frames[count : count + number])
+                count += number
+                assert session.wait(200)
+                assert_same(session.fork(), plain(0, count))  # an unfinished clip is a short one for who asks
+                assert session.seen.frames == count and session.seen.until == count - 1
+            answer = session.ask(ASKED)
+            assert answer == model.answer(plain(0, 11), ASKED, processor)
+            session.finish()
+            assert_same(session.fork(), plain(0, 11))
+            assert session.ask(ASKED) == answer
+    with VideoSession(model, processor, policy="queue", remember=6) as session:
+        for count, frame in enumerate(frames[:30], start=1):
+            session.push(frame)
+            assert session.wait(200)
+            seen = session.seen
+            since = int(seen.since)
+            assert since % 4 == 0 and seen.frames == count - since
+            assert seen.frames == count if count <= 16 else 6 <= seen.frames <= 16
+            recent = plain(since, count)
+            torch.testing.assert_close(seen.state.ssm, recent.ssm, rtol=1e-9, atol=1e-11)
+
+
 def test_reading_on_from_a_state(model, processor, frames):
     before = model.read_video(list(frames[:7]), processor)
     kept = before.fork()
