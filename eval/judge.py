@@ -7,7 +7,6 @@ kept in a file and never asked for again, nonsense is asked for anew, and a judg
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import re
@@ -18,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files.model_replies import dictionaries, fewer_settings, spoken
 from ..processing.video_source_names import shown_name, without_secrets
 from .answer_log import AnswerLog
 
 _LOCAL_TOKENS = 64
+_THINKING_TOKENS = 4096  # of a judge that thinks aloud before it judges
+_LIMITS, _ODD_SETTINGS = ("max_tokens", "max_completion_tokens"), (400, 422)
 _HOPELESS = (400, 401, 403, 404, 405)  # what will not change by asking again
 _PROBE = (
     "Question: Is the lamp on?\nCorrect Answer: yes\nPredicted Answer: yes\n\n"
@@ -62,6 +64,7 @@ class Judge:
         self.model, self.key, self.tries, self.timeout, self.wait = model, key, tries, timeout, wait
         self.log = AnswerLog(log)
         self.asked = self.known = 0
+        self._complaints: list[str] = []  # of the server, about settings that it does not know
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -117,8 +120,9 @@ class Judge:
                 said = self._ask(messages, settings)
                 reply = usable(said, needs_verdict)
             except (ValueError, KeyError, IndexError, TypeError, OSError) as error:  # requests' errors are OSErrors
-                reason = f"{type(error).__name__}: {error}"
-                status = getattr(getattr(error, "response", None), "status_code", None)
+                answer = getattr(error, "response", None)
+                reason = f"{type(error).__name__}: {error}" + (f": {answer.text:.300}" if answer is not None else "")
+                status = getattr(answer, "status_code", None)
                 if status in _HOPELESS:
                     break
                 continue
@@ -136,11 +140,26 @@ class Judge:
         import requests
 
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-        payload = {"model": self.model, "messages": messages, **settings}
-        # Not requests.post, which is ours while a judge serves.
-        answer = requests.request("POST", self.url, headers=headers, json=payload, timeout=self.timeout)
-        answer.raise_for_status()
-        return answer.json()["choices"][0]["message"]["content"]
+        for complaint in self._complaints:
+            settings = fewer_settings(settings, complaint) or settings
+        while True:
+            payload = {"model": self.model, "messages": messages, **settings}
+            # Not requests.post, which is ours while a judge serves.
+            answer = requests.request("POST", self.url, headers=headers, json=payload, timeout=self.timeout)
+            fewer = fewer_settings(settings, answer.text) if answer.status_code in _ODD_SETTINGS else None
+            if fewer is not None:
+                self._complaints.append(answer.text)
+                settings = fewer
+                continue
+            answer.raise_for_status()
+            choice = answer.json()["choices"][0]
+            said = choice["message"]["content"] or ""
+            more = {
+                name: _THINKING_TOKENS for name in settings if name in _LIMITS and settings[name] < _THINKING_TOKENS
+            }
+            if not more or choice.get("finish_reason") != "length" or any(dictionaries(said)):
+                return said
+            settings = settings | more  # it thinks before it judges
 
 
 class LocalJudge(Judge):
@@ -182,22 +201,25 @@ def usable(said: str, needs_verdict: bool) -> str:
     Raises:
         ValueError: there is none, its score is no number within 0..5, or its verdict neither yes nor no.
     """
-    found = re.search(r"\{.*?\}", said or "", re.S)
-    if found is None:
-        raise ValueError(f"no dictionary in {said!r:.120}")
-    try:
-        values = dict(ast.literal_eval(found[0]))
-    except (SyntaxError, ValueError, TypeError) as error:
-        raise ValueError(f"no dictionary can be read in {said!r:.120}") from error
+    reason = f"no dictionary in {said!r:.120}"
+    for values in dictionaries(spoken(said)):
+        try:
+            return repr(_scored(values, needs_verdict))
+        except ValueError as error:
+            reason = f"{error} in {said!r:.120}"
+    raise ValueError(reason)
+
+
+def _scored(values: dict[Any, Any], needs_verdict: bool) -> dict[str, Any]:
+    """Score, and verdict, of a dictionary that a judge has written."""
     score = values.get("score")
     if isinstance(score, str):
         score = float(score)
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5:
-        raise ValueError(f"the score in {said!r:.120} is no number within 0..5")
-    kept: dict[str, Any] = {"score": score}
-    if needs_verdict:
-        verdict = re.findall(r"\b(yes|no)\b", str(values.get("pred")).lower())
-        if len(verdict) != 1:
-            raise ValueError(f"the verdict in {said!r:.120} is neither yes nor no")
-        kept = {"pred": verdict[0], "score": score}
-    return repr(kept)
+        raise ValueError("the score is no number within 0..5")
+    if not needs_verdict:
+        return {"score": score}
+    verdict = re.findall(r"\b(yes|no)\b", str(values.get("pred")).lower())
+    if len(verdict) != 1:
+        raise ValueError("the verdict is neither yes nor no")
+    return {"pred": verdict[0], "score": score}

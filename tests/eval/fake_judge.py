@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 def by_rule(system: str, text: str) -> str:
@@ -25,31 +26,35 @@ def by_rule(system: str, text: str) -> str:
 
 
 class FakeJudge:
-    """`asked`: the texts of all requests. `reply(system, text, number)` gives content, or a status as an int."""
+    """`asked`: the texts of all requests. `reply(system, text, number)` gives content, or a status as an int; where
+    `whole`, `reply(payload)` gives status and body."""
 
-    def __init__(self, reply: Callable[[str, str, int], str | int]):
-        self.reply, self.asked, self.lock = reply, [], threading.Lock()
+    def __init__(self, reply: Callable[..., Any], whole: bool = False):
+        self.reply, self.whole, self.asked, self.lock = reply, whole, [], threading.Lock()
         self.url = ""
 
-    def respond(self, payload: dict) -> str | int:
+    def respond(self, payload: dict) -> Any:
         text = payload["messages"][-1]["content"]
         with self.lock:
             self.asked.append(text)
             number = len(self.asked)
+        if self.whole:
+            return self.reply(payload)
         return self.reply(payload["messages"][0]["content"], text, number)
 
 
 @contextmanager
-def fake_judge(reply: Callable[[str, str, int], str | int] | None = None, delay: float = 0.0):
-    judge = FakeJudge(reply or (lambda system, text, number: by_rule(system, text)))
+def fake_judge(reply: Callable[..., Any] | None = None, delay: float = 0.0, whole: bool = False):
+    judge = FakeJudge(reply or (lambda system, text, number: by_rule(system, text)), whole)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             said = judge.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             time.sleep(delay)
-            status, body = (
-                (said, {}) if isinstance(said, int) else (200, {"choices": [{"message": {"content": said}}]})
-            )
+            if not isinstance(said, tuple):
+                usual = (200, {"choices": [{"message": {"content": said}}]})
+                said = (said, {}) if isinstance(said, int) else usual
+            status, body = said
             data = json.dumps({**body, "model": "fake"}).encode()
             try:
                 self.send_response(status)

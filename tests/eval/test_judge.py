@@ -29,6 +29,9 @@ def post(**changed):
         ("{'pred': 'yes', 'score': 4}", True, "{'pred': 'yes', 'score': 4}"),
         ("Sure! ```{'pred': 'No.', 'score': 4.8}``` Hope it helps.", True, "{'pred': 'no', 'score': 4.8}"),
         ('{"score": "3"}', False, "{'score': 3.0}"),
+        ('{"pred": "yes", "score": 4, "why": null, "parts": {"a": 1}}', True, "{'pred': 'yes', 'score': 4}"),
+        ("<think>{'score': 1}?</think>As in {'score': n}: {'score': 5}", False, "{'score': 5}"),
+        ("<think>{'score': 1}", False, None),
         ("The score is 4.", False, None),
         ("{'score': 7}", False, None),
         ("{'score': True}", False, None),
@@ -41,7 +44,7 @@ def post(**changed):
 )
 def test_what_a_usable_reply_is(said: str, verdict: bool, kept: str | None):
     if kept is None:
-        with pytest.raises(ValueError, match=r"no dictionary|score|verdict|could not convert"):
+        with pytest.raises(ValueError, match=r"no dictionary|score|verdict|could not convert|still thinking"):
             usable(said, verdict)
     else:
         assert usable(said, verdict) == kept
@@ -96,6 +99,34 @@ def test_a_useless_judge_is_an_error(case: str):
         assert len(server.asked) == times
         with pytest.raises(ConnectionError, match=reason):
             judge.check()
+
+
+def test_a_judge_that_thinks_and_wants_other_settings():
+    """Newer models refuse max_tokens and temperature, and think before they judge; their words are told."""
+
+    def reply(payload: dict) -> tuple[int, dict]:
+        for name, hint in (("max_tokens", "use max_completion_tokens"), ("temperature", "not supported")):
+            if name in payload:
+                return 400, {"error": {"message": f"'{name}': {hint}"}}
+        if payload["max_completion_tokens"] < 100:
+            return 200, {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
+        return 200, {"choices": [{"message": {"content": "{'score': 4}"}, "finish_reason": "stop"}]}
+
+    messages = [{"role": "user", "content": "Correct Answer: a"}]
+    with fake_judge(reply, whole=True) as server:
+        judge = Judge(server.url, "gpt", tries=1)
+        for number, count in ((1, 4), (2, 6)):  # what it refuses is learnt once
+            asked = {
+                "messages": [*messages, {"role": "user", "content": str(number)}],
+                "max_tokens": 9,
+                "temperature": 0,
+            }
+            with judge.intercept():
+                assert post(json=asked)["choices"][0]["message"]["content"] == "{'score': 4}"
+            assert len(server.asked) == count
+    with fake_judge(lambda payload: (400, {"error": "context is full"}), whole=True) as server:
+        with pytest.raises(ConnectionError, match="context is full"):
+            Judge(server.url, "gpt").check()
 
 
 def test_no_judge_there_and_no_address():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...files.model_replies import UnusableReply, dictionaries, fewer_settings, spoken, whole_sentences
 from ...modeling_video_ma2mba.state_video import VideoState
 from ...processing.frame_times import Cue
 from ...processing.video_reader import open_video
-from .long_videos import LONGEST, QUESTION_KINDS, SUMMARY, UnusableReply, captions_text
+from .long_videos import LONGEST, QUESTION_KINDS, SUMMARY, captions_text
 
 CAPTION_REQUEST = "Describe in one or two sentences what is seen, what happens, and any text that can be read."
 _SCHEMA = {
@@ -60,11 +60,7 @@ def writing_request(cues: Sequence[Cue], kind: str, shape: str) -> str:
 
 def parse_pair(text: str) -> tuple[str, str]:
     """Question and answer that a writer wrote: JSON, or lines that begin with Question: and Answer:. Empty: none."""
-    for start in (match.start() for match in re.finditer(r"\{", text)):
-        try:
-            found, _ = json.JSONDecoder().raw_decode(text, start)
-        except ValueError:
-            continue
+    for found in dictionaries(text):
         values = {str(name).lower(): value for name, value in found.items()}
         if {"question", "answer"} & set(values):
             return _as_text(values.get("question")), _as_text(values.get("answer"))
@@ -77,30 +73,6 @@ def _as_text(value: Any) -> str:
     if value is None:
         return ""
     return {True: "Yes", False: "No"}[value] if isinstance(value, bool) else str(value)
-
-
-def spoken(text: str) -> str:
-    """What a model says, without what it thinks aloud before that.
-
-    Raises:
-        UnusableReply: it has not come to an end with thinking.
-    """
-    text = re.split(r"</(?:think|thinking|thought|reasoning)>", text)[-1]
-    if re.match(r"\s*<(?:think|thinking|thought|reasoning)>", text):
-        raise UnusableReply("it was still thinking when its tokens were used up")
-    return text.strip()
-
-
-def whole_sentences(text: str) -> str:
-    """A text that was cut off, up to its last whole sentence.
-
-    Raises:
-        UnusableReply: it has none.
-    """
-    ends = [match.end() for match in re.finditer(r"[.!?。！？]['\"”)]*(?=\s|$)", text)]
-    if not ends:
-        raise UnusableReply("it was cut off before the end of its first sentence")
-    return text[: ends[-1]]
 
 
 def _said(text: str, tokenizer: Any, most: int) -> str:
@@ -205,7 +177,7 @@ class Endpoint:
         self.address, _, model = address.partition("#")
         key = key or os.environ.get("OPENAI_API_KEY") or "none"
         self._client = openai.OpenAI(base_url=self.address, api_key=key, max_retries=4, timeout=600.0)
-        self._schemas, self._greedy, self._limit = True, True, "max_tokens"
+        self._schemas, self._settings = True, {"max_tokens": 0, "temperature": 0}
         self._understands: set[bool] = set()  # requests with pictures (True), and without, that it has answered
         try:
             self.model = model or self._client.with_options(max_retries=0).models.list().data[0].id
@@ -271,23 +243,21 @@ class Endpoint:
         return whole_sentences(said) if choice.finish_reason == "length" else said
 
     def _complete(self, content: Any, tokens: int, form: dict[str, Any] | None) -> Any:
-        """The server's answer, asked in the words that it knows."""
+        """The server's answer, asked in the settings that it knows."""
+        settings = {**self._settings, **({"response_format": form} if form else {})}
+        messages: Any = [{"role": "user", "content": content}]
         while True:
-            settings: dict[str, Any] = {self._limit: tokens}
-            settings |= {"temperature": 0} if self._greedy else {}
-            settings |= {"response_format": form} if form else {}
-            messages: Any = [{"role": "user", "content": content}]
+            given = {name: tokens if name.startswith("max_") else value for name, value in settings.items()}
             try:
-                return self._client.chat.completions.create(model=self.model, messages=messages, **settings)
+                return self._client.chat.completions.create(model=self.model, messages=messages, **given)
             except (self._errors.BadRequestError, self._errors.UnprocessableEntityError) as error:
-                if "max_completion_tokens" in str(error) and self._limit == "max_tokens":
-                    self._limit = "max_completion_tokens"
-                elif "temperature" in str(error) and self._greedy:
-                    self._greedy = False
-                elif form:
+                fewer = fewer_settings(settings, str(error))
+                if form and (fewer is None or "response_format" not in fewer):
                     raise _NoSchemas from None
-                else:
+                if fewer is None:
                     raise UnusableReply(f"the server refuses the request: {error}") from None
+                settings = fewer
+                self._settings = {name: value for name, value in fewer.items() if name != "response_format"}
             except self._errors.OpenAIError as error:
                 raise ConnectionError(f"{self.address}: {error}; the same command goes on from here") from None
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.append_log import AppendLog, read_log, write_durably
+from ...files.model_replies import UnusableReply
 from ...modeling_video_ma2mba.state_writing import write_whole
 from ...processing.frame_times import Cue, clock
 from ...processing.video_reader import open_video
@@ -43,10 +44,6 @@ _SEEN = re.compile(r"\b(captions?|clips?|transcripts?|as an ai)\b", re.IGNORECAS
 CAPTIONS, WRITTEN, REFUSED = "captions.jsonl", "written.jsonl", "refused.jsonl"
 OURS, LONGVILA = "train.jsonl", "longvila.json"
 _SETTINGS = "made_with.json"
-
-
-class UnusableReply(ValueError):
-    """What a captioner or writer has said cannot be used, or it says nothing: why. The piece of work is refused."""
 
 
 Captioner = Callable[[Path, float, float], str]

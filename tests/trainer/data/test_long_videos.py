@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from video_ma2mba.cli.main import app
+from video_ma2mba.files.model_replies import UnusableReply
 from video_ma2mba.loading import load_pipeline
 from video_ma2mba.processing.byte_tokenizer import build_byte_tokenizer
 from video_ma2mba.processing.frame_times import Cue
@@ -23,9 +24,7 @@ from video_ma2mba.trainer.data.long_models import (
     LocalCaptioner,
     LocalWriter,
     parse_pair,
-    spoken,
     text_generator,
-    whole_sentences,
     writing_request,
 )
 from video_ma2mba.trainer.data.long_videos import (
@@ -37,7 +36,6 @@ from video_ma2mba.trainer.data.long_videos import (
     WRITTEN,
     LongSettings,
     LongVideos,
-    UnusableReply,
     caption_fault,
     clips_of,
     one_line,
@@ -198,6 +196,7 @@ def test_a_folder_is_one_data_set(world: Path, tmp_path: Path):
 def test_rows_that_are_bad_are_refused(question: str, answer: str, words: str):
     found = question_fault(question, answer, ["Asked before?"])
     assert (words in found) if words else found == ""
+    assert one_line("A \ud83d sits\x00\n down 😀.") == "A ? sits down 😀."
     assert caption_fault("A man sits down.") == "" != caption_fault("...") and caption_fault("a" * 2001)
 
 
@@ -242,15 +241,6 @@ def test_local_checkpoints(world: Path, tmp_path: Path, tiny_checkpoint: Path):
     (tmp_path / "llama" / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="no chat template"):
         text_generator(str(tmp_path / "llama"), "cpu", torch.float32)
-
-
-def test_a_reply_is_used_as_far_as_it_is_one(monkeypatch: pytest.MonkeyPatch):
-    assert one_line("A \ud83d sits\x00\n down 😀.") == "A ? sits down 😀."
-    assert spoken("<think>{Well}</think>\n\nA man.") == spoken("Well…</think>A man.") == "A man."
-    assert whole_sentences('It is 3.5 m wide. He says "Stop!" And th') == 'It is 3.5 m wide. He says "Stop!"'
-    for cut in (spoken, whole_sentences):
-        with pytest.raises(UnusableReply, match="used up" if cut is spoken else "cut off"):
-            cut("<think>Well, what")
 
 
 def _reply(content: Any, end: str = "stop", **more: Any) -> dict[str, Any]:
