@@ -154,12 +154,10 @@ class Judge:
             answer.raise_for_status()
             choice = answer.json()["choices"][0]
             said = choice["message"]["content"] or ""
-            more = {
-                name: _THINKING_TOKENS for name in settings if name in _LIMITS and settings[name] < _THINKING_TOKENS
-            }
-            if not more or choice.get("finish_reason") != "length" or any(dictionaries(said)):
+            tight = [name for name in _LIMITS if settings.get(name, _THINKING_TOKENS) < _THINKING_TOKENS]
+            if not tight or choice.get("finish_reason") != "length" or any(dictionaries(said)):
                 return said
-            settings = settings | more  # it thinks before it judges
+            settings = settings | dict.fromkeys(tight, _THINKING_TOKENS)  # it thinks before it judges
 
 
 class LocalJudge(Judge):

@@ -116,17 +116,14 @@ def test_a_judge_that_thinks_and_wants_other_settings():
     with fake_judge(reply, whole=True) as server:
         judge = Judge(server.url, "gpt", tries=1)
         for number, count in ((1, 4), (2, 6)):  # what it refuses is learnt once
-            asked = {
-                "messages": [*messages, {"role": "user", "content": str(number)}],
-                "max_tokens": 9,
-                "temperature": 0,
-            }
+            chat = [*messages, {"role": "user", "content": str(number)}]
+            asked = {"messages": chat, "max_tokens": 9, "temperature": 0}
             with judge.intercept():
                 assert post(json=asked)["choices"][0]["message"]["content"] == "{'score': 4}"
             assert len(server.asked) == count
-    with fake_judge(lambda payload: (400, {"error": "context is full"}), whole=True) as server:
-        with pytest.raises(ConnectionError, match="context is full"):
-            Judge(server.url, "gpt").check()
+    full = fake_judge(lambda payload: (400, {"error": "context is full"}), whole=True)
+    with full as server, pytest.raises(ConnectionError, match="context is full"):
+        Judge(server.url, "gpt").check()
 
 
 def test_no_judge_there_and_no_address():
