@@ -33,6 +33,9 @@ class CheckpointSource:
 
     def __init__(self, name: str, store: TensorStore, fields: dict[str, Any], folder: Path | None) -> None:
         self.name, self.store, self.fields, self.folder = name, store, fields, folder
+        tower = fields.get("vision_config")
+        if isinstance(tower, dict) and tower.get("model_type") == "videomamba":
+            raise ValueError(f"{name} has a VideoMamba tower, for which there is no other layout: it stays as it is")
         self.layout: Layout = detect_layout(store.specs, name)
 
     @property

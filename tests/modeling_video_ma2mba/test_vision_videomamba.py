@@ -5,6 +5,7 @@ import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from video_ma2mba.conversion.compose import compose
+from video_ma2mba.conversion.convert_checkpoint import convert_checkpoint
 from video_ma2mba.modeling_video_ma2mba.configuration_video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.modeling_video_ma2mba.configuration_videomamba import VideoMambaConfig
 from video_ma2mba.modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
@@ -150,6 +151,9 @@ def test_init_takes_the_encoder_out_of_a_saved_classifier(tmp_path):
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path / "out")
     for name, value in classifier.videomamba.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[name], value), name
+    for to in ("official", "ours"):  # its tensors are named as a language model's
+        with pytest.raises(ValueError, match="has a VideoMamba tower, for which there is no other layout"):
+            convert_checkpoint([str(tmp_path / "out")], tmp_path / "converted", to=to)
 
 
 def test_clips_of_one_length_take_one_call_wherever_they_stand(monkeypatch):
