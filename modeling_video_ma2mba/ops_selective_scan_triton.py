@@ -36,10 +36,7 @@ class ScanSettings:
         chunk: tokens between kept states.
         programs: as many fill the GPU; sequences are cut in segments until there are so many.
         tokens, backward_tokens: loaded together; backward holds their states in registers. They divide `chunk`.
-        registers: of a thread in backward, at most; None: as many as the compiler likes.
-        stages: of backward's loading of states ahead; 1: none.
         short: backward's scratch in 16 bits for inputs in 16 bits.
-        split: threads of backward that share a channel's states, 1 or 2, where there are 16 of them at least.
     """
 
     channels: int = 64
@@ -50,18 +47,11 @@ class ScanSettings:
     programs: int = 8448
     tokens: int = 2
     backward_tokens: int = 2
-    registers: int | None = None
-    stages: int = 1
     short: bool = True
-    split: int = 1
 
     def block(self, width: int, backward: bool = False) -> int:
         """Channels of a program where there are `width`."""
         return min(self.backward_channels if backward else self.channels, width & -width)
-
-    def shared(self, state: int, channels: int) -> int:
-        """Threads that share a channel of backward's programs of so many channels."""
-        return self.split if state >= 8 * self.split and channels >= 16 * self.split else 1
 
 
 _TABLE = LaunchTable({(9, 0): ScanSettings()}, ScanSettings())
@@ -93,8 +83,8 @@ def _channels(ptr, row, stride, d, inside):
 
 @triton.jit
 def _numbers(ptr, N: tl.constexpr):
-    """N neighbours as fp32, read 64 bits at a time, to which they are aligned; `ptr` may be a block of places."""
-    kind: tl.constexpr = ptr.dtype.scalar.element_ty
+    """N neighbours as fp32 scalars, read 64 bits at a time, to which they are aligned."""
+    kind: tl.constexpr = ptr.dtype.element_ty
     each: tl.constexpr = 64 // kind.primitive_bitwidth
     words = ptr.to(tl.pointer_type(tl.int64))
     out = ()
@@ -316,29 +306,15 @@ def _joined(v, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _add_channel_sums(
-    sums, v, first: tl.constexpr, COUNT: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr
-):
-    """Adds to SPLIT rows each of tokens `first` and `first + 1` of sums (16, COUNT) the sums over channels of
-    2 * COUNT vectors, by the matrix unit: it sums over threads and the two tokens, and the rows of the other factor
-    pick one token and one share of the states each."""
-    tile = tl.reshape(_joined(v, 2 * COUNT), [2 * THREADS, COUNT])
-    rows, columns = tl.arange(0, 16), tl.arange(0, 2 * THREADS)
-    row = SPLIT * (first + columns % 2) + columns // (2 * THREADS // SPLIT)
-    picks = tl.where(rows[:, None] == row[None, :], 1.0, 0.0)
+def _add_channel_sums(sums, v, first: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
+    """Adds to rows `first` and `first + 1` of sums (16, COUNT) the sums over channels of 2 * COUNT vectors, by the
+    matrix unit: it sums over channels and the two tokens, whose rows of the other factor pick one token each."""
+    tile = tl.reshape(_joined(v, 2 * COUNT), [2 * CHANNELS, COUNT])
+    rows, columns = tl.arange(0, 16), tl.arange(0, 2 * CHANNELS)
+    picks = tl.where(rows[:, None] == first + columns[None, :] % 2, 1.0, 0.0)
     if EXACT:
         return tl.dot(picks, tile, sums, input_precision="tf32x3")
     return tl.dot(picks.to(tl.bfloat16), tile.to(tl.bfloat16), sums)
-
-
-@triton.jit
-def _over_shares(v, THREADS: tl.constexpr, SPLIT: tl.constexpr):
-    """The sum of what the threads of a channel have, for each of them."""
-    out = v
-    if SPLIT > 1:
-        total = tl.sum(tl.reshape(v, [SPLIT, THREADS // SPLIT]), axis=0)
-        out = tl.reshape(tl.broadcast_to(total[None, :], [SPLIT, THREADS // SPLIT]), [THREADS])
-    return out
 
 
 @triton.jit(do_not_specialize=["S", "batch", "segment_chunks", "segments"])
@@ -346,17 +322,13 @@ def scan_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, dy_ptr, a2_ptr, skip_ptr, bias_ptr, kept_ptr, ends_ptr, scratch_ptr,
     y_ptr, du_ptr, ddt_ptr, dz_ptr, dbc_ptr, dA_ptr, dskip_ptr, dbias_ptr, dstart_ptr,
     S, E, batch, bc_width, rank, z_row, z_batch, dy_direction, segment_chunks, segments,
-    N: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    TOKENS: tl.constexpr, GATED: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr,
+    GATED: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one segment of one direction of one row, from its last chunk to its first. A thread has N of the
-    SPLIT * N states of a channel; neighbours in channels are neighbours among threads, shares of states are not."""
+    """Gradients of one segment of one direction of one row, from its last chunk to its first."""
     block = tl.program_id(0)
-    own = tl.arange(0, THREADS)
-    share = own // (THREADS // SPLIT)
-    d = block * (THREADS // SPLIT) + own % (THREADS // SPLIT)
-    leads = share == 0  # writes what the threads of a channel have in common
-    states_at = share * (N * E) + d
+    own = tl.arange(0, CHANNELS)
+    d = block * CHANNELS + own
     segment = tl.program_id(1)
     kb = tl.program_id(2).to(tl.int64)
     k, b_row = kb // batch, kb % batch
@@ -364,7 +336,7 @@ def scan_backward_kernel(
     sign = tl.where(backwards, -1, 1)
     chunks = tl.cdiv(S, CHUNK)
     kind: tl.constexpr = du_ptr.dtype.element_ty
-    a2 = _load_states(a2_ptr + k * SPLIT * N * E, E, states_at, N)
+    a2 = _load_states(a2_ptr + k * N * E, E, d, N)
     skip = tl.load(skip_ptr + k * E + d)
     bias = tl.load(bias_ptr + k * E + d)
     plane = kb * S * E
@@ -376,42 +348,40 @@ def scan_backward_kernel(
     dz_ptr += plane
     dy_ptr += k * dy_direction + b_row * S * E
     bc_ptr += kb * S * bc_width + rank
-    bc_own = bc_ptr + share * N if SPLIT > 1 else bc_ptr
     z_ptr += b_row * z_batch
-    dbc_ptr += (block.to(tl.int64) * tl.num_programs(2) + kb) * S * 2 * SPLIT * N
+    dbc_ptr += (block.to(tl.int64) * tl.num_programs(2) + kb) * S * 2 * N
     program = (kb * segments + segment) * tl.num_programs(0) + block
-    scratch_ptr += program * (CHUNK // TOKENS) * N * THREADS
+    scratch_ptr += program * (CHUNK // TOKENS) * N * CHANNELS
     slot = tl.arange(0, 16)
-    token, column = slot // SPLIT, tl.arange(0, 2 * N)
-    to_column = (slot % SPLIT * N)[:, None] + (column + column // N * ((SPLIT - 1) * N))[None, :]
-    dA = _zeros(N, THREADS)
-    dskip = tl.zeros([THREADS], tl.float32)
-    dbias = tl.zeros([THREADS], tl.float32)
-    place = (kb * segments + segment) * SPLIT * N * E
-    ds = _load_states(ends_ptr + place, E, states_at, N) if ENDS else _zeros(N, THREADS)
+    column = tl.arange(0, 2 * N)
+    dA = _zeros(N, CHANNELS)
+    dskip = tl.zeros([CHANNELS], tl.float32)
+    dbias = tl.zeros([CHANNELS], tl.float32)
+    place = kb * segments + segment
+    ds = _load_states(ends_ptr + place * N * E, E, d, N) if ENDS else _zeros(N, CHANNELS)
     first = segment * segment_chunks
     last = tl.minimum(first + segment_chunks, chunks)
     for number in range(0, last - first):
         chunk = last - 1 - number
-        s = _load_states(kept_ptr + (kb * chunks + chunk) * SPLIT * N * E, E, states_at, N)
+        s = _load_states(kept_ptr + (kb * chunks + chunk) * N * E, E, d, N)
         base = _first_row(chunk, backwards, S, CHUNK)
         left = tl.minimum(S - chunk * CHUNK, CHUNK)
         u_at, dt_at, y_at = u_ptr + base * E, dt_ptr + base * E, y_ptr + base * E
         du_at, ddt_at, dz_at, dy_at = du_ptr + base * E, ddt_ptr + base * E, dz_ptr + base * E, dy_ptr + base * E
-        bc_at, z_at, dbc_at = bc_own + base * bc_width, z_ptr + base * z_row, dbc_ptr + base * 2 * SPLIT * N
+        bc_at, z_at, dbc_at = bc_ptr + base * bc_width, z_ptr + base * z_row, dbc_ptr + base * 2 * N
         parts = tl.cdiv(left, TOKENS)
         # Every thread reads of the scratch what it wrote itself: one channel's states.
         for part in range(0, parts):
-            _store_states(scratch_ptr + part * N * THREADS, THREADS, own, s, N)
+            _store_states(scratch_ptr + part * N * CHANNELS, CHANNELS, own, s, N)
             given = _read(part * TOKENS, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
             for i in tl.static_range(TOKENS):
                 _, inside, raw, u, b = given[i]
                 step = tl.where(inside, softplus(raw), 0.0)
                 s = _advance(s, step, step * u, b, a2, N)
-        tl.debug_barrier()  # loading ahead is not ordered behind a thread's own stores
-        for done in tl.range(0, parts, num_stages=STAGES):
+        tl.debug_barrier()
+        for done in range(0, parts):
             at = (parts - 1 - done) * TOKENS
-            s = _load_states(scratch_ptr + (parts - 1 - done) * N * THREADS, THREADS, own, N)
+            s = _load_states(scratch_ptr + (parts - 1 - done) * N * CHANNELS, CHANNELS, own, N)
             given = _read(at, left, sign, u_at, dt_at, bc_at, E, bc_width, bias, d, N, TOKENS)
             dys = ()
             zs = ()
@@ -431,24 +401,23 @@ def scan_backward_kernel(
                 for i in tl.static_range(pair + 1, pair - 1, -1):
                     row, inside, raw, u, b = given[i]
                     before, step, dy, z = states[i], steps[i], dys[i], zs[i]
-                    here = inside & leads if SPLIT > 1 else inside
-                    c = _numbers(bc_at + row * bc_width + SPLIT * N, N)
+                    c = _numbers(bc_at + row * bc_width + N, N)
                     x = step * u
                     a = ()
                     after = ()
                     for j in tl.static_range(N):
                         a = a + (tl.exp2(step * a2[j]),)
                         after = after + (a[j] * before[j] + x * b[j],)
-                    y = _over_shares(_inner(after, c, N), THREADS, SPLIT) + skip * u
+                    y = _inner(after, c, N) + skip * u
                     if GATED:
                         sig = _sigmoid(z)
                         dz = dy * y * sig * (1.0 + z * (1.0 - sig))
-                        tl.store(dz_at + row * E + d, dz.to(kind), mask=here)
+                        tl.store(dz_at + row * E + d, dz.to(kind), mask=inside)
                         y = y * z * sig
                         dy = dy * z * sig
-                    tl.store(y_at + row * E + d, y.to(kind), mask=here)
-                    through = tl.zeros([THREADS], tl.float32)
-                    dstep = tl.zeros([THREADS], tl.float32)
+                    tl.store(y_at + row * E + d, y.to(kind), mask=inside)
+                    through = tl.zeros([CHANNELS], tl.float32)
+                    dstep = tl.zeros([CHANNELS], tl.float32)
                     dB = ()
                     dC = ()
                     new_ds = ()
@@ -465,23 +434,21 @@ def scan_backward_kernel(
                         new_dA = new_dA + (dA[j] + q * step,)
                     ds, dA = new_ds, new_dA
                     to_sum = dB + dC + to_sum
-                    through = _over_shares(through, THREADS, SPLIT)
-                    dstep = _over_shares(dstep, THREADS, SPLIT)
                     draw = tl.where(inside, (dstep * 0.6931471805599453 + through * u) * _sigmoid(raw), 0.0)
-                    tl.store(ddt_at + row * E + d, draw.to(kind), mask=here)
-                    tl.store(du_at + row * E + d, (through * step + skip * dy).to(kind), mask=here)
+                    tl.store(ddt_at + row * E + d, draw.to(kind), mask=inside)
+                    tl.store(du_at + row * E + d, (through * step + skip * dy).to(kind), mask=inside)
                     dskip += dy * u
                     dbias += draw
-                sums = _add_channel_sums(sums, to_sum, pair, 2 * N, THREADS, SPLIT, EXACT)
-            to = dbc_at + (tl.minimum(at + token, left - 1) * sign * (2 * SPLIT * N))[:, None] + to_column
-            there = (token < TOKENS) & (at + token < left)
+                sums = _add_channel_sums(sums, to_sum, pair, 2 * N, CHANNELS, EXACT)
+            rows = tl.minimum(at + slot, left - 1) * sign
+            there = (slot < TOKENS) & (at + slot < left)
+            to = dbc_at + rows[:, None] * (2 * N) + column[None, :]
             tl.store(to, sums.to(dbc_ptr.dtype.element_ty), mask=there[:, None])
-    _store_states(dA_ptr + place, E, states_at, dA, N)
-    sums_at = (kb * segments + segment) * E + d
-    tl.store(dskip_ptr + sums_at, dskip, mask=leads)
-    tl.store(dbias_ptr + sums_at, dbias, mask=leads)
+    _store_states(dA_ptr + place * N * E, E, d, dA, N)
+    tl.store(dskip_ptr + place * E + d, dskip)
+    tl.store(dbias_ptr + place * E + d, dbias)
     if segment == 0:
-        _store_states(dstart_ptr + kb * SPLIT * N * E, E, states_at, ds, N)
+        _store_states(dstart_ptr + kb * N * E, E, d, ds, N)
 
 
 @triton.jit
@@ -762,9 +729,7 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     """
     settings = settings_for(given.u.device)
     directions, batch, tokens, width, state = given.sizes
-    threads = settings.block(width, backward=True)
-    split = settings.shared(state, threads)
-    channels = threads // split
+    channels = settings.block(width, backward=True)
     segments, per_segment = given.plan(settings, channels)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": given.u.device}
     rows, blocks = directions * batch, width // channels
@@ -798,15 +763,15 @@ def scan_backward(given: ScanInputs, kept: Tensor, dy: Tensor, dend: Tensor | No
     dinitial = torch.empty(directions, batch, state, width, **fp32)
     exact = given.u.dtype == torch.float32
     scratch = torch.empty(
-        (rows * segments * blocks, settings.chunk // settings.backward_tokens, state // split, threads),
+        (rows * segments * blocks, settings.chunk // settings.backward_tokens, state, channels),
         dtype=torch.bfloat16 if settings.short and not exact else torch.float32,
         device=given.u.device,
     )
     scan_backward_kernel[grid](
         given.u, given.dt, given.bc, gate, dy, given.a2, given.skip, given.bias, kept, ends if has_ends else kept,
         scratch, *out, dz, dbc, dA, dskip, dbias, dinitial, *sizes,
-        N=state // split, THREADS=threads, SPLIT=split, TOKENS=settings.backward_tokens, ENDS=has_ends, EXACT=exact,
-        STAGES=settings.stages, maxnreg=settings.registers, num_warps=settings.backward_warps, **launch,
+        N=state, CHANNELS=channels, TOKENS=settings.backward_tokens, ENDS=has_ends, EXACT=exact,
+        num_warps=settings.backward_warps, **launch,
     )  # fmt: skip
     return ScanGradients(
         y=out[0],
