@@ -71,22 +71,11 @@ FORWARD = [
 ]
 BACKWARD = [
     kernels.ScanSettings(
-        backward_channels=channels,
-        backward_warps=warps,
-        backward_tokens=tokens,
-        registers=registers,
-        programs=programs,
+        backward_channels=channels, backward_warps=warps, backward_tokens=tokens, short=short, programs=programs
     )
-    for (channels, warps, tokens, registers) in (
-        (32, 1, 2, None),
-        (32, 1, 2, 168),
-        (32, 1, 4, None),
-        (64, 2, 2, None),
-        (64, 1, 2, None),
-        (128, 4, 2, None),
-        (128, 4, 2, 168),
-    )
-    for programs in (1056, 2112, 4224)
+    for (channels, warps, tokens) in ((32, 1, 2), (32, 1, 4), (64, 2, 2), (64, 1, 2), (128, 4, 2))
+    for short in (False, True)
+    for programs in (2112, 4224, 8448)
 ]
 
 

@@ -13,11 +13,13 @@ gradients and pixels, for one video. The rivals see the same tokens:
 - `mamba-ssm`: two directions of its selective scan and of causal-conv1d, in autograd.
 
 `PREDICTED` was written down before the first run of this script: ours from a count of the kernels' instructions (75 ns
-a token and block), the rivals' from an earlier measurement on an H200. Rows are written as they are measured.
+a token and block), the rivals' from an earlier measurement on an H200. Rows are written as they are
+measured, those of training first.
 """
 
 import argparse
 import csv
+import itertools
 import math
 import statistics
 import sys
@@ -245,22 +247,21 @@ def main() -> None:
     names = arguments.only.split(";")
     if unknown := set(names) - set(PREDICTED):
         sys.exit(f"error: there is no {sorted(unknown)[0]!r}; --only takes {'; '.join(PREDICTED)}")
+    lengths = [int(frames) for frames in arguments.frames.split(",")]
     begun = time.monotonic()
     write = row_writer(arguments.out, FIELDS, hardware=hardware("cuda"), torch=torch.__version__)
-    for frames in map(int, arguments.frames.split(",")):
-        for name in names:
-            for step in ("training", "forward"):
-                if time.monotonic() - begun > arguments.max_seconds:
-                    write({"implementation": name, "frames": frames, "step": step, "note": "no time left"})
-                    continue
-                try:
-                    row = point(name, step, frames, arguments.batch)
-                except (RuntimeError, ImportError) as error:  # a rival that is not there or fails is a result, too
-                    row = {"implementation": name, "frames": frames, "step": step, "note": str(error)[:200]}
-                write(row)
-                torch.cuda.empty_cache()
-        if arguments.plot:
-            draw(arguments.out, arguments.plot)
+    for step, frames, name in itertools.product(("training", "forward"), lengths, names):
+        if time.monotonic() - begun > arguments.max_seconds:
+            write({"implementation": name, "frames": frames, "step": step, "note": "no time left"})
+            continue
+        try:
+            row = point(name, step, frames, arguments.batch)
+        except (RuntimeError, ImportError) as error:  # a rival that is not there or fails is a result, too
+            row = {"implementation": name, "frames": frames, "step": step, "note": str(error)[:200]}
+        write(row)
+        torch.cuda.empty_cache()
+    if arguments.plot:
+        draw(arguments.out, arguments.plot)
 
 
 if __name__ == "__main__":

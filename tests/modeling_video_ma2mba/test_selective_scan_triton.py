@@ -18,7 +18,7 @@ INTERPRETED = [
     {"settings": TINY | {"programs": 12, "backward_channels": 16}},  # in segments, blocks of two sizes
     {"tokens": 8, "reverse": [True], "initial": False, "gated": False, "width": 3, "settings": TINY},
     {"tokens": 1, "reverse": [False, True, False], "initial": False, "settings": TINY},
-    {"batch": 1, "tokens": 19, "state": 16, "channels": 64, "settings": TINY | {"programs": 8, "split": 2}},
+    {"batch": 1, "tokens": 19, "state": 16, "channels": 64, "settings": TINY | {"programs": 8}},
     {"model": True, "settings": TINY},
     {"model": True, "settings": TINY, "scan_order": "spatiotemporal_v2"},
 ]
