@@ -8,8 +8,8 @@ class is the direction (four, chance 25 %), which no single frame shows. `count`
 somewhere in a longer film; the class is how many (chance 25 %), for which the whole film has to be seen.
 
 - `cost`: memory and time of a step of masked pre-training against the share of patches that is hidden (size Ti).
-- `waiting`: the recipe `videomamba/k400` (size Ti, 8 of 300 frames of 256 x 256 pixels, H.264; 12 processes decode): which
-  share of the time a step waits for its clips.
+- `waiting`: the recipe `videomamba/k400` (size Ti, 8 of 300 frames of 256 x 256 pixels, H.264; 12 processes decode):
+  which share of the time a step waits for its clips.
 - `scan`: the seven orders of scanning, trained from nothing on `motion`, with steps of time as Mamba begins with
   (`time_step_range`) and loud positions; one of them also as the released models begin.
 - `distil`: few clips of `motion`; a model alone, beside a smaller frozen one that learnt from the same clips (also for
