@@ -27,19 +27,25 @@ from .retrieval_run import retrieval_trainer
 from .self_distillation import Distillation, DistilledClassifier
 from .smoke_clips import write_smoke_clips
 from .starting_model import frozen, load_encoder_, starting_classifier, starting_encoder
-from .training_settings import VideoMambaRecipe, VideoMambaTrainingConfig
+from .training_settings import TASKS, VideoMambaRecipe, VideoMambaTrainingConfig
 
 _LORA_TARGETS = ["in_proj", "out_proj"]
 # What only some tasks look at; elsewhere it would be left out without a word.
 _LABELLED = ("classification", "regression", "distillation")
-_OURS = (*_LABELLED, "masked")
+_ALIGNED = ("masked", "retrieval")
+_CLIPS = (*_LABELLED, "masked")
 _TASKS_OF = {
-    **dict.fromkeys(("teacher", "teacher_config"), ("distillation", "masked")),
+    **dict.fromkeys(("teacher", "teacher_config"), ("distillation", *_ALIGNED)),
     **dict.fromkeys(("distillation_weight", "distillation_until"), ("distillation",)),
-    **dict.fromkeys(("mask", "mask_ratio", "align_layers", "align_before_last_mixer"), ("masked",)),
-    **dict.fromkeys(("eval_data", "eval_share", "num_labels", "class_names"), _LABELLED),
+    **dict.fromkeys(("mask", "mask_ratio", "align_layers", "align_before_last_mixer"), _ALIGNED),
+    **dict.fromkeys(("eval_data", "eval_share"), (*_LABELLED, "retrieval")),
+    **dict.fromkeys(("num_labels", "class_names", "eval_segments", "eval_crops"), _LABELLED),
     **dict.fromkeys(("mixup", "cutmix", "label_smoothing"), ("classification", "distillation")),
-    "lora_rank": ("classification", "regression"),
+    **dict.fromkeys(("window_seconds", "window_stride", "repeated_augmentation", "repeats_in_epoch"), _CLIPS),
+    **dict.fromkeys(("lora_rank", "lora_alpha"), ("classification", "regression")),
+    **dict.fromkeys(("text_model", "text_config", "fusion_layers", "projection_dim", "paragraphs"), ("retrieval",)),
+    **dict.fromkeys(("max_text_length", "vtc_weight", "vtm_weight", "mlm_weight", "uta_weight"), ("retrieval",)),
+    **dict.fromkeys(("mlm_probability", "picture_mask_ratio", "eval_split"), ("retrieval",)),
 }
 
 
@@ -52,9 +58,10 @@ def build_recipe(content: dict[str, Any]) -> tuple[VideoMambaRecipe, VideoMambaT
     kinds = (VideoMambaRecipe, VideoMambaTrainingConfig)
     given = checked_settings(content, kinds)
     task = given.get("task", VideoMambaRecipe.task)
+    usual = {each.name: each.default for kind in kinds for each in dataclasses.fields(kind)}
     for name, value in given.items():
         tasks = _TASKS_OF.get(name, (task,))
-        if value and task in _OURS and task not in tasks:
+        if value and value != usual[name] and task in TASKS and task not in tasks:
             raise ValueError(f"{name}={value} is for task={' or '.join(tasks)}, not {task}: leave it out")
     if not given.get("eval_share", 0) and not given.get("eval_data"):
         given["eval_strategy"] = "no"
@@ -167,16 +174,18 @@ def _classification_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingCo
 
 def _smaller_teacher(recipe: VideoMambaRecipe, config: Any) -> nn.Module:
     """The frozen teacher of a distillation, fitted to the student's clips."""
-    source = dataclasses.replace(recipe, model=recipe.teacher, model_config=None)
+    clips = {name: getattr(config, name) for name in ("image_size", "num_frames")}
+    tubelet = config.tubelet_size if config.is_video else None
+    source = dataclasses.replace(recipe, model=recipe.teacher, model_config=None, tubelet_size=tubelet, **clips)
     if recipe.teacher_config is not None:
         fresh = VideoMambaConfig(**{**config.to_dict(), "time_step_rank": None, **recipe.teacher_config})
         return frozen(VideoMambaModel(fresh))
     if recipe.teacher is None:
         raise ValueError("the recipe names no teacher: add teacher=..., a smaller VideoMamba")
-    fitted, weights = starting_encoder(source, 0.0)
+    fitted, weights = starting_encoder(source, 0.0, setting="teacher")
     holder = nn.Module()
     holder.videomamba = VideoMambaModel(fitted)
-    load_encoder_(holder, weights, recipe.teacher)
+    load_encoder_(holder, weights, recipe.teacher, setting="teacher")
     return frozen(holder.videomamba)
 
 

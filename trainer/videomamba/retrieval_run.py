@@ -87,12 +87,6 @@ def retrieval_trainer(recipe: VideoMambaRecipe, args: VideoMambaTrainingConfig, 
     Raises:
         ValueError, FileNotFoundError: model, data or teacher are missing or make no sense, in one sentence.
     """
-    if recipe.lora_rank is not None:
-        raise ValueError("lora_rank is for fine-tuning classifiers: retrieval trains the whole model")
-    if args.repeated_augmentation != 1:
-        raise ValueError(
-            "repeated_augmentation is for classes: two clips of a video with a caption are one pair twice"
-        )
     train, held_out = _rows(recipe, args)
     model, tokenizer = starting_retrieval(
         recipe, args.drop_path_rate, [each for row in train for each in row.captions]

@@ -21,9 +21,9 @@ _EMBEDDINGS = ("patch_embed.", "cls_token", "pos_embed", "temporal_pos_embedding
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-def stored_model(source: str) -> tuple[dict[str, Any], dict[str, Tensor], Path | None]:
+def stored_model(source: str, setting: str = "model") -> tuple[dict[str, Any], dict[str, Tensor], Path | None]:
     """The configuration's fields, all weights, and the folder (none of a `.pth`) of a VideoMamba: encoder, classifier
-    or retrieval model; a folder of ours, a Hub id, or a released `.pth` file.
+    or retrieval model; a folder of ours, a Hub id, or a released `.pth` file. setting: that named it, for messages.
 
     Raises:
         FileNotFoundError: there is no such model. ValueError: it is no VideoMamba.
@@ -35,21 +35,21 @@ def stored_model(source: str) -> tuple[dict[str, Any], dict[str, Tensor], Path |
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            raise FileNotFoundError(f"model={source}: there is no such folder, .pth file or Hub id")
+            raise FileNotFoundError(f"{setting}={source}: there is no such folder, .pth file or Hub id")
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    return *read_videomamba(folder, f"model={source}"), folder
+    return *read_videomamba(folder, f"{setting}={source}"), folder
 
 
-def encoder_weights(source: str) -> tuple[VideoMambaConfig, dict[str, Tensor]]:
+def encoder_weights(source: str, setting: str = "model") -> tuple[VideoMambaConfig, dict[str, Tensor]]:
     """Configuration and weights, named as in the encoder, of what `stored_model` finds. A classifier's head comes as
     `head.weight` and `head.bias`; of a retrieval model what reads texts is left aside.
 
     Raises:
         FileNotFoundError: there is no such model. ValueError: it is no VideoMamba.
     """
-    fields, stored, _ = stored_model(source)
+    fields, stored, _ = stored_model(source, setting)
     if "vision_config" in fields:
         start, fields = "vision_encoder.", fields["vision_config"]
     else:
@@ -72,12 +72,13 @@ def model_config(recipe: VideoMambaRecipe, drop_path_rate: float, **fields: Any)
 
 
 def starting_encoder(
-    recipe: VideoMambaRecipe, drop_path_rate: float, **fields: Any
+    recipe: VideoMambaRecipe, drop_path_rate: float, setting: str = "model", **fields: Any
 ) -> tuple[VideoMambaConfig, dict[str, Tensor]]:
     """Configuration and weights (none of a fresh model) for the recipe's clips.
 
     Args:
-        fields: of the configuration, over what the model to start from has.
+        setting: that names the model, for messages. fields: of the configuration, over what the model to start from
+            has.
 
     Raises:
         ValueError: the model is one of videos, and a model of pictures is asked for; and what `encoder_weights`
@@ -85,9 +86,9 @@ def starting_encoder(
     """
     if recipe.model is None:
         return model_config(recipe, drop_path_rate, **fields), {}
-    config, weights = encoder_weights(recipe.model)
+    config, weights = encoder_weights(recipe.model, setting)
     if config.is_video and recipe.tubelet_size is None:
-        raise ValueError(f"model={recipe.model} takes clips: it cannot become a model of pictures")
+        raise ValueError(f"{setting}={recipe.model} takes clips: it cannot become a model of pictures")
     asked = {**(recipe.model_config or {})}
     side = asked.pop("image_size", recipe.image_size)
     frames = None if recipe.tubelet_size is None else asked.pop("num_frames", recipe.num_frames)
@@ -98,7 +99,7 @@ def starting_encoder(
     return VideoMambaConfig.from_dict({**kept, "drop_path_rate": drop_path_rate, **asked, **fields}), weights
 
 
-def load_encoder_(model: nn.Module, weights: dict[str, Tensor], source: str | None) -> None:
+def load_encoder_(model: nn.Module, weights: dict[str, Tensor], source: str | None, setting: str = "model") -> None:
     """Put an encoder's weights into `model.videomamba`.
 
     Raises:
@@ -107,10 +108,8 @@ def load_encoder_(model: nn.Module, weights: dict[str, Tensor], source: str | No
     wanted = model.videomamba.state_dict()
     wrong = [name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape]
     if wrong:
-        raise ValueError(
-            f"model={source} does not fit: {', '.join(wrong[:4])} {'is' if len(wrong) == 1 else 'are'} missing or of "
-            "another shape"
-        )
+        are = "is" if len(wrong) == 1 else "are"
+        raise ValueError(f"{setting}={source} does not fit: {', '.join(wrong[:4])} {are} missing or of another shape")
     model.videomamba.load_state_dict({name: weights[name].to(value.dtype) for name, value in wanted.items()})
 
 

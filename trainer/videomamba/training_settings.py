@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,26 @@ class VideoMambaRecipe:
             raise ValueError(f"task={self.task!r} is not valid: use one of {', '.join(TASKS)}")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share} is not valid: it must be in 0..1")
+        for name in ("lora_rank", "num_labels", "num_frames", "image_size", "tubelet_size", "max_text_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} is not valid: it must be at least 1")
+        for name in ("window_seconds", "window_stride"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value} is not valid: it must be more than 0")
+
+
+# Names of settings, and the least and the greatest value that makes sense.
+_RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    (("random_erasing", "label_smoothing", "mask_ratio", "picture_mask_ratio", "mlm_probability"), 0, 1),
+    (("distillation_until", "drop_path_rate"), 0, 1),
+    (("layer_decay",), 1e-3, 1),
+    (("randaugment_magnitude",), 0, 10),
+    (("repeated_augmentation", "repeats_in_epoch", "eval_segments", "eval_crops", "align_layers"), 1, math.inf),
+    (("rate_batch_size", "global_batch_size"), 1, math.inf),
+    (("mixup", "cutmix", "randaugment_ops", "randaugment_std", "distillation_weight", "vtc_weight"), 0, math.inf),
+    (("vtm_weight", "mlm_weight", "uta_weight", "base_learning_rate", "min_learning_rate"), 0, math.inf),
+    (("warmup_learning_rate", "warmup_epochs"), 0, math.inf),
+)
 
 
 @dataclass
@@ -136,6 +157,11 @@ class VideoMambaTrainingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         fit_to_machine(self)
+        for names, least, most in _RANGES:
+            for name in names:
+                if (value := getattr(self, name)) is not None and not least <= value <= most:
+                    within = f"in {least:g}..{most:g}" if math.isfinite(most) else f"at least {least:g}"
+                    raise ValueError(f"{name}={value} is not valid: it must be {within}")
         if self.layer_decay_of not in ("layers", "embeddings"):
             raise ValueError(f"layer_decay_of={self.layer_decay_of!r} is not valid: use layers or embeddings")
         if self.global_batch_size is not None:

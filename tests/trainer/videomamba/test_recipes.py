@@ -115,11 +115,24 @@ def test_tasks_sizes_and_clips_are_those_of_the_paper():
         settings("k400", "learning_rate=fast")
     for name, setting in (
         *(("imagenet_distilled", "lora_rank=2"), ("k400", "mask=tube"), ("k400", "teacher=x"), ("lvu", "teacher=x")),
-        *(("k400", "distillation_until=0.5"), ("imagenet_distilled", "mask_ratio=0.5")),
+        *(("k400", "distillation_until=0.5"), ("imagenet_distilled", "mask_ratio=0.5"), ("k400", "paragraphs=True")),
+        *(("retrieval", "lora_rank=4"), ("retrieval", "mixup=0.8"), ("retrieval", "repeated_augmentation=2")),
+        *(("retrieval", "num_labels=3"), ("retrieval", "eval_crops=3"), ("k400", "uta_weight=0.5")),
     ):
         with pytest.raises(ValueError, match=f"{setting} is for task=.*: leave it out"):
             settings(name, setting)
-    for setting in ("lora_rank=2", "mixup=0.8", "label_smoothing=0.1", "eval_share=0.1", "num_labels=3"):
+    for setting in ("layer_decay=0.0", "drop_path_rate=1.5", "eval_segments=0", "mixup=-1.0", "num_frames=0"):
+        with pytest.raises(ValueError, match=f"{setting} is not valid: it must be (in|at least) "):
+            settings("k400", setting)
+    assert settings("retrieval", "repeated_augmentation=1", "mixup=0")[0].task == "retrieval", "what is so anyway"
+    for setting in (
+        "lora_rank=2",
+        "mixup=0.8",
+        "label_smoothing=0.1",
+        "eval_share=0.1",
+        "num_labels=3",
+        "eval_crops=3",
+    ):
         with pytest.raises(ValueError, match=f"{setting} is for task=.*, not masked: leave it out"):
             build_recipe(recipe_content("videomamba/masked", [*CPU, "data=x", setting]))
 
@@ -200,6 +213,13 @@ def test_adapters_are_merged_and_another_head_is_fresh(tmp_path):
     assert after["videomamba.pos_embed"].shape == (1, 37, 32)
     config = json.loads((second / "config.json").read_text())
     assert (config["num_frames"], config["image_size"]) == (8, 48)
+    beside = ["task=distillation", f"teacher={second}", "num_frames=4"]  # the teacher is fitted to the student's clips
+    result = train("--config", "videomamba/k400", "--smoke", f"output_dir={tmp_path / 'third'}", *CPU, *beside)
+    assert result.exit_code == 0 and "alignment_loss" in result.output, result.output + str(result.exception)
+    gone = train(
+        "--config", "videomamba/k400", "--smoke", *CPU, "task=distillation", "teacher=gone", f"output_dir={tmp_path}"
+    )
+    assert "error: teacher=gone: there is no such folder" in gone.output
 
 
 def test_resolution_and_frames_grow_from_model_to_model(tmp_path):

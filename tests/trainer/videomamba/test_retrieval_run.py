@@ -149,7 +149,6 @@ def test_it_goes_on_where_it_stopped_and_starts_from_what_there_is(sixteen, tmp_
     [
         (["teacher_config=null", "teacher=null"], "the recipe names no teacher: add teacher="),
         (["text_config=null"], "the recipe names no BERT: add text_model="),
-        (["lora_rank=4"], "retrieval trains the whole model"),
         (
             ["model_config={hidden_size: 32, num_hidden_layers: 2, patch_size: 16, image_size: 32}"],
             "the teacher sees 16",
