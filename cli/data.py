@@ -41,6 +41,9 @@ def data() -> None:
     """Training data: what can be used, and what training on it will take."""
 
 
+_CLIP_LABELS = ("classes", "values", "pairs")  # of VideoMamba's trainings
+
+
 @app.command()
 def check(
     path: Annotated[
@@ -81,7 +84,21 @@ def check(
     """
     check_out_file("--json-file", out)
     check_path_or_id(path, f"{path}: no such file or folder (and it is no data set id such as owner/name)")
-    if labels in ("classes", "values", "pairs"):
+    kinds = ("answers", "captions", *_CLIP_LABELS)
+    if labels not in kinds:
+        raise ValueError(f"--labels {labels}: use one of {', '.join(kinds)}")
+    if labels in _CLIP_LABELS:
+        others = {
+            "--model": model,
+            "--fps": fps,
+            "--max-frames": max_frames,
+            "--max-length": max_length,
+            "--show": show,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name} is for answers and captions, not for --labels {labels}: leave it out")
+        check_frames(chosen_frames(None, num_frames, None, None))
         check_clip_list(path, base_dir, split, labels, num_frames or 8, workers, as_json, out)
         return
     check_training_data(path)

@@ -172,3 +172,10 @@ def test_data_check_reads_every_clip(tmp_path):
     assert found["same_videos"] == [[str(tmp_path / "1.png"), str(tmp_path / "2.png")]]
     (tmp_path / "train.csv").write_text("1.png,0.5\n")
     assert CliRunner().invoke(app, [*arguments[:-3], "values", "--json"]).exit_code == 0
+    for wrong, said in (
+        (["--labels", "pears"], "--labels pears: use one of answers, captions, classes, values, pairs"),
+        (["--labels", "pairs", "--show", "0"], "--show is for answers and captions, not for --labels pairs"),
+        (["--labels", "classes", "--num-frames", "0"], "num_frames"),
+    ):
+        result = CliRunner().invoke(app, ["data", "check", str(tmp_path), *wrong])
+        assert result.exit_code == 2 and said in result.output.replace("\n", " "), result.output
