@@ -7,7 +7,7 @@ Clips have 32 x 32 pixels. `motion`: eight frames of a visit of something that m
 class is the direction (four, chance 25 %), which no single frame shows. `count`: one to four things come and go
 somewhere in a longer film; the class is how many (chance 25 %), for which the whole film has to be seen.
 
-- `cost`: memory and time of a step of masked pre-training against the share of patches that is hidden (size Ti).
+- `cost`: memory and time of a step of masked pre-training against the share of patches that is hidden (size M).
 - `waiting`: the recipe `videomamba/k400` (size Ti, 8 of 300 frames of 256 x 256 pixels, H.264; 12 processes decode):
   which share of the time a step waits for its clips.
 - `scan`: the seven orders of scanning, trained from nothing on `motion`, with steps of time as Mamba begins with
@@ -209,12 +209,14 @@ class Sizes:
     few: int = 1000
     tests: int = 1000
     films: int = 1500
+    count_batch: int = 128
+    count_rate: float = 2e-3
     batch: int = 64
     steps: int = 240
     pretraining: int = 300
     fine_tuning: int = 200
-    begin: int = 800
-    stage: int = 150
+    begin: int = 400
+    stage: int = 100
     clip_steps: int = 500
     learning_rate: float = 1.5e-3
     frames: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
@@ -222,7 +224,9 @@ class Sizes:
 
 
 SMOKE = Sizes(
-    *(16, 2, 8, 48, 16, 8, 12, 4, 2, 2, 2, 2, 1, 2), frames=(8, 16), model={"state_size": 4, "num_hidden_layers": 2}
+    *(16, 2, 8, 48, 16, 8, 12, 4, 1e-3, 4, 2, 2, 2, 2, 1, 2),
+    frames=(8, 16),
+    model={"state_size": 4, "num_hidden_layers": 2},
 )
 
 
@@ -441,7 +445,12 @@ def run_count(now: Setting) -> None:
             model = resized
         told = replace(now, tell=lambda frames=frames, **row: now.tell(**row, frames=frames))
         told.tell(stage=f"seen of {seconds} s", step=0, steps=0, accuracy=test.shown())
-        told.train(model, steps, stage=f"{seconds} s", data=data, test=test)
+        often = {"logging_steps": max(1, steps // 4), "eval_steps": max(1, steps // 4)}
+        size, rate = now.sizes.count_batch, now.sizes.count_rate
+        told.train(
+            *(model, steps), stage=f"{seconds} s", data=data, test=test, **often,
+            per_device_train_batch_size=size, per_device_eval_batch_size=size, learning_rate=rate,
+        )  # fmt: skip
 
 
 def count_films(sizes: Sizes, seconds: int) -> tuple[Films, Films]:
@@ -519,12 +528,12 @@ def train_clip(now: Setting) -> None:
 # --------------------------------------------------------------------------------------------------- the cost
 def measure_cost(sizes: Sizes, smoke: bool, _: Any) -> Iterator[dict[str, Any]]:
     """Time and peak memory of forward and backward of masked pre-training (student alone) against the share that is
-    hidden; memory above weights and pixels. Ti on 32 clips of 8 frames of 224 pixels; on a CPU its first four blocks
-    on two clips of 112 pixels, with the most that the process held so far."""
+    hidden; memory above weights and pixels. M on 32 clips of 8 frames of 224 pixels; on a CPU the first four blocks of
+    Ti on two clips of 112 pixels, with the most that the process held so far."""
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     batch = 32 if cuda else 2
-    config = VideoMambaConfig(num_frames=8)
+    config = VideoMambaConfig.preset("m", num_frames=8)
     if not cuda:
         config = config_of(sizes) if smoke else VideoMambaConfig(num_frames=8, num_hidden_layers=4, image_size=112)
     model = MaskedVideoMamba(VideoMambaModel(config), 64, 1, True).to(device)
@@ -540,7 +549,7 @@ def measure_cost(sizes: Sizes, smoke: bool, _: Any) -> Iterator[dict[str, Any]]:
                 model(pixels, shown).float().pow(2).mean().backward()
 
         times, before = [], 0
-        for _ in range(8 if cuda else 2):
+        for _ in range(6 if cuda else 2):
             model.zero_grad(set_to_none=False)
             if cuda:
                 torch.cuda.synchronize()
@@ -789,6 +798,7 @@ def main() -> None:
         "films",
         "clips",
         "batch",
+        "count_batch",
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(Sizes(), name)}")
     parser.add_argument("--learning-rate", type=float, help=f"default {Sizes().learning_rate}")
@@ -809,7 +819,8 @@ def main() -> None:
         data = given.data or Path(fresh)
         data.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, 32), get_context("forkserver")) as workers:
+        # forked, since each would read torch for seconds otherwise; they draw and write files, nothing else
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 12), get_context("fork")) as workers:
             for part in ALONE.keys() & set(parts):
                 if Run(part, "all", 0) not in done:
                     for row in [*ALONE[part](sizes, given.smoke, workers), {"arm": "all", "stage": "complete"}]:
@@ -824,7 +835,12 @@ def main() -> None:
             for seed in range(given.seeds) for part in parts if part in PARTS and part != "teacher"
             for arm in ARMS[part] if not given.only or arm in given.only.split(",")
         ]  # fmt: skip
-        gone = [run for run in teachers if not (data / run.arm / "whole").exists()]  # of a table begun elsewhere
+        waiting = {"clip" if run.part == "masked" else run.part for run in others if run not in done}
+        gone = [  # of a table begun elsewhere
+            run
+            for run in teachers
+            if not (data / run.arm / "whole").exists() and (run.arm if run.arm == "clip" else "distil") in waiting
+        ]
         if left := [run for run in [*teachers, *others] if run not in done or run in gone]:
             carry_out(left, sizes, data, given.out, given.at_once)
 

@@ -111,7 +111,7 @@ def test_one_sample_is_shown_with_what_is_learnt(run, folder: Path):
     [
         (["missing.csv"], "no such file or folder"),
         (["."], "several data files"),
-        (["good.csv", "--labels", "all"], "labels='all'"),
+        (["good.csv", "--labels", "all"], "--labels all: use one of"),
         (["good.csv", "--json-file", "no/folder/x.json"], "there is no folder"),
         (["good.csv", "--max-length", "0"], "max_length=0"),
         (["good.csv", "--fps", "0"], "fps must be more than 0"),
