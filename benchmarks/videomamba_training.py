@@ -446,7 +446,7 @@ def run_count(now: Setting) -> None:
         told = replace(now, tell=lambda frames=frames, **row: now.tell(**row, frames=frames))
         told.tell(stage=f"seen of {seconds} s", step=0, steps=0, accuracy=test.shown())
         often = {"logging_steps": max(1, steps // 4), "eval_steps": max(1, steps // 4)}
-        size, rate = now.sizes.count_batch, now.sizes.count_rate
+        size, rate = now.sizes.count_batch // (2 if frames > 64 else 1), now.sizes.count_rate
         told.train(
             *(model, steps), stage=f"{seconds} s", data=data, test=test, **often,
             per_device_train_batch_size=size, per_device_eval_batch_size=size, learning_rate=rate,
