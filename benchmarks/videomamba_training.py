@@ -564,7 +564,7 @@ def measure_cost(sizes: Sizes, smoke: bool, _: Any) -> Iterator[dict[str, Any]]:
         gb = (torch.cuda.max_memory_allocated() - before if cuda else held) / 1e9
         yield {
             "arm": f"{ratio:.2f} hidden",
-            "stage": "step",
+            "stage": f"size M, {batch} clips" if cuda else f"{len(model.videomamba.layers)} blocks, {batch} clips",
             "milliseconds": float(np.median(times[len(times) // 2 :])),
             "gb": gb,
             "frames": frames,
@@ -645,8 +645,7 @@ def finished(path: Path) -> set[Run]:
     """Runs that are complete in the table; rows of others are taken out of it."""
     if not path.exists():
         return set()
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = all_rows(path)
     done = {Run(row["part"], row["arm"], int(row["seed"])) for row in rows if row["stage"] == "complete"}
     kept = [row for row in rows if Run(row["part"], row["arm"], int(row["seed"])) in done]
     whole = {run.part for run in done} & ALONE.keys()
@@ -690,10 +689,15 @@ def carry_out(runs: Sequence[Run], sizes: Sizes, data: Path, path: Path, at_once
 
 
 # --------------------------------------------------------------------------------------- the plot and the table
+def all_rows(path: Path) -> list[dict[str, str]]:
+    """The table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def ended(path: Path) -> list[dict[str, str]]:
     """Rows with an accuracy, of trainings that came to their end."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["accuracy"]]
+    rows = [row for row in all_rows(path) if row["accuracy"]]
 
     def training(row: dict[str, str]) -> tuple[str, ...]:
         return row["part"], row["arm"], row["seed"], row["stage"], row["frames"]
@@ -733,10 +737,22 @@ def plot(path: Path, target: Path) -> None:
     pictures = [(part, "step") for part in parts]
     if longest := max((int(row["frames"]) for row in rows if row["frames"]), default=0):
         pictures += [("count", "seconds of a film, a frame each"), ("count", f"frames of a film of {longest} seconds")]
-    columns = (len(pictures) + 1) // 2
+    cost = [row for row in all_rows(path) if row["part"] == "cost" and row["gb"] and "CPU" not in row["hardware"]]
+    columns = (len(pictures) + bool(cost) + 1) // 2
     figure, axes = pyplot.subplots(2, columns, figsize=(4.6 * columns, 7.6))
-    for axis in axes.flat[len(pictures) :]:
+    for axis in axes.flat[len(pictures) + bool(cost) :]:
         axis.axis("off")
+    if cost:
+        axis = axes.flat[len(pictures)]
+        seen = [100 * (1 - float(row["arm"].split()[0])) for row in cost]
+        for name, of, each in (("ms a step", "milliseconds", axis), ("GB", "gb", axis.twinx())):
+            dashed = {"color": "tab:orange", "linestyle": "--"} if of == "gb" else {"color": "tab:blue"}
+            each.plot(seen, [float(row[of]) for row in cost], marker=".", label=name, **dashed)
+            each.set_ylim(bottom=0)
+            each.set_ylabel(name)
+            each.legend(fontsize=7, loc="upper left" if of == "gb" else "lower right")
+        axis.set_title(f"masked pre-training, {cost[0]['stage']}")
+        axis.set_xlabel("% of the patches are computed")
     for axis, (part, across) in zip(axes.flat, pictures, strict=False):
         groups: dict[str, dict[int, list[float]]] = {}
         for row in rows:
@@ -757,6 +773,8 @@ def plot(path: Path, target: Path) -> None:
             axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
         if part == "count":
             axis.set_xscale("log", base=2)
+            ticks = sorted({at for group in groups.values() for at in group})
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_xlabel(across)
         axis.set_ylabel("accuracy on unseen clips")
         axis.set_title(part)
