@@ -18,14 +18,14 @@ class VideoMambaConfig(VideoMambaSizes, PreTrainedConfig):
 
     @classmethod
     def preset(cls, size: str, **changes: Any) -> "VideoMambaConfig":
-        """The paper's sizes: "ti", "s", "m" or "b"; `changes` are fields of the configuration.
+        """The paper's sizes: "Ti", "S", "M" or "B", also in small letters; `changes` are fields of the configuration.
 
         Raises:
             ValueError: no such size.
         """
-        if size not in PRESETS:
+        if str(size).lower() not in PRESETS:
             raise ValueError(f"there is no VideoMamba of the size {size!r}: use one of {', '.join(PRESETS)}")
-        layers, width = PRESETS[size]
+        layers, width = PRESETS[str(size).lower()]
         return cls(**{"hidden_size": width, "num_hidden_layers": layers, **changes})
 
     @property

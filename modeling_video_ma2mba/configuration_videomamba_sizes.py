@@ -12,6 +12,7 @@ from .configuration_fields import Fields, positive_int, require
 # What every released checkpoint was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 SCAN_ORDERS = (
     "spatial_first",
     "temporal_first",
@@ -99,8 +100,11 @@ class VideoMambaSizes(Fields):
         self.time_step_range = None if time_step_range is None else list(time_step_range)
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
-        super().__init__(**kwargs)
+        # Before what comes from elsewhere is set, which looks at the number of layers itself.
         self._check()
+        super().__init__(**kwargs)
+        kind = getattr(self, "problem_type", None)
+        require(kind in PROBLEM_TYPES, "problem_type", kind, f"use one of {', '.join(map(str, PROBLEM_TYPES))}")
 
     def _check(self) -> None:
         names = "hidden_size num_hidden_layers state_size expand conv_kernel time_step_rank image_size patch_size"
@@ -119,6 +123,8 @@ class VideoMambaSizes(Fields):
         if (steps := self.time_step_range) is not None:
             fits = len(steps) == 2 and 0 < steps[0] <= steps[1]
             require(fits, "time_step_range", steps, "it needs the smallest and the largest step, both more than 0")
+        spread = self.initializer_range
+        require(spread >= 0, "initializer_range", spread, "a standard deviation is at least 0")
         for name in ("image_mean", "image_std"):
             fits = len(getattr(self, name)) == self.num_channels
             require(fits, name, getattr(self, name), f"it needs one number for each of {self.num_channels} channels")

@@ -236,11 +236,12 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
 
 
 class VideoMambaImageProcessor(BaseImageProcessor):
-    """Clips of frames that somebody else has read: what `pipeline("video-classification")` asks for in transformers
-    before 5.23, which knows no video processors there and takes the first frames of a video.
+    """Pictures for models of pictures, and clips of frames that somebody else has read: what
+    `pipeline("video-classification")` asks for in transformers before 5.23, which knows no video processors there and
+    takes the first frames of a video.
 
     Args:
-        size: side of the square frames that the model takes, in pixels. num_frames: frames of a clip.
+        size: side of the square frames that the model takes, in pixels. num_frames: frames of a clip; 1: of pictures.
     """
 
     model_input_names = ["pixel_values"]
@@ -250,14 +251,20 @@ class VideoMambaImageProcessor(BaseImageProcessor):
         self.size, self.num_frames = size, num_frames
 
     def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        """`pixel_values` uint8 (1, frames, 3, size, size) of one clip: uint8 frames (height, width, 3), sampled as the
-        frames of a video are, so that too few are given again.
+        """Pictures, as PIL has them or uint8 (height, width, 3), one or several, for the model.
+
+        Returns:
+            `pixel_values` uint8 (clips, frames, 3, size, size): every picture is a clip of its own where clips have
+            one frame; else all are one clip, sampled as the frames of a video are, so that too few are given again.
 
         Raises:
             TypeError: an unknown setting.
         """
-        clips = VideoMambaVideoProcessor(size=self.size, num_frames=self.num_frames)
-        return clips.preprocess(np.stack([np.asarray(image) for image in images]), return_tensors, **kwargs)
+        single = hasattr(images, "convert") or getattr(images, "ndim", 4) == 3
+        given = [images] if single else list(images)
+        pictures = [np.asarray(each.convert("RGB") if hasattr(each, "convert") else each) for each in given]
+        clips = [each[None] for each in pictures] if self.num_frames == 1 else np.stack(pictures)
+        return VideoMambaVideoProcessor(self.size, self.num_frames).preprocess(clips, return_tensors, **kwargs)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -392,7 +392,9 @@ def test_wrong_classes_and_settings_are_refused_in_one_line():
     for labels in (torch.tensor([1.0]), torch.tensor([1, 2]), torch.tensor([[1]]), torch.ones(1, 4)):
         with pytest.raises(ValueError, match="labels must be 1 classes, as whole numbers"):
             small_model()(torch.zeros(1, 4, 3, 32, 32), labels=labels)
-    for field, value in (("scan_order", "zigzag"), ("tubelet_size", 3), ("patch_size", 15), ("hidden_size", 0)):
+    assert VideoMambaConfig.preset("Ti").hidden_size == VideoMambaConfig.preset("ti").hidden_size
+    wrong = {"scan_order": "zigzag", "tubelet_size": 3, "patch_size": 15, "hidden_size": 0, "num_hidden_layers": -1}
+    for field, value in (wrong | {"initializer_range": -1, "problem_type": "x"}).items():
         with pytest.raises(ValueError, match=f"{field}={value!r} is not valid"):
             VideoMambaConfig(**{**SMALL, field: value})
     with pytest.raises(ValueError, match="there is no VideoMamba of the size 'xl'"):

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
@@ -135,6 +136,25 @@ def test_pipelines_that_read_frames_themselves_find_a_processor_of_pictures(clas
         pixels = found(given, return_tensors="pt")["pixel_values"]
         video = AutoVideoProcessor.from_pretrained(str(classifier))(np.stack(given), return_tensors="pt")
         assert pixels.shape == (1, 4, 3, 32, 32) and torch.equal(pixels, video["pixel_values"])
+
+
+def test_models_of_pictures_answer_in_transformers_own_pipeline(tmp_path):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, state_size=4, image_size=32, tubelet_size=None)
+    model = VideoMambaForVideoClassification(VideoMambaConfig(**sizes, id2label={0: "cat", 1: "dog"})).eval()
+    model.save_pretrained(tmp_path)
+    VideoMambaVideoProcessor(size=32, num_frames=1).save_pretrained(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), np.uint8)
+    images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1]).convert("RGBA")]
+    found = pipeline("image-classification", model=str(tmp_path))(images, top_k=2)
+    clips = VideoMambaVideoProcessor(size=32, num_frames=1)([each[None] for each in pixels])["pixel_values"]
+    for entries, shares in zip(found, model(clips).logits.softmax(-1).tolist(), strict=True):
+        assert {entry["label"]: entry["score"] for entry in entries} == pytest.approx(
+            dict(zip(("cat", "dog"), shares, strict=True)), rel=1e-4
+        )
+    processor = AutoImageProcessor.from_pretrained(str(tmp_path))
+    for given in (list(pixels), pixels, [Image.fromarray(each) for each in pixels]):
+        assert torch.equal(processor(given)["pixel_values"], clips)
+    assert torch.equal(processor(pixels[0])["pixel_values"], clips[:1])
 
 
 def test_the_command_names_classes(classifier, video_file):
