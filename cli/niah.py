@@ -3,7 +3,7 @@
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,16 +47,10 @@ def niah(
     heatmap.png to --out. Interrupted, the same command continues; with more lengths or depths it extends the grid.
     Several processes (torchrun -m video_ma2mba niah …) share the lengths, and each long video.
     """
-    lengths, places = parse_lengths(frames), parse_depths(depths)
-    if not fps > 0:
-        raise ValueError(f"--fps must be more than 0, not {fps:g}")
+    grid = needle_grid(frames, depths, needles, forms, haystack, fps, seed, distractors)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
     require_matplotlib("the heat map")
-    from video_ma2mba.eval.needle_grid import NeedleGrid, check_haystack
-
-    grid = NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed, distractors)
-    check_haystack(haystack)
     check_loading(model, device, dtype)
     from video_ma2mba.eval.needle_haystack import open_haystack
     from video_ma2mba.eval.needle_report import mean, write_report
@@ -90,6 +84,30 @@ def niah(
     }
     write_report(out, cells, about)
     typer.echo(f"{mean(cells, 'greedy'):.1%} found (chance {mean(cells, 'chance'):.1%}): {out / 'summary.md'}")
+
+
+def needle_grid(
+    frames: str = "100..6000",
+    depths: str = "0..1",
+    needles: int = 5,
+    forms: str = "open",
+    haystack: str = "synthetic",
+    fps: float = 1.0,
+    seed: int = 0,
+    distractors: int = 0,
+) -> Any:
+    """The `NeedleGrid` that these options of `niah` ask for.
+
+    Raises:
+        ValueError, FileNotFoundError: an option that makes no sense, which is named.
+    """
+    from video_ma2mba.eval.needle_grid import NeedleGrid, check_haystack
+
+    lengths, places = parse_lengths(frames), parse_depths(depths)
+    if not fps > 0:
+        raise ValueError(f"--fps must be more than 0, not {fps:g}")
+    check_haystack(haystack)
+    return NeedleGrid(lengths, places, needles, tuple(form.strip() for form in forms.split(",")), seed, distractors)
 
 
 def parse_numbers(text: str, option: str, points: int) -> list[float]:

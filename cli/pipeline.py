@@ -1,9 +1,11 @@
 """`video-ma2mba pipeline`: several training stages in turn, each measured, and a page about all of them."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +58,7 @@ def pipeline(
     if plan.output_dir.exists() and not plan.output_dir.is_dir():
         raise ValueError(f"output_dir={plan.output_dir} is a file: name a folder")
     _check_paths(plan)
+    _check_evaluation(plan.evaluation)
     if show:
         _show(plan)
         return
@@ -68,8 +71,9 @@ def pipeline(
         from video_ma2mba.loading import join_ranks
         from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
         from video_ma2mba.trainer.pipeline_report import write_report
-        from video_ma2mba.trainer.pipeline_run import Runs, check_data
+        from video_ma2mba.trainer.pipeline_run import Runs, check_data, check_worlds
     quiet_libraries()
+    check_worlds(plan, first)
     join_ranks()
     first_process = ParallelDims.of_run().first
     runs = Runs(plan, lambda model, out: _evaluate(plan.evaluation, model, out), note)
@@ -97,6 +101,54 @@ def _check_paths(plan: Any) -> None:
                 if not isinstance(source, dict):
                     missing = "no such file or folder (and it is no data set id such as owner/name)"
                     check_path_or_id(str(source), f"stage {stage}: {source}: {missing}")
+
+
+def _check_evaluation(wanted: dict[str, Any]) -> None:
+    """Refuse what cannot be measured before anything trains, as far as that can be told."""
+    from video_ma2mba.trainer.pipeline_settings import settings_of
+    from video_ma2mba.trainer.setting_names import check_settings
+
+    from .eval import evaluate
+    from .niah import needle_grid, niah
+
+    known: dict[str, dict[str, Any]] = {"world": settings_of("accuracy.py", "WorldAccuracy", ("model", "out"))}
+    for kind, command in (("needles", niah), ("benchmarks", evaluate)):
+        own = [one for one in inspect.signature(command).parameters.values() if one.name not in ("model", "out")]
+        known[kind] = {one.name: one.annotation.__origin__ for one in own}
+    for kind, options in known.items():
+        given = dict(wanted.get(kind) or {})
+        try:
+            given = check_settings(_written(given) if kind != "world" else given, options)
+            check_loading(None, str(given.get("device") or "auto"), str(given.get("dtype") or "auto"))
+            if kind == "needles" and given:
+                of_grid = inspect.signature(needle_grid).parameters
+                needle_grid(**{name: value for name, value in given.items() if name in of_grid})
+            if kind == "world" and given:
+                from video_ma2mba.world.dataset import parse_frames
+
+                for frames in _listed(given.get("frames", "8..64")):
+                    parse_frames(frames)
+            if kind == "benchmarks" and given:
+                from video_ma2mba.eval.benchmarks import expand
+                from video_ma2mba.eval.frames_sweep import frame_counts
+                from video_ma2mba.eval.harness import check_tasks
+
+                check_tasks(expand(given.get("tasks") or ""), given.get("include") or [])
+                frame_counts(given.get("frames_sweep") or "max")
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"evaluation.{kind}: {error}") from None
+
+
+def _written(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a command line has them: lists, and what may be one, are texts with commas; folders are not."""
+    texts = [name for name, value in options.items() if isinstance(value, list) and name != "include"]
+    texts += [name for name in ("frames", "depths", "frames_sweep") if name in options]
+    return {name: ",".join(_listed(value)) if name in texts else value for name, value in options.items()}
+
+
+def _listed(value: Any) -> list[str]:
+    """A list, or what stands for one of it, as texts."""
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 
 def _show(plan: Any) -> None:
@@ -150,9 +202,7 @@ def _evaluate(wanted: dict[str, Any], model: str, out: Path) -> dict[str, Any]:
     if wanted.get("world"):
         from video_ma2mba.world.accuracy import WorldAccuracy, measure
 
-        given = dict(wanted["world"])
-        frames = given.pop("frames", ["8..64"])
-        given["frames"] = [str(count) for count in (frames if isinstance(frames, list) else [frames])]
+        given = {**wanted["world"], "frames": _listed(wanted["world"].get("frames", "8..64"))}
         out.mkdir(parents=True, exist_ok=True)
         table = measure(WorldAccuracy(**{**given, "model": model, "out": str(out / "world.csv")}))
         found["world"] = [
@@ -194,16 +244,24 @@ def _command(verb: str, options: dict[str, Any]) -> None:
     if verb == "niah" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         from .niah import niah
 
-        texts = {name: str(options[name]) for name in ("frames", "depths") if name in options}
-        niah(**{**options, **texts})
+        niah(
+            **{
+                **_written(options),
+                **{
+                    name: str(options[name])
+                    for name in ("frames", "depths")
+                    if name in options and not isinstance(options[name], list)
+                },
+            }
+        )
         return
     words = [sys.executable, "-m", "video_ma2mba", verb]
-    for name, value in options.items():
+    for name, value in _written(options).items():
         option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
         elif value is not None and value is not False:
-            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            words += [word for one in _listed(value) for word in (option, one)]
     alone = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
     if (code := subprocess.run(words, env=alone, stdout=sys.stderr).returncode) != 0:
         raise RuntimeError(f"`video-ma2mba {verb}` ended with exit code {code}; its own messages are above")

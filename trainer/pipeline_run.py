@@ -204,6 +204,31 @@ class Runs:
         return read_json(file)
 
 
+def check_worlds(pipeline: Pipeline, first: int) -> None:
+    """Refuse what makes no sense about the rendered world: settings of runs from `first` on, and of what is measured.
+
+    Raises:
+        ValueError: a setting, and of which stage.
+    """
+    from ..world.accuracy import WorldAccuracy
+    from ..world.train import WorldTraining
+
+    if wanted := pipeline.evaluation.get("world"):
+        try:
+            WorldAccuracy(**{**wanted, "model": "", "out": ""})
+        except ValueError as error:
+            raise ValueError(f"evaluation.world: {error}") from None
+    for run in pipeline.runs[first:]:
+        if not run.world:
+            continue
+        try:
+            made = WorldTraining(**{**run.content, "out": ""})
+        except ValueError as error:
+            raise ValueError(f"stage {run.title}: {error}") from None
+        if made.steps is None and made.max_seconds is None:
+            raise ValueError(f"stage {run.title}: it would never end: give it steps or max_seconds")
+
+
 def check_data(pipeline: Pipeline, first: int, tell: Callable[[str], None]) -> None:
     """Read some rows of the data of every run from `first` on, as training would.
 

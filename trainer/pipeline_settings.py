@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .recipe_files import SMOKE, laid_over, parse_overrides, read_yaml, shipped_in
-from .setting_names import check_recipe, fields_of
+from .setting_names import check_recipe, check_settings, fields_of
 
 PIPELINES = Path(__file__).with_name("pipelines")
 RENDERED = "rendered"
@@ -101,8 +101,7 @@ def read_pipeline(source: str | os.PathLike[str], overrides: Sequence[str] = (),
         raise ValueError(f"{source} names no stages: `stages: {{NAME: {{recipe: ...}}}}`")
     own = _own(parse_overrides(overrides), list(stages))
     content |= own.pipeline
-    content["evaluation"] = evaluation = _merged(content.get("evaluation") or {}, own.evaluation)
-    _known(evaluation, _EVALUATIONS, "evaluation")
+    content["evaluation"] = evaluation = _evaluation(content.get("evaluation"), own.evaluation)
     check = content.get("check", _CHECKED)
     if isinstance(check, bool) or not isinstance(check, int) or check < 0:
         raise ValueError(f"check={check} is not valid: it must be a number of rows, 0 for none")
@@ -217,6 +216,21 @@ def _order(given: Any, names: list[str]) -> list[list[str]]:
     return order
 
 
+def _evaluation(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is measured, by kind."""
+    if not isinstance(given or {}, Mapping):
+        raise ValueError(f"evaluation={given}: give kinds of it, evaluation.KIND.OPTION=...")
+    evaluation = _merged(given or {}, own)
+    _known(evaluation, _EVALUATIONS, "evaluation")
+    start, *kinds = _EVALUATIONS
+    if evaluation.get(start) not in (None, True, False):
+        raise ValueError(f"evaluation.{start}={evaluation[start]} is not valid: it must be true or false")
+    for kind in kinds:
+        if evaluation.get(kind) and not isinstance(evaluation[kind], Mapping):
+            raise ValueError(f"evaluation.{kind}={evaluation[kind]}: give its options, evaluation.{kind}.OPTION=...")
+    return evaluation
+
+
 def _runs(
     group: list[str], stages: Mapping[str, Any], common: Mapping[str, Any], own: _Own, smoke: bool
 ) -> list[StageRun]:
@@ -228,7 +242,12 @@ def _runs(
     if "world" in stage:
         settings = {key: value for key, value in stage.items() if key not in _STAGE_KEYS}
         content = {**common, **stage["world"], **settings, **own.settings, **own.stages[group[-1]]}
-        _known(content, _world_settings(), f"stage {group[-1]}")
+        known = _world_settings()
+        _known(content, list(known), f"stage {group[-1]}")
+        try:
+            content = check_settings(content, known)
+        except ValueError as error:
+            raise ValueError(f"stage {group[-1]}: {error}") from None
         if len(group) > 1:
             raise ValueError(f"{'&'.join(group)}: stages of the rendered world are not mixed; give them other kinds")
         return [StageRun(tuple(group), numbers, "", content, True)]
@@ -259,10 +278,15 @@ def _runs(
     return runs
 
 
-def _world_settings() -> tuple[str, ...]:
-    """Names of the settings of `world.train`, without importing it."""
-    found = fields_of(Path(__file__).parents[1] / "world" / "train.py", "WorldTraining", [])
-    return tuple(name for name in found or {} if name not in ("out", "resume", "start_from"))
+def _world_settings() -> dict[str, str]:
+    """The settings of `world.train` with their types, without importing it."""
+    return settings_of("train.py", "WorldTraining", ("out", "resume", "start_from"))
+
+
+def settings_of(file: str, name: str, without: Sequence[str]) -> dict[str, str]:
+    """Fields of a data class in a file of `world`, with their types, without importing it."""
+    found = fields_of(Path(__file__).parents[1] / "world" / file, name, []) or {}
+    return {key: kind for key, kind in found.items() if key not in without}
 
 
 def _data(stages: Mapping[str, Any], common: Mapping[str, Any], own: _Own, name: str, smoke: bool) -> Any:

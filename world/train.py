@@ -23,8 +23,11 @@ from transformers import HfArgumentParser, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_video_ma2mba.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..modeling_video_ma2mba.recompute_plan import parse_bytes
 from ..modeling_video_ma2mba.vision_features import encode_frames
 from ..processing.frame_times import TIME_TOKENS
+from ..trainer.parameter_groups import ORDER
+from ..trainer.setting_names import BUNDLED
 from ..trainer.training_clock import ENDLESS, TrainingClock
 from ..trainer.training_config import VideoMa2mbaTrainingConfig
 from ..trainer.video_trainer import VideoMa2mbaTrainer
@@ -37,6 +40,8 @@ from .stretch import StretchedTrainer
 from .tokenizer import build_world_tokenizer
 from .tower import clips_of, take_tower_, tower_costs, train_tower
 
+TIME_STAMPS = ("text", "learned")
+"""How a model may read times."""
 _SINGLE_PRECISION = ("A_log", "D", "dt_bias")  # what decides how long is remembered stays in fp32
 
 
@@ -105,8 +110,30 @@ class WorldTraining:
         if self.tower not in TOWERS:
             raise ValueError(f"tower={self.tower!r}: must be one of {', '.join(TOWERS)}.")
         self.frame_range = parse_frames(self.frames)
-        if not 0 <= self.shorter <= 1:
-            raise ValueError(f"shorter={self.shorter}: must be a share from 0 to 1.")
+        for name in ("shorter", "variety", "streams"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a share from 0 to 1.")
+        for name in ("ramp", "decay_from"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: must be a share of training, more than 0 and at most 1."
+                )
+        for name in ("state", "head", "steps", "tokens_per_batch", "questions", "eval_videos", "max_seconds"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name}={value}: must be more than 0.")
+        for name in ("workers", "seed", "warmup_steps", "learning_rate", "begins"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be less than 0.")
+        if self.head and 2 * SIZES[self.size].hidden % self.head:
+            raise ValueError(f"head={self.head}: must divide {2 * SIZES[self.size].hidden}, the width of all heads.")
+        for name, known in (("dtype", ("float16", "bfloat16", "float32")), ("times", TIME_STAMPS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(known)}.")
+        if self.train_parts and (odd := set(self.train_parts.replace(" ", "").split(",")) - set(ORDER)):
+            raise ValueError(f"train_parts={self.train_parts}: {', '.join(odd)} is none of {', '.join(ORDER)}.")
+        if self.tower_from not in (None, BUNDLED) and not Path(str(self.tower_from)).is_dir():
+            raise ValueError(f"tower_from={self.tower_from}: no such folder.")
+        parse_bytes(self.memory_budget, "memory_budget")
         self.kind_names = check_kinds(self.kinds.split(","))
 
 

@@ -108,6 +108,9 @@ def test_own_files_lie_over_a_shipped_pipeline(tmp_path: Path):
         (["stages={}"], "stages=... belongs into a file"),
         (["model=m"], "stage alignment names no data: add alignment.train_data="),
         ([*DATA, "context_extension.length=3M"], "length=3M is not valid: this recipe knows 64k"),
+        ([*DATA, "evaluation=5"], "evaluation=5: give kinds of it"),
+        ([*DATA, "evaluation.world=true"], "evaluation.world=True: give its options"),
+        ([*DATA, "evaluation.start=maybe"], "evaluation.start=maybe is not valid: it must be true or false"),
     ],
 )
 def test_mistakes_are_said_in_one_sentence(overrides: list[str], message: str):
@@ -131,6 +134,37 @@ def test_missing_files_and_stages_are_named(tmp_path: Path, tiny_checkpoint: Pat
     assert "is a file: name a folder" in told("--config", "longvila", "--smoke", f"output_dir={tmp_path / 'file'}")
     (tmp_path / "bad.yaml").write_text("stages: {one: {fps: 1}}")
     assert "stage one needs either `recipe: NAME` or `world: {...}`" in told("--config", str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        ("longvila", "evaluation.world.frame=8", "evaluation.world: 'frame' is no setting: do you mean 'frames'"),
+        ("longvila", "evaluation.world.frames=8..", "evaluation.world: frames '8..': give a number or a range"),
+        ("longvila", "evaluation.world.per_kind=0", "evaluation.world: per_kind=0: must be at least 1"),
+        ("longvila", "evaluation.world.device=gpu", "evaluation.world: --device gpu is unknown"),
+        ("longvila", "evaluation.needles.depth=0", "evaluation.needles: 'depth' is no setting"),
+        ("longvila", "evaluation.needles.frames=[8, x]", "evaluation.needles: --frames 8,x: write numbers"),
+        ("longvila", "evaluation.needles.needles=99", "evaluation.needles: --needles 99: at most 24"),
+        ("longvila", "evaluation.needles.haystack=a.mp4", "evaluation.needles: --haystack a.mp4: no such video file"),
+        ("longvila", "evaluation.benchmarks.tasks=[]", "evaluation.benchmarks: --tasks '' names no task"),
+        ("longvila_world", "short_sft.steps=abc", "stage short_sft: steps=abc is not valid: it must be a number"),
+        ("longvila_world", "long_sft.frames=64..8", "stage long_sft: frames '64..8': must be 1 <= shortest"),
+        ("longvila_world", "long_sft.memory_budget=10XB", "stage long_sft: memory_budget='10XB' is not a size"),
+        ("longvila_world", "long_sft.train_parts=head", "train_parts=head: head is none of lm, projector, vision"),
+        ("longvila_world", "long_sft.ramp=0", "stage long_sft: ramp=0: must be a share of training"),
+        ("longvila_world", "alignment.head=7", "stage alignment: head=7: must divide 768"),
+        ("longvila_world", "alignment.max_seconds=null", "stage alignment: it would never end: give it steps or"),
+        ("longvila_world", "alignment.tower_from=x", "stage alignment: tower_from=x: no such folder"),
+    ],
+)
+def test_mistakes_are_told_before_anything_trains(config: str, override: str, message: str, tmp_path: Path):
+    given = ["--smoke"] if config == "longvila" else []
+    done = CliRunner().invoke(
+        app, ["pipeline", "--config", config, *given, f"output_dir={tmp_path / 'out'}", override]
+    )
+    assert done.exit_code == 2 and message in done.output, done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_show_tells_what_each_stage_will_do(tiny_checkpoint: Path, tmp_path: Path):
@@ -300,7 +334,10 @@ def test_each_stage_hands_over_what_it_trained_and_only_that(killed: Path):
 
 
 def test_the_rendered_world_has_the_same_stages():
-    plan = read_pipeline("longvila_world", ["seed=3", "context_extension.frames=64..128"])
+    plan = read_pipeline("longvila_world", ["seed=3", "context_extension.frames=64..128", "alignment.frames=8"])
+    assert plan.runs[0].content["frames"] == "8"
+    exact = read_pipeline("longvila_world", ["learning_rate=6e-4"])  # which YAML takes for a text
+    assert [run.content["learning_rate"] for run in exact.runs] == [6e-4] * 5
     assert plan.model is None and [run.stages for run in plan.runs] == [(name,) for name in STAGES]
     parts = [run.content.get("train_parts") for run in plan.runs]
     assert parts == ["projector", "lm,projector", None, "lm", "lm,projector"]
