@@ -5,6 +5,7 @@ stage 2 (after a checkpoint), the second while the adapters of stage 4 are being
 has made is measured; the fourth ends by itself. Every micro-batch is written to FOLDER/steps.txt.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -39,7 +40,12 @@ def run(out: Path, where: str, arguments: list[str]) -> None:
     accuracy._BLOCK = 4
     needle_report.draw_heatmap = lambda *_: None  # costs more than all the rest of a measurement
     train_run._merged = lambda *given: die() if where == "merge" else merge(*given)
-    niah.niah = lambda **given: die() if where == "measure" and "5_" in str(given["out"]) else find(**given)
+
+    @functools.wraps(find)  # its options are looked at
+    def measured(**given) -> None:
+        die() if where == "measure" and "5_" in str(given["out"]) else find(**given)
+
+    niah.niah = measured
     try:
         main.app(["pipeline", "--config", "longvila", "--smoke", f"output_dir={out}", *arguments])
     except SystemExit as ended:
