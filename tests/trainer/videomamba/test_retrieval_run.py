@@ -103,7 +103,7 @@ def test_it_learns_sixteen_pairs_by_heart(sixteen, tmp_path, monkeypatch):
         "num_frames: 2, time_step_range: [0.001, 0.1], initializer_range: 0.15}",
         "text_config={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, "
         "hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0, initializer_range: 0.1}",
-        "mlm_weight=0",
+        *("mlm_weight=0", "seed=1"),
         smoke=True,
     )
     trainer = build_trainer(recipe, args)
