@@ -189,7 +189,8 @@ def read_source(
             import datasets
 
             found = datasets.load_from_disk(str(path))
-            return dataset(found[split] if isinstance(found, dict) else found, base or path, str(path))
+            one = found[_split_among(found, split, source)] if isinstance(found, dict) else found
+            return dataset(one, base or path, str(path))
         lists = (path / f"{name}{suffix}" for name in names_of_split(split) for suffix in LIST_SUFFIXES)
         if (found := next((each for each in lists if each.is_file()), None)) is not None:
             return file(found, base or path, split)
@@ -199,7 +200,9 @@ def read_source(
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         import datasets
 
-        return dataset(datasets.load_dataset(str(source), split=split), base, str(source))
+        there = datasets.get_dataset_split_names(str(source))
+        one = datasets.load_dataset(str(source), split=_split_among(there, split, source))
+        return dataset(one, base, str(source))
     raise FileNotFoundError(f"{source}: no such file or folder (and it is no data set id such as owner/name)")
 
 
@@ -229,6 +232,14 @@ def _from_folder(folder: Path, split: str) -> Iterable[ClipRow]:
 def names_of_split(split: str) -> tuple[str, ...]:
     """How else `split` is called."""
     return next((names for names in SPLITS.values() if split in names), (split,))
+
+
+def _split_among(there: Iterable[str], split: str, source: Any) -> str:
+    """How a data set calls `split`; ValueError where it has none."""
+    found = next((name for name in names_of_split(split) if name in there), None)
+    if found is None:
+        raise ValueError(f"{source} has the splits {', '.join(there)}: there is no {split} among them")
+    return found
 
 
 def folder_of_split(folder: Path, split: str) -> Path:

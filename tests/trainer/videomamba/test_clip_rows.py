@@ -126,6 +126,10 @@ def test_folders_of_frames_folders_of_classes_and_data_sets(tmp_path):
     assert found.rows[0].open()["bytes"] and found.rows[0].name == "row 0"
     data.save_to_disk(str(tmp_path / "saved"))
     assert load_clip_rows(tmp_path / "saved").classes == ("no", "yes")
+    datasets.DatasetDict({"train": data, "validation": data}).save_to_disk(str(tmp_path / "both"))
+    assert len(load_clip_rows(tmp_path / "both", split="val")) == 2
+    with pytest.raises(ValueError, match="both has the splits train, validation: there is no test among them"):
+        load_clip_rows(tmp_path / "both", split="test")
 
 
 def test_mistakes_are_said_in_one_sentence(tmp_path):
