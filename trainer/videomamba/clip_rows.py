@@ -200,9 +200,13 @@ def read_source(
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         import datasets
 
-        there = datasets.get_dataset_split_names(str(source))
-        one = datasets.load_dataset(str(source), split=_split_among(there, split, source))
-        return dataset(one, base, str(source))
+        for name in names_of_split(split):
+            try:
+                return dataset(datasets.load_dataset(str(source), split=name), base, str(source))
+            except ValueError as error:
+                if "Unknown split" not in str(error):
+                    raise
+        raise ValueError(f"{source} has no split {' or '.join(names_of_split(split))}")
     raise FileNotFoundError(f"{source}: no such file or folder (and it is no data set id such as owner/name)")
 
 
