@@ -37,8 +37,12 @@ WITHOUT_TORCH = {
     "modeling_video_ma2mba.vision_siglip",
     "modeling_video_ma2mba.vision_towers",
     "modeling_video_ma2mba.vision_videomamba",
+    "processing.frame_fitting",
     "processing.frame_sampling",
     "processing.frame_times",
+    "processing.mp4_index",
+    "processing.video_clean_starts",
+    "processing.video_decoding",
     "processing.video_source_names",
     "processing.video_subtitles",
 }

@@ -15,24 +15,68 @@ from video_ma2mba import BUNDLED_CHECKPOINT
 if TYPE_CHECKING:
     from video_ma2mba import VideoQuestionAnsweringPipeline
 
+_KINDS = {
+    "video_ma2mba": "Video-Ma2mba model",
+    "videomamba": "VideoMamba classifier",
+    "videomamba_retrieval": "retrieval model of VideoMamba",
+}
+_RELEASED = "llava_mamba"  # is converted into the first kind
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def check_loading(model: str | None, device: str = "auto", dtype: str = "auto", times: bool = False) -> None:
+def check_loading(
+    model: str | None, device: str = "auto", dtype: str = "auto", times: bool = False, kind: str | None = None
+) -> None:
     """Refuse what cannot be loaded before torch and transformers are imported, which takes seconds.
 
     Args:
         times: the model will be asked for times.
+        kind: `model_type` that a directory must hold, with its weights; None is any, and its weights are not needed.
 
     Raises:
-        FileNotFoundError: there is no such model. ValueError: a name of a model, device or type that means nothing;
-            times of a directory's model that never learnt them.
+        FileNotFoundError: there is no such model, or it has no weights. ValueError: a name of a model, device or type
+            that means nothing; a directory's damaged files, or model of another kind; times that it never learnt.
     """
     folder = _named_folder(model)
+    if model is not None and os.path.isdir(folder):
+        _check_folder(Path(folder), kind)
     if times:
         _check_times(Path(folder, "processor_config.json"))
     _check_device(device)
     _dtype_name(dtype)
+
+
+def _check_folder(folder: Path, kind: str | None) -> None:
+    """Refuse a directory whose files are damaged, whose model is of another kind, or that lacks weights."""
+    fields = _json_of(folder / "config.json")
+    if not isinstance(fields, dict) or not fields.get("model_type"):
+        raise ValueError(f"{folder / 'config.json'} names no model_type: this is no model that transformers loads")
+    if kind and fields["model_type"] not in (kind, _RELEASED):
+        raise ValueError(f"{folder} holds a model of the type {fields['model_type']}, not a {_KINDS[kind]}")
+    for file in sorted(folder.glob("*.json")):
+        _json_of(file)
+    if kind is None:
+        return
+    if kind == "video_ma2mba" and fields["model_type"] == kind and not any(folder.glob("*processor_config.json")):
+        raise FileNotFoundError(f"{folder} holds no processor_config.json: save the processor beside the model")
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, or pytorch_model.bin)")
+    for file in weights:
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or was not copied to its end: {error}") from None
+
+
+def _json_of(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged, it is not JSON: {error}") from None
 
 
 def _check_times(file: Path) -> None:
@@ -208,6 +252,8 @@ def load_pipeline(
     Raises:
         FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
     """
+    import transformers  # noqa: F401 (before torch: half of it needs none, and runs while torch's library is loaded)
+
     source = resolve_model(model)
     picked = pick_device(device)
 
@@ -240,6 +286,8 @@ def load_classifier(
     Raises:
         FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
     """
+    import transformers  # noqa: F401 (before torch, as above)
+
     source = resolve_model(model)
     picked = pick_device(device)
 

@@ -84,7 +84,7 @@ def ask(
     generated, for several videos with the video's name in front; progress and figures go to standard error. Of several
     videos, those that cannot be read stop nothing, and the exit code is 1.
     """
-    check_loading(model, device, dtype, times)
+    check_loading(model, device, dtype, times, "video_ma2mba")
     videos, questions = split_words(words, context.meta.get(_BEHIND))
     several = len(videos) > 1
     if as_json and not questions:

@@ -32,7 +32,7 @@ def classify(
 
     Of several videos, those that cannot be read stop nothing, and the exit code is 1.
     """
-    check_loading(model, device, dtype)
+    check_loading(model, device, dtype, kind="videomamba")
     several, failed = len(videos) > 1, 0
     for video in videos:
         if not several:

@@ -92,7 +92,7 @@ def evaluate(
     given |= {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
     _require_packages()
     if replay is None:
-        check_loading(model, device, dtype)
+        check_loading(model, device, dtype, kind="video_ma2mba")
     from video_ma2mba.eval.benchmarks import BENCHMARKS, expand, refuse_unjudged
     from video_ma2mba.eval.harness import check_tasks, prepare_environment, quiet_harness
     from video_ma2mba.loading import join_ranks

@@ -3,10 +3,14 @@
 The functions behind it are those of `video_ma2mba.loading`.
 """
 
+import ctypes
 import gc
+import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -21,7 +25,7 @@ __all__ = ["load_classifier", "load_pipeline", "pick_device", "pick_dtype", "res
 
 def load_pipeline(model: str | None = None, device: str = "auto", dtype: str = "auto", **settings: Any) -> Any:
     """`video_ma2mba.loading.load_pipeline`, for a command."""
-    loading.check_loading(model, device, dtype)
+    loading.check_loading(model, device, dtype, kind="video_ma2mba")
     with while_loading():
         pipe = loading.load_pipeline(model, device=device, dtype=dtype, **settings)
     step(
@@ -39,6 +43,8 @@ def while_loading() -> Iterator[None]:
     shown = sys.stderr.isatty() and verbosity() >= 0
     if shown:
         typer.echo("loading …", err=True, nl=False)
+    if "torch" not in sys.modules:
+        threading.Thread(target=_load_torch_library, daemon=True).start()
     gc.disable()
     try:
         yield
@@ -47,3 +53,12 @@ def while_loading() -> Iterator[None]:
         gc.enable()
         if shown:
             typer.echo("\r         \r", err=True, nl=False)
+
+
+def _load_torch_library() -> None:
+    """Load the library that `import torch` spends a fifth of a second on, holding up every other import meanwhile."""
+    found = importlib.util.find_spec("torch")
+    name = {"linux": "libtorch.so", "darwin": "libtorch.dylib"}.get(sys.platform)
+    if found is not None and found.origin and name:
+        with suppress(OSError):  # where it is built otherwise, importing it finds its libraries by itself
+            ctypes.CDLL(str(Path(found.origin).with_name("lib") / name))

@@ -12,7 +12,7 @@ from video_ma2mba.loading import check_loading, shared_run
 from .ask import reading_progress
 from .errors import masked
 from .loading import load_pipeline
-from .options import Device, Dtype, Model, TrustRemoteCode
+from .options import Device, Dtype, Model, TrustRemoteCode, check_video
 from .run_facts import command_line, require_matplotlib, run_facts
 from .terminal import note
 
@@ -51,7 +51,9 @@ def niah(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
     require_matplotlib("the heat map")
-    check_loading(model, device, dtype)
+    if haystack != "synthetic":
+        check_video(haystack, {})
+    check_loading(model, device, dtype, kind="video_ma2mba")
     from video_ma2mba.eval.needle_haystack import open_haystack
     from video_ma2mba.eval.needle_report import mean, write_report
     from video_ma2mba.eval.needle_search import measure

@@ -74,10 +74,22 @@ def check_video(video: str, frames: dict[str, Any]) -> None:
     Raises:
         FileNotFoundError, ValueError: as when it is read.
     """
-    from video_ma2mba.processing.video_source_names import check_source
+    from video_ma2mba.processing.video_source_names import (
+        IMAGE_SUFFIXES,
+        check_source,
+        is_address,
+        local_path,
+        shown_name,
+    )
 
     check_source(video)
     check_frames(frames)
+    if is_address(video) or local_path(video).is_dir() or local_path(video).suffix.lower() in IMAGE_SUFFIXES:
+        return
+    from video_ma2mba.processing.video_decoding import open_stream
+
+    with open_stream(local_path(video), shown_name(video)):
+        pass
 
 
 def check_frames(frames: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def retrieve(
         raise ValueError("give a TEXT to look for, or --captions FILE, or --recall LIST: one of them")
     if not model:
         raise ValueError("--model is missing: name a retrieval model, such as one that `train` made")
-    check_loading(model, device, dtype)
+    check_loading(model, device, dtype, kind="videomamba_retrieval")
     if videos is not None and not videos.exists():
         raise FileNotFoundError(f"--videos {videos}: no such file or folder")
     if recall is not None:

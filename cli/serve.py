@@ -61,7 +61,7 @@ def serve(
 
     if max_states_gb is not None and not max_states_gb > 0:
         raise ValueError(f"--max-states-gb must be more than 0, not {max_states_gb:g}")
-    check_loading(model, device, dtype)
+    check_loading(model, device, dtype, kind="video_ma2mba")
     settings = ServerSettings(
         model=resolve_model(model) if workers > 1 else model,  # what has to be converted is converted once
         device=device,

@@ -115,7 +115,7 @@ def append(
 
     check_out_file("--out", out)
     check_state_dtype(state_dtype)
-    check_loading(model, device, dtype)
+    check_loading(model, device, dtype, kind="video_ma2mba")
     summarise(file)
     chosen = chosen_frames(fps, num_frames, start, end, subtitles)
     check_video(video, chosen)
@@ -155,7 +155,7 @@ def read(
     if out.is_file() and not overwrite and not is_written_through(out):
         raise ValueError(f"--out {out} exists: name another file, or pass --overwrite")
     check_state_dtype(state_dtype)
-    check_loading(model, device, dtype)
+    check_loading(model, device, dtype, kind="video_ma2mba")
     chosen = chosen_frames(fps, num_frames, start, end, subtitles)
     check_video(video, chosen)
     with shared_run(device) as (own, group, first):

@@ -11,7 +11,19 @@ import typer
 from video_ma2mba.loading import check_loading
 
 from .loading import load_pipeline
-from .options import TIME, Device, Dtype, Fps, MaxNewTokens, Model, SaveEvery, Times, TrustRemoteCode, check_out_file
+from .options import (
+    TIME,
+    Device,
+    Dtype,
+    Fps,
+    MaxNewTokens,
+    Model,
+    SaveEvery,
+    Times,
+    TrustRemoteCode,
+    check_out_file,
+    check_video,
+)
 from .terminal import echo_json, given_text, note, warn
 
 
@@ -74,8 +86,10 @@ def watch(
 
     from video_ma2mba.streaming.live_sources import find_source
 
-    check_loading(model, device, dtype, times)
+    check_loading(model, device, dtype, times, "video_ma2mba")
     found = find_source(source, follow)
+    if found.kind == "file":
+        check_video(source, {})
     if state is not None:
         from video_ma2mba.modeling_video_ma2mba.state_header import summarise
 

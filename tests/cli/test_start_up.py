@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,28 @@ WRONG = [
     ("ask none.mp4 Hm?", "none.mp4: no such file"),
     ("ask {prose} Hm?", "not a video, or its header is damaged (it holds text)"),
     ("ask {bare} Hm?", "contains no images"),
+    ("ask {cut} Hm?", "cut.mp4: not a video, or its header is damaged"),
+    ("read {sound} --out {folder}/x.state", "sound.wav: there is no video in this file, it contains only audio"),
+    ("watch {cut} --ask Hm?", "header is damaged"),
+    ("where {cut} Hm?", "header is damaged"),
+    ("describe {cut}", "header is damaged"),
+    ("plan --video {cut}", "header is damaged"),
+    ("niah --out {folder}/n --haystack {cut}", "header is damaged"),
+    ("state append {state} {cut}", "header is damaged"),
+    ("ask {video} Hm? --model {models}/other", "holds a model of the type bert, not a Video-Ma2mba model"),
+    ("classify {video} --model {models}/other", "of the type bert, not a VideoMamba classifier"),
+    ("retrieve x --videos {video} --model {models}/other", "of the type bert, not a retrieval model"),
+    ("serve --model {models}/other", "of the type bert, not a Video-Ma2mba model"),
+    ("eval --tasks rendered_world --out {folder}/e --model {models}/other", "of the type bert"),
+    ("batch {queue} {folder}/out.jsonl --model {models}/other", "of the type bert"),
+    ("watch {video} --ask Hm? --model {models}/other", "of the type bert"),
+    ("niah --out {folder}/n --model {models}/nameless", "config.json names no model_type"),
+    ("demo --model {models}/broken", "config.json is damaged, it is not JSON"),
+    ("plan --frames 3 --model {models}/broken", "config.json is damaged, it is not JSON"),
+    ("ask {video} Hm? --model {models}/halved", "tokenizer.json is damaged, it is not JSON"),
+    ("ask {video} Hm? --model {models}/mute", "holds no processor_config.json"),
+    ("ask {video} Hm? --model {models}/weightless", "holds no weights"),
+    ("ask {video} Hm? --model {models}/short", "model.safetensors is damaged, or was not copied to its end"),
     ("describe {prose}", "it holds text"),
     ("batch {queue} {queue}", "is the queue itself"),
     ("convert {bare} --out {folder}/c", "holds no config.json"),
@@ -128,7 +151,26 @@ def told(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
     (folder / "queue.jsonl").write_text(f'{{"video": "{VIDEO}", "question": "Hm?"}}\n')
     (folder / "bare").mkdir()
     (folder / "prose.txt").write_text("Once upon a time\n")
-    names = {"video": VIDEO, "video_folder": VIDEO.parent, "state": OLD_STATE, "folder": folder,
+    (folder / "cut.mp4").write_bytes(VIDEO.read_bytes()[:3000])
+    with wave.open(str(folder / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 800, "NONE", ""))
+        sound.writeframes(bytes(1600))
+    models = folder / "models"
+    ours, processor = '{"model_type": "video_ma2mba"}', {"processor_config.json": "{}"}
+    for name, files in {
+        "other": {"config.json": '{"model_type": "bert"}'},
+        "nameless": {"config.json": "[]"},
+        "broken": {"config.json": '{"model_type":'},
+        "halved": {"config.json": ours, "tokenizer.json": "{"},
+        "mute": {"config.json": ours},
+        "weightless": {"config.json": ours, **processor},
+        "short": {"config.json": ours, **processor, "model.safetensors": "\0" * 7},
+    }.items():
+        (models / name).mkdir(parents=True)
+        for file, text in files.items():
+            (models / name / file).write_text(text)
+    names = {"models": models, "cut": folder / "cut.mp4", "sound": folder / "sound.wav",
+             "video": VIDEO, "video_folder": VIDEO.parent, "state": OLD_STATE, "folder": folder,
              "queue": folder / "queue.jsonl", "bare": folder / "bare", "prose": folder / "prose.txt"}  # fmt: skip
     commands = [*(command for command, _ in WRONG), "state show {state}", "state show {state} --json", *PLANS]
     typed = json.dumps([shlex.split(command.format(**names)) for command in commands])
