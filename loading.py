@@ -210,7 +210,10 @@ def shared_run(device: str = "auto") -> Iterator[tuple[str, Any, bool]]:
     from torch import distributed
 
     yield device, distributed.group.WORLD, ParallelDims.of_run().first
-    distributed.barrier()
+    import torch
+
+    # NCCL warns where it has to guess whose GPU waits.
+    distributed.barrier(device_ids=[torch.cuda.current_device()] if device.startswith("cuda") else None)
     distributed.destroy_process_group()
 
 
