@@ -6,7 +6,11 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 BIN := $(VENV)/bin
 LOCK := requirements.lock
 # torch comes first and alone: its build decides which CUDA packages come along, and those are not in the lock.
-INSTALL = $(BIN)/python -m pip install --quiet --constraint $(LOCK)
+# Python compiles what is imported, when it is: compiling all of every package takes longer than installing it.
+PIP = $(BIN)/python -m pip install --quiet --no-compile
+INSTALL = $(PIP) --constraint $(LOCK)
+# uv takes a fifth of pip's time; pip does it where there is no uv.
+FROM_LOCK = pip install --quiet --no-deps --requirement $(LOCK)
 SOURCES := setup.cfg pyproject.toml $(LOCK)
 
 .PHONY: image image-cuda walk demo test check types compat compat-newest compat-all lock lint format clean
@@ -91,6 +95,6 @@ $(VENV)/.demo: $(SOURCES) $(VENV)/.torch
 
 $(VENV)/.test: $(SOURCES) $(VENV)/.torch
 	@echo "Installing video-ma2mba and what its tests need into $(VENV) (once) ..."
-	$(BIN)/python -m pip install --quiet --no-deps --requirement $(LOCK)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) uv && $(BIN)/python -m uv $(FROM_LOCK) || $(BIN)/python -m $(FROM_LOCK) --no-compile
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@ $(VENV)/.demo
