@@ -71,9 +71,9 @@ def pipeline(
         from video_ma2mba.loading import join_ranks
         from video_ma2mba.modeling_video_ma2mba.parallel_dims import ParallelDims
         from video_ma2mba.trainer.pipeline_report import write_report
-        from video_ma2mba.trainer.pipeline_run import Runs, check_data, check_worlds
+        from video_ma2mba.trainer.pipeline_run import Runs, check_data, check_runs
     quiet_libraries()
-    check_worlds(plan, first)
+    check_runs(plan, first)
     join_ranks()
     first_process = ParallelDims.of_run().first
     runs = Runs(plan, lambda model, out: _evaluate(plan.evaluation, model, out), note)

@@ -204,8 +204,9 @@ class Runs:
         return read_json(file)
 
 
-def check_worlds(pipeline: Pipeline, first: int) -> None:
-    """Refuse what makes no sense about the rendered world: settings of runs from `first` on, and of what is measured.
+def check_runs(pipeline: Pipeline, first: int) -> None:
+    """Refuse settings of runs from `first` on that make no sense, before any of them begins, and likewise what is
+    measured on the rendered world.
 
     Raises:
         ValueError: a setting, and of which stage.
@@ -219,14 +220,22 @@ def check_worlds(pipeline: Pipeline, first: int) -> None:
         except ValueError as error:
             raise ValueError(f"evaluation.world: {error}") from None
     for run in pipeline.runs[first:]:
-        if not run.world:
-            continue
         try:
+            if not run.world:
+                named = {"train_data": _named(run), "model": "", "output_dir": str(pipeline.output_dir)}
+                build_recipe({**run.content, **named})
+                continue
             made = WorldTraining(**{**run.content, "out": ""})
+            if made.steps is None and made.max_seconds is None:
+                raise ValueError("it would never end: give it steps or max_seconds")
         except ValueError as error:
             raise ValueError(f"stage {run.title}: {error}") from None
-        if made.steps is None and made.max_seconds is None:
-            raise ValueError(f"stage {run.title}: it would never end: give it steps or max_seconds")
+
+
+def _named(run: StageRun) -> Any:
+    """What a run names as data; kinds of rendered data stand for themselves."""
+    data = [part for _, source in run.sources for part in (source if isinstance(source, list) else [source])]
+    return data if len(data) > 1 else data[0]
 
 
 def check_data(pipeline: Pipeline, first: int, tell: Callable[[str], None]) -> None:

@@ -254,8 +254,10 @@ def _runs(
     mixed = stage.get("mixed_with") or []
     mixed = [_stage(str(name), list(stages)) for name in ([mixed] if isinstance(mixed, str | int) else mixed)]
     others = list(dict.fromkeys([*group[:-1], *mixed]))
-    runs = []
-    for part in stage.get("parts") or [{}]:
+    runs, parts = [], stage.get("parts") or [{}]
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"stage {group[-1]}: parts={parts}: give a list of settings, such as [{{length: 64k}}]")
+    for part in parts:
         given = _settings(stage, part, common, own, group[-1])
         if "resume" in given:
             raise ValueError(f"stage {group[-1]}: resume is always on: the same command goes on where it was")
@@ -275,6 +277,9 @@ def _runs(
         word = next((f"{value}" for value in part.values()), "")
         check_recipe({**content, "train_data": "given", "model": "given", "output_dir": "given"})
         runs.append(StageRun(tuple(group), numbers, word, content, sources=tuple(sources)))
+    if len(parts) > 1 and (same := {key for part in parts for key in part} & set(own.stages[group[-1]])):
+        name, key = group[-1], min(same)
+        raise ValueError(f"stage {name}: its parts differ in {key}: give {name}.parts='[{{{key}: …}}]'")
     return runs
 
 

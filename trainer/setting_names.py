@@ -31,6 +31,14 @@ def check_data_file(path: Path, name: str) -> None:
         raise ValueError(f"{name}: a file of training data must end in {', '.join(DATA_SUFFIXES)}")
 
 
+def check_shares(shares: Any, sources: int) -> None:
+    """ValueError unless `shares` are numbers above 0, one for each of the sources."""
+    if not isinstance(shares, list | tuple) or not all(isinstance(s, int | float) and s > 0 for s in shares):
+        raise ValueError(f"train_shares={shares} is not valid: it must be a list of numbers above 0")
+    if len(shares) != sources:
+        raise ValueError(f"train_shares={shares} has {len(shares)} numbers for {sources} sources: give one each")
+
+
 _LEAST = {  # what other packages say late, in words of their own, or not at all
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,

@@ -104,13 +104,9 @@ def build_trainer(recipe: Recipe, args: VideoMa2mbaTrainingConfig, smoke: bool =
         options["streaming"] = recipe.streaming
         if isinstance(data, list) and (recipe.train_shares is not None or (recipe.streaming and len(data) > 1)):
             train = mix([load_training_data(one, **options) for one in data], recipe.train_shares, args.seed)
-        elif recipe.train_shares is not None:
-            raise ValueError("train_shares is for several sources: give train_data a list, or leave it out")
         else:
             train = load_training_data(data, **options)
         if recipe.shuffle_buffer:
-            if not recipe.streaming:
-                raise ValueError("shuffle_buffer is for data that streams: other data is shuffled whole")
             train = train.shuffle(seed=args.seed, buffer_size=recipe.shuffle_buffer)
         options["streaming"] = False
         held_out = None

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 
 from ...files.text_files import check_text, open_text, parse_json, read_json, text_lines
 from ...processing.video_source_names import local_path, shown_name
-from ..setting_names import DATA_SUFFIXES, TEXT_SUFFIXES, check_data_file
+from ..setting_names import DATA_SUFFIXES, TEXT_SUFFIXES, check_data_file, check_shares
 from .canonical import MEDIA_COLUMNS, broken_row, canonical_row, features, merge_neighbours
 from .dataset_rows import from_dataset, merge_groups
 from .row_formats import COLUMNS, Row, detect_format
@@ -78,12 +78,7 @@ def mix(parts: Sequence[Dataset | IterableDataset], shares: Sequence[float] | No
         ValueError: shares that are none, or not one for each data set.
     """
     if shares is not None:
-        if not isinstance(shares, list | tuple) or not all(isinstance(s, int | float) and s > 0 for s in shares):
-            raise ValueError(f"train_shares={shares} is not valid: it must be a list of numbers above 0")
-        if len(shares) != len(parts):
-            raise ValueError(
-                f"train_shares={shares} has {len(shares)} numbers for {len(parts)} sources: give one each"
-            )
+        check_shares(shares, len(parts))
         shares = [share / sum(shares) for share in shares]
     return datasets.interleave_datasets(
         list(parts), probabilities=shares, seed=seed, stopping_strategy="all_exhausted_without_replacement"
