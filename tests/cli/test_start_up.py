@@ -55,7 +55,7 @@ WRONG = [
     ("eval --tasks activitynetqa --out {folder}/e", "--no-judge"),
     ("ask {video} ''", "a question is empty"),
     ("ask {video} Hm? --model none", "none does not exist"),
-    ("ask {video} Hm? --times", "never learnt times"),
+    ("ask {video} Hm? --times --model {untimed}", "never learnt times"),
     ("ask {video} Hm? --device tpu", "--device tpu is unknown"),
     ("ask {video} Hm? --dtype int3", "--dtype int3 is unknown"),
     ("ask {video} Hm? --start 5 --end 2", "must come before end"),
@@ -169,7 +169,12 @@ def told(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
         (models / name).mkdir(parents=True)
         for file, text in files.items():
             (models / name / file).write_text(text)
-    names = {"models": models, "cut": folder / "cut.mp4", "sound": folder / "sound.wav",
+    (untimed := folder / "untimed").mkdir()
+    for file in (ROOT / "bundled").glob("*.json"):
+        kept = {name: value for name, value in json.loads(file.read_text()).items() if name[:11] != "frame_times"}
+        (untimed / file.name).write_text(json.dumps(kept))
+    (untimed / "model.safetensors").symlink_to(ROOT / "bundled" / "model.safetensors")
+    names = {"untimed": untimed, "models": models, "cut": folder / "cut.mp4", "sound": folder / "sound.wav",
              "video": VIDEO, "video_folder": VIDEO.parent, "state": OLD_STATE, "folder": folder,
              "queue": folder / "queue.jsonl", "bare": folder / "bare", "prose": folder / "prose.txt"}  # fmt: skip
     commands = [*(command for command, _ in WRONG), "state show {state}", "state show {state} --json", *PLANS]

@@ -177,10 +177,12 @@ def test_bad_input_is_one_line_and_code_2(tiny_checkpoint, tiny_video, options: 
 
 @pytest.mark.bundled
 def test_the_card_is_found_in_an_example_video():
-    """The video shows its card in the first second."""
+    """The video shows its card in the sixth second."""
     from video_ma2mba.loading import load_pipeline
 
     pipe = load_pipeline(None, device="cpu")
-    found = relevance(pipe.model, pipe.processor, EXAMPLE, "Which sign did the card show?", steps=4)
-    assert found.answer == "2" and found.peak == 0.0
-    assert found.integrated_gradients[0] > 5 * np.abs(found.integrated_gradients[1:]).max()
+    found = relevance(
+        pipe.model, pipe.processor, EXAMPLE.with_name("000001.mp4"), "Which sign did the card show?", steps=4
+    )
+    assert found.answer == "y" and found.peak == 5.0
+    assert found.integrated_gradients[5] > 5 * np.abs(np.delete(found.integrated_gradients, 5)).max()
