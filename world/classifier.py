@@ -210,6 +210,9 @@ class ClassifierTraining:
     size: str = dataclasses.field(default="small", metadata={"help": f"one of {', '.join(SIZES)}"})
     scan_order: str = dataclasses.field(default="temporal_first", metadata={"help": "of the model's tokens"})
     patch: int = dataclasses.field(default=16, metadata={"help": "pixels of a patch's side"})
+    start_from: str | None = dataclasses.field(
+        default=None, metadata={"help": "folder of a classifier of an earlier run to go on from, whose sizes it keeps"}
+    )
     max_steps: int = dataclasses.field(default=0, metadata={"help": "length of training in optimizer steps"})
     max_seconds: float = dataclasses.field(default=0.0, metadata={"help": "the same by the clock"})
     batch: int = dataclasses.field(default=128, metadata={"help": "videos of an optimizer step"})
@@ -242,9 +245,14 @@ def train(training: ClassifierTraining) -> dict[str, float]:
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
     )
-    model = VideoMambaForVideoClassification(config)
-    taught, side = TaughtClassifier(model), FRAME // config.patch_size
-    loud_positions_(model.videomamba)
+    if training.start_from is None:
+        model = VideoMambaForVideoClassification(config)
+        loud_positions_(model.videomamba)
+    else:
+        model = VideoMambaForVideoClassification.from_pretrained(training.start_from, dtype=torch.float32)
+        if model.config.label2id != config.label2id:
+            raise ValueError(f"start_from={training.start_from!r}: it was trained for other labels than these.")
+    taught, side = TaughtClassifier(model), FRAME // model.config.patch_size
     clock = TrainingClock(
         training.max_steps or None, training.max_seconds or None, training.warmup_steps, schedule="cosine"
     )

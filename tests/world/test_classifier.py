@@ -158,6 +158,19 @@ def test_a_run_leaves_a_classifier_with_its_card(tmp_path):
     assert "--size tiny --max_steps 2 --batch 2 --warmup_steps 1 --videos 8 --test_videos 4" in card.text
     assert "| direction |" in card.text and "14: moves left" in card.text
     classify = load_classifier(str(tmp_path / "model"), device="cpu")
+    again = train(
+        ClassifierTraining(
+            out=str(tmp_path / "again"),
+            start_from=str(tmp_path / "model"),
+            max_steps=1,
+            batch=2,
+            test_videos=4,
+            workers=0,
+            videos=8,
+            learning_rate=0.0,
+        )
+    )
+    assert again == found  # nothing was learnt since
     named = classify("examples/videos/000000.mp4", top=14)
     assert {entry["label"] for entry in named} == {name for each in LABELS.values() for name in each}
     assert all(0 < entry["score"] < 1 for entry in named)
