@@ -582,7 +582,7 @@ def measure_waiting(_: Sizes, smoke: bool, workers: ProcessPoolExecutor) -> Iter
     """The recipe of Kinetics on films that are decoded and augmented while it trains, in one epoch; without the first
     third of the steps, whose clips were fetched while the first one was waited for."""
     cuda = torch.cuda.is_available()
-    count, steps, batch = (128, 48, 64) if cuda else (8, 6, 2)
+    count, steps, batch = (64, 36, 64) if cuda else (8, 6, 2)
     with tempfile.TemporaryDirectory() as folder:
         list(workers.map(_write_film, [Path(folder)] * count, range(count)))
         rows = "".join(f"{n % count}.mp4,{n % 4}\n" for n in range(steps * batch))
