@@ -84,56 +84,8 @@ def scores_kernel(
         first = _tile(first_ptr, rows, row, k, rows < left)
         second = tl.load(second_ptr + columns[None, :] * row2 + k[:, None], mask=(columns < left)[None, :], other=0.0)
         out_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
-        tl.store(out_ptr + rows[:, None] * Q + columns[None, :], tl.dot(first, second))
-
-
-@triton.jit
-def _chunk_scale(total_ptr, steps_ptr, at, left, ENDS: tl.constexpr, Q: tl.constexpr):
-    """By how much tokens of a chunk count in `chunk_state_kernel`, for one head, whose sums the pointers are at."""
-    total = tl.load(total_ptr + at)
-    if ENDS:
-        end = tl.load(total_ptr + tl.minimum(left, Q) - 1)
-        return tl.exp(tl.minimum(end - total, 0.0)) * tl.load(steps_ptr + at)
-    else:
-        return tl.exp(total)
-
-
-@kernel(do_not_specialize=["S"])
-def chunk_state_kernel(
-    x_ptr, b_ptr, steps_ptr, total_ptr, ids_ptr, out_ptr, S, x_row, x_batch, b_row, b_batch, heads, per_group,
-    ENDS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
-    HEADS: tl.constexpr,
-):  # fmt: skip
-    """Sum over a chunk's tokens of scale x b^T, (P, N), for one head or two neighbours of a group. ENDS: scale is step
-    * decay to the chunk's end (what the chunk adds to the state); else the decay from its start (dy C^T: the gradient
-    of the entering state)."""
-    head, chunk, chunks = tl.program_id(0) * HEADS, tl.program_id(1), tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
-    start = chunk.to(tl.int64) * Q
-    left = S - chunk * Q
-    x_ptr += batch * x_batch + start * x_row + head * P
-    b_ptr += batch * b_batch + start * b_row + (head // per_group) * N
-    total_ptr += ((batch * heads + head) * chunks + chunk) * Q
-    steps_ptr += ((batch * heads + head) * chunks + chunk) * Q
-    if PACKED:
-        ids_ptr += batch * S + start
-        border = tl.load(ids_ptr + tl.minimum(left, Q) - 1) if ENDS else _id_before(ids_ptr, chunk, Q)
-    p, n = tl.arange(0, HEADS * P), tl.arange(0, N)
-    state = tl.zeros([HEADS * P, N], tl.float32)
-    for token in range(0, Q, TILE):
-        at = token + tl.arange(0, TILE)
-        there = at < left
-        scale = _chunk_scale(total_ptr, steps_ptr, at, left, ENDS, Q)[None, :]
-        if HEADS == 2:
-            second = _chunk_scale(total_ptr + chunks * Q, steps_ptr + chunks * Q, at, left, ENDS, Q)[None, :]
-            scale = tl.where(p[:, None] < P, scale, second)
-        if PACKED:
-            scale = tl.where((_ids(ids_ptr, at, there) == border)[None, :], scale, 0.0)
-        x = tl.load(x_ptr + at[None, :] * x_row + p[:, None], mask=there[None, :], other=0.0)
-        x = (x.to(tl.float32) * scale).to(x_ptr.dtype.element_ty)
-        state = tl.dot(x, _tile(b_ptr, at, b_row, n, there), state)
-    out_ptr += ((batch * chunks + chunk) * heads + head) * P * N
-    tl.store(out_ptr + p[:, None] * N + n[None, :], state)
+        scores = tl.dot(first, second).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows[:, None] * Q + columns[None, :], scores)
 
 
 @triton.jit
@@ -148,60 +100,74 @@ def _carry(total_ptr, ids_ptr, chunk, S, PACKED: tl.constexpr, Q: tl.constexpr):
     return kept
 
 
-@kernel(do_not_specialize=["S", "chunks"])
-def state_passing_kernel(
-    added_ptr, total_ptr, start_ptr, ids_ptr, states_ptr, end_ptr, S, chunks, heads, size, PACKED: tl.constexpr,
-    Q: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The states that enter the chunks, and the one behind the last, for some of the numbers of one head's state."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = at < size
-    total_ptr += (batch * heads + head) * chunks * Q
-    ids_ptr += batch * S
-    here = (batch * chunks * heads + head) * size
-    state = tl.load(start_ptr + (batch * heads + head) * size + at, mask=inside, other=0.0).to(tl.float32)
-    added_ptr += here
-    states_ptr += here
-    added = tl.load(added_ptr + at, mask=inside, other=0.0)
-    for chunk in range(0, chunks):
-        added_ptr += heads * size
-        later = tl.load(added_ptr + at, mask=inside & (chunk + 1 < chunks), other=0.0)
-        tl.store(states_ptr + at, state.to(states_ptr.dtype.element_ty), mask=inside)
-        state = state * _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q) + added
-        states_ptr += heads * size
-        added = later
-    tl.store(end_ptr + (batch * heads + head) * size + at, state, mask=inside)
+@triton.jit
+def _edge(total_ptr, tile, last, TILE: tl.constexpr):
+    """Summed decays at the end of a tile of tokens, `last` being the last token that is there; 0 of no tile."""
+    return tl.load(total_ptr + tl.minimum(tile * TILE + TILE - 1, last), mask=(tile >= 0) & (tile * TILE <= last), other=0.0)
 
 
 @kernel(do_not_specialize=["S", "chunks"])
-def state_passing_backward_kernel(
-    said_ptr, dstates_ptr, total_ptr, dend_ptr, ids_ptr, dstart_ptr, S, chunks, heads, size, END: tl.constexpr,
-    PACKED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+def states_kernel(
+    x_ptr, b_ptr, steps_ptr, total_ptr, start_ptr, ids_ptr, states_ptr, end_ptr, S, chunks, x_row, x_batch, b_row,
+    b_batch, heads, per_group, BACK: tl.constexpr, START: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`said_ptr` holds what the outputs of a chunk say about the state that enters it, `dstates_ptr` gets the gradient
-    of the state that leaves it."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """The states that enter the chunks, and the one behind the last, for some columns of one head's state, which stays
+    in registers from the first token to the last. BACK: from the last to the first, gradients of the states that leave
+    the chunks, and of the one in front of the first; x and b are then dy and C. A tile of tokens is one step: all its
+    decays lead to its end (BACK: its beginning), so none is larger than 1."""
+    n, p, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P), tl.arange(0, TILE)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = at < size
+    inside = p[:, None] * N + n[None, :]
+    tiles: tl.constexpr = Q // TILE
+    count = chunks * tiles
+    last = S - 1
+    x_ptr += batch * x_batch + head * P
+    b_ptr += batch * b_batch + (head // per_group) * N
     total_ptr += (batch * heads + head) * chunks * Q
+    steps_ptr += (batch * heads + head) * chunks * Q
     ids_ptr += batch * S
-    last = ((batch * chunks + chunks - 1) * heads + head) * size
-    said_ptr += last
-    dstates_ptr += last
-    gradient = tl.zeros([BLOCK], tl.float32)
-    if END:
-        gradient += tl.load(dend_ptr + (batch * heads + head) * size + at, mask=inside, other=0.0).to(tl.float32)
-    said = tl.load(said_ptr + at, mask=inside, other=0.0)
-    for back in range(0, chunks):
-        chunk = chunks - 1 - back
-        said_ptr -= heads * size
-        earlier = tl.load(said_ptr + at, mask=inside & (chunk > 0), other=0.0)
-        tl.store(dstates_ptr + at, gradient.to(dstates_ptr.dtype.element_ty), mask=inside)
-        gradient = gradient * _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q) + said
-        said = earlier
-        dstates_ptr -= heads * size
-    tl.store(dstart_ptr + (batch * heads + head) * size + at, gradient, mask=inside)
+    states_ptr += (batch * chunks * heads + head) * P * N
+    state = tl.zeros([P, BLOCK], tl.float32)
+    if START:
+        state += tl.load(start_ptr + (batch * heads + head) * P * N + inside).to(tl.float32)
+    if BACK:
+        first, step = count - 1, -1
+    else:
+        first, step = 0, 1
+    # Sums at the ends of tiles are fetched ahead: a step takes no longer than such a look into memory.
+    before, here = _edge(total_ptr, first - 1, last, TILE), _edge(total_ptr, first, last, TILE)
+    coming = _edge(total_ptr, first - 2 if BACK else first + 1, last, TILE)
+    for number in tl.range(0, count, num_stages=STAGES):
+        tile = first + step * number
+        place = tile % tiles
+        at = tile.to(tl.int64) * TILE + k
+        there = at < S
+        start = tl.where(place == 0, 0.0, before)
+        kept = tl.exp(tl.minimum(here - start, 0.0))
+        total = tl.load(total_ptr + at)
+        if BACK:
+            scale = tl.exp(tl.minimum(total - start, 0.0))
+        else:
+            scale = tl.exp(tl.minimum(here - total, 0.0)) * tl.load(steps_ptr + at)
+        if PACKED:
+            final = tl.load(ids_ptr + tl.minimum(tile * TILE + TILE - 1, last))
+            earlier = tl.load(ids_ptr + tile * TILE - 1, mask=(tile > 0) & (tile * TILE <= last), other=0)
+            kept = tl.where((final == earlier) | (tile * TILE > last), kept, 0.0)
+            scale = tl.where(_ids(ids_ptr, at, there) == (earlier if BACK else final), scale, 0.0)
+        entering = place == (tiles - 1 if BACK else 0)
+        out = states_ptr + (tile // tiles).to(tl.int64) * heads * P * N + inside
+        tl.store(out, state.to(states_ptr.dtype.element_ty), mask=entering)
+        x = tl.load(x_ptr + at[None, :] * x_row + p[:, None], mask=there[None, :], other=0.0)
+        b = tl.load(b_ptr + at[:, None] * b_row + n[None, :], mask=there[:, None], other=0.0)
+        state = tl.dot((x.to(tl.float32) * scale[None, :]).to(x_ptr.dtype.element_ty), b, state * kept)
+        if BACK:
+            here, before = before, coming
+            coming = _edge(total_ptr, tile - 3, last, TILE)
+        else:
+            before, here = here, coming
+            coming = _edge(total_ptr, tile + 2, last, TILE)
+    tl.store(end_ptr + (batch * heads + head) * P * N + inside, state)
 
 
 @kernel(do_not_specialize=["S"])
@@ -223,19 +189,18 @@ def carry_backward_kernel(
     tl.store(dcarry_ptr + (batch * heads + head) * chunks + chunk, tl.sum(products) * carry)
 
 
-@kernel(do_not_specialize=["S", "each"])
+@kernel(do_not_specialize=["S"])
 def chunk_scan_kernel(
     x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, y_ptr, S, x_row, x_batch, c_row,
-    c_batch, heads, groups, each, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    c_batch, heads, groups, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of TILE tokens of `each` heads of a group, one after the other: they share C and the scores, which come
-    from nearby from the second on. From the state that entered the chunk, and from the tokens before."""
+    """Outputs of TILE tokens of one head: from the state that entered the chunk, and from the tokens before."""
     tiles: tl.constexpr = Q // TILE
-    first, m = (tl.program_id(0) // tiles) * each, tl.program_id(0) % tiles
+    head, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
-    group = first // (heads // groups)
+    group = head // (heads // groups)
     start = chunk.to(tl.int64) * Q
     left = S - chunk * Q
     rows = m * TILE + tl.arange(0, TILE)
@@ -251,35 +216,34 @@ def chunk_scan_kernel(
         sample = _ids(ids_ptr, rows, there)
         entered = sample == _id_before(ids_ptr, chunk, Q)
     c = _tile(c_ptr, rows, c_row, n, there)
-    for head in range(first, first + each):
-        sums = ((batch * heads + head) * chunks + chunk) * Q
-        total = tl.load(total_ptr + sums + rows)
-        # A decay that leads into this tile is one to its edge and one from there: both are at most 1.
-        edge = tl.load(total_ptr + sums + m * TILE - 1, mask=m > 0, other=0.0)
-        state = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None])
-        y = tl.dot(c, state) * tl.exp(edge)
+    sums = ((batch * heads + head) * chunks + chunk) * Q
+    total = tl.load(total_ptr + sums + rows)
+    # A decay that leads into this tile is one to its edge and one from there: both are at most 1.
+    edge = tl.load(total_ptr + sums + m * TILE - 1, mask=m > 0, other=0.0)
+    state = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None])
+    y = tl.dot(c, state) * tl.exp(edge)
+    if PACKED:
+        y = tl.where(entered[:, None], y, 0.0)
+    for token in range(0, m * TILE, TILE):
+        at = token + tl.arange(0, TILE)
+        weight = tl.exp(tl.minimum(edge - tl.load(total_ptr + sums + at), 0.0)) * tl.load(steps_ptr + sums + at)
+        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
         if PACKED:
-            y = tl.where(entered[:, None], y, 0.0)
-        for token in range(0, m * TILE, TILE):
-            at = token + tl.arange(0, TILE)
-            weight = tl.exp(tl.minimum(edge - tl.load(total_ptr + sums + at), 0.0)) * tl.load(steps_ptr + sums + at)
-            scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
-            if PACKED:
-                scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
-            x = _tile(x_ptr + head * P, at, x_row, p, at < left)
-            y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
-        y *= tl.exp(tl.minimum(total - edge, 0.0))[:, None]
-        decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + sums + rows)[None, :], 0.0))
-        seen = rows[:, None] >= rows[None, :]
-        if PACKED:
-            seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
-        scores = tl.load(scores_ptr + rows[:, None] * Q + rows[None, :])
-        scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + sums + rows)[None, :]
-        x = _tile(x_ptr + head * P, rows, x_row, p, there)
+            scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
+        x = _tile(x_ptr + head * P, at, x_row, p, at < left)
         y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
-        y += x.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
-        out = y_ptr + head * P + rows[:, None] * (heads * P) + p[None, :]
-        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
+    y *= tl.exp(tl.minimum(total - edge, 0.0))[:, None]
+    decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + sums + rows)[None, :], 0.0))
+    seen = rows[:, None] >= rows[None, :]
+    if PACKED:
+        seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
+    scores = tl.load(scores_ptr + rows[:, None] * Q + rows[None, :])
+    scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + sums + rows)[None, :]
+    x = _tile(x_ptr + head * P, rows, x_row, p, there)
+    y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
+    y += x.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
+    out = y_ptr + head * P + rows[:, None] * (heads * P) + p[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @kernel(do_not_specialize=["S"])
@@ -534,12 +498,6 @@ def _splits(heads: int, programs: int, wanted: int) -> int:
     return heads
 
 
-def _each(per_group: int, programs: int, tiles: Tiles, use: KernelSettings) -> int:
-    """How many heads of a group one program takes: as many as the settings allow, fewer where programs are few."""
-    most = max(1, min(tiles.heads, programs // use.programs))
-    return next(n for n in range(min(most, per_group), 0, -1) if per_group % n == 0)
-
-
 def _tokens_first(x: Tensor) -> Tensor:
     """(B, S, H, P) or (B, S, G, N) whose last two dimensions are dense, as the kernels read them."""
     dense = x.stride(-1) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
@@ -565,38 +523,35 @@ def ssd_forward(
         dt, a, dt_bias, steps, total, tokens, dt.stride(1), dt.stride(0), *dt_limit, heads, Q=chunk_size, HEADS=8,
     )  # fmt: skip
     scores = _scores(c, b, chunk_size, False, use)
-    added = _chunk_states(x, b, steps, total, ids, packed, True, chunk_size, use)
-    states, new_state = torch.empty_like(added, dtype=x.dtype), torch.empty(state.shape, **fp32)
-    numbers, block = width * size, min(use.state_passing[0], width * size)
-    state_passing_kernel[(triton.cdiv(numbers, block), heads, batch)](
-        added, total, state.contiguous(), ids, states, new_state, tokens, chunks, heads, numbers, PACKED=packed,
-        Q=chunk_size, BLOCK=block, num_warps=use.state_passing[1],
-    )  # fmt: skip
-    del added
+    states = torch.empty(batch, chunks, heads, width, size, dtype=x.dtype, device=x.device)
+    new_state = _states(x, b, steps, total, state, ids, packed, False, states, use)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiles = chunk_size // min(use.chunk_scan.tile, chunk_size)
-    each = _each(heads // groups, batch * chunks * heads * tiles, use.chunk_scan, use)
-    chunk_scan_kernel[(heads // each * tiles, chunks, batch)](
+    chunk_scan_kernel[(heads * tiles, chunks, batch)](
         x, c, scores, steps, total, states, D, ids, y, tokens, x.stride(1), x.stride(0), c.stride(1), c.stride(0),
-        heads, groups, each, PACKED=packed, **dims, **use.chunk_scan.options(chunk_size),
+        heads, groups, PACKED=packed, **dims, **use.chunk_scan.options(chunk_size),
     )  # fmt: skip
     return (y, new_state), (steps, total, states)
 
 
-def _chunk_states(
-    x: Tensor, b: Tensor, steps: Tensor, total: Tensor, ids: Tensor, packed: bool, ends: bool, chunk: int,
-    use: KernelSettings,
+def _states(
+    x: Tensor, b: Tensor, steps: Tensor, total: Tensor, state: Tensor | None, ids: Tensor, packed: bool, back: bool,
+    out: Tensor, use: KernelSettings,
 ) -> Tensor:  # fmt: skip
-    """`chunk_state_kernel` for all heads and chunks, (B, c, H, P, N) in fp32."""
+    """`states_kernel`: writes the states of all chunks to `out` (B, c, H, P, N), returns the last one in fp32."""
     batch, tokens, heads, width = x.shape
-    per_group, chunks, size = heads // b.shape[2], total.shape[2], b.shape[3]
-    out = torch.empty(batch, chunks, heads, width, size, dtype=torch.float32, device=x.device)
-    pair = 2 if per_group % 2 == 0 and 2 * width <= 128 and use.chunk_state.heads > 1 else 1
-    chunk_state_kernel[(heads // pair, chunks, batch)](
-        x, b, steps, total, ids, out, tokens, x.stride(1), x.stride(0), b.stride(1), b.stride(0), heads, per_group,
-        ENDS=ends, PACKED=packed, Q=chunk, P=width, N=size, HEADS=pair, **use.chunk_state.options(chunk),
+    chunks, chunk, size = *total.shape[2:], b.shape[3]
+    end = torch.empty(batch, heads, width, size, dtype=torch.float32, device=x.device)
+    tile, warps, stages, columns = use.states
+    columns = min(columns, size)
+    while columns > 16 and batch * heads * size // columns < use.fewest:
+        columns //= 2
+    states_kernel[(size // columns, heads, batch)](
+        x, b, steps, total, end if state is None else state.contiguous(), ids, out, end, tokens, chunks, x.stride(1),
+        x.stride(0), b.stride(1), b.stride(0), heads, heads // b.shape[2], BACK=back, START=state is not None,
+        PACKED=packed, Q=chunk, P=width, N=size, BLOCK=columns, TILE=min(tile, chunk), STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return out
+    return end
 
 
 def _scores(first: Tensor, second: Tensor, chunk: int, transposed: bool, use: KernelSettings) -> Tensor:
@@ -636,17 +591,9 @@ def ssd_backward(
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     xs, dys, bs, cs = ((t.stride(1), t.stride(0)) for t in (x, dy, b, c))
 
-    said = _chunk_states(dy, c, steps, total, ids, packed, False, chunk_size, use)
-    dstates = torch.empty_like(said, dtype=x.dtype)
-    numbers, block = width * size, min(use.state_passing[0], width * size)
-    dcarry = torch.empty(batch, heads, chunks, **fp32)
-    dstate = torch.empty(batch, heads, width, size, **fp32)
-    state_passing_backward_kernel[(triton.cdiv(numbers, block), heads, batch)](
-        said, dstates, total, dstate if dnew_state is None else dnew_state.contiguous(), ids, dstate, tokens, chunks,
-        heads, numbers, END=dnew_state is not None, PACKED=packed, Q=chunk_size, BLOCK=block,
-        num_warps=use.state_passing[1],
-    )  # fmt: skip
-    del said
+    dstates = torch.empty_like(states)
+    dstate = _states(dy, c, steps, total, dnew_state, ids, packed, True, dstates, use)
+    dcarry, numbers = torch.empty(batch, heads, chunks, **fp32), width * size
     carry_backward_kernel[(heads, chunks, batch)](
         dstates, states, total, ids, dcarry, tokens, heads, numbers, PACKED=packed, Q=chunk_size,
         BLOCK=min(2048, numbers),

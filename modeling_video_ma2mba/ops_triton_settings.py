@@ -6,13 +6,12 @@ from .ops_triton_parts import LaunchTable
 
 
 class Tiles(NamedTuple):
-    """One kernel of the scan: tokens of a tile, warps, stages of loading ahead, how many heads one program takes at
-    most, and registers a thread at most (0: as the compiler likes)."""
+    """One kernel of the scan: tokens of a tile, warps, stages of loading ahead, and registers a thread at most (0: as the
+    compiler likes)."""
 
     tile: int
     warps: int
     stages: int
-    heads: int = 1
     registers: int = 0
 
     def options(self, chunk: int) -> dict[str, int]:
@@ -27,8 +26,8 @@ class KernelSettings(NamedTuple):
     Args:
         add_norm, gated_norm: warps forward, warps backward, programs a multiprocessor in backward; stages there.
         conv_forward, conv_backward: tokens of a stretch at most, channels, warps.
-        chunk_state: of one or two heads a program.
-        state_passing: numbers of a state that one program takes, warps.
+        states: tokens of a tile, warps, stages of loading ahead, columns of a state that one program takes at most.
+        fewest: programs that keep all multiprocessors busy; states are cut into fewer columns for that.
         programs: how many programs the heads are dealt to, at least, where there are heads enough.
     """
 
@@ -37,13 +36,13 @@ class KernelSettings(NamedTuple):
     conv_forward: tuple[int, int, int] = (64, 128, 1)
     conv_backward: tuple[int, int, int] = (128, 128, 1)
     scores: Tiles = Tiles(64, 4, 2)
-    chunk_state: Tiles = Tiles(64, 4, 3)
-    chunk_scan: Tiles = Tiles(64, 4, 1, heads=4, registers=168)
+    states: tuple[int, int, int, int] = (64, 4, 3, 64)
+    chunk_scan: Tiles = Tiles(64, 4, 1, registers=128)
     dx: Tiles = Tiles(64, 4, 1, registers=128)
     dscores: Tiles = Tiles(64, 4, 1)
     rows_by_states: Tiles = Tiles(64, 4, 3)
     finish: Tiles = Tiles(32, 4, 2)
-    state_passing: tuple[int, int] = (512, 4)
+    fewest: int = 128
     programs: int = 1024
 
 
