@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .ops_triton_parts import kernel, softplus, tl, triton
-from .ops_triton_settings import KernelSettings, Tiles, settings_for
+from .ops_triton_settings import KernelSettings, settings_for
 
 
 @triton.jit
@@ -103,7 +103,8 @@ def _carry(total_ptr, ids_ptr, chunk, S, PACKED: tl.constexpr, Q: tl.constexpr):
 @triton.jit
 def _edge(total_ptr, tile, last, TILE: tl.constexpr):
     """Summed decays at the end of a tile of tokens, `last` being the last token that is there; 0 of no tile."""
-    return tl.load(total_ptr + tl.minimum(tile * TILE + TILE - 1, last), mask=(tile >= 0) & (tile * TILE <= last), other=0.0)
+    there = (tile >= 0) & (tile * TILE <= last)
+    return tl.load(total_ptr + tl.minimum(tile * TILE + TILE - 1, last), mask=there, other=0.0)
 
 
 @kernel(do_not_specialize=["S", "chunks"])

@@ -6,7 +6,7 @@ from .ops_triton_parts import LaunchTable
 
 
 class Tiles(NamedTuple):
-    """One kernel of the scan: tokens of a tile, warps, stages of loading ahead, and registers a thread at most (0: as the
+    """One kernel of the scan: tokens of a tile, warps, stages of loading ahead, registers a thread at most (0: as the
     compiler likes)."""
 
     tile: int

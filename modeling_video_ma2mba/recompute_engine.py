@@ -340,6 +340,10 @@ class _StackRun:
         """All cells; hidden states as `MultiAxisEngine.run` returns them, and the tensors of all layers' states."""
         x = self.inputs[0]
         out = None
+        if self.places:
+            longest = max(stop - start for start, stop in self.places.values())
+            wide = self.model.stream_dtype.itemsize
+            self.store.expect((len(self.blocks) - 1) * len(self.places), x.shape[0] * longest * x.shape[2] * wide)
         if self.keep is None:
             out = torch.empty(x.shape, dtype=self.norm.weight.dtype, device=x.device, pin_memory=_pinned(x))
         kept: list[Tensor] = []

@@ -10,7 +10,8 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class DeviceStore:
 
     def __init__(self) -> None:
         self._items: dict[Hashable, list[Tensor]] = {}
+
+    def expect(self, pieces: int, nbytes: int) -> None:
+        """Nothing to do: nothing is copied."""
 
     def put(self, key: Hashable, tensors: list[Tensor]) -> None:
         """Keep `tensors` as they are under `key`, without a copy."""
@@ -63,11 +67,26 @@ class PinnedPool:
         self._used = 0
         self._free: dict[int, list[Tensor]] = {}
         self._lent: set[int] = set()  # addresses
+        self._coming: deque[Future[Tensor]] = deque()  # slabs that another thread page-locks
 
     def reserve(self, nbytes: int) -> None:
         """Page-lock so much memory now, in whole slabs, instead of during the first step that needs it."""
         while self.nbytes < nbytes:
-            self._slabs.append(self._new_slab(SLAB_BYTES))
+            self._slabs.append(self._next_slab(SLAB_BYTES))
+
+    def expect(self, pieces: int, nbytes: int) -> None:
+        """So many pieces of this size are going to be asked for. What is missing for them is page-locked meanwhile, in
+        the background, slab after slab: a first step launches its kernels at the same time."""
+        size = max(-(-nbytes // _ALIGNMENT), 1) * _ALIGNMENT
+        missing = pieces - sum(slab.nbytes // size for slab in self._slabs)
+        if missing <= 0 or self._coming:
+            return
+        each, cuda = max(SLAB_BYTES // size, 1), torch.cuda.is_initialized()
+        device = torch.cuda.current_device() if cuda else None
+        thread = ThreadPoolExecutor(1, initializer=None if device is None else partial(torch.cuda.set_device, device))
+        for first in range(0, missing, each):
+            self._coming.append(thread.submit(self._new_slab, min(each, missing - first) * size))
+        thread.shutdown(wait=False)
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +109,7 @@ class PinnedPool:
         if not self._used:  # the next slab that is large enough, or a new one
             places = range(self._at, len(self._slabs))
             found = next((n for n in places if self._slabs[n].nbytes >= size), None)
-            slab = self._new_slab(max(size, SLAB_BYTES)) if found is None else self._slabs.pop(found)
+            slab = self._next_slab(size) if found is None else self._slabs.pop(found)
             self._slabs.insert(self._at, slab)
         self._used += size
         return self._slabs[self._at][self._used - size : self._used]
@@ -105,6 +124,15 @@ class PinnedPool:
             self._free.clear()
             self._at = self._used = 0
 
+    def _next_slab(self, size: int) -> Tensor:
+        """One of those in the background that is large enough, waiting for it, else a new one."""
+        while self._coming:
+            slab = self._coming.popleft().result()
+            if slab.nbytes >= size:
+                return slab
+            self._slabs.append(slab)
+        return self._new_slab(max(size, SLAB_BYTES))
+
     def _new_slab(self, nbytes: int) -> Tensor:
         slab = _present(nbytes)
         error = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), nbytes, 0)
@@ -117,6 +145,9 @@ class PinnedPool:
 
     def release(self) -> None:
         """Unlock and free everything; no piece may be in use."""
+        while self._coming:
+            with contextlib.suppress(MemoryError):
+                self._slabs.append(self._coming.popleft().result())
         if self._slabs:
             torch.cuda.synchronize()
         for slab in self._slabs:
@@ -128,7 +159,7 @@ class PinnedPool:
     def __del__(
         self, _ending: Callable[[], bool] = sys.is_finalizing, _suppress: Callable[..., Any] = contextlib.suppress
     ) -> None:
-        if self._slabs and not _ending():
+        if (self._slabs or self._coming) and not _ending():
             with _suppress(Exception):
                 self.release()
 
@@ -162,6 +193,10 @@ class HostStore:
         self._leaving: deque[tuple[Hashable, list[Tensor], torch.cuda.Event]] = deque()
         self.host_bytes = 0
         self._live = 0
+
+    def expect(self, pieces: int, nbytes: int) -> None:
+        """So many tensors of this size are going to be kept: memory for them is got ready meanwhile."""
+        self._pool.expect(pieces, nbytes)
 
     def put(self, key: Hashable, tensors: list[Tensor]) -> None:
         """Start copying to the host. The tensors must not be written to afterwards."""

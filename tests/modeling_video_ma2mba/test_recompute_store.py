@@ -4,6 +4,7 @@ Page-locking needs a GPU; here the pool cuts ordinary memory, in small slabs.
 """
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -72,6 +73,45 @@ def test_reserved_memory_is_used_first():
     assert pool.nbytes == 3 * SLAB
     for piece in pieces:
         pool.give_back(piece)
+
+
+def test_expected_memory_is_locked_meanwhile_and_only_once(monkeypatch):
+    """Slabs hold whole pieces and come from another thread; what is there already counts, what is smaller waits."""
+    made, may = [], threading.Event()
+
+    def slow(self, nbytes):
+        may.wait(10)
+        made.append((nbytes, threading.current_thread() is threading.main_thread()))
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(PinnedPool, "_new_slab", slow)
+    pool, size = PinnedPool(), SLAB // 3 + 1
+    pool.expect(5, size)  # returns although nothing can be made yet
+    may.set()
+    pieces = [pool.get(size) for _ in range(5)]
+    rounded = pieces[0].nbytes
+    assert made == [(2 * rounded, False), (2 * rounded, False), (rounded, False)]
+    assert pool.nbytes == 5 * rounded
+    for piece in pieces:
+        pool.give_back(piece)
+    pool.expect(5, size)
+    pool.expect(4, size - 600)
+    assert len(made) == 3
+    pool.expect(6, size)
+    held = [pool.get(3 * SLAB), *(pool.get(size) for _ in range(6))]  # the first is too large for what is on its way
+    assert made[3:] == [(rounded, False), (3 * SLAB, True)]
+    assert len({piece.data_ptr() for piece in held}) == 7
+
+
+def test_memory_that_cannot_be_locked_is_told_where_it_is_needed(monkeypatch):
+    def refuse(self, nbytes):
+        raise MemoryError("no more")
+
+    pool = PinnedPool()
+    monkeypatch.setattr(PinnedPool, "_new_slab", refuse)
+    pool.expect(1, 100)
+    with pytest.raises(MemoryError, match="no more"):
+        pool.get(100)
 
 
 def test_a_piece_larger_than_a_slab_leaves_the_slabs_to_others():
