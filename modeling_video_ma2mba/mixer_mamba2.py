@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from .ops_conv import CAUSAL_CONV, add_last_inputs_gradient, causal_conv_torch, last_inputs
 from .ops_costs import CoreCosts, MixerShape
-from .ops_norm import GATED_RMS_NORM, add_rms_norm, gated_rms_norm_torch
+from .ops_norm import GATED_RMS_NORM, PendingDelta, add_rms_norm, gated_rms_norm_torch
 from .ops_registry import Backend
-from .ops_ssd import SSD, mask_steps, ssd_torch
+from .ops_ssd import SSD, gated_ssd, mask_steps, ssd_torch
 from .state_layers import LayerState, Mamba2State
 
 
@@ -108,6 +108,57 @@ def mixer_core(
     Returns:
         y (B, S, E) ready for out_proj, the new state, an independent copy.
     """
+    backends, zxbcdt, weights, state = _core_inputs(zxbcdt, weights, state, shape, lengths, seq_idx)
+    if not backends.fused:
+        return _core_torch(zxbcdt, weights, state, shape, lengths, seq_idx)
+    y, *new = _FusedCore.apply(
+        zxbcdt, *weights[:-1], weights.norm.to(zxbcdt.dtype), *state, shape, backends, lengths, seq_idx, soon
+    )
+    return y, Mamba2State(*new)
+
+
+def gated_core(
+    zxbcdt: Tensor,
+    weights: CoreWeights,
+    state: Mamba2State | None,
+    shape: MixerShape,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Mamba2State]:
+    """`mixer_core` where nothing is differentiated; on our kernels without the gated norm's factor, a pass over memory
+    less.
+
+    Returns:
+        y (B, S, E); sums of squares (B, S, H) fp32 that its factor is made of, None where y is normed; the state.
+    """
+    backends, zxbcdt, weights, state = _core_inputs(zxbcdt, weights, state, shape, lengths, seq_idx)
+    if not backends.fused:
+        y, state = _core_torch(zxbcdt, weights, state, shape, lengths, seq_idx)
+        return y, None, state
+    z, xbc_raw, dt = zxbcdt.split(shape.parts, dim=-1)
+    halo_ids = _contiguous(seq_idx)
+    ids = None if seq_idx is None else _contiguous(seq_idx[:, shape.conv_kernel - 1 :])
+    (xbc,), _ = backends.conv.forward(xbc_raw, weights.conv, weights.conv_bias, state.conv, halo_ids)
+    x, b, c = _heads(xbc, shape)
+    scan = (x, dt, -torch.exp(weights.A_log), b, c, weights.D, weights.dt_bias, state.ssm, ids)
+    norm, conv = weights.norm.to(zxbcdt.dtype), last_inputs(xbc_raw, state.conv, lengths)
+    if backends.ssd.name == "triton" and shape.n_groups == 1:
+        y, ssm, squares = gated_ssd(*scan, z, norm, **_scan_options(shape))
+        return y.flatten(2), squares, Mamba2State(conv, ssm)
+    (y, ssm), _ = backends.ssd.forward(*scan, **_scan_options(shape))
+    (y,), _ = backends.norm.forward(y.flatten(2), z, norm, **_norm_options(shape))
+    return y, None, Mamba2State(conv, ssm)
+
+
+def _core_inputs(
+    zxbcdt: Tensor,
+    weights: CoreWeights,
+    state: Mamba2State | None,
+    shape: MixerShape,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[CoreBackends, Tensor, CoreWeights, Mamba2State]:
+    """Who computes, and everything in the types to compute in; the convolution's weights as (C, W)."""
     (batch, tokens, _), dtype = zxbcdt.shape, zxbcdt.dtype
     backends = CoreBackends.pick(
         shape, zxbcdt.device, dtype, tokens, padded=lengths is not None, packed=seq_idx is not None
@@ -118,20 +169,18 @@ def mixer_core(
         ssm = zxbcdt.new_zeros(batch, shape.num_heads, shape.head_dim, shape.state_size, dtype=work)
         state = Mamba2State(conv, ssm)
     state = Mamba2State(state.conv.to(dtype), state.ssm.to(work))
-    taps, bias = weights.conv.squeeze(1).to(dtype), None if weights.conv_bias is None else weights.conv_bias.to(dtype)
+    bias = None if weights.conv_bias is None else weights.conv_bias.to(dtype)
+    heads = (weights.dt_bias.to(work), weights.A_log.to(work), weights.D.to(work))
+    weights = CoreWeights(weights.conv.squeeze(1).to(dtype), bias, *heads, weights.norm)
     if not backends.fused:
-        return _core_torch(zxbcdt, weights._replace(conv=taps, conv_bias=bias), state, shape, lengths, seq_idx)
+        return backends, zxbcdt, weights, state
     if lengths is not None:
         z_xbc, dt = zxbcdt.split([shape.inner + shape.conv_dim, shape.num_heads], dim=-1)
         zxbcdt = torch.cat([z_xbc, mask_steps(dt, lengths)], dim=-1)
     if zxbcdt.is_cuda and backends.ssd.name == "triton":
         _compile_ahead(shape, backends, zxbcdt.device, dtype, bias is not None, seq_idx is not None,
                        torch.is_grad_enabled())  # fmt: skip
-    scan = (weights.dt_bias.to(work), weights.A_log.to(work), weights.D.to(work))
-    y, *new = _FusedCore.apply(
-        zxbcdt.contiguous(), taps, bias, *scan, weights.norm.to(dtype), *state, shape, backends, lengths, seq_idx, soon
-    )
-    return y, Mamba2State(*new)
+    return backends, zxbcdt.contiguous(), weights, state
 
 
 def _core_torch(
@@ -307,8 +356,10 @@ class Ma2mbaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, residual: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """residual (B, S, D), delta (B, S, D) or None -> normed (B, S, D) in `dtype`, residual + delta."""
+    def forward(
+        self, residual: Tensor, delta: Tensor | PendingDelta | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """residual (B, S, D), delta (B, S, D), pending or None -> normed (B, S, D) in `dtype`, residual + delta."""
         return add_rms_norm(residual, delta, self.weight, self.eps, dtype)
 
 
@@ -374,13 +425,19 @@ class Ma2mbaMixer(nn.Module):
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
         unread: bool = False,
-    ) -> tuple[Tensor, Mamba2State]:
+        pending: bool = False,
+    ) -> tuple[Tensor | PendingDelta, Mamba2State]:
         """u (B, S, D) -> y (B, S, D) and the new state. Arguments as in `mixer_core`.
 
-        With `unread`, the caller promises never to look at y, only to send a gradient into it (recomputation).
+        With `unread`, the caller promises never to look at y, only to send a gradient into it (recomputation); with
+        `pending`, to differentiate nothing, and to take y without the gated norm's factor as well.
         """
         conv_weight, conv_bias = self.conv1d()
         weights = CoreWeights(conv_weight, conv_bias, self.dt_bias, self.A_log, self.D, self.norm())
+        if pending and self.core is mixer_core and _is_plain_linear(self.out_proj):
+            y, squares, state = gated_core(self.in_proj(u), weights, state, self.shape, lengths, seq_idx)
+            y = self.out_proj(y)
+            return y if squares is None else PendingDelta(y, squares, self.shape.inner, self.shape.eps), state
         y, state = self.core(self.in_proj(u), weights, state, self.shape, lengths, seq_idx, soon=unread)
         if unread and _is_plain_linear(self.out_proj):
             return _UnreadLinear.apply(y, self.out_proj.weight.to(y.dtype)), state
@@ -422,16 +479,17 @@ class Ma2mbaBlock(nn.Module):
     def forward(
         self,
         residual: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | PendingDelta | None,
         state: Mamba2State | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
         unread: bool = False,
-    ) -> tuple[Tensor, Tensor, Mamba2State]:
+        pending: bool = False,
+    ) -> tuple[Tensor, Tensor | PendingDelta, Mamba2State]:
         """(residual, delta, state) -> the same after the layer; the stream is residual + delta."""
         # Under autocast at once what in_proj would cast to: in 16 bits the fused kernel serves, and keeps less.
         normed, residual = self.norm(residual, delta, compute_dtype(self.norm.weight, residual.device.type))
-        delta, state = self.mixer(normed, state, lengths, seq_idx, unread)
+        delta, state = self.mixer(normed, state, lengths, seq_idx, unread, pending)
         return residual, delta, state
 
 
@@ -445,6 +503,7 @@ def run_blocks(
     around: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
     streams: Sequence[list[Tensor]] = (),
     delta: Tensor | None = None,
+    reading: bool = False,
 ) -> tuple[Tensor, Tensor, list[LayerState]]:
     """Run consecutive blocks over one segment.
 
@@ -454,23 +513,26 @@ def run_blocks(
         around: runs each block's `forward` within this context, past hooks on the block; see `parallel_shards`.
         streams: a list for each block, to which the stream in front of it is appended; nothing is by default.
         delta: (B, S, D) what x still lacks, where blocks before these returned it so.
+        reading: nothing is differentiated, and blocks may leave the end of their work to the next.
 
     Returns:
         residual and delta (B, S, D), whose sum is the stream, the blocks' new states.
     """
     new: list[LayerState] = []
+    pending = reading and not streams and not torch.is_grad_enabled()
+    left: Tensor | PendingDelta | None = delta
     for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
         if streams:
-            streams[index].append(x.clone() if delta is None else x + delta)
-        arguments = (x, delta, state, lengths, seq_idx, unread and index == len(blocks) - 1)
+            streams[index].append(x.clone() if left is None else x + cast(Tensor, left))
+        arguments = (x, left, state, lengths, seq_idx, unread and index == len(blocks) - 1, pending)
         if around is None:
-            x, delta, state = block(*arguments)
+            x, left, state = block(*arguments)
         else:
             with around(block):
-                x, delta, state = block.forward(*arguments)
+                x, left, state = block.forward(*arguments)
         new.append(state)
-    assert delta is not None, "a stack has at least one block"
-    return x, delta, new
+    assert left is not None, "a stack has at least one block"
+    return x, left.settled() if isinstance(left, tuple) else left, new
 
 
 def is_mixer(module: nn.Module) -> TypeGuard[Ma2mbaMixer]:

@@ -3,7 +3,7 @@
 Legend: B batch, S tokens, D width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,39 @@ from .ops_mamba_ssm import GATED_RMS_NORM as _GATED_MAMBA_SSM
 from .ops_registry import Backend, Operation, run, triton_available
 
 
+class PendingDelta(NamedTuple):
+    """What a mixer adds to the stream but for the factor of its gated norm, which can wait until behind the
+    projection: whoever adds it up applies the factor as well. Only kernels make such, and only where nothing is differentiated.
+
+    value: (B, S, D); squares: (B, S, parts) fp32, sums of squares of the `inner` numbers in front of the projection.
+    """
+
+    value: Tensor
+    squares: Tensor
+    inner: int
+    eps: float
+
+    def settled(self) -> Tensor:
+        """The delta, (B, S, D) in the type of `value`."""
+        factor = torch.rsqrt(self.squares.sum(-1, keepdim=True) / self.inner + self.eps)
+        return (self.value * factor).to(self.value.dtype)
+
+
 def add_rms_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    residual: Tensor, delta: "Tensor | PendingDelta | None", weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`residual + delta` and its RMS norm.
 
     Args:
-        residual: (B, S, D) in any type; delta: (B, S, D) or None; weight: (D,).
+        residual: (B, S, D) in any type; delta: (B, S, D), pending or None; weight: (D,).
 
     Returns:
         normed (B, S, D) in `dtype`, the sum in residual's dtype.
     """
+    if isinstance(delta, tuple):
+        from .ops_norm_triton import add_pending_norm
+
+        return add_pending_norm(residual, *delta, weight, eps, dtype)
     backend = ADD_RMS_NORM.pick(residual.device, dtype, residual.shape[1], width=residual.shape[2])
     return run(backend, residual, delta, weight, eps=eps, dtype=dtype)
 

@@ -37,15 +37,21 @@ def _gate(z):
 
 @kernel()
 def add_norm_forward_kernel(
-    residual_ptr, delta_ptr, weight_ptr, normed_ptr, total_ptr, rstd_ptr, delta_row, width, eps,
-    ADD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    residual_ptr, delta_ptr, squares_ptr, weight_ptr, normed_ptr, total_ptr, rstd_ptr, delta_row, width, inner, eps,
+    delta_eps, ADD: tl.constexpr, PARTS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One row: total = residual + delta, normed = total / rms * weight."""
+    """One row: total = residual + delta, normed = total / rms * weight. PARTS: delta lacks the factor of the norm of `inner`
+    channels, the sums of whose squares are given."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.arange(0, MAIN)
     x = _load(residual_ptr + row * width, first, width)
+    factor = 1.0
+    if PARTS > 0:
+        part = tl.arange(0, triton.next_power_of_2(PARTS))
+        squares = tl.load(squares_ptr + row * PARTS + part, mask=part < PARTS, other=0.0)
+        factor = tl.rsqrt(tl.sum(squares) / inner + delta_eps)
     if ADD:
-        x += _load(delta_ptr + row * delta_row, first, width)
+        x += _load(delta_ptr + row * delta_row, first, width) * factor
         x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
         _store(total_ptr + row * width, first, width, x)
     squares = tl.sum(x * x)
@@ -53,7 +59,7 @@ def add_norm_forward_kernel(
         later = MAIN + tl.arange(0, REST)
         x_rest = _load(residual_ptr + row * width, later, width)
         if ADD:
-            x_rest += _load(delta_ptr + row * delta_row, later, width)
+            x_rest += _load(delta_ptr + row * delta_row, later, width) * factor
             x_rest = x_rest.to(total_ptr.dtype.element_ty).to(tl.float32)
             _store(total_ptr + row * width, later, width, x_rest)
         squares += tl.sum(x_rest * x_rest)
@@ -237,6 +243,25 @@ def add_norm_forward(
     residual: Tensor, delta: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
     """`add_rms_norm` for the registry of operations: keeps the sum, 1 / rms, and an empty tensor of delta's type."""
+    normed, total, rstd = _add_norm(residual, delta, None, 1, weight, eps, eps, dtype)
+    kept = (total, rstd) if delta is None else (total, rstd, delta.new_empty(0))
+    return (normed, total.view(residual.shape)), kept
+
+
+def add_pending_norm(
+    residual: Tensor, delta: Tensor, squares: Tensor, inner: int, delta_eps: float, weight: Tensor, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ops_norm.add_rms_norm` of a `PendingDelta`."""
+    normed, total, _ = _add_norm(residual, delta, squares.contiguous(), inner, weight, eps, delta_eps, dtype)
+    return normed, total.view(residual.shape)
+
+
+def _add_norm(
+    residual: Tensor, delta: Tensor | None, squares: Tensor | None, inner: int, weight: Tensor, eps: float,
+    delta_eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Normed like residual, the sum and 1 / rms by rows."""
     width = residual.shape[-1]
     rows = residual.reshape(-1, width).contiguous()
     changes = None if delta is None else _rows(delta)
@@ -245,11 +270,11 @@ def add_norm_forward(
     rstd = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     if len(rows):
         add_norm_forward_kernel[(len(rows),)](
-            rows, changes, weight, normed, total, rstd, 0 if changes is None else changes.stride(0), width, eps,
-            ADD=changes is not None, num_warps=settings_for(rows.device).add_norm[0], **_pieces(width),
+            rows, changes, squares, weight, normed, total, rstd, 0 if changes is None else changes.stride(0), width,
+            inner, eps, delta_eps, ADD=changes is not None, PARTS=0 if squares is None else squares.shape[-1],
+            num_warps=settings_for(rows.device).add_norm[0], **_pieces(width),
         )  # fmt: skip
-    kept = (total, rstd) if delta is None else (total, rstd, delta.new_empty(0))
-    return (normed.view(residual.shape), total.view(residual.shape)), kept
+    return normed.view(residual.shape), total, rstd
 
 
 def add_norm_backward(

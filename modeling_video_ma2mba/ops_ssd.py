@@ -60,6 +60,24 @@ def ssd(
     return run(backend, x, dt, a, b, c, D, dt_bias, state, seq_idx, chunk_size=chunk_size, dt_limit=dt_limit)
 
 
+def gated_ssd(
+    *tensors: Tensor | None, chunk_size: int, dt_limit: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """On our kernels and without gradients, `ssd` and most of the norm behind it.
+
+    Args:
+        tensors: those of `ssd` with `seq_idx` last, then the gate z (B, S, E) and the norm's weight (E,).
+
+    Returns:
+        y * silu(z) * weight (B, S, H, P), the state, sums of squares of y * silu(z) (B, S, H) in fp32: the norm is the
+        first by the root of the mean of those.
+    """
+    from .ops_ssd_triton import gated_ssd as by_kernels
+
+    found: tuple[Tensor, Tensor, Tensor] = by_kernels(*tensors, chunk_size=chunk_size, dt_limit=dt_limit)
+    return found
+
+
 def mask_steps(dt: Tensor, lengths: Tensor | None) -> Tensor:
     """Step sizes (B, S, H) before softplus, such that kernels that know nothing of `lengths` skip the padding."""
     if lengths is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import kernel, softplus, tl, triton
+from .ops_triton_parts import kernel, sigmoid, softplus, tl, triton
 from .ops_triton_settings import KernelSettings, settings_for
 
 
@@ -192,11 +192,12 @@ def carry_backward_kernel(
 
 @kernel(do_not_specialize=["S"])
 def chunk_scan_kernel(
-    x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, y_ptr, S, x_row, x_batch, c_row,
-    c_batch, heads, groups, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    TILE: tl.constexpr,
+    x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, z_ptr, weight_ptr, squares_ptr, y_ptr,
+    S, x_row, x_batch, c_row, c_batch, z_row, z_batch, heads, groups, GATE: tl.constexpr, PACKED: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of TILE tokens of one head: from the state that entered the chunk, and from the tokens before."""
+    """Outputs of TILE tokens of one head: from the state that entered the chunk, and from the tokens before. GATE:
+    times silu(z), squared and summed up for the norm behind, times its weight."""
     tiles: tl.constexpr = Q // TILE
     head, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
@@ -243,6 +244,11 @@ def chunk_scan_kernel(
     x = _tile(x_ptr + head * P, rows, x_row, p, there)
     y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
     y += x.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
+    if GATE:
+        z = _tile(z_ptr + batch * z_batch + start * z_row + head * P, rows, z_row, p, there).to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) * (z * sigmoid(z))  # rounded as where the norm is by itself
+        tl.store(squares_ptr + (batch * S + start + rows) * heads + head, tl.sum(y * y, axis=1), mask=there)
+        y *= tl.load(weight_ptr + head * P + p).to(tl.float32)[None, :]
     out = y_ptr + head * P + rows[:, None] * (heads * P) + p[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
 
@@ -511,6 +517,24 @@ def ssd_forward(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """`ssd` for the registry of operations. Keeps step sizes and their decays summed within each chunk, both
     (B, H, c, Q) in fp32, and the states entering the chunks, (B, c, H, P, N) in x's type."""
+    y, new_state, _, *kept = _forward(x, dt, a, b, c, D, dt_bias, state, ids, None, chunk_size, dt_limit)
+    return (y, new_state), (kept[0], kept[1], kept[2])
+
+
+def gated_ssd(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor,
+    ids: Tensor | None, z: Tensor, weight: Tensor, chunk_size: int, dt_limit: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`ops_ssd.gated_ssd`: y, the new state, sums of squares."""
+    y, new_state, squares, *_ = _forward(x, dt, a, b, c, D, dt_bias, state, ids, (z, weight), chunk_size, dt_limit)
+    return y, new_state, squares
+
+
+def _forward(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor,
+    ids: Tensor | None, gate: tuple[Tensor, Tensor] | None, chunk_size: int, dt_limit: tuple[float, float],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y, the new state, with a gate (z, weight) sums of squares (B, S, H), and what `ssd_forward` keeps."""
     x, b, c = _tokens_first(x), _tokens_first(b), _tokens_first(c)
     dt = dt if dt.stride(-1) == 1 else dt.contiguous()
     batch, tokens, heads, width = x.shape
@@ -527,12 +551,15 @@ def ssd_forward(
     states = torch.empty(batch, chunks, heads, width, size, dtype=x.dtype, device=x.device)
     new_state = _states(x, b, steps, total, state, ids, packed, False, states, use)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    z, weight = (y, D) if gate is None else gate
+    squares = torch.empty(batch, tokens, 0 if gate is None else heads, **fp32)
     tiles = chunk_size // min(use.chunk_scan.tile, chunk_size)
     chunk_scan_kernel[(heads * tiles, chunks, batch)](
-        x, c, scores, steps, total, states, D, ids, y, tokens, x.stride(1), x.stride(0), c.stride(1), c.stride(0),
-        heads, groups, PACKED=packed, **dims, **use.chunk_scan.options(chunk_size),
+        x, c, scores, steps, total, states, D, ids, z, weight, squares, y, tokens, x.stride(1), x.stride(0),
+        c.stride(1), c.stride(0), z.stride(1), z.stride(0), heads, groups, GATE=gate is not None, PACKED=packed,
+        **dims, **use.chunk_scan.options(chunk_size),
     )  # fmt: skip
-    return (y, new_state), (steps, total, states)
+    return y, new_state, squares, steps, total, states
 
 
 def _states(

@@ -149,7 +149,7 @@ class SharedStack:
                 arriving = following
             layers = [stack.layers[i] for i in block]
             for place, (x, delta) in enumerate(streams):
-                x, delta, states = run_blocks(layers, x, states, delta=delta)
+                x, delta, states = run_blocks(layers, x, states, delta=delta, reading=True)
                 streams[place] = x, delta
             link.send(flatten(states))
         self.begun = True

@@ -329,7 +329,7 @@ class Ma2mbaTextModel(PreTrainedModel):
             segment = x[:, start:stop].to(device, self.stream_dtype)
             around = None if sharded is None else sharded.gathered
             segment, delta, ends = run_blocks(
-                blocks, segment, ends or starts, lengths, seq_idx, around=around, streams=streams
+                blocks, segment, ends or starts, lengths, seq_idx, around=around, streams=streams, reading=True
             )
             if outputs is not None:
                 streams[-1].append(self.norm_f(segment, delta, own)[0])

@@ -12,8 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_kernels_gpu import mixer_inputs, mixer_shape, relative_error, run_mixer
 
+from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import CoreWeights, MixerShape, gated_core
+from video_ma2mba.modeling_video_ma2mba.ops_norm import PendingDelta
+from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.ops_triton_settings import KernelSettings, Tiles, force_settings
+from video_ma2mba.modeling_video_ma2mba.state_layers import Mamba2State
 
+WEIGHTS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
 TILED = ("scores", "chunk_scan", "dx", "dscores", "rows_by_states", "finish")
 
 
@@ -26,7 +31,25 @@ def errors(batch: int, tokens: int, tile: int = 16, shape: dict | None = None, *
     numbers = {name: torch.tensor(value, dtype=torch.int32) for name, value in given.items()}
     exact = run_mixer(values, sizes, "cpu", torch.float64, "torch", **numbers)
     found = run_mixer(values, sizes, "cpu", torch.float32, "triton", **numbers)
-    return {name: relative_error(found[name], value) for name, value in exact.items()}
+    errors = {name: relative_error(found[name], value) for name, value in exact.items()}
+    return errors | {
+        f"read {name}": relative_error(value, exact[name]) for name, value in read(values, sizes, **numbers)
+    }
+
+
+def read(values: dict, sizes: MixerShape, lengths=None, seq_idx=None) -> list[tuple[str, torch.Tensor]]:
+    """What `gated_core` finds, the norm's factor applied."""
+    given = {name: value.float() for name, value in values.items()}
+    weights = CoreWeights(*(given[name] for name in WEIGHTS))
+    with torch.no_grad(), force_backend("triton"):
+        state = Mamba2State(given["conv_state"], given["ssm_state"])
+        y, squares, state = gated_core(given["zxbcdt"], weights, state, sizes, lengths, seq_idx)
+    assert (squares is None) == (sizes.n_groups > 1)
+    if squares is not None:
+        y = PendingDelta(y, squares, sizes.inner, sizes.eps).settled()
+    if lengths is not None:
+        y = y * (torch.arange(y.shape[1]) < lengths[:, None]).unsqueeze(-1)
+    return [("y", y.double()), ("conv", state.conv.double()), ("ssm", state.ssm.double())]
 
 
 if __name__ == "__main__":
