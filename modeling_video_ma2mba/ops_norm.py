@@ -17,7 +17,7 @@ from .ops_registry import Backend, Operation, run, triton_available
 
 class PendingDelta(NamedTuple):
     """What a mixer adds to the stream but for the factor of its gated norm, which can wait until behind the
-    projection: whoever adds it up applies the factor as well. Only kernels make such, and only where nothing is differentiated.
+    projection: whoever adds it up applies the factor as well. Only kernels make such, where nothing is differentiated.
 
     value: (B, S, D); squares: (B, S, parts) fp32, sums of squares of the `inner` numbers in front of the projection.
     """

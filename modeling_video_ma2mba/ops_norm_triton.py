@@ -40,8 +40,8 @@ def add_norm_forward_kernel(
     residual_ptr, delta_ptr, squares_ptr, weight_ptr, normed_ptr, total_ptr, rstd_ptr, delta_row, width, inner, eps,
     delta_eps, ADD: tl.constexpr, PARTS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One row: total = residual + delta, normed = total / rms * weight. PARTS: delta lacks the factor of the norm of `inner`
-    channels, the sums of whose squares are given."""
+    """One row: total = residual + delta, normed = total / rms * weight. PARTS: delta lacks the factor of a norm of
+    `inner` channels, the sums of whose squares are given."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.arange(0, MAIN)
     x = _load(residual_ptr + row * width, first, width)

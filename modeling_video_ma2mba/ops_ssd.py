@@ -60,9 +60,7 @@ def ssd(
     return run(backend, x, dt, a, b, c, D, dt_bias, state, seq_idx, chunk_size=chunk_size, dt_limit=dt_limit)
 
 
-def gated_ssd(
-    *tensors: Tensor | None, chunk_size: int, dt_limit: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor]:
+def gated_ssd(*tensors: Any, chunk_size: int, dt_limit: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
     """On our kernels and without gradients, `ssd` and most of the norm behind it.
 
     Args:
@@ -74,7 +72,8 @@ def gated_ssd(
     """
     from .ops_ssd_triton import gated_ssd as by_kernels
 
-    found: tuple[Tensor, Tensor, Tensor] = by_kernels(*tensors, chunk_size=chunk_size, dt_limit=dt_limit)
+    options: dict[str, Any] = {"chunk_size": chunk_size, "dt_limit": dt_limit}
+    found: tuple[Tensor, Tensor, Tensor] = by_kernels(*tensors, **options)
     return found
 
 
