@@ -19,10 +19,11 @@ from video_ma2mba.modeling_video_ma2mba.mixer_mamba2 import (
     CoreWeights,
     Ma2mbaRMSNorm,
     MixerShape,
+    gated_core,
     mixer_core,
 )
 from video_ma2mba.modeling_video_ma2mba.ops_mamba_ssm import kernels_available
-from video_ma2mba.modeling_video_ma2mba.ops_norm import ADD_RMS_NORM, mixed_sum
+from video_ma2mba.modeling_video_ma2mba.ops_norm import ADD_RMS_NORM, PendingDelta, add_rms_norm, mixed_sum
 from video_ma2mba.modeling_video_ma2mba.ops_registry import force_backend
 from video_ma2mba.modeling_video_ma2mba.ops_ssd import ssd
 from video_ma2mba.modeling_video_ma2mba.stack_language_model import Ma2mbaTextModel
@@ -283,6 +284,44 @@ def test_extreme_steps_and_decays(tokens, steps):
         rounding = 2e-3 if own.dtype == torch.bfloat16 else 0  # of a result that is stored in 16 bits
         allowed = 2e-3 if name in ("y", "state") else 2e-2 if name in ("da", "dbias") else 5e-3
         assert error < allowed + rounding, (name, error)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(("tokens", "packed"), [(1, False), (3, False), (257, False), (600, True)])
+def test_reading_is_as_good_as_the_ordinary_pass(tokens, packed, head_dim):
+    """What leaves out the gated norm's factor, and what makes it up: y and states beside fp64 on the CPU."""
+    shape = mixer_shape(head_dim=head_dim)
+    values = mixer_inputs(shape, 2, tokens, torch.bfloat16)
+    seq_idx = None
+    if packed:
+        borders = torch.arange(tokens + shape.conv_kernel - 1) // 130
+        seq_idx = borders.to(torch.int32).expand(2, -1)
+    with torch.no_grad(), force_backend("torch"):
+        exact, exact_state = run_core(values, shape, seq_idx=seq_idx)
+    given = {
+        name: value.to("cuda", torch.float32 if name in IN_FP32 else torch.bfloat16) for name, value in values.items()
+    }
+    names = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
+    arguments = (
+        given["zxbcdt"], CoreWeights(*(given[n] for n in names)), Mamba2State(given["conv_state"], given["ssm_state"]),
+        shape, None, None if seq_idx is None else seq_idx.cuda(),
+    )  # fmt: skip
+    with torch.no_grad():
+        plain, _ = mixer_core(*arguments)
+        y, squares, state = gated_core(*arguments)
+        pending = PendingDelta(y, squares, shape.inner, shape.eps)
+        residual, weight = torch.zeros(2, tokens, shape.inner, device="cuda"), torch.ones(shape.inner, device="cuda")
+        normed, total = add_rms_norm(residual, pending, weight, 1e-5, torch.bfloat16)
+    eps = torch.finfo(torch.bfloat16).eps
+    expected = exact.double()
+    for found in (pending.settled(), total):
+        assert (
+            relative_error(found.double().cpu(), expected)
+            <= 1.1 * relative_error(plain.double().cpu(), expected) + eps / 4
+        )
+    assert relative_error(normed.double().cpu(), F.rms_norm(expected, (shape.inner,), eps=1e-5)) < 2 * eps
+    assert relative_error(state.ssm.double().cpu(), exact_state.ssm) < eps / 2
+    assert relative_error(state.conv.double().cpu(), exact_state.conv) < eps / 4
 
 
 def test_two_runs_are_bit_identical():
