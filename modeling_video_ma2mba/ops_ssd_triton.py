@@ -136,21 +136,24 @@ def states_kernel(
         first, step = count - 1, -1
     else:
         first, step = 0, 1
-    # Sums at the ends of tiles are fetched ahead: a step takes no longer than such a look into memory.
+    # What a step needs beside x and b is fetched by the step before: a step takes no longer than a look into memory.
+    # Nothing may pass through two steps unchanged, or Triton does not load ahead.
+    total, size = tl.load(total_ptr + first * TILE + k), tl.load(steps_ptr + first * TILE + k)
     before, here = _edge(total_ptr, first - 1, last, TILE), _edge(total_ptr, first, last, TILE)
-    coming = _edge(total_ptr, first - 2 if BACK else first + 1, last, TILE)
     for number in tl.range(0, count, num_stages=STAGES):
         tile = first + step * number
+        following = tl.minimum(tl.maximum(tile + step, 0), count - 1)
+        next_total = tl.load(total_ptr + following * TILE + k)
+        next_size = tl.load(steps_ptr + following * TILE + k)
+        next_before, next_here = _edge(total_ptr, following - 1, last, TILE), _edge(total_ptr, following, last, TILE)
         place = tile % tiles
         at = tile.to(tl.int64) * TILE + k
         there = at < S
         start = tl.where(place == 0, 0.0, before)
         kept = tl.exp(tl.minimum(here - start, 0.0))
-        total = tl.load(total_ptr + at)
-        if BACK:
-            scale = tl.exp(tl.minimum(total - start, 0.0))
-        else:
-            scale = tl.exp(tl.minimum(here - total, 0.0)) * tl.load(steps_ptr + at)
+        scale = tl.exp(tl.minimum(total - start if BACK else here - total, 0.0))
+        if not BACK:
+            scale *= size
         if PACKED:
             final = tl.load(ids_ptr + tl.minimum(tile * TILE + TILE - 1, last))
             earlier = tl.load(ids_ptr + tile * TILE - 1, mask=(tile > 0) & (tile * TILE <= last), other=0)
@@ -162,12 +165,7 @@ def states_kernel(
         x = tl.load(x_ptr + at[None, :] * x_row + p[:, None], mask=there[None, :], other=0.0)
         b = tl.load(b_ptr + at[:, None] * b_row + n[None, :], mask=there[:, None], other=0.0)
         state = tl.dot((x.to(tl.float32) * scale[None, :]).to(x_ptr.dtype.element_ty), b, state * kept)
-        if BACK:
-            here, before = before, coming
-            coming = _edge(total_ptr, tile - 3, last, TILE)
-        else:
-            before, here = here, coming
-            coming = _edge(total_ptr, tile + 2, last, TILE)
+        total, size, before, here = next_total, next_size, next_before, next_here
     tl.store(end_ptr + (batch * heads + head) * P * N + inside, state)
 
 
@@ -190,16 +188,51 @@ def carry_backward_kernel(
     tl.store(dcarry_ptr + (batch * heads + head) * chunks + chunk, tl.sum(products) * carry)
 
 
+@triton.jit
+def _before_tile(y, scores, edge, sums_ptrs, x_ptr, x_row, at, p, left):
+    """y plus what tokens `at` in front of its own say, decayed to its edge."""
+    total_ptr, steps_ptr = sums_ptrs
+    weight = tl.exp(tl.minimum(edge - tl.load(total_ptr + at), 0.0)) * tl.load(steps_ptr + at)
+    x = _tile(x_ptr, at, x_row, p, at < left)
+    return tl.dot((scores * weight[None, :]).to(x_ptr.dtype.element_ty), x, y)
+
+
+@triton.jit
+def _own_tile(y, scores, seen, edge, sums_ptrs, x_ptr, x_row, D_ptr, rows, p, there):
+    """y, decayed from its edge, plus what its own tokens say, and the skip."""
+    total_ptr, steps_ptr = sums_ptrs
+    total = tl.load(total_ptr + rows)
+    y *= tl.exp(tl.minimum(total - edge, 0.0))[:, None]
+    decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + rows)[None, :], 0.0))
+    scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + rows)[None, :]
+    x = _tile(x_ptr, rows, x_row, p, there)
+    y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
+    return y + x.to(tl.float32) * tl.load(D_ptr).to(tl.float32)
+
+
+@triton.jit
+def _store_outputs(
+    y, z_ptr, z_row, weight_ptr, squares_ptr, y_ptr, heads, rows, p, there, GATE: tl.constexpr, P: tl.constexpr
+):
+    """Outputs of one head; GATE: times silu(z), squared and summed up for the norm behind, times its weight."""
+    if GATE:
+        z = _tile(z_ptr, rows, z_row, p, there).to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) * (z * sigmoid(z))  # rounded as where the norm is by itself
+        tl.store(squares_ptr + rows * heads, tl.sum(y * y, axis=1), mask=there)
+        y *= tl.load(weight_ptr + p).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * (heads * P) + p[None, :], y.to(y_ptr.dtype.element_ty), mask=there[:, None])
+
+
 @kernel(do_not_specialize=["S"])
 def chunk_scan_kernel(
     x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, z_ptr, weight_ptr, squares_ptr, y_ptr,
     S, x_row, x_batch, c_row, c_batch, z_row, z_batch, heads, groups, GATE: tl.constexpr, PACKED: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of TILE tokens of one head: from the state that entered the chunk, and from the tokens before. GATE:
-    times silu(z), squared and summed up for the norm behind, times its weight."""
+    """Outputs of TILE tokens of one head, or of a PAIR of heads, which share C and the scores: from the state that
+    entered the chunk, and from the tokens before. GATE: see `_store_outputs`."""
     tiles: tl.constexpr = Q // TILE
-    head, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    head, m = tl.program_id(0) // tiles * (2 if PAIR else 1), tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (heads // groups)
@@ -208,49 +241,52 @@ def chunk_scan_kernel(
     rows = m * TILE + tl.arange(0, TILE)
     there = rows < left
     p, n = tl.arange(0, P), tl.arange(0, N)
-    x_ptr += batch * x_batch + start * x_row
+    x_ptr += batch * x_batch + start * x_row + head * P
     c_ptr += batch * c_batch + start * c_row + group * N
-    y_ptr += (batch * S + start) * heads * P
+    z_ptr += batch * z_batch + start * z_row + head * P
+    y_ptr += (batch * S + start) * heads * P + head * P
+    squares_ptr += (batch * S + start) * heads + head
+    weight_ptr += head * P
+    D_ptr += head
     scores_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
-    states_ptr += (batch * chunks + chunk) * heads * P * N
+    states_ptr += ((batch * chunks + chunk) * heads + head) * P * N
+    sums = ((batch * heads + head) * chunks + chunk) * Q
+    sums_ptrs = (total_ptr + sums, steps_ptr + sums)
+    seen = rows[:, None] >= rows[None, :]
     if PACKED:
         ids_ptr += batch * S + start
         sample = _ids(ids_ptr, rows, there)
-        entered = sample == _id_before(ids_ptr, chunk, Q)
+        entered = (sample == _id_before(ids_ptr, chunk, Q))[:, None]
+        seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
     c = _tile(c_ptr, rows, c_row, n, there)
-    sums = ((batch * heads + head) * chunks + chunk) * Q
-    total = tl.load(total_ptr + sums + rows)
     # A decay that leads into this tile is one to its edge and one from there: both are at most 1.
-    edge = tl.load(total_ptr + sums + m * TILE - 1, mask=m > 0, other=0.0)
-    state = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None])
-    y = tl.dot(c, state) * tl.exp(edge)
+    edge = tl.load(sums_ptrs[0] + m * TILE - 1, mask=m > 0, other=0.0)
+    state_ptrs = states_ptr + p[None, :] * N + n[:, None]
+    y = tl.dot(c, tl.load(state_ptrs)) * tl.exp(edge)
     if PACKED:
-        y = tl.where(entered[:, None], y, 0.0)
+        y = tl.where(entered, y, 0.0)
+    if PAIR:
+        next_ptrs = (total_ptr + sums + chunks * Q, steps_ptr + sums + chunks * Q)
+        next_edge = tl.load(next_ptrs[0] + m * TILE - 1, mask=m > 0, other=0.0)
+        next_y = tl.dot(c, tl.load(state_ptrs + P * N)) * tl.exp(next_edge)
+        if PACKED:
+            next_y = tl.where(entered, next_y, 0.0)
     for token in range(0, m * TILE, TILE):
         at = token + tl.arange(0, TILE)
-        weight = tl.exp(tl.minimum(edge - tl.load(total_ptr + sums + at), 0.0)) * tl.load(steps_ptr + sums + at)
-        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
+        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :])
         if PACKED:
             scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
-        x = _tile(x_ptr + head * P, at, x_row, p, at < left)
-        y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
-    y *= tl.exp(tl.minimum(total - edge, 0.0))[:, None]
-    decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + sums + rows)[None, :], 0.0))
-    seen = rows[:, None] >= rows[None, :]
-    if PACKED:
-        seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
+        y = _before_tile(y, scores, edge, sums_ptrs, x_ptr, x_row, at, p, left)
+        if PAIR:
+            next_y = _before_tile(next_y, scores, next_edge, next_ptrs, x_ptr + P, x_row, at, p, left)
     scores = tl.load(scores_ptr + rows[:, None] * Q + rows[None, :])
-    scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + sums + rows)[None, :]
-    x = _tile(x_ptr + head * P, rows, x_row, p, there)
-    y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
-    y += x.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
-    if GATE:
-        z = _tile(z_ptr + batch * z_batch + start * z_row + head * P, rows, z_row, p, there).to(tl.float32)
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) * (z * sigmoid(z))  # rounded as where the norm is by itself
-        tl.store(squares_ptr + (batch * S + start + rows) * heads + head, tl.sum(y * y, axis=1), mask=there)
-        y *= tl.load(weight_ptr + head * P + p).to(tl.float32)[None, :]
-    out = y_ptr + head * P + rows[:, None] * (heads * P) + p[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
+    y = _own_tile(y, scores, seen, edge, sums_ptrs, x_ptr, x_row, D_ptr, rows, p, there)
+    _store_outputs(y, z_ptr, z_row, weight_ptr, squares_ptr, y_ptr, heads, rows, p, there, GATE, P)
+    if PAIR:
+        next_y = _own_tile(next_y, scores, seen, next_edge, next_ptrs, x_ptr + P, x_row, D_ptr + 1, rows, p, there)
+        _store_outputs(
+            next_y, z_ptr + P, z_row, weight_ptr + P, squares_ptr + 1, y_ptr + P, heads, rows, p, there, GATE, P
+        )
 
 
 @kernel(do_not_specialize=["S"])
@@ -554,10 +590,11 @@ def _forward(
     z, weight = (y, D) if gate is None else gate
     squares = torch.empty(batch, tokens, 0 if gate is None else heads, **fp32)
     tiles = chunk_size // min(use.chunk_scan.tile, chunk_size)
-    chunk_scan_kernel[(heads * tiles, chunks, batch)](
+    pair = use.pairs and heads // groups % 2 == 0
+    chunk_scan_kernel[(heads // (2 if pair else 1) * tiles, chunks, batch)](
         x, c, scores, steps, total, states, D, ids, z, weight, squares, y, tokens, x.stride(1), x.stride(0),
         c.stride(1), c.stride(0), z.stride(1), z.stride(0), heads, groups, GATE=gate is not None, PACKED=packed,
-        **dims, **use.chunk_scan.options(chunk_size),
+        PAIR=pair, **dims, **use.chunk_scan.options(chunk_size),
     )  # fmt: skip
     return y, new_state, squares, steps, total, states
 
