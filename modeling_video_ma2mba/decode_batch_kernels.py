@@ -7,20 +7,12 @@ runs the convolution and sums up what each head needs to know, `batch_scan_step`
 
 from torch import Tensor
 
-from .decode_kernel_parts import (
-    conv_inputs,
-    convolve,
-    fetch_to_cache,
-    launch_options,
-    release,
-    silu,
-    softplus,
-    tl,
-    triton,
-    wait,
-)
+from .decode_kernel_parts import conv_inputs, convolve, launch_options, release, silu, softplus, tl, triton, wait
 from .ops_costs import MixerShape
+from .ops_triton_parts import fetch_to_cache
 
+PREPARE = {"BLOCK": 256, "num_warps": 4}
+"""Channels of x that one program of `prepare_step` takes."""
 SCAN_FEW = {"BLOCK_P": 16, "num_warps": 4}
 """Tile of one program, where there are few: all of the GPU should have work."""
 SCAN_MANY = {"BLOCK_P": 64, "num_warps": 2}
@@ -43,9 +35,10 @@ def _prepare_kernel(
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first GROUPS programs of a row take B, C and the heads of a group each, the others x."""
+    """The first GROUPS programs of a row take B, C and the heads of a group each, the others x. Those of all rows come
+    first: they have most to do, and not all fit beside the kernel in front."""
     release(PDL)
-    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slot_ptr)
     proj_ptr += row * WIDTH_IN + INNER
     state_ptr += row * CHANNELS * (WIDTH - 1)
@@ -107,15 +100,15 @@ def prepare_step(
     shape: MixerShape,
 ) -> None:  # fmt: skip
     """See `decode_reference.prepare_step`."""
-    blocks, slots = triton.cdiv(shape.inner, 256), xbc.shape[1]
+    blocks, slots = triton.cdiv(shape.inner, PREPARE["BLOCK"]), xbc.shape[1]
     low, high = shape.time_step_limit
-    _prepare_kernel[blocks + shape.n_groups, proj.shape[0]](
+    _prepare_kernel[proj.shape[0], blocks + shape.n_groups](
         proj, conv_state, conv_weight, conv_bias, dt_bias, A_log, D, xbc, steps, totals, slot, weights, decay,
         float(low), float(high), proj.shape[1], shape.conv_dim, shape.num_heads, shape.n_groups, shape.state_size,
         shape.inner, blocks, SLOTS=slots, BLOCK_S=triton.next_power_of_2(slots),
         BLOCK_N=triton.next_power_of_2(shape.state_size),
         BLOCK_H=triton.next_power_of_2(shape.num_heads // shape.n_groups), WIDTH=shape.conv_kernel,
-        BIAS=conv_bias is not None, BLOCK=256, num_warps=4, **launch_options(proj),
+        BIAS=conv_bias is not None, **PREPARE, **launch_options(proj),
     )  # fmt: skip
 
 

@@ -54,14 +54,6 @@ def release(PDL: tl.constexpr):
 
 
 @triton.jit
-def fetch_to_cache(ptrs):
-    """Ask for the 128 bytes at each of `ptrs` without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def conv_inputs(channels, inside, state_ptr, weight_ptr, bias_ptr, WIDTH: tl.constexpr, BIAS: tl.constexpr):
     """The states (C, W-1) of `channels`, all but their last weights, the last weights, and the biases."""
     taps = tl.arange(0, 4)[None, :]

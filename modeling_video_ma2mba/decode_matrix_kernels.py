@@ -8,8 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .decode_kernel_parts import fetch_to_cache, launch_options, release, tl, triton, wait
+from .decode_kernel_parts import launch_options, release, tl, triton, wait
 from .decode_reference import LARGEST_PRODUCT
+from .ops_triton_parts import fetch_to_cache
 
 WHOLE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5, "EARLY": 512}
 """Tile of one program where it sums over all columns: many rows of the matrix."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import kernel, sigmoid, softplus, tl, triton
+from .ops_triton_parts import fetch_to_cache, kernel, sigmoid, softplus, tl, triton
 from .ops_triton_settings import KernelSettings, settings_for
 
 
@@ -228,6 +228,7 @@ def chunk_scan_kernel(
     x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, z_ptr, weight_ptr, squares_ptr, y_ptr,
     S, x_row, x_batch, c_row, c_batch, z_row, z_batch, heads, groups, GATE: tl.constexpr, PACKED: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, PAIR: tl.constexpr,
+    FETCH: tl.constexpr,
 ):  # fmt: skip
     """Outputs of TILE tokens of one head, or of a PAIR of heads, which share C and the scores: from the state that
     entered the chunk, and from the tokens before. GATE: see `_store_outputs`."""
@@ -258,6 +259,11 @@ def chunk_scan_kernel(
         sample = _ids(ids_ptr, rows, there)
         entered = (sample == _id_before(ids_ptr, chunk, Q))[:, None]
         seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
+    if FETCH:  # what is looked at last, and what else of it lies in the same lines of the memory
+        ends = tl.arange(0, 2) * ((2 if PAIR else 1) * P - 1)
+        fetch_to_cache(x_ptr + tl.minimum(rows, left - 1)[:, None] * x_row + ends[None, :])
+        if GATE:
+            fetch_to_cache(z_ptr + tl.minimum(rows, left - 1)[:, None] * z_row + ends[None, :])
     c = _tile(c_ptr, rows, c_row, n, there)
     # A decay that leads into this tile is one to its edge and one from there: both are at most 1.
     edge = tl.load(sums_ptrs[0] + m * TILE - 1, mask=m > 0, other=0.0)
@@ -594,7 +600,7 @@ def _forward(
     chunk_scan_kernel[(heads // (2 if pair else 1) * tiles, chunks, batch)](
         x, c, scores, steps, total, states, D, ids, z, weight, squares, y, tokens, x.stride(1), x.stride(0),
         c.stride(1), c.stride(0), z.stride(1), z.stride(0), heads, groups, GATE=gate is not None, PACKED=packed,
-        PAIR=pair, **dims, **use.chunk_scan.options(chunk_size),
+        PAIR=pair, FETCH=use.fetch and x.is_cuda, **dims, **use.chunk_scan.options(chunk_size),
     )  # fmt: skip
     return y, new_state, squares, steps, total, states
 

@@ -27,7 +27,7 @@ class KernelSettings(NamedTuple):
         add_norm, gated_norm: warps forward, warps backward, programs a multiprocessor in backward; stages there.
         conv_forward, conv_backward: tokens of a stretch at most, channels, warps.
         states: tokens of a tile, warps, stages of loading ahead, columns of a state that one program takes at most.
-        pairs: whether a program of `chunk_scan` takes two heads.
+        pairs: whether a program of `chunk_scan` takes two heads. fetch: whether it asks ahead for what it needs last.
         fewest: programs that keep all multiprocessors busy; states are cut into fewer columns for that.
         programs: how many programs the heads are dealt to, at least, where there are heads enough.
     """
@@ -45,6 +45,7 @@ class KernelSettings(NamedTuple):
     finish: Tiles = Tiles(32, 4, 2)
     fewest: int = 128
     pairs: bool = False
+    fetch: bool = False
     programs: int = 1024
 
 
