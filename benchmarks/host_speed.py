@@ -181,8 +181,9 @@ def two_hours() -> tuple[float, float]:
         (row,) = (row for row in csv.DictReader(file) if row["model"] == "370m" and row["frames"] == "7200")
     layers, segment = (int(word) for word in re.match(r"(\d+) layers x (\d+) tokens", row["plan"]).groups())
     job, plan = job_of(row | {"part": "whole", "cells": "launched"}), RecomputePlan(layers, segment, True)
-    prediction = predict_job(job, plan, replace(H200, **BEFORE))
-    return float(row["seconds"]), prediction.step_seconds + prediction.host_peak / H200.page_lock
+    costs = replace(H200, **BEFORE)
+    prediction = predict_job(job, plan, costs)
+    return float(row["seconds"]), prediction.step_seconds + prediction.host_peak / costs.page_lock
 
 
 def comparison(rows: list[dict[str, str]]) -> str:
