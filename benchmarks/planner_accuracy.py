@@ -34,8 +34,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "ma_gc.md"
 LABELS = 1024  # as in ma_gc.py, and so is which methods keep the input on the host
 FITTED = ("matmul", "scan_forward", "scan_backward", "launch_forward", "launch_backward", "layer")
 BEFORE = {"scan_forward": 1.95e-11, "scan_backward": 3.9e-11, "layer": 0.0, "page_lock": 2.03e9}
-"""Constants of the language model and of the host until 2026-11-28, with mamba-ssm's kernels and the first version of ours: what was
-measured with those is compared with what was predicted for those."""
+"""Constants of the language model and of its host until 2026-11-28, with mamba-ssm's kernels and the first version of
+ours: what was measured with those is compared with what was predicted for those."""
 FIELDS = ["hardware", "date", "model", "tokens", "method", "plan", "measured_gb", "predicted_gb", "gb_error_percent",
           "measured_tokens_per_s", "predicted_tokens_per_s", "speed_error_percent"]  # fmt: skip
 

@@ -30,8 +30,8 @@ class MeasuredCosts:
         tower_launch_forward, tower_launch_backward: as for the layers of the language model.
         launch: seconds that the host on which the language model was measured needed to launch one operation. It was
             not measured then, but fitted: with it the constants hold on a host whose launches were (host_speed.csv).
-        page_lock: bytes per second that are page-locked when host memory is used for the first time. Hosts differ: 2.0 to
-            8.6 GB/s on six of them. A first step overlaps a part of it with its own work.
+        page_lock: bytes per second that are page-locked when host memory is used for the first time. Hosts differ (2.0
+            to 8.6 GB/s), and a first step does a part of it beside its own work.
         slack: part of the predicted peak that PyTorch's allocator loses to fragments.
         context: bytes that the CUDA context and loaded kernels take from every GPU.
     """

@@ -142,7 +142,8 @@ def gated_core(
     x, b, c = _heads(xbc, shape)
     scan = (x, dt, -torch.exp(weights.A_log), b, c, weights.D, weights.dt_bias, state.ssm, ids)
     norm, conv = weights.norm.to(zxbcdt.dtype), last_inputs(xbc_raw, state.conv, lengths)
-    if backends.ssd.name == "triton" and shape.n_groups == 1:
+    # What is not normed yet may be larger than fp16 can tell.
+    if backends.ssd.name == "triton" and shape.n_groups == 1 and zxbcdt.dtype != torch.float16:
         y, ssm, squares = gated_ssd(*scan, z, norm, **_scan_options(shape))
         return y.flatten(2), squares, Mamba2State(conv, ssm)
     (y, ssm), _ = backends.ssd.forward(*scan, **_scan_options(shape))

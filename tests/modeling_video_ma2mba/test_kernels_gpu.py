@@ -324,6 +324,21 @@ def test_reading_is_as_good_as_the_ordinary_pass(tokens, packed, head_dim):
     assert relative_error(state.conv.double().cpu(), exact_state.conv) < eps / 4
 
 
+def test_reading_in_fp16_survives_what_its_norm_makes_small():
+    """y * silu(z) beyond the range of fp16, normed at once."""
+    shape = mixer_shape()
+    given = {
+        name: value.to("cuda", torch.float32 if name in IN_FP32 else torch.float16)
+        for name, value in mixer_inputs(shape, 1, 40, torch.float16).items()
+    }
+    given["zxbcdt"][..., : shape.inner] *= 10_000
+    names = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
+    state = Mamba2State(given["conv_state"], given["ssm_state"])
+    with torch.no_grad():
+        y, squares, _ = gated_core(given["zxbcdt"], CoreWeights(*(given[n] for n in names)), state, shape)
+    assert squares is None and bool(torch.isfinite(y).all())
+
+
 def test_two_runs_are_bit_identical():
     given = [t.requires_grad_() for t in ssd_inputs(3000, 10, torch.bfloat16, (1e-3, 0.1), 16.0)]
     runs = []
