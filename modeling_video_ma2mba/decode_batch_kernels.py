@@ -9,10 +9,7 @@ from torch import Tensor
 
 from .decode_kernel_parts import conv_inputs, convolve, launch_options, release, silu, softplus, tl, triton, wait
 from .ops_costs import MixerShape
-from .ops_triton_parts import fetch_to_cache
 
-PREPARE = {"BLOCK": 256, "num_warps": 4}
-"""Channels of x that one program of `prepare_step` takes."""
 SCAN_FEW = {"BLOCK_P": 16, "num_warps": 4}
 """Tile of one program, where there are few: all of the GPU should have work."""
 SCAN_MANY = {"BLOCK_P": 64, "num_warps": 2}
@@ -21,9 +18,6 @@ FOLD_MANY = {"BLOCK_P": 32, "num_warps": 4}
 """The same where the history is folded."""
 FULL_MANY = {"BLOCK_P": 32, "num_warps": 2}
 """Tile of one program in a large batch, of states in 32 bits."""
-AHEAD = 1344
-"""A program asks for the tile of the one so many places behind it: those that run at the same time have fetched theirs
-before the kernel in front has ended."""
 MANY = 2048
 """Heads of all rows together that count as many."""
 
@@ -100,7 +94,7 @@ def prepare_step(
     shape: MixerShape,
 ) -> None:  # fmt: skip
     """See `decode_reference.prepare_step`."""
-    blocks, slots = triton.cdiv(shape.inner, PREPARE["BLOCK"]), xbc.shape[1]
+    blocks, slots = triton.cdiv(shape.inner, 256), xbc.shape[1]
     low, high = shape.time_step_limit
     _prepare_kernel[proj.shape[0], blocks + shape.n_groups](
         proj, conv_state, conv_weight, conv_bias, dt_bias, A_log, D, xbc, steps, totals, slot, weights, decay,
@@ -108,7 +102,7 @@ def prepare_step(
         shape.inner, blocks, SLOTS=slots, BLOCK_S=triton.next_power_of_2(slots),
         BLOCK_N=triton.next_power_of_2(shape.state_size),
         BLOCK_H=triton.next_power_of_2(shape.num_heads // shape.n_groups), WIDTH=shape.conv_kernel,
-        BIAS=conv_bias is not None, **PREPARE, **launch_options(proj),
+        BIAS=conv_bias is not None, BLOCK=256, num_warps=4, **launch_options(proj),
     )  # fmt: skip
 
 
@@ -117,7 +111,7 @@ def _batch_scan_kernel(
     proj_ptr, xbc_ptr, base_ptr, weights_ptr, decay_ptr, steps_ptr, totals_ptr, slot_ptr, gated_ptr, scale_ptr,
     squares_ptr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sizes are constants, because instructions are dear here: reading a tile takes about as long as issuing them."""
     release(PDL)
@@ -132,12 +126,6 @@ def _batch_scan_kernel(
     stored = some[:, None] & real[None, :]
     base_ptrs = base_ptr + at.to(tl.int64) * (P * N) + (width[:, None] * N + n[None, :])
     base = tl.load(base_ptrs, mask=stored, other=0.0, eviction_policy="evict_first")  # earlier steps': need not wait
-    if PDL and AHEAD > 0:
-        LINE: tl.constexpr = 128 // (base_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        lines: tl.constexpr = BLOCK_P * BLOCK_N // LINE
-        place = (row * tl.num_programs(0) + tl.program_id(0) + AHEAD).to(tl.int64) * (BLOCK_P * BLOCK_N)
-        if place < tl.num_programs(1).to(tl.int64) * (H * P * N):
-            fetch_to_cache(base_ptr + place + tl.arange(0, lines) * LINE)
     slot = tl.load(slot_ptr)
     xbc_ptr += row.to(tl.int64) * (SLOTS * CHANNELS)
     proj_ptr += row.to(tl.int64) * WIDTH
@@ -186,12 +174,10 @@ def batch_scan_step(
     if batch * shape.num_heads < MANY:
         tile = SCAN_FEW
     block = min(tile["BLOCK_P"], max(16, triton.next_power_of_2(shape.head_dim)))
-    whole = shape.head_dim % block == 0 and shape.state_size == triton.next_power_of_2(shape.state_size)
-    ahead = AHEAD if batch * shape.num_heads >= MANY and whole else 0
     _batch_scan_kernel[shape.num_heads * triton.cdiv(shape.head_dim, block), batch](
         proj, xbc, base, weights, decay, steps, totals, slot, gated, scale, squares, H=shape.num_heads,
         P=shape.head_dim, N=shape.state_size, PER_GROUP=shape.num_heads // shape.n_groups, WIDTH=proj.shape[1],
         CHANNELS=shape.conv_dim, SLOTS=slots, BLOCK_S=max(16, triton.next_power_of_2(slots)), FOLD=fold,
         SCALE=scale is not None, BLOCK_P=block, BLOCK_N=triton.next_power_of_2(shape.state_size),
-        AHEAD=ahead, num_warps=tile["num_warps"], **launch_options(proj),
+        num_warps=tile["num_warps"], **launch_options(proj),
     )  # fmt: skip

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from .decode_kernel_parts import launch_options, release, tl, triton, wait
 from .decode_reference import LARGEST_PRODUCT
-from .ops_triton_parts import fetch_to_cache
 
 WHOLE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5, "EARLY": 512}
 """Tile of one program where it sums over all columns: many rows of the matrix."""
 PARTS = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 5, "EARLY": 0}
 """Tile of one program where several share the columns."""
+
+
+@triton.jit
+def _fetch_to_cache(ptrs):
+    """Ask for the 128 bytes at each of `ptrs` without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -33,7 +40,7 @@ def _product_kernel(
     total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if PDL and EARLY > 0:
         lines = tl.arange(0, EARLY // 64) * 64
-        fetch_to_cache(weight_ptr + existing[:, None] * K + first + lines[None, :])
+        _fetch_to_cache(weight_ptr + existing[:, None] * K + first + lines[None, :])
     wait(PDL)
     for start in tl.range(0, PART, BLOCK_K, num_stages=STAGES):
         total = tl.dot(tl.load(x_ptrs + start), tl.load(weight_ptrs + start, eviction_policy="evict_first"), total)

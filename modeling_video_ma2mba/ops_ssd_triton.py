@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops_triton_parts import fetch_to_cache, kernel, sigmoid, softplus, tl, triton
+from .ops_triton_parts import kernel, sigmoid, softplus, tl, triton
 from .ops_triton_settings import KernelSettings, settings_for
 
 
@@ -84,8 +84,51 @@ def scores_kernel(
         first = _tile(first_ptr, rows, row, k, rows < left)
         second = tl.load(second_ptr + columns[None, :] * row2 + k[:, None], mask=(columns < left)[None, :], other=0.0)
         out_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
-        scores = tl.dot(first, second).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + rows[:, None] * Q + columns[None, :], scores)
+        tl.store(out_ptr + rows[:, None] * Q + columns[None, :], tl.dot(first, second))
+
+
+@triton.jit
+def _chunk_scale(total_ptr, steps_ptr, at, left, ENDS: tl.constexpr, Q: tl.constexpr):
+    """By how much tokens of a chunk count in `chunk_state_kernel`, for one head, whose sums the pointers are at."""
+    total = tl.load(total_ptr + at)
+    if ENDS:
+        end = tl.load(total_ptr + tl.minimum(left, Q) - 1)
+        return tl.exp(tl.minimum(end - total, 0.0)) * tl.load(steps_ptr + at)
+    else:
+        return tl.exp(total)
+
+
+@kernel(do_not_specialize=["S"])
+def chunk_state_kernel(
+    x_ptr, b_ptr, steps_ptr, total_ptr, ids_ptr, out_ptr, S, x_row, x_batch, b_row, b_batch, heads, per_group,
+    ENDS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sum over a chunk's tokens of scale x b^T, (P, N), for one head. ENDS: scale is step * decay to the chunk's end
+    (what the chunk adds to the state); else the decay from its start (dy C^T: the gradient of the entering state)."""
+    head, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    start = chunk.to(tl.int64) * Q
+    left = S - chunk * Q
+    x_ptr += batch * x_batch + start * x_row + head * P
+    b_ptr += batch * b_batch + start * b_row + (head // per_group) * N
+    total_ptr += ((batch * heads + head) * chunks + chunk) * Q
+    steps_ptr += ((batch * heads + head) * chunks + chunk) * Q
+    if PACKED:
+        ids_ptr += batch * S + start
+        border = tl.load(ids_ptr + tl.minimum(left, Q) - 1) if ENDS else _id_before(ids_ptr, chunk, Q)
+    p, n = tl.arange(0, P), tl.arange(0, N)
+    state = tl.zeros([P, N], tl.float32)
+    for token in range(0, Q, TILE):
+        at = token + tl.arange(0, TILE)
+        there = at < left
+        scale = _chunk_scale(total_ptr, steps_ptr, at, left, ENDS, Q)[None, :]
+        if PACKED:
+            scale = tl.where((_ids(ids_ptr, at, there) == border)[None, :], scale, 0.0)
+        x = tl.load(x_ptr + at[None, :] * x_row + p[:, None], mask=there[None, :], other=0.0)
+        x = (x.to(tl.float32) * scale).to(x_ptr.dtype.element_ty)
+        state = tl.dot(x, _tile(b_ptr, at, b_row, n, there), state)
+    out_ptr += ((batch * chunks + chunk) * heads + head) * P * N
+    tl.store(out_ptr + p[:, None] * N + n[None, :], state)
 
 
 @triton.jit
@@ -100,73 +143,60 @@ def _carry(total_ptr, ids_ptr, chunk, S, PACKED: tl.constexpr, Q: tl.constexpr):
     return kept
 
 
-@triton.jit
-def _edge(total_ptr, tile, last, TILE: tl.constexpr):
-    """Summed decays at the end of a tile of tokens, `last` being the last token that is there; 0 of no tile."""
-    there = (tile >= 0) & (tile * TILE <= last)
-    return tl.load(total_ptr + tl.minimum(tile * TILE + TILE - 1, last), mask=there, other=0.0)
+@kernel(do_not_specialize=["S", "chunks"])
+def state_passing_kernel(
+    added_ptr, total_ptr, start_ptr, ids_ptr, states_ptr, end_ptr, S, chunks, heads, size, PACKED: tl.constexpr,
+    Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The states that enter the chunks, and the one behind the last, for some of the numbers of one head's state."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    inside = at < size
+    total_ptr += (batch * heads + head) * chunks * Q
+    ids_ptr += batch * S
+    here = (batch * chunks * heads + head) * size
+    state = tl.load(start_ptr + (batch * heads + head) * size + at, mask=inside, other=0.0).to(tl.float32)
+    added_ptr += here
+    states_ptr += here
+    added = tl.load(added_ptr + at, mask=inside, other=0.0)
+    for chunk in range(0, chunks):
+        added_ptr += heads * size
+        later = tl.load(added_ptr + at, mask=inside & (chunk + 1 < chunks), other=0.0)
+        tl.store(states_ptr + at, state.to(states_ptr.dtype.element_ty), mask=inside)
+        state = state * _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q) + added
+        states_ptr += heads * size
+        added = later
+    tl.store(end_ptr + (batch * heads + head) * size + at, state, mask=inside)
 
 
 @kernel(do_not_specialize=["S", "chunks"])
-def states_kernel(
-    x_ptr, b_ptr, steps_ptr, total_ptr, start_ptr, ids_ptr, states_ptr, end_ptr, S, chunks, x_row, x_batch, b_row,
-    b_batch, heads, per_group, BACK: tl.constexpr, START: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+def state_passing_backward_kernel(
+    said_ptr, dstates_ptr, total_ptr, dend_ptr, ids_ptr, dstart_ptr, S, chunks, heads, size, END: tl.constexpr,
+    PACKED: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The states that enter the chunks, and the one behind the last, for some columns of one head's state, which stays
-    in registers from the first token to the last. BACK: from the last to the first, gradients of the states that leave
-    the chunks, and of the one in front of the first; x and b are then dy and C. A tile of tokens is one step: all its
-    decays lead to its end (BACK: its beginning), so none is larger than 1."""
-    n, p, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P), tl.arange(0, TILE)
+    """`said_ptr` holds what the outputs of a chunk say about the state that enters it, `dstates_ptr` gets the gradient
+    of the state that leaves it."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = p[:, None] * N + n[None, :]
-    tiles: tl.constexpr = Q // TILE
-    count = chunks * tiles
-    last = S - 1
-    x_ptr += batch * x_batch + head * P
-    b_ptr += batch * b_batch + (head // per_group) * N
+    inside = at < size
     total_ptr += (batch * heads + head) * chunks * Q
-    steps_ptr += (batch * heads + head) * chunks * Q
     ids_ptr += batch * S
-    states_ptr += (batch * chunks * heads + head) * P * N
-    state = tl.zeros([P, BLOCK], tl.float32)
-    if START:
-        state += tl.load(start_ptr + (batch * heads + head) * P * N + inside).to(tl.float32)
-    if BACK:
-        first, step = count - 1, -1
-    else:
-        first, step = 0, 1
-    # What a step needs beside x and b is fetched by the step before: a step takes no longer than a look into memory.
-    # Nothing may pass through two steps unchanged, or Triton does not load ahead.
-    total, size = tl.load(total_ptr + first * TILE + k), tl.load(steps_ptr + first * TILE + k)
-    before, here = _edge(total_ptr, first - 1, last, TILE), _edge(total_ptr, first, last, TILE)
-    for number in tl.range(0, count, num_stages=STAGES):
-        tile = first + step * number
-        following = tl.minimum(tl.maximum(tile + step, 0), count - 1)
-        next_total = tl.load(total_ptr + following * TILE + k)
-        next_size = tl.load(steps_ptr + following * TILE + k)
-        next_before, next_here = _edge(total_ptr, following - 1, last, TILE), _edge(total_ptr, following, last, TILE)
-        place = tile % tiles
-        at = tile.to(tl.int64) * TILE + k
-        there = at < S
-        start = tl.where(place == 0, 0.0, before)
-        kept = tl.exp(tl.minimum(here - start, 0.0))
-        scale = tl.exp(tl.minimum(total - start if BACK else here - total, 0.0))
-        if not BACK:
-            scale *= size
-        if PACKED:
-            final = tl.load(ids_ptr + tl.minimum(tile * TILE + TILE - 1, last))
-            earlier = tl.load(ids_ptr + tile * TILE - 1, mask=(tile > 0) & (tile * TILE <= last), other=0)
-            kept = tl.where((final == earlier) | (tile * TILE > last), kept, 0.0)
-            scale = tl.where(_ids(ids_ptr, at, there) == (earlier if BACK else final), scale, 0.0)
-        entering = place == (tiles - 1 if BACK else 0)
-        out = states_ptr + (tile // tiles).to(tl.int64) * heads * P * N + inside
-        tl.store(out, state.to(states_ptr.dtype.element_ty), mask=entering)
-        x = tl.load(x_ptr + at[None, :] * x_row + p[:, None], mask=there[None, :], other=0.0)
-        b = tl.load(b_ptr + at[:, None] * b_row + n[None, :], mask=there[:, None], other=0.0)
-        state = tl.dot((x.to(tl.float32) * scale[None, :]).to(x_ptr.dtype.element_ty), b, state * kept)
-        total, size, before, here = next_total, next_size, next_before, next_here
-    tl.store(end_ptr + (batch * heads + head) * P * N + inside, state)
+    last = ((batch * chunks + chunks - 1) * heads + head) * size
+    said_ptr += last
+    dstates_ptr += last
+    gradient = tl.zeros([BLOCK], tl.float32)
+    if END:
+        gradient += tl.load(dend_ptr + (batch * heads + head) * size + at, mask=inside, other=0.0).to(tl.float32)
+    said = tl.load(said_ptr + at, mask=inside, other=0.0)
+    for back in range(0, chunks):
+        chunk = chunks - 1 - back
+        said_ptr -= heads * size
+        earlier = tl.load(said_ptr + at, mask=inside & (chunk > 0), other=0.0)
+        tl.store(dstates_ptr + at, gradient.to(dstates_ptr.dtype.element_ty), mask=inside)
+        gradient = gradient * _carry(total_ptr, ids_ptr, chunk, S, PACKED, Q) + said
+        said = earlier
+        dstates_ptr -= heads * size
+    tl.store(dstart_ptr + (batch * heads + head) * size + at, gradient, mask=inside)
 
 
 @kernel(do_not_specialize=["S"])
@@ -188,52 +218,16 @@ def carry_backward_kernel(
     tl.store(dcarry_ptr + (batch * heads + head) * chunks + chunk, tl.sum(products) * carry)
 
 
-@triton.jit
-def _before_tile(y, scores, edge, sums_ptrs, x_ptr, x_row, at, p, left):
-    """y plus what tokens `at` in front of its own say, decayed to its edge."""
-    total_ptr, steps_ptr = sums_ptrs
-    weight = tl.exp(tl.minimum(edge - tl.load(total_ptr + at), 0.0)) * tl.load(steps_ptr + at)
-    x = _tile(x_ptr, at, x_row, p, at < left)
-    return tl.dot((scores * weight[None, :]).to(x_ptr.dtype.element_ty), x, y)
-
-
-@triton.jit
-def _own_tile(y, scores, seen, edge, sums_ptrs, x_ptr, x_row, D_ptr, rows, p, there):
-    """y, decayed from its edge, plus what its own tokens say, and the skip."""
-    total_ptr, steps_ptr = sums_ptrs
-    total = tl.load(total_ptr + rows)
-    y *= tl.exp(tl.minimum(total - edge, 0.0))[:, None]
-    decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + rows)[None, :], 0.0))
-    scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + rows)[None, :]
-    x = _tile(x_ptr, rows, x_row, p, there)
-    y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
-    return y + x.to(tl.float32) * tl.load(D_ptr).to(tl.float32)
-
-
-@triton.jit
-def _store_outputs(
-    y, z_ptr, z_row, weight_ptr, squares_ptr, y_ptr, heads, rows, p, there, GATE: tl.constexpr, P: tl.constexpr
-):
-    """Outputs of one head; GATE: times silu(z), squared and summed up for the norm behind, times its weight."""
-    if GATE:
-        z = _tile(z_ptr, rows, z_row, p, there).to(tl.float32)
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) * (z * sigmoid(z))  # rounded as where the norm is by itself
-        tl.store(squares_ptr + rows * heads, tl.sum(y * y, axis=1), mask=there)
-        y *= tl.load(weight_ptr + p).to(tl.float32)[None, :]
-    tl.store(y_ptr + rows[:, None] * (heads * P) + p[None, :], y.to(y_ptr.dtype.element_ty), mask=there[:, None])
-
-
 @kernel(do_not_specialize=["S"])
 def chunk_scan_kernel(
     x_ptr, c_ptr, scores_ptr, steps_ptr, total_ptr, states_ptr, D_ptr, ids_ptr, z_ptr, weight_ptr, squares_ptr, y_ptr,
     S, x_row, x_batch, c_row, c_batch, z_row, z_batch, heads, groups, GATE: tl.constexpr, PACKED: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, PAIR: tl.constexpr,
-    FETCH: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of TILE tokens of one head, or of a PAIR of heads, which share C and the scores: from the state that
-    entered the chunk, and from the tokens before. GATE: see `_store_outputs`."""
+    """Outputs of TILE tokens of one head: from the state that entered the chunk, and from the tokens before. GATE:
+    times silu(z), squared and summed up for the norm behind, times its weight."""
     tiles: tl.constexpr = Q // TILE
-    head, m = tl.program_id(0) // tiles * (2 if PAIR else 1), tl.program_id(0) % tiles
+    head, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (heads // groups)
@@ -242,57 +236,49 @@ def chunk_scan_kernel(
     rows = m * TILE + tl.arange(0, TILE)
     there = rows < left
     p, n = tl.arange(0, P), tl.arange(0, N)
-    x_ptr += batch * x_batch + start * x_row + head * P
+    x_ptr += batch * x_batch + start * x_row
     c_ptr += batch * c_batch + start * c_row + group * N
-    z_ptr += batch * z_batch + start * z_row + head * P
-    y_ptr += (batch * S + start) * heads * P + head * P
-    squares_ptr += (batch * S + start) * heads + head
-    weight_ptr += head * P
-    D_ptr += head
+    y_ptr += (batch * S + start) * heads * P
     scores_ptr += ((batch * chunks + chunk) * groups + group) * Q * Q
-    states_ptr += ((batch * chunks + chunk) * heads + head) * P * N
-    sums = ((batch * heads + head) * chunks + chunk) * Q
-    sums_ptrs = (total_ptr + sums, steps_ptr + sums)
-    seen = rows[:, None] >= rows[None, :]
+    states_ptr += (batch * chunks + chunk) * heads * P * N
     if PACKED:
         ids_ptr += batch * S + start
         sample = _ids(ids_ptr, rows, there)
-        entered = (sample == _id_before(ids_ptr, chunk, Q))[:, None]
-        seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
-    if FETCH:  # what is looked at last, and what else of it lies in the same lines of the memory
-        ends = tl.arange(0, 2) * ((2 if PAIR else 1) * P - 1)
-        fetch_to_cache(x_ptr + tl.minimum(rows, left - 1)[:, None] * x_row + ends[None, :])
-        if GATE:
-            fetch_to_cache(z_ptr + tl.minimum(rows, left - 1)[:, None] * z_row + ends[None, :])
+        entered = sample == _id_before(ids_ptr, chunk, Q)
     c = _tile(c_ptr, rows, c_row, n, there)
+    sums = ((batch * heads + head) * chunks + chunk) * Q
+    total = tl.load(total_ptr + sums + rows)
     # A decay that leads into this tile is one to its edge and one from there: both are at most 1.
-    edge = tl.load(sums_ptrs[0] + m * TILE - 1, mask=m > 0, other=0.0)
-    state_ptrs = states_ptr + p[None, :] * N + n[:, None]
-    y = tl.dot(c, tl.load(state_ptrs)) * tl.exp(edge)
+    edge = tl.load(total_ptr + sums + m * TILE - 1, mask=m > 0, other=0.0)
+    state = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None])
+    y = tl.dot(c, state) * tl.exp(edge)
     if PACKED:
-        y = tl.where(entered, y, 0.0)
-    if PAIR:
-        next_ptrs = (total_ptr + sums + chunks * Q, steps_ptr + sums + chunks * Q)
-        next_edge = tl.load(next_ptrs[0] + m * TILE - 1, mask=m > 0, other=0.0)
-        next_y = tl.dot(c, tl.load(state_ptrs + P * N)) * tl.exp(next_edge)
-        if PACKED:
-            next_y = tl.where(entered, next_y, 0.0)
+        y = tl.where(entered[:, None], y, 0.0)
     for token in range(0, m * TILE, TILE):
         at = token + tl.arange(0, TILE)
-        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :])
+        weight = tl.exp(tl.minimum(edge - tl.load(total_ptr + sums + at), 0.0)) * tl.load(steps_ptr + sums + at)
+        scores = tl.load(scores_ptr + rows[:, None] * Q + at[None, :]) * weight[None, :]
         if PACKED:
             scores = tl.where(sample[:, None] == _ids(ids_ptr, at, at < left)[None, :], scores, 0.0)
-        y = _before_tile(y, scores, edge, sums_ptrs, x_ptr, x_row, at, p, left)
-        if PAIR:
-            next_y = _before_tile(next_y, scores, next_edge, next_ptrs, x_ptr + P, x_row, at, p, left)
+        x = _tile(x_ptr + head * P, at, x_row, p, at < left)
+        y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
+    y *= tl.exp(tl.minimum(total - edge, 0.0))[:, None]
+    decay = tl.exp(tl.minimum(total[:, None] - tl.load(total_ptr + sums + rows)[None, :], 0.0))
+    seen = rows[:, None] >= rows[None, :]
+    if PACKED:
+        seen = seen & (sample[:, None] == _ids(ids_ptr, rows, there)[None, :])
     scores = tl.load(scores_ptr + rows[:, None] * Q + rows[None, :])
-    y = _own_tile(y, scores, seen, edge, sums_ptrs, x_ptr, x_row, D_ptr, rows, p, there)
-    _store_outputs(y, z_ptr, z_row, weight_ptr, squares_ptr, y_ptr, heads, rows, p, there, GATE, P)
-    if PAIR:
-        next_y = _own_tile(next_y, scores, seen, next_edge, next_ptrs, x_ptr + P, x_row, D_ptr + 1, rows, p, there)
-        _store_outputs(
-            next_y, z_ptr + P, z_row, weight_ptr + P, squares_ptr + 1, y_ptr + P, heads, rows, p, there, GATE, P
-        )
+    scores = tl.where(seen, scores * decay, 0.0) * tl.load(steps_ptr + sums + rows)[None, :]
+    x = _tile(x_ptr + head * P, rows, x_row, p, there)
+    y = tl.dot(scores.to(x_ptr.dtype.element_ty), x, y)
+    y += x.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
+    if GATE:
+        z = _tile(z_ptr + batch * z_batch + start * z_row + head * P, rows, z_row, p, there).to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) * (z * sigmoid(z))  # rounded as where the norm is by itself
+        tl.store(squares_ptr + (batch * S + start + rows) * heads + head, tl.sum(y * y, axis=1), mask=there)
+        y *= tl.load(weight_ptr + head * P + p).to(tl.float32)[None, :]
+    out = y_ptr + head * P + rows[:, None] * (heads * P) + p[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @kernel(do_not_specialize=["S"])
@@ -590,39 +576,39 @@ def _forward(
         dt, a, dt_bias, steps, total, tokens, dt.stride(1), dt.stride(0), *dt_limit, heads, Q=chunk_size, HEADS=8,
     )  # fmt: skip
     scores = _scores(c, b, chunk_size, False, use)
-    states = torch.empty(batch, chunks, heads, width, size, dtype=x.dtype, device=x.device)
-    new_state = _states(x, b, steps, total, state, ids, packed, False, states, use)
+    added = _chunk_states(x, b, steps, total, ids, packed, True, chunk_size, use)
+    states, new_state = torch.empty_like(added, dtype=x.dtype), torch.empty(state.shape, **fp32)
+    numbers, block = width * size, min(use.state_passing[0], width * size)
+    state_passing_kernel[(triton.cdiv(numbers, block), heads, batch)](
+        added, total, state.contiguous(), ids, states, new_state, tokens, chunks, heads, numbers, PACKED=packed,
+        Q=chunk_size, BLOCK=block, num_warps=use.state_passing[1],
+    )  # fmt: skip
+    del added
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     z, weight = (y, D) if gate is None else gate
     squares = torch.empty(batch, tokens, 0 if gate is None else heads, **fp32)
     tiles = chunk_size // min(use.chunk_scan.tile, chunk_size)
-    pair = use.pairs and heads // groups % 2 == 0
-    chunk_scan_kernel[(heads // (2 if pair else 1) * tiles, chunks, batch)](
+    chunk_scan_kernel[(heads * tiles, chunks, batch)](
         x, c, scores, steps, total, states, D, ids, z, weight, squares, y, tokens, x.stride(1), x.stride(0),
         c.stride(1), c.stride(0), z.stride(1), z.stride(0), heads, groups, GATE=gate is not None, PACKED=packed,
-        PAIR=pair, FETCH=use.fetch and x.is_cuda, **dims, **use.chunk_scan.options(chunk_size),
+        **dims, **use.chunk_scan.options(chunk_size),
     )  # fmt: skip
     return y, new_state, squares, steps, total, states
 
 
-def _states(
-    x: Tensor, b: Tensor, steps: Tensor, total: Tensor, state: Tensor | None, ids: Tensor, packed: bool, back: bool,
-    out: Tensor, use: KernelSettings,
+def _chunk_states(
+    x: Tensor, b: Tensor, steps: Tensor, total: Tensor, ids: Tensor, packed: bool, ends: bool, chunk: int,
+    use: KernelSettings,
 ) -> Tensor:  # fmt: skip
-    """`states_kernel`: writes the states of all chunks to `out` (B, c, H, P, N), returns the last one in fp32."""
+    """`chunk_state_kernel` for all heads and chunks, (B, c, H, P, N) in fp32."""
     batch, tokens, heads, width = x.shape
-    chunks, chunk, size = *total.shape[2:], b.shape[3]
-    end = torch.empty(batch, heads, width, size, dtype=torch.float32, device=x.device)
-    tile, warps, stages, columns = use.states
-    columns = min(columns, size)
-    while columns > 16 and batch * heads * size // columns < use.fewest:
-        columns //= 2
-    states_kernel[(size // columns, heads, batch)](
-        x, b, steps, total, end if state is None else state.contiguous(), ids, out, end, tokens, chunks, x.stride(1),
-        x.stride(0), b.stride(1), b.stride(0), heads, heads // b.shape[2], BACK=back, START=state is not None,
-        PACKED=packed, Q=chunk, P=width, N=size, BLOCK=columns, TILE=min(tile, chunk), STAGES=stages, num_warps=warps,
+    per_group, chunks, size = heads // b.shape[2], total.shape[2], b.shape[3]
+    out = torch.empty(batch, chunks, heads, width, size, dtype=torch.float32, device=x.device)
+    chunk_state_kernel[(heads, chunks, batch)](
+        x, b, steps, total, ids, out, tokens, x.stride(1), x.stride(0), b.stride(1), b.stride(0), heads, per_group,
+        ENDS=ends, PACKED=packed, Q=chunk, P=width, N=size, **use.chunk_state.options(chunk),
     )  # fmt: skip
-    return end
+    return out
 
 
 def _scores(first: Tensor, second: Tensor, chunk: int, transposed: bool, use: KernelSettings) -> Tensor:
@@ -662,9 +648,17 @@ def ssd_backward(
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     xs, dys, bs, cs = ((t.stride(1), t.stride(0)) for t in (x, dy, b, c))
 
-    dstates = torch.empty_like(states)
-    dstate = _states(dy, c, steps, total, dnew_state, ids, packed, True, dstates, use)
-    dcarry, numbers = torch.empty(batch, heads, chunks, **fp32), width * size
+    said = _chunk_states(dy, c, steps, total, ids, packed, False, chunk_size, use)
+    dstates = torch.empty_like(said, dtype=x.dtype)
+    numbers, block = width * size, min(use.state_passing[0], width * size)
+    dcarry = torch.empty(batch, heads, chunks, **fp32)
+    dstate = torch.empty(batch, heads, width, size, **fp32)
+    state_passing_backward_kernel[(triton.cdiv(numbers, block), heads, batch)](
+        said, dstates, total, dstate if dnew_state is None else dnew_state.contiguous(), ids, dstate, tokens, chunks,
+        heads, numbers, END=dnew_state is not None, PACKED=packed, Q=chunk_size, BLOCK=block,
+        num_warps=use.state_passing[1],
+    )  # fmt: skip
+    del said
     carry_backward_kernel[(heads, chunks, batch)](
         dstates, states, total, ids, dcarry, tokens, heads, numbers, PACKED=packed, Q=chunk_size,
         BLOCK=min(2048, numbers),

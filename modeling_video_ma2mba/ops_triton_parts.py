@@ -84,11 +84,3 @@ def sigmoid(x):
     """1 / (1 + exp(-x)), fp32, without a division, which takes several instructions."""
     root = tl.rsqrt(1.0 + tl.exp(-x))
     return root * root
-
-
-@triton.jit
-def fetch_to_cache(ptrs):
-    """Ask for the 128 bytes at each of `ptrs` without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )

@@ -26,9 +26,7 @@ class KernelSettings(NamedTuple):
     Args:
         add_norm, gated_norm: warps forward, warps backward, programs a multiprocessor in backward; stages there.
         conv_forward, conv_backward: tokens of a stretch at most, channels, warps.
-        states: tokens of a tile, warps, stages of loading ahead, columns of a state that one program takes at most.
-        pairs: whether a program of `chunk_scan` takes two heads. fetch: whether it asks ahead for what it needs last.
-        fewest: programs that keep all multiprocessors busy; states are cut into fewer columns for that.
+        state_passing: numbers of a state that one program takes, warps.
         programs: how many programs the heads are dealt to, at least, where there are heads enough.
     """
 
@@ -37,15 +35,13 @@ class KernelSettings(NamedTuple):
     conv_forward: tuple[int, int, int] = (64, 128, 1)
     conv_backward: tuple[int, int, int] = (128, 128, 1)
     scores: Tiles = Tiles(64, 4, 2)
-    states: tuple[int, int, int, int] = (64, 4, 3, 64)
+    chunk_state: Tiles = Tiles(64, 4, 3)
     chunk_scan: Tiles = Tiles(64, 4, 1, registers=128)
     dx: Tiles = Tiles(64, 4, 1, registers=128)
     dscores: Tiles = Tiles(64, 4, 1)
     rows_by_states: Tiles = Tiles(64, 4, 3)
     finish: Tiles = Tiles(32, 4, 2)
-    fewest: int = 128
-    pairs: bool = False
-    fetch: bool = False
+    state_passing: tuple[int, int] = (512, 4)
     programs: int = 1024
 
 

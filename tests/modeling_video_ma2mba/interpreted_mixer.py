@@ -19,14 +19,12 @@ from video_ma2mba.modeling_video_ma2mba.ops_triton_settings import KernelSetting
 from video_ma2mba.modeling_video_ma2mba.state_layers import Mamba2State
 
 WEIGHTS = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight")
-TILED = ("scores", "chunk_scan", "dx", "dscores", "rows_by_states", "finish")
+TILED = ("scores", "chunk_state", "chunk_scan", "dx", "dscores", "rows_by_states", "finish")
 
 
-def errors(
-    batch: int, tokens: int, tile: int = 16, pairs: bool = False, shape: dict | None = None, **given: list
-) -> dict[str, float]:
-    settings = KernelSettings(conv_forward=(16, 32, 1), conv_backward=(16, 32, 1), programs=8, pairs=pairs)
-    force_settings(settings._replace(**dict.fromkeys(TILED, Tiles(tile, 4, 1)), states=(tile, 4, 1, 16)))
+def errors(batch: int, tokens: int, tile: int = 16, shape: dict | None = None, **given: list) -> dict[str, float]:
+    settings = KernelSettings(conv_forward=(16, 32, 1), conv_backward=(16, 32, 1), programs=8)
+    force_settings(settings._replace(**dict.fromkeys(TILED, Tiles(tile, 4, 1))))
     torch.manual_seed(0)
     sizes = mixer_shape(**{"heads": 4, "head_dim": 16, "state_size": 16, "chunk": 64} | (shape or {}))
     values = mixer_inputs(sizes, batch, tokens, torch.float32)

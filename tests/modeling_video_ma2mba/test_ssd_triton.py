@@ -10,10 +10,10 @@ import pytest
 
 CASES = [
     {"batch": 1, "tokens": 70},
-    {"batch": 1, "tokens": 2, "shape": {"width": 3}, "pairs": True},
+    {"batch": 1, "tokens": 2, "shape": {"width": 3}},
     {"batch": 1, "tokens": 66, "shape": {"groups": 2, "state_size": 32, "limit": [0.01, 0.05]}, "tile": 32},
     {"batch": 2, "tokens": 30, "lengths": [30, 17]},
-    {"batch": 1, "tokens": 70, "seq_idx": [[0] * 13 + [1] * 40 + [2] * 20], "pairs": True},
+    {"batch": 1, "tokens": 70, "seq_idx": [[0] * 13 + [1] * 40 + [2] * 20]},
 ]
 
 
