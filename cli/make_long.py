@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from video_ma2mba.loading import check_loading
+from video_ma2mba.processing.video_source_names import shown_name
 
 from .ask_words import split_words
 from .options import TIME, Device, Dtype, TrustRemoteCode
@@ -46,8 +47,8 @@ def make_long(
     from video_ma2mba.trainer.data.long_videos import LONGVILA, OURS, QUESTION_KINDS, LongSettings, LongVideos
 
     places = [Path(video) for video in split_words(videos, [])[0]]
-    chosen = tuple(QUESTION_KINDS) if kinds is None else tuple(kind.strip() for kind in kinds.split(","))
-    settings = LongSettings(captioner, writer, clip, chosen)
+    chosen = QUESTION_KINDS if kinds is None else dict.fromkeys(kind.strip() for kind in kinds.split(","))
+    settings = LongSettings(_public(captioner), _public(writer), clip, tuple(chosen))
     for name in (captioner, writer):
         if name != TRUTH and not is_endpoint(name):
             check_loading(name, device, dtype)
@@ -73,6 +74,12 @@ def make_long(
     note(f"{out / OURS} and {LONGVILA}: {rows} rows about {len(places) - counts['unread']} videos, {refused} refused")
     if counts["unread"] or not rows:
         raise typer.Exit(1)
+
+
+def _public(name: str) -> str:
+    """A model's name for the rows: of an address, without passwords."""
+    address, mark, model = name.partition("#")
+    return shown_name(address) + mark + model
 
 
 def _models(

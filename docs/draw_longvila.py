@@ -12,7 +12,7 @@ STAGES = "1-2-3-4-5"
 
 
 def main() -> None:
-    """Accuracy by frames after each stage and of each order, needles by depth, and streams by length."""
+    """Accuracy by frames after each stage and of each order, needles by depth and length, and streams by length."""
     with (ROOT / "benchmarks" / "results" / "longvila.csv").open(encoding="utf-8") as file:
         rows = [row | {"share": 100 * int(row["right"]) / int(row["questions"])} for row in csv.DictReader(file)]
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -24,19 +24,32 @@ def main() -> None:
     read = [row | {"label": row["run"]} for row in rows if row["measure"] == "streams"]
     _by_frames(streams, read, "streams, about their last minute")
     streams.set_xlabel("frames read into one state")
-    found = [row for row in rows if row["measure"] == "needles" and row["distractors"] == "0"]
-    found = [row for row in found if row["run"] not in (STAGES,) or row["after"] == "long_sft"]
-    found = [row for row in found if row["run"] in (STAGES, "bundled checkpoint")]
-    for run, frames in dict.fromkeys((row["run"], row["frames"]) for row in found):
-        own = [row for row in found if (row["run"], row["frames"]) == (run, frames)]
-        style = "s--" if run == STAGES else "o-"
-        label = f"{int(frames):,} frames, {run}"
-        needles.plot([float(row["depth"]) for row in own], [row["share"] for row in own], style, label=label)
-    needles.set(title="needles", xlabel="depth of the needle", ylabel="found, %", ylim=(-3, 103))
-    for axes in (stages, orders, needles, streams):
+    _needle_map(needles, [row for row in rows if row["measure"] == "needles" and row["distractors"] == "0"])
+    for axes in (stages, orders, streams):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc=(0.02, 0.05), ncols=2)
     figure.savefig(ROOT / "docs" / "images" / "longvila.png", dpi=110)
+
+
+def _needle_map(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Needles found, a row for each model and length that found any, a column for each depth."""
+    depths = sorted({float(row["depth"]) for row in rows})
+    cells: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        where = f"{row['run']}, after {row['after']}" if row["run"] == STAGES else row["run"]
+        cells.setdefault(f"{where}, {int(row['frames']):,}", {})[float(row["depth"])] = row
+    kept = [name for name, own in cells.items() if any(row["share"] for row in own.values()) or "long_sft" in str(own)]
+    cells = {name: cells[name] for name in kept}
+    shares = [[own[depth]["share"] for depth in depths] for own in cells.values()]
+    axes.imshow(shares, aspect="auto", vmin=0, vmax=100, cmap="RdYlGn", alpha=0.7)
+    for line, own in enumerate(cells.values()):
+        for column, depth in enumerate(depths):
+            axes.text(
+                column, line, f"{own[depth]['right']}/{own[depth]['questions']}", ha="center", va="center", size=8
+            )
+    axes.set_yticks(range(len(cells)), list(cells), fontsize=8)
+    axes.set_xticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axes.set(title="needles found, by frames", xlabel="depth of the needle")
 
 
 def _by_frames(axes: Any, rows: list[dict[str, Any]], title: str) -> None:

@@ -171,6 +171,10 @@ def test_a_folder_is_one_data_set(world: Path, tmp_path: Path):
         WorldTruth().caption(tmp_path / "film.mp4", 0, 1)
     refused = run(world, "--out", tmp_path / "x", "--captioner", "nobody", "--writer", "truth")
     assert refused.exit_code and not (tmp_path / "x").exists()
+    login = "http://me:secret@127.0.0.1:9/v1#m"
+    refused = run(world, "--out", tmp_path / "y", "--captioner", "truth", "--writer", login)
+    assert refused.exit_code == 2 and "http://127.0.0.1:9/v1: Connection error" in refused.output
+    assert json.loads((tmp_path / "y" / "made_with.json").read_text())["writer"] == "http://127.0.0.1:9/v1#m"
     assert [len(clips_of(s, 10)) for s in (0.5, 14, 16, 3600)] == [1, 1, 2, 360]
     assert clips_of(25, 10) == [(0, 12.5), (12.5, 25)]
 
@@ -337,7 +341,7 @@ def test_any_server_of_openais_api(world: Path, tmp_path: Path):
         threading.Thread(target=served.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{served.server_port}/v1"
         words = (world / "000002.mp4", "--out", out, "--captioner", address, "--writer", f"{address}#writer")
-        result = run(*words, "--api-key-file", key, "--clip", "0:18", "--kinds", "action,object")
+        result = run(*words, "--api-key-file", key, "--clip", "0:18", "--kinds", "action,object,action")
         assert result.exit_code == 0, result.output
         served.shutdown()
     captions = [json.loads(line) for line in (out / CAPTIONS).read_text(encoding="utf-8").splitlines()]
