@@ -163,7 +163,7 @@ def test_missing_files_and_stages_are_named(tmp_path: Path, tiny_checkpoint: Pat
         ("longvila_world", "long_sft.train_parts=head", "train_parts=head: head is none of lm, projector, vision"),
         ("longvila_world", "long_sft.ramp=0", "stage long_sft: ramp=0: must be a share of training"),
         ("longvila_world", "alignment.head=7", "stage alignment: head=7: must divide 768"),
-        ("longvila_world", "alignment.max_seconds=null", "stage alignment: it would never end: give it steps or"),
+        ("longvila_world", "alignment.steps=null", "stage alignment: it would never end: give it steps or"),
         ("longvila_world", "alignment.tower_from=x", "stage alignment: tower_from=x: no such folder"),
     ],
 )
