@@ -24,7 +24,8 @@ def main() -> None:
     read = [row | {"label": row["run"]} for row in rows if row["measure"] == "streams"]
     _by_frames(streams, read, "streams, about their last minute")
     streams.set_xlabel("frames read into one state")
-    _needle_map(needles, [row for row in rows if row["measure"] == "needles" and row["distractors"] == "0"])
+    found = [row for row in rows if row["measure"] == "needles" and row["distractors"] == "0"]
+    _needle_map(needles, [row for row in found if row["run"] != "bundled before"])
     for axes in (stages, orders, streams):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc=(0.02, 0.05), ncols=2)
@@ -38,7 +39,9 @@ def _needle_map(axes: Any, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         where = f"{row['run']}, after {row['after']}" if row["run"] == STAGES else row["run"]
         cells.setdefault(f"{where}, {int(row['frames']):,}", {})[float(row["depth"])] = row
-    kept = [name for name, own in cells.items() if any(row["share"] for row in own.values()) or "long_sft" in str(own)]
+    kept = [
+        name for name, own in cells.items() if any(row["share"] for row in own.values()) or "alignment" not in name
+    ]
     cells = {name: cells[name] for name in kept}
     shares = [[own[depth]["share"] for depth in depths] for own in cells.values()]
     axes.imshow(shares, aspect="auto", vmin=0, vmax=100, cmap="RdYlGn", alpha=0.7)
