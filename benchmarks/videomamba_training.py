@@ -9,7 +9,7 @@ somewhere in a longer film; the class is how many (chance 25 %), for which the w
 
 - `cost`: memory and time of a step of masked pre-training against the share of patches that is hidden (size M).
 - `waiting`: the recipe `videomamba/k400` (size Ti, 8 of 300 frames of 256 x 256 pixels, H.264; 12 processes decode):
-  which share of the time a step waits for its clips.
+  which share of the time a step waits for its clips, and the CPU time that those of one video take.
 - `scan`: the seven orders of scanning, trained from nothing on `motion`, with steps of time as Mamba begins with
   (`time_step_range`) and loud positions; one of them also as the released models begin.
 - `distil`: few clips of `motion`; a model alone, beside a smaller frozen one that learnt from the same clips (also for
@@ -596,6 +596,16 @@ def measure_waiting(_: Sizes, smoke: bool, workers: ProcessPoolExecutor) -> Iter
         content = recipe_content("videomamba/k400", given) | {"model_config": small}
         trainer = build_trainer(*build_recipe(content))
         trainer.remove_callback(PrinterCallback)
+        item = trainer.train_dataset.__getitem__
+        item(0)
+        begun, some = time.process_time(), 16
+        for row in range(some):
+            item(row)
+        yield {
+            "arm": "a video's two clips, CPU time",
+            "stage": "decoding",
+            "milliseconds": 1e3 * (time.process_time() - begun) / some,
+        }
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "data_wait_share" in entry][steps // 3 :]
         seconds = [2 * batch / entry["clips_per_second"] for entry in logs]

@@ -58,7 +58,7 @@ def first_readable(
             return row, read(row)
         except Exception as error:
             report.add("broken", {"id": row.name}, describe(error), counts=step == 0)
-    raise ValueError(f"{row.name} and the {_TRIES - 1} rows before it cannot be read: look with `data check`")
+    raise ValueError(f"{_TRIES} rows one after another cannot be read, {row.name} the last: look with `data check`")
 
 
 class TrainingClips(Dataset[dict[str, Any]]):
