@@ -21,6 +21,7 @@ _KINDS = {
     "videomamba_retrieval": "retrieval model of VideoMamba",
 }
 _RELEASED = "llava_mamba"  # is converted into the first kind
+BUNDLED_CLASSIFIER = BUNDLED_CHECKPOINT / "classifier"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -282,16 +283,19 @@ def load_pipeline(
 
 
 def load_classifier(
-    model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    model: str | None = None, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> Callable[..., list[dict[str, Any]]]:
     """A function from a video (`top`, `num_segments`, `num_crops`) to its classes, `[{"label", "score"}, ...]`.
+
+    Args:
+        model: directory or Hub id; None is the bundled classifier of the rendered world.
 
     Raises:
         FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
     """
     import transformers  # noqa: F401 (before torch, as above)
 
-    source = resolve_model(model)
+    source = resolve_model(str(BUNDLED_CLASSIFIER) if model is None else model)
     picked = pick_device(device)
 
     import torch

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from video_ma2mba.loading import check_loading, load_classifier
+from video_ma2mba.loading import BUNDLED_CLASSIFIER, check_loading, load_classifier
 from video_ma2mba.processing.video_source_names import shown_name
 
 from .errors import is_expected, tell_failed
@@ -17,7 +17,12 @@ def classify(
     videos: Annotated[
         list[str], typer.Argument(help="Video files, images, directories of images or URLs.", show_default=False)
     ],
-    model: Annotated[str, typer.Option(help="Directory or Hub id of a VideoMamba classifier.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or Hub id of a VideoMamba classifier.", show_default="the bundled one, of rendered videos"
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Classes to name for each video.", min=1)] = 5,
     segments: Annotated[
         int, typer.Option(help="Clips of a video, spread over it; their votes are averaged.", min=1)
@@ -32,7 +37,7 @@ def classify(
 
     Of several videos, those that cannot be read stop nothing, and the exit code is 1.
     """
-    check_loading(model, device, dtype, kind="videomamba")
+    check_loading(str(BUNDLED_CLASSIFIER) if model is None else model, device, dtype, kind="videomamba")
     several, failed = len(videos) > 1, 0
     for video in videos:
         if not several:

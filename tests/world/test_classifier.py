@@ -2,15 +2,20 @@
 
 import csv
 import dataclasses
+import json
 import random
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModelForVideoClassification
+from typer.testing import CliRunner
 
-from video_ma2mba.loading import load_classifier
+from video_ma2mba.cli.main import app
+from video_ma2mba.loading import BUNDLED_CLASSIFIER, load_classifier
 from video_ma2mba.world.classifier import (
     LABELS,
     MOTIONS,
@@ -22,8 +27,10 @@ from video_ma2mba.world.classifier import (
     moving_world,
     patch_labels,
     train,
+    world_labels,
 )
 from video_ma2mba.world.render import WorldRenderer
+from video_ma2mba.world.video_files import write_world
 from video_ma2mba.world.world import COLOURS, SHAPES
 
 
@@ -174,3 +181,26 @@ def test_a_run_leaves_a_classifier_with_its_card(tmp_path):
     named = classify("examples/videos/000000.mp4", top=14)
     assert {entry["label"] for entry in named} == {name for each in LABELS.values() for name in each}
     assert all(0 < entry["score"] < 1 for entry in named)
+
+
+@pytest.mark.bundled
+def test_the_bundled_classifier_says_of_unseen_videos_what_its_card_says(tmp_path):
+    assert sum(file.stat().st_size for file in BUNDLED_CLASSIFIER.iterdir()) < 4e6
+    model = AutoModelForVideoClassification.from_pretrained(BUNDLED_CLASSIFIER, dtype=torch.float32).eval()
+    items = [MovingThings("test", 24)[index] for index in range(24)]
+    with torch.inference_mode():
+        scores = model(torch.stack([item["pixel_values"] for item in items])).logits.numpy()
+    found = accuracy_per_kind(scores, np.stack([item["labels"] for item in items]))
+    card = (BUNDLED_CLASSIFIER / "README.md").read_text(encoding="utf-8")
+    for kind, share in found.items():
+        said = float(re.search(rf"\| {kind} \| ([\d.]+)% \|", card)[1]) / 100
+        assert share >= said - 0.15 and said >= 0.7
+    videos = [str(tmp_path / f"{index}.mp4") for index in range(3)]
+    for index, video in enumerate(videos):
+        write_world(video, moving_world("test", index), fps=10)
+    result = CliRunner().invoke(app, ["classify", *videos, "--top", "3", "--json"])
+    assert result.exit_code == 0, result.output
+    for index, line in enumerate(result.stdout.splitlines()):
+        said = {entry["label"] for entry in json.loads(line)["classes"]}
+        right = world_labels(moving_world("test", index))
+        assert {LABELS[kind][right[kind]] for kind in ("direction", "order")} <= said
