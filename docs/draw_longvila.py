@@ -33,16 +33,13 @@ def main() -> None:
 
 
 def _needle_map(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Needles found, a row for each model and length that found any, a column for each depth."""
+    """Needles found, a row for each model and length, a column for each depth."""
     depths = sorted({float(row["depth"]) for row in rows})
     cells: dict[str, dict[float, dict[str, Any]]] = {}
     for row in rows:
         where = f"{row['run']}, after {row['after']}" if row["run"] == STAGES else row["run"]
         cells.setdefault(f"{where}, {int(row['frames']):,}", {})[float(row["depth"])] = row
-    kept = [
-        name for name, own in cells.items() if any(row["share"] for row in own.values()) or "alignment" not in name
-    ]
-    cells = {name: cells[name] for name in kept}
+    cells = {name: own for name, own in cells.items() if "after alignment" not in name}  # none of them
     shares = [[own[depth]["share"] for depth in depths] for own in cells.values()]
     axes.imshow(shares, aspect="auto", vmin=0, vmax=100, cmap="RdYlGn", alpha=0.7)
     for line, own in enumerate(cells.values()):

@@ -302,7 +302,7 @@ def _arguments(training: WorldTraining, cuda: bool) -> VideoMa2mbaTrainingConfig
         bf16=cuda,
         use_cpu=not cuda,
         max_grad_norm=1.0,
-        logging_steps=50 if cuda else 1,
+        logging_steps=min(50, max((training.steps or 500) // 10, 1)) if cuda else 1,  # short runs have curves, too
         save_strategy="no",  # the clock asks for saves
         save_total_limit=1,
         ignore_data_skip=True,

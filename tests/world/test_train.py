@@ -223,11 +223,12 @@ def test_a_run_stops_resumes_and_exports(tmp_path):
 
     from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 
-    train(small(tmp_path, steps=50, stop_after=0.0))  # stops after its first step
+    sizes = {"state": 32, "head": 8}
+    train(small(tmp_path, steps=50, stop_after=0.0, **sizes))  # stops after its first step
     assert (tmp_path / "checkpoint-1").is_dir()
     with pytest.raises(ValueError, match="--resume"):
         train(small(tmp_path, steps=4))
-    results = train(small(tmp_path, steps=4, resume=True))
+    results = train(small(tmp_path, steps=4, resume=True, **sizes))
     assert set(results) == {8}
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     with (tmp_path / "training_log.csv").open() as file:
@@ -242,6 +243,8 @@ def test_a_run_stops_resumes_and_exports(tmp_path):
     batch = next(iter(batches(VideoMa2mbaProcessor.from_pretrained(tmp_path / "model"))))
     assert torch.isfinite(model(**batch).loss)
     assert model.config.vision_chunk_frames == 64
+    text = model.config.text_config
+    assert (text.state_size, text.head_dim, text.num_heads) == (32, 8, 8)
 
 
 @pytest.mark.slow
