@@ -18,12 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import torch
 from result_tables import hardware, write_rows
 
 from video_ma2mba.loading import load_pipeline
-from video_ma2mba.streaming.live_sources import LiveSource
-from video_ma2mba.streaming.session import VideoSession
 from video_ma2mba.world.endless import EndlessWorld
 
 TEXT = {"remember", "date", "hardware", "torch"}
@@ -60,6 +57,9 @@ def measure(
         answering, by the clock and of this process on the processor (other programs slow the former down only); and of
         the questions about what is remembered: asked, right, right by chance (expected).
     """
+    from video_ma2mba.streaming.live_sources import LiveSource  # here: the sender does without torch
+    from video_ma2mba.streaming.session import VideoSession
+
     world, process, rows = EndlessWorld(seed), psutil.Process(), []
     command = [sys.executable, __file__, "--send", str(seconds), "--seed", str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as sender:
@@ -149,6 +149,8 @@ def main() -> None:
         with arguments.out.open(newline="") as file:
             found = [{k: v if k in TEXT else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         return plot(found, arguments.out.with_suffix(".png"))
+    import torch
+
     pipe = load_pipeline(arguments.model, device="cpu")
     setting = {
         "date": datetime.date.today().isoformat(),
