@@ -5,6 +5,7 @@ the words of what went wrong, or null.
 """
 
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -382,6 +383,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what importing left is never garbage, nor worth copying into every process
     target = Path(sys.argv[1])
     children = []
     for number in range(WORLD):

@@ -6,6 +6,7 @@ has made is measured; the fourth ends by itself. Every micro-batch is written to
 """
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ def run(out: Path, where: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what importing left is never garbage, nor worth copying into every process
     for place in ("step", "merge", "measure", ""):
         child = os.fork()
         if child == 0:

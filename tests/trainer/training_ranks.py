@@ -5,6 +5,7 @@ logged losses and the weights after training.
 """
 
 import faulthandler
+import gc
 import os
 import socket
 import sys
@@ -207,5 +208,6 @@ def launch(folder: Path, scenario: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what importing left is never garbage, nor worth copying into every process
     for name in sys.argv[2:]:
         launch(Path(sys.argv[1], name), name)
