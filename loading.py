@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from video_ma2mba import BUNDLED_CHECKPOINT
 
@@ -41,6 +43,9 @@ def check_loading(
     folder = _named_folder(model)
     if model is not None and os.path.isdir(folder):
         _check_folder(Path(folder), kind)
+    elif model is not None and not _hub_has_a_name():
+        # What the cache holds loads at once; asked all the same, the Hub would be tried for half a minute a file.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if times:
         _check_times(Path(folder, "processor_config.json"))
     _check_device(device)
@@ -71,6 +76,17 @@ def _check_folder(folder: Path, kind: str | None) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged, or was not copied to its end: {error}") from None
+
+
+def _hub_has_a_name() -> bool:
+    """Whether the Hub's name leads to a computer, or a proxy is there to know; without a network it does not."""
+    if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
 
 
 def _json_of(file: Path) -> Any:

@@ -33,7 +33,7 @@ from .options import (
     check_video,
     chosen_frames,
 )
-from .terminal import echo_json, given_text, input_lines, note, step, warn
+from .terminal import echo_json, given_text, input_lines, note, printable, step, warn
 
 _BEHIND = "video_ma2mba.questions"
 _COMMANDS = "/new forgets the conversation, /save FILE keeps it with the state, /quit ends it"
@@ -109,7 +109,7 @@ def ask(
         asking = _Asking(pipe, questions, frames_wanted, max_new_tokens, times, where, as_json, several)
         failed = 0
         for number, video in enumerate(videos, 1):
-            name = "standard input" if video == STDIN else shown_name(video)
+            name = "standard input" if video == STDIN else printable(shown_name(video))
             try:
                 if several and video != STDIN:
                     _check(video, questions, frames_wanted, where)
@@ -213,7 +213,8 @@ class _Asking:
                 note("where: nothing was answered" if second is None else f"where: {second:.1f} s")
         if not self.as_json and not is_state:
             named = f"{name}: " if self.several else ""
-            note(f"{named}{frames} frames read in {read_seconds:.1f} s; state {size_text(state.nbytes)}")
+            unit = "frame" if frames == 1 else "frames"
+            note(f"{named}{frames} {unit} read in {read_seconds:.1f} s; state {size_text(state.nbytes)}")
 
 
 def unfamiliar_question(pipe, state, question: str | list[dict]) -> dict:

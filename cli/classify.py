@@ -10,7 +10,7 @@ from video_ma2mba.processing.video_source_names import shown_name
 from .errors import is_expected, tell_failed
 from .loading import while_loading
 from .options import Device, Dtype, TrustRemoteCode, check_video
-from .terminal import echo_json, note
+from .terminal import echo_json, note, printable
 
 
 def classify(
@@ -45,7 +45,7 @@ def classify(
     with while_loading():
         classifier = load_classifier(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for video in videos:
-        name = shown_name(video)
+        name = printable(shown_name(video))
         try:
             check_video(video, {})
             found = classifier(video, top=top, num_segments=segments, num_crops=crops)

@@ -5,7 +5,6 @@ that is printed here tells a password or a token.
 """
 
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -14,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from .defaults import name_source, prepare, warn_of_unknown_variables
-from .terminal import echo_json, prepare_streams, verbosity, warn
+from .terminal import echo_json, prepare_streams, printable, verbosity, warn
 
 # What wrong arguments, files and checkpoints raise, here and in transformers. PyTorch and transformers report tensors
 # of the wrong shape as RuntimeError, which is also what real defects raise: those are told apart by their text.
@@ -24,7 +23,6 @@ _EXPECTED_NAMES = ("SafetensorError", "StrictDataclass")
 _EXPECTED_RUNTIME_TEXTS = ("out of memory", "size mismatch", "state_dict", "ignore_mismatched_sizes")
 _LONGEST = 600  # characters of a message: no more than a terminal's screen
 _TAIL = 200  # of these, how many of the end are kept: what is wrong often stands there
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_expected(error: Exception) -> bool:
@@ -48,7 +46,7 @@ def one_line(error: Exception | Warning) -> str:
     if isinstance(error, RecursionError):
         text = "a JSON file is nested too deeply"
     text = masked(" ".join(text.split()))
-    text = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    text = printable(text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - _TAIL - 3]} … {text[-_TAIL:]}"
     return text or type(error).__name__
@@ -57,7 +55,7 @@ def one_line(error: Exception | Warning) -> str:
 def tell_failed(name: str, error: Exception, as_json: bool) -> None:
     """One of several videos failed: a line that names it, and with `--json` one for programs."""
     told = one_line(error)
-    warn(f"error: {told if told.startswith(name) else f'{name}: {told}'}")
+    warn(f"error: {told if told.startswith((name, os.path.normpath(name))) else f'{name}: {told}'}")
     if as_json:
         echo_json({"video": name, "error": told})
 
@@ -98,6 +96,8 @@ class OneLineErrors(TyperGroup):
         warnings.showwarning = _show_warning
         warn_of_unknown_variables(self)
         try:
+            if not _folder_is_there():  # PyTorch's libraries would end the process with words of their own
+                raise FileNotFoundError("the folder that this was started in is gone: change to one that is there")
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
@@ -119,6 +119,13 @@ class OneLineErrors(TyperGroup):
                 raise
             typer.echo(masked("".join(traceback.format_exception(error))), err=True, nl=False)
             raise typer.Exit(1) from None
+
+
+def _folder_is_there() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def _show_warning(message: Warning, *_, **__) -> None:

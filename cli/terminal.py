@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import typer
 
 _NAMES = ("stdin", "stdout", "stderr")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BEGAN = time.perf_counter()
 _verbosity = 0
 
@@ -42,6 +44,11 @@ def set_verbosity(level: int) -> None:
 def verbosity() -> int:
     """What `set_verbosity` was told."""
     return _verbosity
+
+
+def printable(text: str) -> str:
+    """A name or message as it can be shown on one line: characters that move the cursor, or are none, are escaped."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def note(text: str) -> None:

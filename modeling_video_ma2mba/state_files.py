@@ -27,6 +27,7 @@ class StateContents(NamedTuple):
 
 def write_state(path: str | os.PathLike[str], contents: StateContents, dtype: torch.dtype | None) -> None:
     """Write a file of the newest format; see `VideoState.save`."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = os.path.dirname(os.path.abspath(path))
@@ -46,7 +47,10 @@ def write_state(path: str | os.PathLike[str], contents: StateContents, dtype: to
     facts["kinds"] = json.dumps({kind: KINDS[kind].version for kind in contents.stacks})
     facts["checksum"] = checksum(tensors, facts)
     with whole_file(path) as draft:
-        save_file(tensors, draft, metadata=facts)
+        try:
+            save_file(tensors, draft, metadata=facts)
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(path)}: the state cannot be written: {error}") from error
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype | None, wide: bool) -> Tensor:

@@ -119,6 +119,13 @@ def test_every_video_has_its_answers(run, tiny_pipe):
     assert run("a.mp4", "films/2.webm", "How many?", "-q").stderr == ""
 
 
+def test_names_stay_on_one_line(run, here):
+    (here / "a.mp4").rename(here / "new\nline.mp4")
+    found = run("new\nline.mp4", "b c.mp4", "Hm?")
+    assert [line.partition(":")[0] for line in found.stdout.splitlines()] == ["new\\nline.mp4", "b c.mp4"]
+    assert sum("read in" in line for line in found.stderr.splitlines()) == 2 and "new\n" not in found.stderr
+
+
 def test_some_fail_and_the_others_are_answered(run, here):
     (here / "films" / "empty.mp4").touch()
     (here / "films" / "torn.mp4").write_bytes((here / "a.mp4").read_bytes()[:300])

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import wave
@@ -15,6 +16,7 @@ from video_ma2mba import VideoState
 from video_ma2mba.auto_classes import WITHOUT_TORCH
 from video_ma2mba.cli.loading import load_pipeline
 from video_ma2mba.cli.main import app
+from video_ma2mba.loading import check_loading
 from video_ma2mba.modeling_video_ma2mba.state_header import KINDS_IN_FILES, summarise
 from video_ma2mba.modeling_video_ma2mba.state_layers import KINDS
 
@@ -220,6 +222,27 @@ def test_a_summary_says_what_loading_says(tmp_path: Path):
         if damaged != whole:
             with pytest.raises(ValueError, match="state"):
                 summarise(tmp_path / "state")
+
+
+def test_without_a_network_the_hub_is_not_asked(monkeypatch):
+    def nobody(*_):
+        raise socket.gaierror(-3, "no name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    for proxies, expected in (({"https_proxy": "http://here:1"}, None), ({}, "1")):
+        environment = {"HF_HOME": "/none", **proxies}
+        monkeypatch.setattr(os, "environ", environment)
+        check_loading("owner/name")
+        assert environment.get("HF_HUB_OFFLINE") == expected
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path):
+    (tmp_path / "gone").mkdir()
+    script = "import os; os.rmdir(os.getcwd()); from video_ma2mba.cli.main import main; main()"
+    command = [sys.executable, "-c", script, "plan", "--frames", "3"]
+    done = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "was started in is gone" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_light_files_import_light_files_only():

@@ -58,6 +58,16 @@ def test_a_loaded_state_continues_as_if_never_saved(tmp_path):
         assert torch.equal(loaded, model(ids, past_key_values=state).last_hidden_state)
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"a\.state: the state cannot be written: .*No space left"):
+        random_state().save(tmp_path / "a.state")
+    assert not list(tmp_path.iterdir())
+
+
 def test_views_and_gradients_are_saved_by_value(tmp_path):
     whole = random_state(3)
     view = VideoState.from_stacked(whole.conv[:, 1:2].requires_grad_(), whole.ssm[:, 1:2])
