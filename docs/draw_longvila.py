@@ -28,7 +28,7 @@ def main() -> None:
     _needle_map(needles, [row for row in found if row["run"] != "bundled before"])
     for axes in (stages, orders, streams):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc=(0.02, 0.05), ncols=2)
+        axes.legend(fontsize=8, loc=(0.02, 0.05), ncols=1 if axes is streams else 2)
     figure.savefig(ROOT / "docs" / "images" / "longvila.png", dpi=110)
 
 
