@@ -73,8 +73,8 @@ def pipeline(
         from video_ma2mba.trainer.pipeline_report import write_report
         from video_ma2mba.trainer.pipeline_run import Runs, check_data, check_runs
     quiet_libraries()
-    check_runs(plan, first)
     join_ranks()
+    check_runs(plan, first)
     first_process = ParallelDims.of_run().first
     runs = Runs(plan, lambda model, out: _evaluate(plan.evaluation, model, out), note)
     if plan.check and not plan.smoke:
