@@ -52,6 +52,14 @@ def check_loading(
     _dtype_name(dtype)
 
 
+def _check_classifier(source: str, architectures: list[str] | None) -> None:
+    """Refuse a VideoMamba model whose configuration names no class with a head."""
+    if not any("ForVideoClassification" in name for name in architectures or ()):
+        raise ValueError(
+            f"{source} is a VideoMamba encoder without a classifier: fine-tune it, or convert another file"
+        )
+
+
 def _check_folder(folder: Path, kind: str | None) -> None:
     """Refuse a directory whose files are damaged, whose model is of another kind, or that lacks weights."""
     fields = _json_of(folder / "config.json")
@@ -63,6 +71,8 @@ def _check_folder(folder: Path, kind: str | None) -> None:
         _json_of(file)
     if kind is None:
         return
+    if kind == fields["model_type"] == "videomamba":
+        _check_classifier(str(folder), fields.get("architectures"))
     if kind == "video_ma2mba" and fields["model_type"] == kind and not any(folder.glob("*processor_config.json")):
         raise FileNotFoundError(f"{folder} holds no processor_config.json: save the processor beside the model")
     from safetensors import SafetensorError, safe_open
@@ -325,10 +335,7 @@ def load_classifier(
     config = AutoConfig.from_pretrained(source, **remote)
     if config.model_type != "videomamba":
         raise ValueError(f"{source} holds a model of the type {config.model_type}, not a VideoMamba classifier")
-    if not any("ForVideoClassification" in name for name in config.architectures or ()):
-        raise ValueError(
-            f"{source} is a VideoMamba encoder without a classifier: fine-tune it, or convert another file"
-        )
+    _check_classifier(source, config.architectures)
     logging.disable_progress_bar()
     auto_class = AutoModelForVideoClassification if config.is_video else AutoModelForImageClassification
     loaded = auto_class.from_pretrained(source, config=config, dtype=pick_dtype(dtype, picked), **remote)
