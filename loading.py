@@ -282,8 +282,6 @@ def load_pipeline(
     Raises:
         FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
     """
-    import transformers  # noqa: F401 (before torch: half of it needs none, and runs while torch's library is loaded)
-
     source = resolve_model(model)
     picked = pick_device(device)
 
@@ -319,8 +317,6 @@ def load_classifier(
     Raises:
         FileNotFoundError, ValueError, OSError: there is no such model, it is of another kind, or it is incomplete.
     """
-    import transformers  # noqa: F401 (before torch, as above)
-
     source = resolve_model(str(BUNDLED_CLASSIFIER) if model is None else model)
     picked = pick_device(device)
 

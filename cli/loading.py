@@ -3,14 +3,10 @@
 The functions behind it are those of `video_ma2mba.loading`.
 """
 
-import ctypes
 import gc
-import importlib.util
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -43,8 +39,6 @@ def while_loading() -> Iterator[None]:
     shown = sys.stderr.isatty() and verbosity() >= 0
     if shown:
         typer.echo("loading …", err=True, nl=False)
-    if "torch" not in sys.modules:
-        threading.Thread(target=_load_torch_library, daemon=True).start()
     gc.disable()
     try:
         yield
@@ -53,12 +47,3 @@ def while_loading() -> Iterator[None]:
         gc.enable()
         if shown:
             typer.echo("\r         \r", err=True, nl=False)
-
-
-def _load_torch_library() -> None:
-    """Load the library that `import torch` spends a fifth of a second on, holding up every other import meanwhile."""
-    found = importlib.util.find_spec("torch")
-    name = {"linux": "libtorch.so", "darwin": "libtorch.dylib"}.get(sys.platform)
-    if found is not None and found.origin and name:
-        with suppress(OSError):  # where it is built otherwise, importing it finds its libraries by itself
-            ctypes.CDLL(str(Path(found.origin).with_name("lib") / name))
