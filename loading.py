@@ -67,8 +67,9 @@ def _check_folder(folder: Path, kind: str | None) -> None:
         raise ValueError(f"{folder / 'config.json'} names no model_type: this is no model that transformers loads")
     if kind and fields["model_type"] not in (kind, _RELEASED):
         raise ValueError(f"{folder} holds a model of the type {fields['model_type']}, not a {_KINDS[kind]}")
-    for file in sorted(folder.glob("*.json")):
-        _json_of(file)
+    for names in ("*config.json", "tokenizer.json", "*.index.json"):  # others may lie there, whatever is in them
+        for file in sorted(folder.glob(names)):
+            _json_of(file)
     if kind is None:
         return
     if kind == fields["model_type"] == "videomamba":
@@ -77,8 +78,8 @@ def _check_folder(folder: Path, kind: str | None) -> None:
         raise FileNotFoundError(f"{folder} holds no processor_config.json: save the processor beside the model")
     from safetensors import SafetensorError, safe_open
 
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights and not any(folder.glob("*.bin")):
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, or pytorch_model.bin)")
     for file in weights:
         try:

@@ -166,7 +166,7 @@ def told(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
         "halved": {"config.json": ours, "tokenizer.json": "{"},
         "mute": {"config.json": ours},
         "weightless": {"config.json": ours, **processor},
-        "short": {"config.json": ours, **processor, "model.safetensors": "\0" * 7},
+        "short": {"config.json": ours, **processor, "notes.json": "not JSON", "model.safetensors": "\0" * 7},
     }.items():
         (models / name).mkdir(parents=True)
         for file, text in files.items():
