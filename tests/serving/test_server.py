@@ -658,6 +658,8 @@ def test_long_video_data_is_made_with_a_server(server: Any, tiny_video: Path, mo
     properties = {name: {"type": "string", "maxLength": 8} for name in ("question", "answer")}
     monkeypatch.setattr(long_models, "_SCHEMA", {**long_models._SCHEMA, "properties": properties})
     monkeypatch.setattr(long_models, "_TOKENS", {"caption": 12, "writing": 100})
+    # The random model comes to no end of a sentence: its cut captions would be refused (tests of model_replies).
+    monkeypatch.setattr(long_models, "whole_sentences", lambda text: text)
     model = long_models.Endpoint(f"{server.url}/v1", KEYS[0])
     assert model.model == "checkpoint"
     assert model.caption(tiny_video, 0.0, 2.0) == model.caption(tiny_video, 0.0, 2.0) != ""
