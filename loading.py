@@ -23,7 +23,7 @@ _KINDS = {
     "videomamba_retrieval": "retrieval model of VideoMamba",
 }
 _RELEASED = "llava_mamba"  # is converted into the first kind
-BUNDLED_CLASSIFIER = BUNDLED_CHECKPOINT / "classifier"
+BUNDLED_CLASSIFIER = Path(__file__).parent / "world" / "bundled_classifier"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

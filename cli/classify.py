@@ -10,7 +10,7 @@ from video_ma2mba.processing.video_source_names import shown_name
 from .errors import is_expected, tell_failed
 from .loading import while_loading
 from .options import Device, Dtype, TrustRemoteCode, check_video
-from .terminal import echo_json, note, printable
+from .terminal import echo_json, note, printable, warn
 
 
 def classify(
@@ -44,6 +44,8 @@ def classify(
             check_video(video, {})
     with while_loading():
         classifier = load_classifier(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if model is None:
+        warn("note: the bundled classifier knows clips of the rendered world; of other videos it knows nothing")
     for video in videos:
         name = printable(shown_name(video))
         try:

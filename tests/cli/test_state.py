@@ -110,7 +110,7 @@ def test_an_interrupted_append_goes_on(run, film, tiny_video, tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path)) == ["expected.state", "film.state"]
 
 
-def test_check_names_what_is_wrong(run, film, make_model, tiny_checkpoint, tmp_path):
+def test_check_names_what_is_wrong(run, film, make_model, tiny_checkpoint, tiny_video, tmp_path):
     whole = run("state", "check", film)
     assert (whole.exit_code, whole.stdout.strip()) == (
         0,
@@ -121,7 +121,7 @@ def test_check_names_what_is_wrong(run, film, make_model, tiny_checkpoint, tmp_p
     for file in tiny_checkpoint.iterdir():
         if not (other / file.name).exists():
             (other / file.name).write_bytes(file.read_bytes())
-    for command in (["state", "check", film], ["ask", film, "What?"], ["state", "append", film, film]):
+    for command in (["state", "check", film], ["ask", film, "What?"], ["state", "append", film, tiny_video]):
         assert "another model: its weights have the digest" in refused(run(*command, model=other))
     damaged = bytearray(film.read_bytes())
     damaged[-5] ^= 1

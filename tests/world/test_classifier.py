@@ -200,6 +200,7 @@ def test_the_bundled_classifier_says_of_unseen_videos_what_its_card_says(tmp_pat
         write_world(video, moving_world("test", index), fps=10)
     result = CliRunner().invoke(app, ["classify", *videos, "--top", "3", "--json"])
     assert result.exit_code == 0, result.output
+    assert "of other videos it knows nothing" in result.stderr
     for index, line in enumerate(result.stdout.splitlines()):
         said = {entry["label"] for entry in json.loads(line)["classes"]}
         right = world_labels(moving_world("test", index))
