@@ -43,9 +43,9 @@ def check_loading(
     folder = _named_folder(model)
     if model is not None and os.path.isdir(folder):
         _check_folder(Path(folder), kind)
-    elif model is not None and not _hub_has_a_name():
+    elif model is not None and "HF_HUB_OFFLINE" not in os.environ and not _hub_has_a_name():
         # What the cache holds loads at once; asked all the same, the Hub would be tried for half a minute a file.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["HF_HUB_OFFLINE"] = "1"
     if times:
         _check_times(Path(folder, "processor_config.json"))
     _check_device(device)
@@ -235,11 +235,10 @@ def shared_run(device: str = "auto") -> Iterator[tuple[str, Any, bool]]:
     if ParallelDims.of_run().world == 1:
         yield device, None, True
         return
+    import torch
     from torch import distributed
 
     yield device, distributed.group.WORLD, ParallelDims.of_run().first
-    import torch
-
     # NCCL warns where it has to guess whose GPU waits.
     distributed.barrier(device_ids=[torch.cuda.current_device()] if device.startswith("cuda") else None)
     distributed.destroy_process_group()

@@ -39,9 +39,8 @@ def classify(
     """
     check_loading(str(BUNDLED_CLASSIFIER) if model is None else model, device, dtype, kind="videomamba")
     several, failed = len(videos) > 1, 0
-    for video in videos:
-        if not several:
-            check_video(video, {})
+    if not several:
+        check_video(videos[0], {})
     with while_loading():
         classifier = load_classifier(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if model is None:
@@ -49,7 +48,8 @@ def classify(
     for video in videos:
         name = printable(shown_name(video))
         try:
-            check_video(video, {})
+            if several:
+                check_video(video, {})
             found = classifier(video, top=top, num_segments=segments, num_crops=crops)
         except Exception as error:
             if not several or not is_expected(error):

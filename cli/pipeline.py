@@ -244,16 +244,7 @@ def _command(verb: str, options: dict[str, Any]) -> None:
     if verb == "niah" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         from .niah import niah
 
-        niah(
-            **{
-                **_written(options),
-                **{
-                    name: str(options[name])
-                    for name in ("frames", "depths")
-                    if name in options and not isinstance(options[name], list)
-                },
-            }
-        )
+        niah(**_written(options))
         return
     words = [sys.executable, "-m", "video_ma2mba", verb]
     for name, value in _written(options).items():
