@@ -108,13 +108,7 @@ def mixer_core(
     Returns:
         y (B, S, E) ready for out_proj, the new state, an independent copy.
     """
-    backends, zxbcdt, weights, state = _core_inputs(zxbcdt, weights, state, shape, lengths, seq_idx)
-    if not backends.fused:
-        return _core_torch(zxbcdt, weights, state, shape, lengths, seq_idx)
-    y, *new = _FusedCore.apply(
-        zxbcdt, *weights[:-1], weights.norm.to(zxbcdt.dtype), *state, shape, backends, lengths, seq_idx, soon
-    )
-    return y, Mamba2State(*new)
+    return _run_core(*_core_inputs(zxbcdt, weights, state, shape, lengths, seq_idx), shape, lengths, seq_idx, soon)
 
 
 def gated_core(
@@ -132,8 +126,10 @@ def gated_core(
         y (B, S, E); sums of squares (B, S, H) fp32 that its factor is made of, None where y is normed; the state.
     """
     backends, zxbcdt, weights, state = _core_inputs(zxbcdt, weights, state, shape, lengths, seq_idx)
-    if not backends.fused:
-        y, state = _core_torch(zxbcdt, weights, state, shape, lengths, seq_idx)
+    # What is not normed yet may be larger than fp16 can tell.
+    ours = backends.fused and backends.ssd.name == "triton" and shape.n_groups == 1
+    if not ours or zxbcdt.dtype == torch.float16:
+        y, state = _run_core(backends, zxbcdt, weights, state, shape, lengths, seq_idx)
         return y, None, state
     z, xbc_raw, dt = zxbcdt.split(shape.parts, dim=-1)
     halo_ids = _contiguous(seq_idx)
@@ -141,14 +137,8 @@ def gated_core(
     (xbc,), _ = backends.conv.forward(xbc_raw, weights.conv, weights.conv_bias, state.conv, halo_ids)
     x, b, c = _heads(xbc, shape)
     scan = (x, dt, -torch.exp(weights.A_log), b, c, weights.D, weights.dt_bias, state.ssm, ids)
-    norm, conv = weights.norm.to(zxbcdt.dtype), last_inputs(xbc_raw, state.conv, lengths)
-    # What is not normed yet may be larger than fp16 can tell.
-    if backends.ssd.name == "triton" and shape.n_groups == 1 and zxbcdt.dtype != torch.float16:
-        y, ssm, squares = gated_ssd(*scan, z, norm, **_scan_options(shape))
-        return y.flatten(2), squares, Mamba2State(conv, ssm)
-    (y, ssm), _ = backends.ssd.forward(*scan, **_scan_options(shape))
-    (y,), _ = backends.norm.forward(y.flatten(2), z, norm, **_norm_options(shape))
-    return y, None, Mamba2State(conv, ssm)
+    y, ssm, squares = gated_ssd(*scan, z, weights.norm.to(zxbcdt.dtype), **_scan_options(shape))
+    return y.flatten(2), squares, Mamba2State(last_inputs(xbc_raw, state.conv, lengths), ssm)
 
 
 def _core_inputs(
@@ -182,6 +172,25 @@ def _core_inputs(
         _compile_ahead(shape, backends, zxbcdt.device, dtype, bias is not None, seq_idx is not None,
                        torch.is_grad_enabled())  # fmt: skip
     return backends, zxbcdt.contiguous(), weights, state
+
+
+def _run_core(
+    backends: CoreBackends,
+    zxbcdt: Tensor,
+    weights: CoreWeights,
+    state: Mamba2State,
+    shape: MixerShape,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+    soon: bool = False,
+) -> tuple[Tensor, Mamba2State]:
+    """`mixer_core` of what `_core_inputs` gives."""
+    if not backends.fused:
+        return _core_torch(zxbcdt, weights, state, shape, lengths, seq_idx)
+    y, *new = _FusedCore.apply(
+        zxbcdt, *weights[:-1], weights.norm.to(zxbcdt.dtype), *state, shape, backends, lengths, seq_idx, soon
+    )
+    return y, Mamba2State(*new)
 
 
 def _core_torch(
